@@ -1,0 +1,28 @@
+# `make demo` and `make test` work on a fresh clone: the first run makes .venv, later runs reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: .venv/stamp
+	$(BIN)/python generation_demo.py
+
+test: .venv/stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/stamp
+	$(BIN)/python -m benchmarks.conversion
+
+clean:
+	rm -rf .venv build *.egg-info
