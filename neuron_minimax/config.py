@@ -22,6 +22,17 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "attn_window_size": (None,),
 }
+REQUIRED_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
 ROPE_TYPES = ("default", "linear", "yarn")
 
 
@@ -51,11 +62,7 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim rotary_dim num_local_experts num_experts_per_tok max_position_embeddings"
-        )
-        for name in sizes.split():
+        for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"config.json: {name} is {value!r}; expected a positive integer")
@@ -78,7 +85,9 @@ class ModelConfig:
                 f"config.json: rms_norm_eps {self.rms_norm_eps} or rope_theta {self.rope_theta} is out of range"
             )
         if min(self.weight_block_size) < 1:
-            raise ConfigError(f"config.json: weight_block_size {list(self.weight_block_size)} is not two positive sizes")
+            raise ConfigError(
+                f"config.json: weight_block_size {list(self.weight_block_size)} is not two positive sizes"
+            )
 
     @property
     def query_size(self) -> int:
@@ -125,24 +134,23 @@ class ModelConfig:
         for name, allowed in FIXED_FIELDS.items():
             if name in raw and raw[name] not in allowed:
                 raise ConfigError(
-                    f"config.json: {name} is {raw[name]!r}; MiniMax-M2 has {allowed[0]!r}, and nothing else is supported"
+                    f"config.json: {name} is {raw[name]!r}; MiniMax-M2 has {allowed[0]!r}: another architecture, which "
+                    "is not supported"
                 )
         if any(kind != 1 for kind in raw.get("attn_type_list") or ()):
             raise ConfigError("config.json: attn_type_list has entries other than 1; only full attention is supported")
         try:
             return cls(**_fields(raw), raw=dict(raw))
         except KeyError as missing:
-            raise ConfigError(f"config.json has no {missing.args[0]!r}; take the config.json of the checkpoint") from None
+            raise ConfigError(
+                f"config.json has no {missing.args[0]!r}; take the config.json of the checkpoint"
+            ) from None
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.json has a field of the wrong type: {error}") from None
 
 
 def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    direct = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "num_local_experts num_experts_per_tok max_position_embeddings"
-    ).split()
-    fields = {name: raw[name] for name in direct}
+    fields = {name: raw[name] for name in REQUIRED_SIZES}
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     quantization = raw.get("quantization_config") or {}
     if quantization.get("quant_method", "fp8") != "fp8":

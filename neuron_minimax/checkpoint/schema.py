@@ -6,7 +6,7 @@ Source of the table: the headers of the published checkpoints.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 from neuron_minimax.config import ModelConfig
@@ -63,9 +63,7 @@ class Expected:
 
 
 def _row(template: str, dimensions: str, dtype: str, kind: str, group: str) -> Weight:
-    return Weight(
-        template=template, dimensions=tuple(dimensions), published_dtype=dtype, kind=kind, module_group=group
-    )
+    return Weight(template=template, dimensions=tuple(dimensions), published_dtype=dtype, kind=kind, module_group=group)
 
 
 LAYER = "model.layers.{l}."
@@ -123,10 +121,10 @@ def expected(config: ModelConfig) -> Iterator[Expected]:
         for layer in range(config.num_hidden_layers) if weight.per_layer else (None,):
             for expert in range(config.num_local_experts) if weight.per_expert else (None,):
                 name = weight.template.format(l=layer, e=expert)
-                place = {"weight": weight, "layer": layer, "expert": expert}
-                yield Expected(name=name, shape=shape, dtype=weight.published_dtype, **place)
+                place = partial(Expected, weight=weight, layer=layer, expert=expert)
+                yield place(name=name, shape=shape, dtype=weight.published_dtype)
                 if weight.quantized:
-                    yield Expected(name=scale_name(name), shape=grid, dtype="F32", is_scale=True, **place)
+                    yield place(name=scale_name(name), shape=grid, dtype="F32", is_scale=True)
 
 
 def scale_name(weight_name: str) -> str:

@@ -1,0 +1,192 @@
+"""FP8 e4m3fn codes and 128 x 128 block scales as plain bytes: decode, dequantize, quantize, halve, and check.
+
+Shapes: R rows, C columns of a weight; a scale grid is [ceil(R / block rows), ceil(C / block columns)].
+A code is one byte, sign(1) exponent(4) mantissa(3), bias 7, no infinities, NaN at 0x7f and 0xff (OCP 8-bit
+floating point specification, revision 1.0). A scale is the float32 factor of its block: weight = code * scale.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from neuron_minimax.errors import CheckpointError
+
+OCP_MAX = 448.0
+NEURON_MAX = 240.0
+CODE_NAN = 0x7F
+# Largest absolute value in a block of a trained weight, under the right reading of its scale (see decide_convention).
+TRAINED_BLOCK_MAX = (1e-4, 1e2)
+
+
+def _decode_table() -> np.ndarray:
+    codes = np.arange(256, dtype=np.int32)
+    exponent, mantissa = (codes >> 3) & 0xF, codes & 0x7
+    normal = (8 + mantissa) * np.exp2(exponent - 10.0)
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    magnitude[(codes & 0x7F) == CODE_NAN] = np.nan
+    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+def _halved_table() -> np.ndarray:
+    """Code of half the value, rounded to nearest even; exact above 15 * 2^-9. NaN stays NaN."""
+    codes = np.arange(256, dtype=np.int32)
+    magnitude = codes & 0x7F
+    # Up to 0x0f the code is the value in units of 2^-9; from 0x10 on, halving lowers the exponent field by one.
+    half = np.where(magnitude < 16, (magnitude + ((magnitude >> 1) & 1)) >> 1, magnitude - 8)
+    half = np.where(magnitude == CODE_NAN, CODE_NAN, half)
+    return (half | (codes & 0x80)).astype(np.uint8)
+
+
+DECODED = _decode_table()
+HALVED = _halved_table()
+
+
+def decode(codes: np.ndarray) -> np.ndarray:
+    """Float32 values of uint8 codes, any shape; exact."""
+    return DECODED[codes]
+
+
+def encode(values: np.ndarray) -> np.ndarray:
+    """Codes nearest to float32 values (ties to even), saturating at +-448; NaN becomes 0x7f."""
+    magnitude = np.minimum(np.abs(values.astype(np.float32)), np.float32(OCP_MAX))
+    # One unit in the last place is 2^(exponent - 3) for normal numbers, 2^-9 below 2^-6.
+    exponent = np.maximum(np.where(magnitude > 0, np.frexp(magnitude)[1] - 1, -6), -6)
+    steps = np.rint(np.ldexp(magnitude, 3 - exponent))
+    with np.errstate(invalid="ignore"):
+        codes = steps.astype(np.int32) + ((exponent + 6) << 3)
+    codes = np.where(np.isnan(values), CODE_NAN, codes)
+    return (codes | (np.signbit(values) << 7)).astype(np.uint8)
+
+
+def expand_scales(scales: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+    """Scales [.., ceil(R/b0), ceil(C/b1)] repeated to the weight's [.., R, C]; the last blocks may be partial."""
+    rows, columns = shape
+    return np.repeat(np.repeat(scales, block[0], axis=-2)[..., :rows, :], block[1], axis=-1)[..., :columns]
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """Float32 weight [.., R, C] = decode(codes) * scale of the block: one rounding, as transformers does it."""
+    rows, columns = codes.shape[-2:]
+    return decode(codes) * expand_scales(scales, (rows, columns), block)
+
+
+def quantize(weight: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 [R, C] and scales float32 [ceil(R/b0), ceil(C/b1)] of a float32 weight; block maxima become 448."""
+    rows, columns = weight.shape
+    row_starts, column_starts = np.arange(0, rows, block[0]), np.arange(0, columns, block[1])
+    maxima = np.maximum.reduceat(np.maximum.reduceat(np.abs(weight), row_starts, axis=0), column_starts, axis=1)
+    scales = np.where(maxima > 0, maxima / np.float32(OCP_MAX), 1.0).astype(np.float32)
+    return encode(weight / expand_scales(scales, (rows, columns), block)), scales
+
+
+def halve(codes: np.ndarray) -> np.ndarray:
+    """Codes of half the values, so that none exceeds 240 and a doubled scale gives the same weight.
+
+    Exact for every |code| above 15 * 2^-9; the odd subnormal codes below round to even (see count_rounded).
+    """
+    return np.take(HALVED, codes)
+
+
+def count_rounded(codes: np.ndarray) -> int:
+    """How many codes `halve` rounds: the odd ones with |value| <= 15 * 2^-9."""
+    return int(np.count_nonzero((codes & 0x71) == 1))
+
+
+def has_nan(codes: np.ndarray) -> bool:
+    """Whether any code is NaN (0x7f or 0xff)."""
+    return bool(((codes & 0x7F) == CODE_NAN).any())
+
+
+def count_beyond_neuron(codes: np.ndarray) -> int:
+    """Codes of 256 to 448, which trn1, inf2 and trn2 read as infinity or NaN."""
+    magnitude = codes & 0x7F
+    return int(np.count_nonzero((magnitude > 0x77) & (magnitude < CODE_NAN)))
+
+
+def check_codes(name: str, codes: np.ndarray) -> None:
+    """Raise CheckpointError naming the tensor when a code is NaN."""
+    if has_nan(codes):
+        count = int(np.count_nonzero((codes & 0x7F) == CODE_NAN))
+        raise CheckpointError(f"{name} has {count} NaN codes (0x7f or 0xff); expected none: download its shard again")
+
+
+def check_scales(name: str, scales: np.ndarray) -> None:
+    """Raise CheckpointError naming the tensor, the first bad block and its value when a scale is no positive number."""
+    bad = np.argwhere(~(np.isfinite(scales) & (scales > 0)))
+    if len(bad):
+        place = tuple(int(index) for index in bad[0])
+        raise CheckpointError(
+            f"{name} has {len(bad)} scales that are not positive finite numbers, the first {scales[place]} at block "
+            f"{list(place)}; every weight of such a block would be wrong: download its shard again"
+        )
+
+
+class ScaleConvention(StrEnum):
+    """What `weight_scale_inv` holds: the factor itself (published checkpoints), or one over it."""
+
+    MULTIPLIER = "multiplier"
+    RECIPROCAL = "reciprocal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleEvidence:
+    """How many sampled tensors speak for each reading, and the block maxima that either reading implies."""
+
+    multiplier: int
+    reciprocal: int
+    neither: int
+    median_if_multiplier: float
+    median_if_reciprocal: float
+    dissenters: tuple[str, ...] = ()
+
+    def render(self) -> str:
+        return (
+            f"of {self.multiplier + self.reciprocal + self.neither} sampled weights, read as multiplier "
+            f"{self.multiplier} have block maxima of trained-weight size ({TRAINED_BLOCK_MAX[0]:g} to "
+            f"{TRAINED_BLOCK_MAX[1]:g}; median {self.median_if_multiplier:.3g}), read as reciprocal {self.reciprocal} "
+            f"(median {self.median_if_reciprocal:.3g}), and {self.neither} fit neither"
+        )
+
+
+def block_maxima(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Largest absolute value of each non-zero block, [blocks], read as multiplier and as reciprocal."""
+    rows, columns = codes.shape
+    magnitude = (codes & 0x7F).astype(np.uint8)
+    rows_reduced = np.maximum.reduceat(magnitude, np.arange(0, rows, block[0]), axis=0)
+    largest = decode(np.maximum.reduceat(rows_reduced, np.arange(0, columns, block[1]), axis=1))
+    used = largest > 0
+    largest, scales = largest[used].astype(np.float64), scales[used].astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return largest * scales, largest / scales
+
+
+def decide_convention(
+    samples: Iterable[tuple[str, np.ndarray, np.ndarray]], block: tuple[int, int]
+) -> tuple[ScaleConvention | None, ScaleEvidence]:
+    """Read the convention off sampled (name, codes [R, C], scales) and say why; None when the evidence is mixed.
+
+    The largest code of a block is near 448, so the right reading puts block maxima at trained-weight size. The two
+    readings cannot both: that takes a scale in [2e-7, 0.23] and one in [4.4, 4.5e6].
+    """
+    votes: dict[str, list[str]] = {"multiplier": [], "reciprocal": [], "neither": []}
+    medians: tuple[list[float], list[float]] = ([], [])
+    for name, codes, scales in samples:
+        as_multiplier, as_reciprocal = block_maxima(codes, scales, block)
+        if not as_multiplier.size:  # an all-zero weight says nothing
+            continue
+        pair = float(np.median(as_multiplier)), float(np.median(as_reciprocal))
+        medians[0].append(pair[0])
+        medians[1].append(pair[1])
+        fits = [TRAINED_BLOCK_MAX[0] <= value <= TRAINED_BLOCK_MAX[1] for value in pair]
+        votes["neither" if fits[0] == fits[1] else "multiplier" if fits[0] else "reciprocal"].append(name)
+    winner = max((ScaleConvention.MULTIPLIER, ScaleConvention.RECIPROCAL), key=lambda reading: len(votes[reading]))
+    dissenters = [name for reading, names in votes.items() if reading != winner for name in names]
+    evidence = ScaleEvidence(
+        **{reading: len(names) for reading, names in votes.items()},
+        median_if_multiplier=float(np.median(medians[0])) if medians[0] else float("nan"),
+        median_if_reciprocal=float(np.median(medians[1])) if medians[1] else float("nan"),
+        dissenters=tuple(dissenters[:5]),
+    )
+    return (None if dissenters or not votes[winner] else winner), evidence

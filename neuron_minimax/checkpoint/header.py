@@ -1,0 +1,124 @@
+"""One safetensors file's header, checked against the file's length without reading its data.
+
+The format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuron_minimax.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000  # the format's own limit
+# Safetensors dtype -> numpy dtype of the same bytes; FP8 and BF16 have none of their own.
+STORED_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F8_E4M3": "u1",
+        "F8_E5M2": "u1",
+        "BF16": "<u2",
+        "F16": "<f2",
+        "F32": "<f4",
+        "F64": "<f8",
+        "I8": "i1",
+        "U8": "u1",
+        "I16": "<i2",
+        "I32": "<i4",
+        "I64": "<i8",
+        "BOOL": "?",
+    }.items()
+}
+TORCH_DTYPES = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I8": "int8",
+    "U8": "uint8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: dtype as safetensors spells it, shape, shard file name, absolute byte range in it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(path: Path) -> Iterator[TensorEntry]:
+    """The entries of one safetensors file, checked against the file's length.
+
+    Raises CheckpointError naming the file when it is missing, empty, truncated, or its header lies.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                raise CheckpointError(
+                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is empty, truncated or no "
+                    "safetensors file: download it again"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, though the index lists it; download it") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header that is not JSON ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    position = base = 8 + length
+    try:
+        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        for name, fields in ordered:
+            yield (entry := _entry(path, name, fields, base))
+            if entry.start != position:
+                what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+                raise CheckpointError(f"{path}: {name} {what} (starts at {entry.start}, expected {position})")
+            position = entry.end
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a malformed header entry ({error!r}); download it again") from None
+    if position != size:
+        state = "truncated" if size < position else "longer than its tensors"
+        raise CheckpointError(
+            f"{path} is {state}: its header describes {position} bytes, the file has {size}; download it again"
+        )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
+    return unique
+
+
+def _entry(path: Path, name: str, fields: Mapping[str, Any], base: int) -> TensorEntry:
+    dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    if dtype not in STORED_DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}")
+    needed = prod(shape) * STORED_DTYPES[dtype].itemsize
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != needed:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype} {list(shape)}, {needed} bytes, but its header gives it {end - begin} bytes"
+        )
+    return TensorEntry(name, dtype, shape, path.name, base + begin, base + end)
