@@ -86,7 +86,7 @@ class Backend(ABC):
             if bool(outside.any()):
                 slot = int(outside.nonzero()[0])
                 raise BackendError(
-                    f"step: slot {slot} has {name} {int(values[slot])}; expected 0 to {limit - 1} ({limit_name} {limit})"
+                    f"step: slot {slot} has {name} {int(values[slot])}; expected 0 to {limit - 1} ({limit_name})"
                 )
         return self._step(tokens, positions, active)
 
@@ -116,7 +116,7 @@ class Backend(ABC):
             raise BackendError(f"encode starts at position {start}, but this compiled model starts prompts at 0 only")
         if start + len(ids) > can.seq_len:
             raise BackendError(
-                f"the prompt ends at position {start + len(ids)}, but the model was compiled for seq_len {can.seq_len}; "
+                f"the prompt ends at position {start + len(ids)}, but the model is compiled for seq_len {can.seq_len}; "
                 "shorten it or compile with a larger --seq-len"
             )
         if len(ids) > can.longest_prompt:

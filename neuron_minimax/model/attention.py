@@ -1,0 +1,90 @@
+"""Grouped-query attention with norms over the full query and key width, in the Neuron layout.
+
+Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, G = N/K, D head_dim, C positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.model.kv_cache import KVCache
+from neuron_minimax.model.layers import Kernels, Linear, RMSNorm
+from neuron_minimax.model.rope import rotate
+
+
+class QKVProjection(nn.Module):
+    """Three projections under the names that NxDI gives them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        block = config.weight_block_size
+        self.q_proj = Linear(config.hidden_size, config.query_size, block)
+        self.k_proj = Linear(config.hidden_size, config.key_value_size, block)
+        self.v_proj = Linear(config.hidden_size, config.key_value_size, block)
+
+
+class OutputProjection(nn.Module):
+    """NxDI nests the output projection in a module of the same name."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.o_proj = Linear(config.query_size, config.hidden_size, config.weight_block_size)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVProjection(config)
+        self.o_proj = OutputProjection(config)
+        self.q_norm = RMSNorm(config.query_size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.key_value_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache | None,
+        rows_B: torch.Tensor | None,
+        filled: int,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """[B,T,H] to [B,T,H]. With a cache, this call's keys and values are written first, then positions below
+        `filled` are read; each query sees the keys at positions up to its own.
+        """
+        project = self.qkv_proj
+        query_BTND = self._heads(self.q_norm(project.q_proj(hidden_BTH, kernels)))
+        key_BTKD = self._heads(self.k_norm(project.k_proj(hidden_BTH, kernels)))
+        value_BTKD = self._heads(project.v_proj(hidden_BTH, kernels))
+        query_BTND, key_BTKD = rotate(query_BTND, rope), rotate(key_BTKD, rope)
+        if cache is None:
+            key_BKCD, value_BKCD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
+        else:
+            rows = torch.arange(hidden_BTH.shape[0]) if rows_B is None else rows_B
+            cache.write(self.layer, rows, positions_BT, key_BTKD, value_BTKD)
+            key_BKCD, value_BKCD = cache.read(self.layer, rows_B, filled)
+        attended_BTQ = attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
+        return self.o_proj.o_proj(attended_BTQ, kernels)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim))
+
+
+def attend(
+    query_BTND: torch.Tensor, key_BKCD: torch.Tensor, value_BKCD: torch.Tensor, positions_BT: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention to [B,T,N*D]; the key at index c is at position c, or below the query's position if c is.
+
+    The G query heads that share a key head become G times as many query rows, so that keys are never repeated.
+    """
+    batch, tokens, heads, head_dim = query_BTND.shape
+    key_heads = key_BKCD.shape[1]
+    group = heads // key_heads
+    query = query_BTND.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    visible_BTC = torch.arange(key_BKCD.shape[2]) <= positions_BT[:, :, None]
+    mask = visible_BTC[:, None].repeat(1, 1, group, 1)
+    attended = F.scaled_dot_product_attention(query, key_BKCD, value_BKCD, attn_mask=mask)
+    return attended.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)
