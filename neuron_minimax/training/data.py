@@ -1,0 +1,195 @@
+"""The demo's conversations: seeded, unlimited, and split so that no held-out question is ever trained on."""
+
+import json
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from neuron_minimax.training import questions
+from neuron_minimax.training.questions import GENERATORS, Question
+from neuron_minimax.training.tools import ToolUse, offered, tool_use
+from neuron_minimax.training.world import SMALL_TALK
+
+HELD_OUT_SHARE = 10  # one key in ten is held out
+KINDS = (*GENERATORS, "chat", "tool call", "tool answer")
+# How often a training conversation is of a kind; the rest are single questions of an evenly drawn kind.
+CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.02
+# How often a kind is drawn, by how much practice it takes.
+PRACTICE = {"capital": 2, "currency": 2, "continent": 2, "sum": 3, "difference": 3, "sort": 3, "compare": 3, "count": 2}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as `apply_chat_template` takes them, the last one the reply that is graded; `tools` are JSON schemas.
+
+    `keys` identify what is asked, turn by turn.
+    """
+
+    kind: str
+    keys: tuple[str, ...]
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Identifies the question that is graded, the last one."""
+        return self.keys[-1]
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        return self.messages[:-1]
+
+    @property
+    def reply(self) -> dict[str, Any]:
+        return self.messages[-1]
+
+
+def is_held_out(key: str) -> bool:
+    """Whether the question with this key belongs to the held-out set: decided by its CRC-32, so by nothing else."""
+    return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
+
+
+class DemoConversations(Sequence[Conversation]):
+    """An unlimited training set: item `i` depends on the seed and on `i` alone."""
+
+    def __init__(self, seed: int, length: int = 2**40) -> None:
+        self.seed, self.length = seed, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Conversation:
+        return training_conversation(random.Random(f"{self.seed}:{index}"))
+
+
+def training_conversation(rng: random.Random) -> Conversation:
+    """One conversation of the training split: one question, several turns, a tool call, an answer from its result."""
+    draw = rng.random()
+    if draw < CHAT_SHARE:
+        return _chat(rng, held_out=False)
+    if draw < CHAT_SHARE + TOOL_CALL_SHARE:
+        return _tool_call(rng, held_out=False)
+    if draw < CHAT_SHARE + TOOL_CALL_SHARE + TOOL_ANSWER_SHARE:
+        return _tool_answer(rng, held_out=False)
+    if draw < CHAT_SHARE + TOOL_CALL_SHARE + TOOL_ANSWER_SHARE + SMALL_TALK_SHARE:
+        text, reasoning, answer = rng.choice(SMALL_TALK)
+        return Conversation("small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)])
+    question = _question(rng, held_out=False)
+    tools = offered(rng) if rng.random() < 0.05 else []
+    return Conversation(question.kind, (question.key,), _turn(question), tools)
+
+
+def held_out(count: int, seed: int) -> list[Conversation]:
+    """`count` distinct conversations of the held-out split, the kinds in equal shares."""
+    found: dict[str, Conversation] = {}
+    rng = random.Random(f"held out {seed}")
+    while len(found) < count:
+        kind = KINDS[len(found) % len(KINDS)]
+        conversation = _held_out_of_kind(rng, kind)
+        found.setdefault(conversation.key, conversation)
+    return list(found.values())
+
+
+def _held_out_of_kind(rng: random.Random, kind: str) -> Conversation:
+    if kind == "chat":
+        return _chat(rng, held_out=True)
+    if kind == "tool call":
+        return _tool_call(rng, held_out=True)
+    if kind == "tool answer":
+        return _tool_answer(rng, held_out=True)
+    question = _question(rng, held_out=True, kind=kind)
+    return Conversation(kind, (question.key,), _turn(question))
+
+
+def _draw(rng: random.Random, make: Callable[[random.Random], Any], held_out: bool) -> Any:
+    while is_held_out((item := make(rng)).key) != held_out:
+        pass
+    return item
+
+
+def _question(rng: random.Random, held_out: bool, kind: str | None = None) -> Question:
+    kind = kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE.get(name, 1) for name in GENERATORS])[0]
+    return _draw(rng, GENERATORS[kind], held_out)
+
+
+def _chat(rng: random.Random, held_out: bool) -> Conversation:
+    """Two to ten turns, mostly under six, some of which need the turn before.
+
+    Only the last turn of a held-out chat is held out.
+    """
+    turns = rng.randint(2, 5) if held_out or rng.random() < 0.95 else rng.randint(6, 10)
+    asked = [_question(rng, held_out=False)]
+    keys = [asked[0].key]
+    while len(asked) < turns - held_out:
+        question = _follow_up(rng, asked[-1], held_out=False) if rng.random() < 0.5 else None
+        key = _pair_key(asked[-1], question) if question else None
+        asked.append(question or _question(rng, held_out=False))
+        keys.append(key or asked[-1].key)
+    if held_out:
+        last = _follow_up(rng, asked[-1], held_out=True)
+        if last is None:
+            return _chat(rng, held_out)
+        keys.append(_pair_key(asked[-1], last))
+        asked.append(last)
+    messages = [message for question in asked for message in _turn(question)]
+    if rng.random() < 0.15:  # many clients do not send the reasoning of earlier replies back
+        messages[:-1] = [{key: message[key] for key in ("role", "content")} for message in messages[:-1]]
+    return Conversation("chat", tuple(keys), messages)
+
+
+def _pair_key(before: Question, question: Question) -> str:
+    return f"{before.key} | {question.key}"
+
+
+def _follow_up(rng: random.Random, before: Question, held_out: bool) -> Question | None:
+    """A question that needs the turn before: the same relation, or its number or list carried on; else None.
+
+    A trained follow-up is in the training split both as a pair and by itself: it gives away no held-out question.
+    """
+    if before.kind in ("capital", "currency", "continent"):
+        make = partial(questions.fact, relation=before.kind, follow_up=True)
+    elif before.kind in ("sum", "difference") and before.operands[0] < 100:
+        make = partial(questions.addition, first=before.operands[0])
+    elif before.kind in ("sort", "reverse"):
+        make = partial(questions.reversing, items=before.operands)
+    else:
+        return None
+    for _ in range(20):
+        question = make(rng)
+        if is_held_out(_pair_key(before, question)) == held_out and (held_out or not is_held_out(question.key)):
+            return question
+    return None
+
+
+def _tool_call(rng: random.Random, held_out: bool) -> Conversation:
+    use = _draw(rng, tool_use, held_out)
+    messages = [user(use.request), _call(use)]
+    return Conversation("tool call", (use.key,), messages, offered(rng, use.name))
+
+
+def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:
+    use = _draw(rng, tool_use, held_out)
+    result = {"role": "tool", "content": json.dumps(use.result)}
+    messages = [user(use.request), _call(use), result, _reply("result", use.reply)]
+    return Conversation("tool answer", (f"{use.key} -> {result['content']}",), messages, offered(rng, use.name))
+
+
+def user(text: str) -> dict[str, Any]:
+    """A user's message."""
+    return {"role": "user", "content": text}
+
+
+def _reply(reasoning: str, answer: str) -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": reasoning, "content": answer}
+
+
+def _call(use: ToolUse) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": use.name, "arguments": use.arguments}}
+    return {**_reply(f"call {use.name}", ""), "tool_calls": [call]}
+
+
+def _turn(question: Question) -> list[dict[str, Any]]:
+    return [user(question.text), _reply(question.reasoning, question.answer)]
