@@ -1,1 +1,5 @@
-"""Compiled models: what they promise, and how one is found again from its directory."""
+"""Compiled models: what they promise, how one is made, and how it is found again from its directory."""
+
+from neuron_minimax.backends.compiled import CompileReport, compile_model, load
+
+__all__ = ["CompileReport", "compile_model", "load"]

@@ -1,0 +1,77 @@
+"""The CPU backend: its options, and which engine builds and loads it. Torch is imported only when it is needed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_minimax.backends.manifest import Manifest, cpu_here, versions_of
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import BackendError
+
+if TYPE_CHECKING:
+    from neuron_minimax.backends.base import Backend
+
+COMPUTE = ("float32", "bf16")
+ENGINES = ("compiled", "eager")
+DEFAULT_SEQ_LEN = 2048
+DEFAULT_BUCKETS = (64, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPUOptions:
+    """What a CPU compile can be asked for; lengths in tokens."""
+
+    slots: int = 1
+    seq_len: int
+    buckets: tuple[int, ...]
+    compute: str = "float32"
+    engine: str = "compiled"
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.seq_len < 2:
+            raise BackendError(f"batch size {self.slots}, seq_len {self.seq_len}: expected at least 1 and at least 2")
+        ascending = tuple(sorted(set(self.buckets)))
+        if not self.buckets or self.buckets != ascending or self.buckets[0] < 1 or self.buckets[-1] > self.seq_len:
+            raise BackendError(
+                f"buckets {list(self.buckets)}: expected ascending lengths from 1 to seq_len {self.seq_len}"
+            )
+        for name, allowed in (("compute", COMPUTE), ("engine", ENGINES)):
+            if getattr(self, name) not in allowed:
+                raise BackendError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+
+
+def check_options(config: ModelConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in defaults (None counts as absent) and check. Raises BackendError naming the option."""
+    given = {name: value for name, value in options.items() if value is not None}
+    seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
+    default = tuple(size for size in DEFAULT_BUCKETS if size <= seq_len) or (seq_len,)
+    given["buckets"] = tuple(given.get("buckets", default))
+    if seq_len > config.max_position_embeddings:
+        raise BackendError(
+            f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} of config.json"
+        )
+    try:
+        return {**asdict(CPUOptions(**given)), "buckets": list(given["buckets"])}
+    except TypeError as error:
+        raise BackendError(f"the cpu backend does not take this option: {error}") from None
+
+
+def environment() -> tuple[dict[str, str], dict[str, Any]]:
+    """Versions and machine features that compiled graphs depend on."""
+    return versions_of("torch"), cpu_here()
+
+
+def build(
+    model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
+) -> tuple[dict[str, float], list[str]]:
+    """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest."""
+    return {}, ["eager engine: nothing was compiled"]
+
+
+def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
+    """The backend over the weights in `model`."""
+    from neuron_minimax.backends.eager import EagerBackend
+
+    options = CPUOptions(**{**manifest.options, "buckets": tuple(manifest.options["buckets"])})
+    return EagerBackend(model, options)

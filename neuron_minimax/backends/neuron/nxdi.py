@@ -1,0 +1,88 @@
+"""The one door to the Neuron packages: imports them, recognises their empty placeholders, settles versions.
+
+Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (SDK 2.29).
+"""
+# ruff: noqa: F401, E402
+
+import importlib
+from typing import Any
+
+from neuron_minimax.errors import BackendError
+
+INSTALL = (
+    "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com "
+    "neuronx-cc torch-neuronx neuronx-distributed neuronx-distributed-inference"
+)
+# A module that each real package has and the placeholder of its name on the public index has not.
+REAL_MODULES = {
+    "torch_neuronx": "torch_neuronx.xla_impl.ops",
+    "neuronx_distributed": "neuronx_distributed.parallel_layers.parallel_state",
+    "neuronx_distributed_inference": "neuronx_distributed_inference.models.model_base",
+}
+
+
+def require_packages() -> None:
+    """Raise BackendError, with AWS's install line, unless the real Neuron packages can be imported."""
+    for package, module in REAL_MODULES.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise BackendError(
+                f"the Neuron backend needs {package}, which cannot be imported ({error}); "
+                f"on a Neuron instance, run: {INSTALL}"
+            ) from error
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise BackendError(
+                f"the installed {package} cannot import {module} ({error}): either it is the empty placeholder of the "
+                f"public package index, or it does not fit the other Neuron packages; run: {INSTALL}"
+            ) from error
+
+
+require_packages()
+
+from neuronx_distributed.modules.moe.routing import RouterTopK
+from neuronx_distributed.parallel_layers import parallel_state
+from neuronx_distributed.parallel_layers.layers import BaseParallelLinear, ColumnParallelLinear, ParallelEmbedding
+from neuronx_distributed.parallel_layers.mappings import reduce_from_tensor_model_parallel_region
+from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
+from neuronx_distributed.quantization.quantization_config import QuantizationType, QuantizedDtype
+from neuronx_distributed.quantization.quantization_layers import (
+    BaseQuantizeParallelLinear,
+    QuantizedColumnParallel,
+    QuantizedRowParallel,
+)
+from neuronx_distributed.trace.trace import invoke_preshard_hook
+from neuronx_distributed.utils import cpu_mode
+from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig, OnDeviceSamplingConfig
+from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from neuronx_distributed_inference.models.model_wrapper import CONTEXT_ENCODING_MODEL_TAG, TOKEN_GENERATION_MODEL_TAG
+from neuronx_distributed_inference.modules.attention.attention_base import NeuronAttentionBase
+from neuronx_distributed_inference.modules.attention.gqa import GroupQueryAttention_O, GroupQueryAttention_QKV
+from neuronx_distributed_inference.modules.attention.utils import move_heads_front
+from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
+from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each Neuron package, as its metadata says."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("neuronx-cc", "torch-neuronx", "neuronx-distributed", "neuronx-distributed-inference"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def model_parallel_rank_count() -> int:
+    """Ranks of the current tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_size()
+
+
+def is_quantized_layer(module: Any) -> bool:
+    """Whether `module` is one of NxD's quantized parallel layers."""
+    return isinstance(module, BaseQuantizeParallelLinear)
