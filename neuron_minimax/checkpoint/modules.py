@@ -1,0 +1,164 @@
+"""What an entry of `modules_to_not_convert` reaches, in transformers and in NxDI, and which entries are needed.
+
+The two match differently. transformers (`should_convert_module`) takes an entry as a pattern from the start of the
+module path up to a dot, or as the path's ending. NxDI (`quantize.py:122` of NxD 0.18) looks for it anywhere in the
+path, so Hugging Face's `gate` also reaches NxDI's `gate_up_proj`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import TensorEntry
+from neuron_minimax.config import ModelConfig
+
+
+class Framework(StrEnum):
+    """Whose module paths and whose matching."""
+
+    HUGGING_FACE = "Hugging Face"
+    NXDI = "NxDI"
+
+
+# Kind of weight -> path of the module that a framework would swap for a quantized one.
+MODULE_PATHS: dict[Framework, dict[str, str]] = {
+    Framework.HUGGING_FACE: {
+        **{name: f"model.layers.{{l}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{name: "model.layers.{l}.block_sparse_moe.experts" for name in ("w1", "w2", "w3")},
+        "gate": "model.layers.{l}.block_sparse_moe.gate",
+        "lm_head": "lm_head",
+    },
+    Framework.NXDI: {
+        **{name: f"layers.{{l}}.self_attn.qkv_proj.{name}" for name in ("q_proj", "k_proj", "v_proj")},
+        "o_proj": "layers.{l}.self_attn.o_proj.o_proj",
+        "w1": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
+        "w3": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
+        "w2": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.down_proj",
+        "lm_head": "lm_head",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One module of a framework: its path, the weights it holds, and how many of them are FP8 with scales."""
+
+    path: str
+    weights: int
+    fp8: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryVerdict:
+    """What one entry does: "breaks" (reaches FP8 weights), "right" (reaches only others), or "no effect"."""
+
+    entry: str
+    framework: Framework
+    verdict: str
+    fp8_weights: int
+    other_weights: int
+    reason: str
+
+
+def reaches(framework: Framework, entry: str, path: str) -> bool:
+    """Whether an entry keeps the module at `path` from being converted."""
+    if framework is Framework.NXDI:
+        return entry in path
+    entry, path = (f".{text}.".replace(".block_sparse_moe.", ".mlp.")[1:-1] for text in (entry, path))
+    try:
+        pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error:
+        pattern = re.compile(re.escape(entry))
+    return bool(pattern.match(path)) or path.endswith(entry)
+
+
+def modules_of(framework: Framework, entries: Mapping[str, TensorEntry], config: ModelConfig) -> list[Module]:
+    """The modules that the framework could convert, in layer order, judged by the tensors that are there."""
+    counts: dict[str, list[int]] = {}
+    paths = MODULE_PATHS[framework]
+    for wanted in schema.expected(config):
+        if wanted.is_scale or wanted.weight.kind not in paths or wanted.name not in entries:
+            continue
+        count = counts.setdefault(paths[wanted.weight.kind].format(l=wanted.layer), [0, 0])
+        count[0] += 1
+        count[1] += entries[wanted.name].dtype == "F8_E4M3" and schema.scale_name(wanted.name) in entries
+    return [Module(path=path, weights=weights, fp8=fp8) for path, (weights, fp8) in counts.items()]
+
+
+def judge(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> tuple[EntryVerdict, ...]:
+    """One verdict for each entry, with the reason."""
+    verdicts = []
+    for entry in entries:
+        reached = [module for module in modules if reaches(framework, entry, module.path)]
+        fp8 = sum(module.fp8 for module in reached)
+        others = sum(module.weights for module in reached) - fp8
+        verdict = "breaks" if fp8 else "right" if reached else "no effect"
+        verdicts.append(
+            EntryVerdict(
+                entry=entry,
+                framework=framework,
+                verdict=verdict,
+                fp8_weights=fp8,
+                other_weights=others,
+                reason=_reason(framework, entry, reached, fp8, others),
+            )
+        )
+    return tuple(verdicts)
+
+
+def uncovered(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> list[Module]:
+    """Modules without FP8 weights that no entry reaches: the framework would look for scales they do not have."""
+    return [
+        module
+        for module in modules
+        if not module.fp8 and not any(reaches(framework, entry, module.path) for entry in entries)
+    ]
+
+
+def needed(framework: Framework, modules: Sequence[Module]) -> tuple[str, ...]:
+    """The fewest, then shortest entries that reach every module without FP8 weights and none with them."""
+    quantized = [module.path for module in modules if module.fp8]
+    plain = [module.path for module in modules if not module.fp8]
+    if not quantized:  # nothing is quantized, so nothing needs to be kept from it
+        return ()
+    chosen: list[str] = []
+    while plain:
+        covered = {
+            entry: sum(reaches(framework, entry, path) for path in plain)
+            for entry in _parts_of(plain[0])
+            if not any(reaches(framework, entry, path) for path in quantized)
+        }
+        best = max(covered, key=lambda entry: (covered[entry], -entry.count("."), -len(entry)))
+        chosen.append(best)
+        plain = [path for path in plain if not reaches(framework, best, path)]
+    return tuple(sorted(chosen))
+
+
+def _parts_of(path: str) -> Iterable[str]:
+    """Every run of whole components: for a.b -> a, a.b, b. The path itself always reaches its own module alone."""
+    parts = path.split(".")
+    return [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+
+
+def _reason(framework: Framework, entry: str, reached: Sequence[Module], fp8: int, others: int) -> str:
+    if not reached:
+        where = "any part" if framework is Framework.NXDI else "the start or the end"
+        return f"{entry} is not {where} of the path of a module that {framework} converts"
+    if not fp8:
+        return f"{entry} reaches {others} weights that are not FP8 (for one, {reached[0].path})"
+    example = next(module.path for module in reached if module.fp8)
+    start = f"{entry} reaches {fp8} weights that are FP8 with scales (for one, {example}); listing it makes "
+    consequence: Callable[[str], str] = _nxdi_consequence if framework is Framework.NXDI else _hugging_face_consequence
+    return start + consequence(example)
+
+
+def _nxdi_consequence(path: str) -> str:
+    if ".self_attn." in path:
+        return "NxDI load them into unquantized layers: a bare AssertionError at gqa.py:134, or garbage if per row"
+    return "NxDI load raw FP8 codes as the weights, silently: wrong logits"
+
+
+def _hugging_face_consequence(path: str) -> str:
+    return "a runtime that honours the list read raw FP8 codes as the weights"
