@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,21 +40,21 @@ class TensorDirectory:
     """The tensors of every safetensors file that a directory's index names (or of its single file).
 
     Headers are read when it is made; what is wrong with files is collected in `problems`, not raised, so that an
-    inspection can list all of it. `require_usable` raises.
+    inspection can list all of it. `require_usable` raises. Given `shards`, just these files are read, without an index.
 
     Raises CheckpointError when there is nothing to read: no directory, no safetensors files, a broken index.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, shards: Sequence[str] = ()) -> None:
         self.directory = Path(directory)
         self.problems: list[Problem] = []
         self.entries: dict[str, TensorEntry] = {}
         self._maps: dict[str, np.memmap] = {}
-        weight_map = self._weight_map()
-        self.shards: list[str] = sorted(set(weight_map.values())) if weight_map else [self._single_file()]
+        weight_map = {} if shards else self._weight_map()
+        self.shards = list(shards) or sorted(set(weight_map.values())) or [self._single_file()]
         for shard in self.shards:
             self._read_shard(shard, weight_map)
-        for name, shard in (weight_map or {}).items():
+        for name, shard in weight_map.items():
             if name not in self.entries and not any(problem.subject == shard for problem in self.problems):
                 self._problem(
                     name, f"{name} is listed in {INDEX_NAME} as part of {shard}, but is not in that file", "index"

@@ -36,19 +36,22 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)  # the data starts aligned
         self.data_bytes = position
         self._remaining = position
-        self._file = self.partial.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = self.partial.open("wb", buffering=0)
+        self._write_all(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, data: np.ndarray) -> None:
         """Append the elements of a contiguous array."""
         self._remaining -= data.nbytes
         assert self._remaining >= 0, f"more bytes than {self.path.name} declares"
-        self._file.write(data.reshape(-1).view(np.uint8).data)
+        self._write_all(data.reshape(-1).view(np.uint8).data)
 
     def sync(self) -> None:
-        """Push what is written so far to the disk, so that the last sync is short."""
-        self._file.flush()
+        """Push what is written so far to the disk, so that the last sync is short. Any thread may call it."""
         os.fdatasync(self._file.fileno())
+
+    def _write_all(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -60,7 +63,6 @@ class ShardWriter:
             self._file.close()
             return
         assert self._remaining == 0, f"{self.path.name} lacks {self._remaining} of its declared bytes"
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self.partial, self.path)
