@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: the checkpoint's tokenizer, sampling, the decoding loop and MiniMax's output format."""

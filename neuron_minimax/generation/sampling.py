@@ -1,0 +1,140 @@
+"""Choosing the next token from one row of logits: greedy, temperature, top-k, top-p, min-p, penalties, seed.
+
+Shapes: V vocabulary. Order of operations, as in transformers: penalties, temperature, top-k, top-p, min-p.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neuron_minimax.errors import GenerationError
+
+# What is allowed for each option: (lowest, highest, whether the lowest itself is allowed).
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 100.0, False),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to choose a token; temperature 0 is greedy, top_k 0 keeps every token.
+
+    `repetition_penalty` divides positive and multiplies negative logits of every token of prompt and answer (CTRL,
+    arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted for tokens of the answer, once and
+    per occurrence (OpenAI's definition).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high, closed) in RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise GenerationError(f"{name} is {value!r}; expected a number")
+            if not (low <= value if closed else low < value) or value > high:
+                bound = "from" if closed else "above"
+                raise GenerationError(f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise GenerationError(f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token")
+        if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
+            raise GenerationError(f"seed is {self.seed!r}; expected a 64-bit integer")
+
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; its random numbers depend on its seed alone, never on the batch."""
+
+    def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
+        self.options = options
+        self._prompt = frozenset(prompt_ids) if options.repetition_penalty != 1.0 else frozenset()
+        self._counts: Counter[int] = Counter()
+        self._random = torch.Generator()
+        if options.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(options.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token for logits [V] (any float dtype; -inf forbids a token), recorded for the penalties.
+
+        Raises GenerationError when the logits hold NaN, or forbid every token.
+        """
+        scores = self._penalized(logits.detach().to("cpu", torch.float32))
+        best = int(scores.argmax())
+        if not math.isfinite(float(scores[best])):
+            raise GenerationError(
+                f"the largest of {scores.numel()} logits is {float(scores[best])}; the model's output is broken, "
+                "run `neuron-minimax verify` on the converted checkpoint"
+            )
+        token = best if self.options.temperature == 0 else self._draw(scores)
+        self._counts[token] += 1
+        return token
+
+    def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidate tokens [C], most probable first, and their probabilities [C] in float64."""
+        return self._candidates(self._penalized(logits.detach().to("cpu", torch.float32)))
+
+    def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
+        options = self.options
+        if options.repetition_penalty != 1.0 and (seen := self._prompt | self._counts.keys()):
+            index = torch.tensor(sorted(seen))
+            values = scores[index]
+            factor = torch.where(values > 0, 1 / options.repetition_penalty, options.repetition_penalty)
+            scores = scores.index_put((index,), values * factor)
+        if self._counts and (options.presence_penalty or options.frequency_penalty):
+            index = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            penalty = options.presence_penalty + options.frequency_penalty * counts
+            scores = scores.index_put((index,), scores[index] - penalty)
+        return scores
+
+    def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        options = self.options
+        size = min(options.top_k or scores.numel(), scores.numel())
+        values, tokens = scores.topk(size) if size < scores.numel() else scores.sort(descending=True, stable=True)
+        scaled = (values.double() - values[0]) / max(options.temperature, 1e-6)
+        weights = scaled.exp()
+        probabilities = weights / weights.sum()
+        before = probabilities.cumsum(0) - probabilities
+        keep = ((before < options.top_p) | (options.top_p == 1)) & (weights >= options.min_p) & (weights > 0)
+        keep[0] = True
+        kept = probabilities[keep]
+        return tokens[keep], kept / kept.sum()
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        tokens, probabilities = self._candidates(scores)
+        point = torch.rand((), generator=self._random, dtype=torch.float64)
+        place = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
+        return int(tokens[min(place, tokens.numel() - 1)])
+
+
+def log_probabilities(logits: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """Natural-log probability of `token` and of the `top` most probable tokens, from raw logits [V] (before penalties,
+    temperature and filters, as in vLLM)."""
+    values = logits.detach().to("cpu", torch.float32).log_softmax(0)
+    best = values.topk(min(top, values.numel())) if top else None
+    pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return float(values[token]), pairs
+
+
+def distinct_ratio(token_ids: Sequence[int], window: int = 50) -> float:
+    """Share of distinct tokens among the last `window`; a model that repeats itself falls towards 0."""
+    last = list(token_ids)[-window:]
+    return len(set(last)) / len(last) if last else 1.0

@@ -1,0 +1,168 @@
+"""The checkpoint's tokenizer and chat template, its stop tokens, and text that appears as tokens arrive."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from neuron_minimax.errors import GenerationError
+from neuron_minimax.generation.minimax_format import FORMAT_MARKERS
+from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
+
+END_OF_TURN = "[e~["
+END_OF_TURN_ID = 200020
+# What MiniMax recommends, used where the checkpoint's generation_config.json says nothing.
+RECOMMENDED = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
+UNFINISHED = "\ufffd"  # how a decoder shows bytes that are no whole character yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizer:
+    """Text to tokens and back for one checkpoint.
+
+    `stop_token_ids` end an answer and `pad_token_id` fills padding. `sampling` holds the checkpoint's defaults.
+    `hidden_ids` are control tokens that are never shown as text (the tags of MiniMax's format are shown).
+    """
+
+    hugging_face: Any
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    sampling: SamplingOptions
+    hidden_ids: frozenset[int]
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> "TextTokenizer":
+        """Load the tokenizer files of a checkpoint or compiled directory; no code from it is executed.
+
+        Raises GenerationError when there are none, or they cannot be read, or no stop token is known.
+        """
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise GenerationError(
+                f"{directory} has no tokenizer.json; copy tokenizer.json, tokenizer_config.json and "
+                "chat_template.jinja from the checkpoint"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a broken tokenizer.json
+            raise GenerationError(f"the tokenizer in {directory} cannot be loaded: {error}") from None
+        vocabulary = tokenizer.get_vocab()
+        stops = read_stop_tokens(directory, len(tokenizer), vocabulary.get(END_OF_TURN, tokenizer.eos_token_id))
+        if not stops:
+            raise GenerationError(
+                f"{directory}: no stop token is known; set eos_token_id in generation_config.json (MiniMax-M2: 200020)"
+            )
+        shown = {vocabulary[marker] for marker in FORMAT_MARKERS if marker in vocabulary}
+        return cls(
+            hugging_face=tokenizer,
+            stop_token_ids=stops,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+            sampling=_defaults(_read_json(directory / "generation_config.json")),
+            hidden_ids=frozenset(tokenizer.all_special_ids) - shown | set(stops),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, with nothing added; special tokens that are spelled out in it are recognized."""
+        return self.hugging_face.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, without the control tokens."""
+        visible = [token for token in ids if token not in self.hidden_ids]
+        return self.hugging_face.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def token_text(self, token: int) -> str:
+        """How one token is spelled, control tokens included (for lists of alternatives)."""
+        return self.hugging_face.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """The prompt for the next assistant turn, from the checkpoint's own chat template.
+
+        `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects, not text.
+        Raises GenerationError when there is no template or it refuses the messages.
+        """
+        if not self.hugging_face.chat_template:
+            raise GenerationError("the checkpoint has no chat template; add its chat_template.jinja or use plain text")
+        try:
+            return self.hugging_face.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever Jinja or the template itself raises
+            raise GenerationError(f"the chat template does not take these messages: {error}") from None
+
+
+def read_stop_tokens(directory: str | Path, vocab_size: int, fallback: int | None = None) -> tuple[int, ...]:
+    """Tokens that end an answer: from generation_config.json, else config.json, else `fallback` (the tokenizer's end of
+    turn), else 200020 where the vocabulary has it, else none.
+
+    Raises GenerationError when a file cannot be read, or names a token outside of the vocabulary.
+    """
+    for name in ("generation_config.json", "config.json"):
+        stops = _read_json(Path(directory) / name).get("eos_token_id")
+        if stops is None or stops == []:
+            continue
+        stops = stops if isinstance(stops, list) else [stops]
+        bad = [stop for stop in stops if not isinstance(stop, int) or not 0 <= stop < vocab_size]
+        if bad:
+            raise GenerationError(
+                f"{Path(directory) / name}: eos_token_id {bad[0]!r} is not in the vocabulary; "
+                f"expected 0 to {vocab_size - 1}"
+            )
+        return tuple(stops)
+    if fallback is not None:
+        return (fallback,)
+    return (END_OF_TURN_ID,) if vocab_size > END_OF_TURN_ID else ()
+
+
+class StreamDecoder:
+    """Text of a growing answer: the pieces join to exactly `TextTokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context, self._shown = 0, 0  # tokens before `_shown` are out; those from `_context` give it its context
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, often one word, or nothing in the middle of a character."""
+        if token in self._tokenizer.hidden_ids:
+            return ""
+        self._ids.append(token)
+        old, new = self._texts()
+        if len(new) <= len(old) or new.endswith(UNFINISHED):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return new[len(old) :]
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        old, new = self._texts()
+        self._context = self._shown = len(self._ids)
+        return new[len(old) :]
+
+    def _texts(self) -> tuple[str, str]:
+        tail = self._ids[self._context :]
+        return self._tokenizer.decode(tail[: self._shown - self._context]), self._tokenizer.decode(tail)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(contents, dict):
+        raise GenerationError(f"{path} holds a {type(contents).__name__}; expected an object")
+    return contents
+
+
+def _defaults(generation: Mapping[str, Any]) -> SamplingOptions:
+    if generation.get("do_sample") is False:
+        return GREEDY
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: generation[name] for name in names if generation.get(name) is not None}
+    return SamplingOptions(**{**RECOMMENDED, **given})
