@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import neuron_minimax
 from neuron_minimax.generation.argument_types import allowed_types, typed_value
 from neuron_minimax.generation.events import CallArguments, CallBegin, CallEnd, Content, Reasoning, ToolCall, collect
 from neuron_minimax.generation.minimax_format import MiniMaxParser, opens_reasoning, parse
@@ -36,9 +38,12 @@ CALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+@pytest.fixture(scope="module", params=["test", "demo"])
+def tokenizer(request, tmp_path_factory):
+    demo = Path(neuron_minimax.__file__).parent / "demo"
+    return TextTokenizer.from_dir(
+        demo if request.param == "demo" else write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    )
 
 
 def joined(events):
