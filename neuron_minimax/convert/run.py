@@ -43,6 +43,15 @@ class ConversionResult:
     was_finished: bool = False
     rounded_codes: int = 0
 
+    def render(self, output: Path) -> str:
+        lines = [f"{output} is up to date"] if self.was_finished else []
+        if self.reused_shards:
+            lines.append(f"resumed: {self.reused_shards} finished shards were checked and kept")
+        lines.append(f"FP8 scales converted: {self.plan.scale_count}")
+        if self.plan.left_out:
+            lines.append(f"left out: {len(self.plan.left_out)} multi-token-prediction tensors, which are not run")
+        return "\n".join(lines)
+
 
 def plan_conversion(source: Checkpoint, layout: Layout) -> tuple[ConversionPlan, dict[str, Any]]:
     """The plan for a checkpoint and what the manifest says of its scale convention.

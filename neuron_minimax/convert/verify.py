@@ -40,7 +40,7 @@ class Verification:
         if self.equal:
             return (
                 f"verified: {self.tensors} tensors equal their {self.source_tensors} sources; digests match; "
-                f"{self.rounded_codes} subnormal codes rounded by halving, each by 2^-10 of its block's scale"
+                f"{self.rounded_codes} subnormal codes rounded by halving, each by 2^-9 of its block's stored scale"
             )
         shown = "\n".join(f"  {difference}" for difference in self.differences[:20])
         return f"NOT equal, {len(self.differences)} differences:\n{shown}"

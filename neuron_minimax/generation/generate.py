@@ -3,7 +3,7 @@
 Shapes: T prompt tokens, N new tokens, S slots, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,9 +143,11 @@ def answer(
     stop_token_ids: Collection[int] = (),
     max_new_tokens: int | None = None,
     dump_logits: str | Path | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Generate a whole answer, up to one of `stop_token_ids`; without a tokenizer it has no text.
 
+    `on_text` is called with the text as it appears.
     `dump_logits` names a safetensors file to write: float32 `prefill_logits` ([T,V], or [1,V] where the backend has
     the last position only) and `step_logits` [N,V], row i being the logits that chose new token i.
     Raises GenerationError when the request does not fit, or the file cannot be written there.
@@ -162,14 +164,15 @@ def answer(
         prefill=prefill,
     )
     token_ids, rows, reason = [], [], "length"
+    decoder = StreamDecoder(tokenizer) if tokenizer and on_text else None
     for step in steps:
         token_ids.append(step.token)
         reason = step.finish_reason or reason
+        if decoder and on_text:
+            on_text(decoder.push(step.token) + (decoder.finish() if step.finish_reason else ""))
         if dump_logits:
             rows.append(step.logits.to(torch.float32).clone())
     if dump_logits and prefill:
-        path = Path(dump_logits)
-        if not path.parent.is_dir():
-            raise GenerationError(f"{path.parent} is no directory; the logits cannot be written to {path}")
-        save_file({"prefill_logits": prefill[0].to(torch.float32).contiguous(), "step_logits": torch.stack(rows)}, path)
+        logits = {"prefill_logits": prefill[0].to(torch.float32).contiguous(), "step_logits": torch.stack(rows)}
+        save_file(logits, Path(dump_logits))
     return Answer(token_ids, tokenizer.decode(token_ids) if tokenizer else "", reason)

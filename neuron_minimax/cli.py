@@ -1,0 +1,214 @@
+"""The `neuron-minimax` command: parse, call one function of the library, print. Exit 0 good, 1 bad input, 2 usage."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="MiniMax-M2 from its Hugging Face FP8 checkpoint to served tokens on AWS Neuron, proven on a CPU first.",
+)
+
+CheckpointDir = Annotated[Path, typer.Argument(metavar="CKPT", help="Hugging Face checkpoint directory")]
+ConvertedDir = Annotated[Path, typer.Argument(metavar="OUT", help="converted directory")]
+TracedDir = Annotated[Path, typer.Argument(metavar="TRACED", help="compiled directory")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="neuron-minimax")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    except NeuronMiniMaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone; nothing is wrong
+        return 0
+    return 0
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes with rate and time left on standard error; gives the function to advance it by."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+def _split(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
+@app.command()
+def inspect(
+    checkpoint: CheckpointDir,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the report to this file as well")] = None,
+    modules_to_not_convert: Annotated[str | None, typer.Option(metavar="A,B", help="judge this list")] = None,
+) -> None:
+    """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint cannot be used."""
+    from neuron_minimax.checkpoint.precision import inspect as inspect_checkpoint
+
+    report = inspect_checkpoint(checkpoint, _split(modules_to_not_convert))
+    text = json.dumps(report.to_json(), indent=2) if as_json else report.render()
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    raise typer.Exit(0 if report.usable else 1)
+
+
+@app.command()
+def convert(
+    checkpoint: CheckpointDir,
+    out: ConvertedDir,
+    attention: Annotated[str, typer.Option(help="fp8 (exact) or bf16")] = "fp8",
+    fp8_range: Annotated[str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")] = "neuron",
+    scale_convention: Annotated[str, typer.Option(help="auto, multiplier or reciprocal")] = "auto",
+    keep_in_bf16: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the space it needs")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another output in OUT")] = False,
+) -> None:
+    """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import Layout
+    from neuron_minimax.convert.run import convert as run_conversion
+    from neuron_minimax.convert.run import plan_conversion
+
+    layout = Layout(
+        attention=attention,  # type: ignore[arg-type]
+        fp8_range=fp8_range,  # type: ignore[arg-type]
+        scale_convention=scale_convention,  # type: ignore[arg-type]
+        keep_in_bf16=tuple(keep_in_bf16 or ()),
+    )
+    plan, _ = plan_conversion(Checkpoint(checkpoint), layout)
+    if dry_run:
+        print(plan.render())
+        print(f"space needed: {plan.nbytes / 1e9:.3f} GB")
+        return
+    with progress_bar("converting", plan.nbytes) as advance:
+        result = run_conversion(checkpoint, out, layout, overwrite=overwrite, progress=advance)
+        if result.was_finished:
+            advance(plan.nbytes)
+    print(result.render(out))
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointDir,
+    out: ConvertedDir,
+    logits: Annotated[bool, typer.Option("--logits", help="also run both through the eager model")] = False,
+) -> None:
+    """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
+    from neuron_minimax.checkpoint.reader import TensorDirectory
+    from neuron_minimax.convert.verify import verify as verify_conversion
+
+    total = sum(entry.nbytes for entry in TensorDirectory(out).entries.values())
+    with progress_bar("verifying", 2 * total) as advance:
+        verification = verify_conversion(checkpoint, out, advance)
+    print(verification.render())
+    good = verification.equal
+    if logits and good:
+        from neuron_minimax.model.comparison import compare_logits
+
+        comparison = compare_logits(checkpoint, out)
+        print(comparison.render())
+        good = comparison.agrees
+    raise typer.Exit(0 if good else 1)
+
+
+@app.command("compile")
+def compile_(
+    out: ConvertedDir,
+    traced: TracedDir,
+    backend: Annotated[str, typer.Option(help="cpu or neuron")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
+    seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
+    buckets: Annotated[str | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
+    engine: Annotated[str | None, typer.Option(help="cpu: compiled or eager")] = None,
+    force: Annotated[bool, typer.Option("--force", help="compile even if up to date, or advised against")] = False,
+) -> None:
+    """Compile a converted directory once; up to date: says so and stops."""
+    from neuron_minimax.backends import compile_model
+
+    options: dict[str, Any] = {
+        "slots": batch_size,
+        "seq_len": seq_len,
+        "buckets": parse_integers("--buckets", buckets) if buckets else None,
+        "compute": compute,
+        "engine": engine,
+    }
+    report = compile_model(
+        out,
+        traced,
+        backend=backend,
+        options={name: value for name, value in options.items() if value is not None},
+        force=force,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    print(report.render())
+
+
+def parse_integers(option: str, text: str) -> list[int]:
+    """A comma-separated list of integers given to an option. Raises GenerationError naming the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise GenerationError(f"{option} is {text!r}; expected integers separated by commas, such as 1,2,3") from None
+
+
+@app.command()
+def generate(
+    traced: TracedDir,
+    prompt: Annotated[str | None, typer.Option(help="a user's message, put through the chat template")] = None,
+    token_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="prompt tokens, taken as they are")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    greedy: Annotated[bool, typer.Option("--greedy")] = False,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print {token_ids, text}")] = False,
+    dump_logits: Annotated[Path | None, typer.Option(metavar="FILE.safetensors")] = None,
+) -> None:
+    """Generate from a compiled directory; sampling defaults are the checkpoint's own."""
+    if (prompt is None) == (token_ids is None):
+        raise typer.BadParameter("give either --prompt or --token-ids")
+    from neuron_minimax.generation.command import GenerateRequest, run_generate
+
+    request = GenerateRequest(
+        prompt=prompt,
+        token_ids=None if token_ids is None else parse_integers("--token-ids", token_ids),
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        dump_logits=dump_logits,
+    )
+    answer = run_generate(traced, request, on_text=None if as_json else lambda text: print(text, end="", flush=True))
+    print(json.dumps({"token_ids": answer.token_ids, "text": answer.text}) if as_json else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
