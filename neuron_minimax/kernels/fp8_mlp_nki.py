@@ -9,8 +9,8 @@ V visits. A visit is one expert whose weights pass through the core once, whatev
 How a visit runs. A 128 x 128 block of weights is the stationary operand, the activations [P, T] of its 128 input
 features are the moving one, so a product lands in PSUM as [P output features, T] and needs no transpose before the
 second projection. One scale belongs to one block, so PSUM never accumulates over blocks: each row of blocks leaves
-partial sums in PSUM, the vector engine multiplies them by their scales (one per block column) and adds them up in SBUF,
-all in float32. Weights stream through a ring of buffers, so the DMA of the next rows runs during the current products.
+partial sums in PSUM, which are multiplied by their scales (one per block column) and added up in SBUF, all in float32.
+Weights stream through a ring of buffers, so the DMA of the next rows runs during the current products.
 """
 
 import nki
@@ -24,6 +24,9 @@ PARTITIONS = 128  # also the block size: one block is one contraction tile
 PSUM_BANK = 512  # float32 values per partition and bank; one accumulation tile must fit in one bank
 ROWS_PER_LOAD = 4  # rows of blocks per DMA: 1.5 MB at the real size, far above the DMA's fixed cost of about 2 us
 RING = 3  # weight buffers per projection: one in use, two in flight
+SCALAR_ENGINE_TOKENS = (
+    64  # from here on the scalar engine applies the scales, a block at a time, and the vector engine adds
+)
 
 
 def expert_mlp(
@@ -94,7 +97,9 @@ def expert_mlp_kernel(hidden_TH, visits, affinity_VT, gate_up, gate_up_scale, do
     visit_count = visits.shape[1]
     hidden_blocks = hidden_size // PARTITIONS
     intermediate_blocks = down.shape[1] // PARTITIONS
-    core, cores = launch_position()
+    core, cores = 0, 1
+    if nl.program_ndim() > 0:
+        core, cores = nl.program_id(axis=0), nl.num_programs(axes=0)
 
     visits_sb = nl.ndarray((1, visit_count), dtype=visits.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=visits_sb, src=visits)
@@ -121,13 +126,6 @@ def expert_mlp_kernel(hidden_TH, visits, affinity_VT, gate_up, gate_up_scale, do
     result = nl.ndarray((cores, tokens, hidden_size), dtype=nl.float32, buffer=nl.shared_hbm)
     store_transposed(result, core, out)
     return result
-
-
-def launch_position():
-    """This core's number and how many run the kernel together."""
-    if nl.program_ndim() == 0:
-        return 0, 1
-    return nl.program_id(axis=0), nl.num_programs(axes=0)
 
 
 def load_transposed(hidden_TH):
@@ -158,11 +156,14 @@ def store_transposed(result, core, columns):
 
 def weight_ring(row_blocks, columns):
     """Buffers [P, rows of blocks, columns] of codes. Zeroed: a skipped load must leave finite values behind."""
+    rows = min(ROWS_PER_LOAD, row_blocks)
+    words = rows * columns // 4
     ring = []
     for _ in range(RING):
-        shape = (PARTITIONS, min(ROWS_PER_LOAD, row_blocks), columns)
-        ring.append(nl.ndarray(shape, dtype=nl.float8_e4m3, buffer=nl.sbuf))
-        nisa.memset(dst=ring[-1], value=0.0)
+        tile = nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf)
+        # Four codes at a time: a memset writes one element per cycle.
+        nisa.memset(dst=tile.ap(pattern=[[words, PARTITIONS], [1, words]], offset=0, dtype=nl.float32), value=0.0)
+        ring.append(tile)
     return ring
 
 
@@ -170,8 +171,9 @@ def scale_ring(scale):
     """Two buffers [P, blocks]: one expert's scales, the same in every partition. Zeroed like the weights."""
     ring = []
     for _ in range(2):
-        ring.append(nl.ndarray((PARTITIONS, scale.shape[1] * scale.shape[2]), dtype=nl.float32, buffer=nl.sbuf))
-        nisa.memset(dst=ring[-1], value=0.0)
+        tile = nl.ndarray((PARTITIONS, scale.shape[1] * scale.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.memset(dst=tile, value=0.0)
+        ring.append(tile)
     return ring
 
 
@@ -201,12 +203,8 @@ def block_scaled_product(moving, weight, scale, expert, ring, scales, turn):
                         moving=moving[:, first + row, :],
                         accumulate=False,
                     )
-                # One scale per block column, repeated over tokens by a stride of 0.
-                scale_view = scale_tile.ap(
-                    pattern=[[row_blocks * column_blocks, PARTITIONS], [1, width], [0, tokens]],
-                    offset=(first + row) * column_blocks + column,
-                )
-                add_scaled(out[:, column : column + width, :], partial, scale_view, first + row == 0)
+                first_block = (first + row) * column_blocks + column
+                add_scaled(out[:, column : column + width, :], partial, scale_tile, first_block, first + row == 0)
     return out
 
 
@@ -245,13 +243,22 @@ def widened(codes, rows):
     return wide
 
 
-def add_scaled(out, partial, scale_view, is_first):
-    """out (+)= partial * scale, on the vector engine in float32."""
-    if is_first:
-        nisa.tensor_tensor(dst=out, data1=partial, data2=scale_view, op=nl.multiply)
-    else:
+def add_scaled(out, partial, scale_tile, first_block, is_first):
+    """out (+)= partial [P, blocks, T] * the scales from `first_block` on, in float32."""
+    width, tokens = partial.shape[1], partial.shape[2]
+    scaled = out
+    if not is_first:
         scaled = nl.ndarray(partial.shape, dtype=nl.float32, buffer=nl.sbuf)
-        nisa.tensor_tensor(dst=scaled, data1=partial, data2=scale_view, op=nl.multiply)
+    if tokens < SCALAR_ENGINE_TOKENS:
+        # One scale per block column, repeated over tokens by a stride of 0.
+        pattern = [[scale_tile.shape[1], PARTITIONS], [1, width], [0, tokens]]
+        scales = scale_tile.ap(pattern=pattern, offset=first_block)
+        nisa.tensor_tensor(dst=scaled, data1=partial, data2=scales, op=nl.multiply)
+    else:
+        for step in range(width):
+            scale = scale_tile[:, first_block + step : first_block + step + 1]
+            nisa.activation(dst=scaled[:, step, :], op=nl.copy, data=partial[:, step, :], scale=scale)
+    if not is_first:
         nisa.tensor_tensor(dst=out, data1=out, data2=scaled, op=nl.add)
 
 

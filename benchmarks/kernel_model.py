@@ -1,0 +1,80 @@
+"""What the NKI expert kernel would cost on Trainium2, from counted work and documented rates; nothing here ran on one.
+
+Run: python -m benchmarks.kernel_model. One row per token count: one visit (one expert's weights through one physical
+core) at the real size, averaged over 8 visits in the interpreter of tests/nki_interpreter.
+"""
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from neuron_minimax.kernels import fp8_mlp
+from tests import nki_interpreter
+
+HIDDEN, INTERMEDIATE, TOP_K = 3072, 1536, 8
+KERNEL = fp8_mlp.__file__.replace("fp8_mlp.py", "fp8_mlp_nki.py")
+# AWS documentation, "Trainium2 Architecture": 2.9 TB/s of HBM and 8 cores per chip; NKI architecture guide: clocks.
+HBM_BYTES_PER_SECOND = 2.9e12 / 8
+# Clock in Hz, and the instructions that each engine runs here.
+ENGINES = {
+    "tensor": (2.4e9, ("nc_matmul", "nc_transpose")),
+    "vector": (0.96e9, ("tensor_tensor", "tensor_copy", "tensor_scalar", "tensor_reduce", "memset")),
+    "scalar": (1.2e9, ("activation",)),
+}
+
+
+def count(tokens: int) -> dict[str, float]:
+    """The interpreter's counts of 8 visits with `tokens` tokens, bfloat16 activations, divided by 8."""
+    module, machine = nki_interpreter.load(KERNEL)
+    generator = torch.Generator().manual_seed(0)
+    codes = [torch.randint(0, 0x78, (TOP_K, *shape), generator=generator, dtype=torch.uint8) for shape in shapes()]
+    scales = [torch.rand(TOP_K, rows // 128, columns // 128, generator=generator) for rows, columns in shapes()]
+    hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    index_TK = torch.arange(TOP_K).repeat(tokens, 1)
+    affinity_TK = torch.full((tokens, TOP_K), 1 / TOP_K)
+    module.expert_mlp(hidden_TH, index_TK, affinity_TK, codes[0], scales[0], codes[1], scales[1])
+    return {name: amount / TOP_K for name, amount in machine.counts.items()}
+
+
+def shapes() -> tuple[tuple[int, int], tuple[int, int]]:
+    return (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)
+
+
+def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
+    """One expert's weights and scales read once, and an eighth of the hidden states in and the float32 result out."""
+    weights = sum(rows * columns * bytes_per_weight + rows * columns // 128**2 * 4 for rows, columns in shapes())
+    return weights + tokens * HIDDEN * (2 + 4) / TOP_K
+
+
+def row(tokens: int) -> list[str]:
+    counts = count(tokens)
+    moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
+    microseconds = {"DMA": moved / HBM_BYTES_PER_SECOND * 1e6}
+    for engine, (hertz, names) in ENGINES.items():
+        microseconds[engine] = sum(counts.get(f"{name}_cycles", 0) for name in names) / hertz * 1e6
+    bound = max(microseconds, key=microseconds.__getitem__)
+    # Dequantizing in front of the kernel reads FP8, writes BF16 and reads BF16 back; at best the BF16 copy is kept.
+    every_step, kept = (floor_bytes(tokens, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (5, 2))
+    times = [f"{time:.1f}" for time in microseconds.values()]
+    ratios = [f"{other / microseconds[bound]:.2f}" for other in (kept, every_step)]
+    return [str(tokens), f"{moved / 1e6:.2f}", f"{moved / floor_bytes(tokens):.3f}", *times, bound, *ratios]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128])
+    arguments = parser.parse_args(argv)
+    table = Table(title=f"One visit of an expert {HIDDEN} x {INTERMEDIATE}, one trn2 core (model, not a measurement)")
+    headings = "tokens|MB moved|moved / floor|DMA us|tensor us|vector us|scalar us|bound by"
+    for heading in [*headings.split("|"), "BF16 kept / this", "BF16 each step / this"]:
+        table.add_column(heading, justify="right")
+    for tokens in arguments.tokens:
+        table.add_row(*row(tokens))
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,232 @@
+"""The NKI kernel, run by the NumPy interpreter (and by `nki.simulate` where it is installed), against float64."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_minimax.kernels import fp8_mlp
+from tests import nki_interpreter
+
+KERNEL = Path(fp8_mlp.__file__).with_name("fp8_mlp_nki.py")
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).numpy()
+
+
+@pytest.fixture
+def kernel():
+    return nki_interpreter.load(KERNEL)
+
+
+class Case:
+    """Random weights within +-240, hidden states, choices; sizes are element counts."""
+
+    def __init__(self, tokens=3, top_k=2, experts=5, hidden=256, intermediate=128, dtype=torch.float32, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.hidden_TH = torch.randn(tokens, hidden, generator=self.generator).to(dtype)
+        choices = [torch.randperm(experts, generator=self.generator)[:top_k] for _ in range(tokens)]
+        self.expert_index_TK = torch.stack(choices)
+        self.affinity_TK = torch.rand(tokens, top_k, generator=self.generator)
+        self.gate_up = self.codes(experts, hidden, 2 * intermediate)
+        self.down = self.codes(experts, intermediate, hidden)
+        self.gate_up_scale = self.scales(experts, hidden // 128, 2 * intermediate // 128)
+        self.down_scale = self.scales(experts, intermediate // 128, hidden // 128)
+
+    def codes(self, *shape):
+        codes = torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8)
+        return torch.where(codes & 0x78 == 0x78, codes ^ 0x40, codes)
+
+    def scales(self, *shape):
+        return torch.rand(shape, generator=self.generator) * 1e-3 + 1e-4
+
+    def arguments(self):
+        weights = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        return (self.hidden_TH, self.expert_index_TK, self.affinity_TK, *weights)
+
+
+def slow_expert_mlp(case, rounded=torch.float64):
+    """One token, one choice at a time, in float64 NumPy; silu(gate) * up is rounded to `rounded`."""
+
+    def weight(codes, scale):
+        return E4M3[codes.numpy()] * np.kron(scale.double().numpy(), np.ones((128, 128)))
+
+    out = np.zeros(case.hidden_TH.shape)
+    for token, (experts, affinities) in enumerate(zip(case.expert_index_TK, case.affinity_TK, strict=True)):
+        for expert, affinity in zip(experts.tolist(), affinities.tolist(), strict=True):
+            if not 0 <= expert < len(case.down):
+                continue
+            hidden = case.hidden_TH[token].double().numpy()
+            gate, up = np.split(hidden @ weight(case.gate_up[expert], case.gate_up_scale[expert]), 2)
+            product = torch.from_numpy(gate * np.exp(-np.logaddexp(0, -gate)) * up).to(rounded).double().numpy()
+            out[token] += affinity * (product @ weight(case.down[expert], case.down_scale[expert]))
+    return out
+
+
+def relative_error(out, wanted):
+    return np.linalg.norm(out.double().numpy() - wanted) / np.linalg.norm(wanted)
+
+
+FLOAT32_CASES = {
+    "one token": {"tokens": 1, "top_k": 2},
+    "one token and every expert": {"tokens": 1, "top_k": 5},
+    "few tokens": {"tokens": 3},
+    "more choices than experts": {"tokens": 9, "top_k": 3, "experts": 4},
+    "128 tokens": {"tokens": 128, "top_k": 1, "experts": 3, "hidden": 640, "intermediate": 384},
+    "rows of blocks that do not fill a load": {"hidden": 640, "intermediate": 384, "tokens": 2},
+}
+
+
+@pytest.mark.parametrize("sizes", FLOAT32_CASES.values(), ids=FLOAT32_CASES.keys())
+def test_the_float32_mode_equals_float64_within_1e_5(kernel, sizes):
+    case = Case(**sizes)
+    assert relative_error(kernel[0].expert_mlp(*case.arguments()), slow_expert_mlp(case)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 128])
+def test_bfloat16_activations_add_no_error_beyond_their_own_rounding(kernel, tokens):
+    """The kernel rounds silu(gate) * up once to bfloat16, as the reference does here; its output is float32."""
+    module, _ = kernel
+    case = Case(tokens=tokens, hidden=384, intermediate=256, dtype=torch.bfloat16)
+    visits, affinity_VT = module.plan_visits(case.expert_index_TK, case.affinity_TK, len(case.down))
+    weights = (case.gate_up, case.gate_up_scale, case.down, case.down_scale)
+    out = module.expert_mlp_kernel[1](case.hidden_TH, visits, affinity_VT, *weights)[0]
+    assert relative_error(out, slow_expert_mlp(case, torch.bfloat16)) < 1e-3
+    assert torch.equal(module.expert_mlp(*case.arguments()), out.to(torch.bfloat16))
+
+
+def test_the_kernel_agrees_with_the_torch_implementation_in_float64(kernel):
+    case = Case(tokens=7, top_k=3)
+    hidden, *others = case.arguments()
+    assert (
+        relative_error(kernel[0].expert_mlp(hidden, *others), fp8_mlp.expert_mlp(hidden.double(), *others).numpy())
+        < 1e-5
+    )
+
+
+def test_repeated_experts_are_summed_and_moved_once(kernel):
+    module, machine = kernel
+    case = Case(tokens=2, top_k=2, experts=6)
+    case.expert_index_TK = torch.tensor([[4, 4], [1, 4]])
+    assert relative_error(module.expert_mlp(*case.arguments()), slow_expert_mlp(case)) < 1e-5
+    assert machine.counts["hbm_read_bytes"] - overhead(case) == 2 * expert_bytes(case)
+
+
+def test_experts_of_other_ranks_contribute_nothing_and_move_nothing(kernel):
+    module, machine = kernel
+    case = Case(tokens=3, top_k=3, experts=4)
+    case.expert_index_TK = torch.tensor([[-1, 2, 4], [9, -1, 2], [-1, 4, 7]])
+    out = module.expert_mlp(*case.arguments())
+    assert relative_error(out, slow_expert_mlp(case)) < 1e-5
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    assert machine.counts["hbm_read_bytes"] - overhead(case) == expert_bytes(case)
+
+
+def test_a_rank_that_holds_no_chosen_expert_returns_zeros_and_moves_no_weights(kernel):
+    module, machine = kernel
+    case = Case()
+    case.expert_index_TK = torch.full_like(case.expert_index_TK, -1)
+    assert torch.equal(module.expert_mlp(*case.arguments()), torch.zeros_like(case.hidden_TH))
+    assert machine.counts["hbm_read_bytes"] == overhead(case)
+
+
+def test_extreme_scales_and_zero_blocks_keep_their_precision(kernel):
+    case = Case(tokens=4, hidden=256, intermediate=256)
+    case.gate_up_scale[:, 0], case.gate_up_scale[:, 1] = 1e-6, 1e3
+    case.down_scale[:, :, 0], case.down_scale[:, :, 1] = 1e-6, 1e3
+    case.gate_up[:, :128, 128:256] = 0
+    case.down[:, 128:, :128] = 0x80
+    out, wanted = kernel[0].expert_mlp(*case.arguments()), slow_expert_mlp(case)
+    for columns in (slice(0, 128), slice(128, 256)):
+        assert relative_error(out[:, columns], wanted[:, columns]) < 1e-5
+
+
+def test_two_cores_share_the_visits_and_sum_to_the_same_result(kernel):
+    module, machine = kernel
+    case = Case(tokens=2, top_k=3, experts=9)
+    alone = module.expert_mlp(*case.arguments())
+    moved = machine.counts["hbm_read_bytes"]
+    shared = module.expert_mlp(*case.arguments(), cores=2)
+    assert torch.allclose(alone, shared, rtol=1e-5, atol=1e-6 * alone.abs().max().item())
+    hidden_and_visits = case.hidden_TH.numel() * 4 + 6 * 4
+    assert machine.counts["hbm_read_bytes"] == 2 * moved + hidden_and_visits
+
+
+def test_codes_above_240_reach_the_result_as_nan_instead_of_wrong_numbers(kernel):
+    case = Case(tokens=1, top_k=1, experts=1)
+    case.gate_up[0, 5, 7] = 0x7A
+    assert kernel[0].expert_mlp(*case.arguments()).isnan().all()
+
+
+def test_what_the_kernel_does_not_take_is_refused_by_name(kernel):
+    expert_mlp = kernel[0].expert_mlp
+    with pytest.raises(ValueError, match="1 to 128 tokens"):
+        expert_mlp(*Case(tokens=129, top_k=1).arguments())
+    ragged, dense, wrong = Case(), Case(), Case()
+    ragged.hidden_TH, ragged.gate_up = ragged.hidden_TH[:, :192], ragged.gate_up[:, :192]
+    ragged.down = ragged.down[..., :192]
+    with pytest.raises(ValueError, match="multiples of 128"):
+        expert_mlp(*ragged.arguments())
+    dense.gate_up_scale = None
+    with pytest.raises(ValueError, match="FP8 weights with block scales"):
+        expert_mlp(*dense.arguments())
+    wrong.gate_up_scale = wrong.gate_up_scale[:, :1]
+    with pytest.raises(ValueError, match="gate_up_scale has shape"):
+        expert_mlp(*wrong.arguments())
+
+
+def test_the_plan_visits_each_chosen_local_expert_exactly_once(kernel):
+    generator = torch.Generator().manual_seed(1)
+    for tokens, top_k, experts in ((1, 8, 256), (5, 4, 7), (16, 8, 64), (2, 2, 4)):
+        index_TK = torch.randint(-3, experts + 3, (tokens, top_k), generator=generator)
+        affinity_TK = torch.rand(tokens, top_k, generator=generator)
+        visits, affinity_VT = kernel[0].plan_visits(index_TK, affinity_TK, experts)
+        local = [expert for expert in visits[0].tolist() if expert < experts]
+        assert sorted(local) == sorted({expert for expert in index_TK.flatten().tolist() if 0 <= expert < experts})
+        dense_TE = torch.zeros(tokens, experts)
+        for token in range(tokens):
+            for choice in range(top_k):
+                if 0 <= index_TK[token, choice] < experts:
+                    dense_TE[token, index_TK[token, choice]] += affinity_TK[token, choice]
+        for expert, affinity_T in zip(visits[0].tolist(), affinity_VT, strict=True):
+            wanted_T = dense_TE[:, expert] if expert < experts else torch.zeros(tokens)
+            assert torch.allclose(affinity_T, wanted_T)
+
+
+def test_every_chosen_block_moves_once_and_ahead_of_its_products_at_the_real_size(kernel):
+    module, machine = kernel
+    case = Case(tokens=1, top_k=8, experts=8, hidden=3072, intermediate=1536, dtype=torch.bfloat16)
+    module.expert_mlp(*case.arguments())
+    floor = 8 * (3 * 3072 * 1536 + 4 * (case.gate_up_scale[0].numel() + case.down_scale[0].numel()))
+    assert machine.counts["hbm_read_bytes"] / floor <= 1.05
+    assert machine.counts["nc_matmul"] == 8 * 3 * 24 * 12
+    assert machine.counts["dma_into_busy"] == 0, "a load waits for the products of the previous one"
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("nki") and importlib.util.find_spec("nki.isa")),
+    reason="the nki package (Neuron SDK 2.29 and later, from AWS's index) is not installed",
+)
+def test_nki_simulate_gives_what_the_interpreter_gives(kernel):
+    import nki
+
+    from neuron_minimax.kernels import fp8_mlp_nki
+
+    case = Case(tokens=4, top_k=2, experts=6, hidden=256, intermediate=256)
+    visits, affinity_VT = fp8_mlp_nki.plan_visits(case.expert_index_TK, case.affinity_TK, len(case.down))
+    weights = (case.gate_up, case.gate_up_scale, case.down, case.down_scale)
+    arguments = [tensor.numpy() for tensor in (case.hidden_TH, visits, affinity_VT, *weights)]
+    simulated = torch.from_numpy(np.asarray(nki.simulate(fp8_mlp_nki.expert_mlp_kernel)(*arguments)))
+    assert relative_error(simulated.sum(dim=0), slow_expert_mlp(case)) < 1e-5
+
+
+def expert_bytes(case):
+    """HBM reads of one visit: codes once, scales once per partition."""
+    scales = case.gate_up_scale[0].numel() + case.down_scale[0].numel()
+    return case.gate_up[0].numel() + case.down[0].numel() + 128 * 4 * scales
+
+
+def overhead(case):
+    """HBM reads that do not depend on the experts: hidden, visit list, affinities in every partition."""
+    visits = min(case.expert_index_TK.numel(), len(case.down))
+    return case.hidden_TH.numel() * case.hidden_TH.element_size() + 4 * visits + 128 * 4 * visits * len(case.hidden_TH)
