@@ -1,6 +1,5 @@
 """The NKI kernel, run by the NumPy interpreter (and by `nki.simulate` where it is installed), against float64."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -203,13 +202,10 @@ def test_every_chosen_block_moves_once_and_ahead_of_its_products_at_the_real_siz
     assert machine.counts["dma_into_busy"] == 0, "a load waits for the products of the previous one"
 
 
-@pytest.mark.skipif(
-    not (importlib.util.find_spec("nki") and importlib.util.find_spec("nki.isa")),
-    reason="the nki package (Neuron SDK 2.29 and later, from AWS's index) is not installed",
-)
-def test_nki_simulate_gives_what_the_interpreter_gives(kernel):
-    import nki
-
+def test_nki_simulate_equals_float64_within_1e_5():
+    nki = pytest.importorskip("nki", reason="the nki package (Neuron SDK 2.29 and later) is not installed")
+    if not hasattr(nki, "simulate"):
+        pytest.skip("this nki package is the empty one of the public index; Neuron's comes from AWS's own index")
     from neuron_minimax.kernels import fp8_mlp_nki
 
     case = Case(tokens=4, top_k=2, experts=6, hidden=256, intermediate=256)
