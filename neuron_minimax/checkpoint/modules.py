@@ -22,7 +22,9 @@ class Framework(StrEnum):
     NXDI = "NxDI"
 
 
-# Kind of weight -> path of the module that a framework would swap for a quantized one.
+# Neither framework of today swaps these for quantized modules; they are listed so that no other release does.
+NEVER_SWAPPED = ("embed_tokens", "gate")
+# Kind of weight -> path of its module.
 MODULE_PATHS: dict[Framework, dict[str, str]] = {
     Framework.HUGGING_FACE: {
         **{name: f"model.layers.{{l}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -36,6 +38,8 @@ MODULE_PATHS: dict[Framework, dict[str, str]] = {
         "w1": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
         "w3": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
         "w2": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.down_proj",
+        "gate": "layers.{l}.block_sparse_moe.router.linear_router",
+        "embed_tokens": "embed_tokens",
         "lm_head": "lm_head",
     },
 }
@@ -43,11 +47,12 @@ MODULE_PATHS: dict[Framework, dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One module of a framework: its path, the weights it holds, and how many of them are FP8 with scales."""
+    """One module: its path, its weights, how many are FP8 with scales, and whether the framework would swap it."""
 
     path: str
     weights: int
     fp8: int
+    swapped: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +82,19 @@ def reaches(framework: Framework, entry: str, path: str) -> bool:
 def modules_of(framework: Framework, entries: Mapping[str, TensorEntry], config: ModelConfig) -> list[Module]:
     """The modules that the framework could convert, in layer order, judged by the tensors that are there."""
     counts: dict[str, list[int]] = {}
+    kept: set[str] = set()
     paths = MODULE_PATHS[framework]
     for wanted in schema.expected(config):
         if wanted.is_scale or wanted.weight.kind not in paths or wanted.name not in entries:
             continue
-        count = counts.setdefault(paths[wanted.weight.kind].format(l=wanted.layer), [0, 0])
+        path = paths[wanted.weight.kind].format(l=wanted.layer)
+        count = counts.setdefault(path, [0, 0])
+        kept |= {path} if wanted.weight.kind in NEVER_SWAPPED else set()
         count[0] += 1
         count[1] += entries[wanted.name].dtype == "F8_E4M3" and schema.scale_name(wanted.name) in entries
-    return [Module(path=path, weights=weights, fp8=fp8) for path, (weights, fp8) in counts.items()]
+    return [
+        Module(path=path, weights=weights, fp8=fp8, swapped=path not in kept) for path, (weights, fp8) in counts.items()
+    ]
 
 
 def judge(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> tuple[EntryVerdict, ...]:
@@ -109,11 +119,11 @@ def judge(framework: Framework, entries: Sequence[str], modules: Sequence[Module
 
 
 def uncovered(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> list[Module]:
-    """Modules without FP8 weights that no entry reaches: the framework would look for scales they do not have."""
+    """Modules without FP8 weights that no entry reaches: the framework would look for their scales."""
     return [
         module
         for module in modules
-        if not module.fp8 and not any(reaches(framework, entry, module.path) for entry in entries)
+        if module.swapped and not module.fp8 and not any(reaches(framework, entry, module.path) for entry in entries)
     ]
 
 
@@ -137,9 +147,10 @@ def needed(framework: Framework, modules: Sequence[Module]) -> tuple[str, ...]:
 
 
 def _parts_of(path: str) -> Iterable[str]:
-    """Every run of whole components: for a.b -> a, a.b, b. The path itself always reaches its own module alone."""
+    """Runs of whole components that neither start nor end with a layer number: for a.b they are a, a.b, b."""
     parts = path.split(".")
-    return [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+    runs = [parts[i:j] for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+    return [".".join(run) for run in runs if not (run[0].isdigit() or run[-1].isdigit())]
 
 
 def _reason(framework: Framework, entry: str, reached: Sequence[Module], fp8: int, others: int) -> str:

@@ -1,16 +1,17 @@
 """The precision report of a checkpoint, from its headers alone: what is FP8, what is not, and what will go wrong.
 
-Nothing here reads tensor data; `neuron_minimax.checkpoint.values` does, for `--check-values`.
+Tensor data is read only when values are checked too (`neuron_minimax.checkpoint.values`).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from neuron_minimax.checkpoint import precision_text, schema
+from neuron_minimax.checkpoint.findings import SEVERITIES, Finding, configuration_findings, list_findings
 from neuron_minimax.checkpoint.modules import (
     EntryVerdict,
     Framework,
@@ -18,22 +19,10 @@ from neuron_minimax.checkpoint.modules import (
     judge,
     modules_of,
     needed,
-    uncovered,
 )
 from neuron_minimax.checkpoint.reader import Checkpoint
-
-Severity = Literal["error", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing to know: an error makes the checkpoint unusable as it is, a warning does not."""
-
-    severity: Severity
-    kind: str
-    subject: str
-    message: str
+from neuron_minimax.checkpoint.values import ValueReport
+from neuron_minimax.checkpoint.values import check_values as read_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +92,8 @@ class PrecisionReport:
     mtp: tuple[str, ...]
     needed: dict[str, tuple[str, ...]]
     module_lists: tuple[ModuleList, ...]
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
+    values: ValueReport | None = None
 
     @property
     def usable(self) -> bool:
@@ -167,21 +157,32 @@ class PrecisionReport:
                 ],
             },
             "findings": [vars(finding) for finding in self.findings],
+            "values": self.values.to_json() if self.values else None,
         }
 
 
-def inspect(directory: str | Path, modules_to_not_convert: Sequence[str] | None = None) -> PrecisionReport:
+def inspect(
+    directory: str | Path,
+    modules_to_not_convert: Sequence[str] | None = None,
+    check_values: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> PrecisionReport:
     """Read every header of a checkpoint directory and report what it holds and what is wrong.
 
-    `modules_to_not_convert` is a list to judge for NxDI; None judges the one in config.json alone. Faults of the
-    checkpoint are findings of the report; ConfigError and CheckpointError are raised only when there is no MiniMax-M2
-    checkpoint to read at all.
+    `modules_to_not_convert` is a list to judge for NxDI; None judges the one in config.json alone. `check_values` also
+    reads every weight and scale, calling `progress` with bytes read. Faults of the checkpoint are findings of the
+    report; ConfigError and CheckpointError are raised only when there is no MiniMax-M2 checkpoint to read at all.
     """
     checkpoint = Checkpoint(directory)
-    return report_of(checkpoint, modules_to_not_convert)
+    values = read_values(checkpoint, progress) if check_values else None
+    return report_of(checkpoint, modules_to_not_convert, values)
 
 
-def report_of(checkpoint: Checkpoint, modules_to_not_convert: Sequence[str] | None = None) -> PrecisionReport:
+def report_of(
+    checkpoint: Checkpoint,
+    modules_to_not_convert: Sequence[str] | None = None,
+    values: ValueReport | None = None,
+) -> PrecisionReport:
     """The report of an opened checkpoint; see `inspect`."""
     config = checkpoint.config
     dtypes: dict[str, tuple[int, int]] = {}
@@ -195,8 +196,9 @@ def report_of(checkpoint: Checkpoint, modules_to_not_convert: Sequence[str] | No
         lists.append(_judged("--modules-to-not-convert", tuple(modules_to_not_convert), modules))
     findings = [
         *(Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message) for p in checkpoint.problems),
-        *_configuration_findings(checkpoint, kinds),
-        *_list_findings(lists, modules),
+        *configuration_findings(checkpoint, kinds),
+        *list_findings(lists, modules),
+        *(values.findings if values else ()),
     ]
     return PrecisionReport(
         directory=str(checkpoint.directory),
@@ -216,6 +218,7 @@ def report_of(checkpoint: Checkpoint, modules_to_not_convert: Sequence[str] | No
         needed={str(framework): needed(framework, found) for framework, found in modules.items()},
         module_lists=tuple(lists),
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
+        values=values,
     )
 
 
@@ -277,60 +280,3 @@ def _shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
 def _judged(origin: str, entries: tuple[str, ...], modules: dict[Framework, list[Module]]) -> ModuleList:
     verdicts = tuple(verdict for framework in Framework for verdict in judge(framework, entries, modules[framework]))
     return ModuleList(origin=origin, entries=entries, verdicts=verdicts)
-
-
-def _configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
-    """Where config.json and the tensors disagree, and what is unusual without being wrong."""
-    fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
-    if fp8 and not checkpoint.config.declares_fp8:
-        message = (
-            f"config.json has no quantization_config, but {fp8} weights are FP8: transformers would load their codes "
-            "as values, silently; the tensors decide here. Restore the section from the published config.json"
-        )
-        yield Finding(severity="warning", kind="config", subject="config.json", message=message)
-    if checkpoint.config.declares_fp8 and not fp8 and any(row.found for row in kinds):
-        message = (
-            "config.json declares FP8, but no weight is FP8: NxDI would look for scales that do not exist; the tensors "
-            "decide here. Remove quantization_config"
-        )
-        yield Finding(severity="warning", kind="config", subject="config.json", message=message)
-    for row in kinds:
-        if "mixed" in row.layers:
-            layer = row.layers.index("mixed")
-            message = f"{row.kind} of layer {layer} has weights of several dtypes; one stacked tensor can have only one"
-            yield Finding(severity="error", kind="dtype", subject=f"layer {layer} {row.kind}", message=message)
-        elif len(row.dtypes) > 1:
-            message = f"{row.kind} is {row.precision}: not the same in every layer"
-            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
-    if checkpoint.mtp_names:
-        message = (
-            f"{len(checkpoint.mtp_names)} multi-token-prediction tensors (for one {checkpoint.mtp_names[0]}) are not "
-            "part of the model and are left out of a conversion"
-        )
-        yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
-
-
-def _list_findings(lists: Sequence[ModuleList], modules: dict[Framework, list[Module]]) -> Iterator[Finding]:
-    for listed in lists:
-        given = listed.origin != "config.json"
-        if not given and not listed.entries:
-            continue  # nothing is said, so nothing is wrong: `needed` says what to list
-        for verdict in listed.verdicts:
-            if verdict.verdict != "breaks" or (given and verdict.framework is not Framework.NXDI):
-                continue
-            message = f"{listed.origin}, {verdict.framework}: {verdict.reason}; take it off the list"
-            severity: Severity = "error" if given else "warning"
-            yield Finding(severity=severity, kind="modules_to_not_convert", subject=verdict.entry, message=message)
-        lacking = uncovered(Framework.NXDI, listed.entries, modules[Framework.NXDI])
-        if lacking and needed(Framework.NXDI, modules[Framework.NXDI]):
-            message = (
-                f"{listed.origin}, NxDI: no entry reaches {lacking[0].path}"
-                + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
-                + ", which has no scales: NxDI stops with `Cannot find ... .scale`; add the entries listed as needed"
-            )
-            yield Finding(
-                severity="error" if given else "warning",
-                kind="modules_to_not_convert",
-                subject=lacking[0].path,
-                message=message,
-            )

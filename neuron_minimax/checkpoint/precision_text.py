@@ -5,11 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from neuron_minimax.checkpoint.values import SAMPLED_ROW
+
 if TYPE_CHECKING:
     from neuron_minimax.checkpoint.precision import Finding, PrecisionReport
+    from neuron_minimax.checkpoint.values import ValueReport
 
 WIDTH = 120
 SHOWN_PER_KIND = 10  # findings of one kind that are printed; to_json has all
+# Magnitudes of zero, of what trn1, inf2 and trn2 cannot read (256 to 448), and of 448.
+CODE_GROUPS = ((0x00,), tuple(range(0x78, 0x7F)), (0x7E,))
 MARKS = {"error": "ERROR", "warning": "warning", "note": "note"}
 
 
@@ -48,8 +53,38 @@ def _sections(report: "PrecisionReport") -> Iterator[str]:
         ],
     )
     yield "\n".join(_list_lines(report))
+    if report.values:
+        yield from _value_sections(report.values)
     files = [(row.name, f"{row.tensors:,}", size_text(row.bytes)) for row in report.shards]
     yield table("Files", ("file", "tensors", "bytes"), files)
+
+
+def _value_sections(values: "ValueReport") -> Iterator[str]:
+    rows = [
+        (
+            row.kind,
+            f"{row.blocks:,}",
+            f"{row.minimum:.3e}",
+            f"{row.median:.3e}",
+            f"{row.maximum:.3e}",
+            f"{row.low_range_blocks:,}",
+        )
+        for row in values.scales
+    ]
+    if rows:
+        yield table("Scales", ("kind", "blocks", "minimum", "median", "maximum", "largest code under 112"), rows)
+    sampled, histogram = max(1, sum(values.histogram)), values.histogram
+    zeros, beyond, end = (sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS)
+    lines = [
+        f"Values ({size_text(values.bytes_read)} read; shares are of every {SAMPLED_ROW}nd row)",
+        _wrapped(f"weight_scale_inv is the {values.convention or 'UNCLEAR'}: {values.evidence}", "  "),
+        f"  zero codes {100 * zeros / sampled:.3f} %, codes above 240 {100 * beyond / sampled:.3f} %, "
+        f"at the range end (448) {100 * end / sampled:.3f} %",
+    ]
+    if values.router_bias:
+        low, high = min(pair[0] for pair in values.router_bias), max(pair[1] for pair in values.router_bias)
+        lines.append(f"  router bias from {low:.3f} to {high:.3f} over {len(values.router_bias)} layers")
+    yield "\n".join(lines)
 
 
 def _finding_lines(findings: Sequence["Finding"]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.modules import Framework, Module, needed
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.ops import SCALE_TREATMENTS, Treatment, arranged_shape
 from neuron_minimax.convert.rules import RULES, Rule, ScalePolicy, module_of, target_scale_name
@@ -187,7 +188,7 @@ def plan(
         convention=convention,
         outputs=outputs,
         left_out=tuple(name for name in tolerated if name in sources),
-        modules_to_not_convert=tuple(unquantized_modules(outputs)),
+        modules_to_not_convert=unquantized_modules(outputs),
     )
 
 
@@ -288,20 +289,10 @@ def check_module_names(modules: Sequence[str], config: ModelConfig) -> None:
             raise ConversionError(f"--keep-in-bf16 {module}: routing stays in float32; BF16 flips experts")
 
 
-def unquantized_modules(outputs: Sequence[Output]) -> list[str]:
-    """`modules_to_not_convert` for NxDI, which matches each entry as a substring of the dotted module path.
-
-    For each module that is not FP8 the shortest leading part of its path that is a substring of no FP8 module's path:
-    first without the layer number, then with it.
-    """
-    quantized = [module_of(output.name) for output in outputs if output.dtype == "F8_E4M3"]
-    names: dict[str, None] = {}
-    for output in outputs:
-        # Norms and the bias are no modules that NxDI would convert.
-        if output.dtype == "F8_E4M3" or output.is_scale or len(output.shape) < 2:
-            continue
-        path = module_of(output.name).split(".")
-        inner = path[2:] if output.layer is not None else path
-        candidates = [".".join(parts[:end]) for parts in (inner, path) for end in range(1, len(parts) + 1)]
-        names[next(name for name in candidates if not any(name in module for module in quantized))] = None
-    return list(names)
+def unquantized_modules(outputs: Sequence[Output]) -> tuple[str, ...]:
+    """`modules_to_not_convert` for NxDI: entries that reach every matrix that is not FP8, and no other."""
+    matrices = [output for output in outputs if not output.is_scale and len(output.shape) > 1]
+    modules = [
+        Module(path=module_of(output.name), weights=1, fp8=int(output.dtype == "F8_E4M3")) for output in matrices
+    ]
+    return needed(Framework.NXDI, modules)

@@ -1,0 +1,81 @@
+"""Findings of an inspection: where config.json, a list of modules and the tensors disagree."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from neuron_minimax.checkpoint.modules import Framework, Module, uncovered
+from neuron_minimax.checkpoint.reader import Checkpoint
+
+if TYPE_CHECKING:
+    from neuron_minimax.checkpoint.precision import KindRow, ModuleList
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing to know: an error makes the checkpoint unusable as it is, a warning does not."""
+
+    severity: Severity
+    kind: str
+    subject: str
+    message: str
+
+
+def configuration_findings(checkpoint: Checkpoint, kinds: Sequence["KindRow"]) -> Iterator[Finding]:
+    """Where config.json and the tensors disagree, and what is unusual without being wrong."""
+    fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
+    if fp8 and not checkpoint.config.declares_fp8:
+        message = (
+            f"config.json has no quantization_config, but {fp8} weights are FP8: transformers would load their codes "
+            "as values, silently; the tensors decide here. Restore the section from the published config.json"
+        )
+        yield Finding(severity="warning", kind="config", subject="config.json", message=message)
+    if checkpoint.config.declares_fp8 and not fp8 and any(row.found for row in kinds):
+        message = (
+            "config.json declares FP8, but no weight is FP8: NxDI would look for scales that do not exist; the tensors "
+            "decide here. Remove quantization_config"
+        )
+        yield Finding(severity="warning", kind="config", subject="config.json", message=message)
+    for row in kinds:
+        if "mixed" in row.layers:
+            layer = row.layers.index("mixed")
+            message = f"{row.kind} of layer {layer} has weights of several dtypes; one stacked tensor can have only one"
+            yield Finding(severity="error", kind="dtype", subject=f"layer {layer} {row.kind}", message=message)
+        elif len(row.dtypes) > 1:
+            message = f"{row.kind} is {row.precision}: not the same in every layer"
+            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
+    if checkpoint.mtp_names:
+        message = (
+            f"{len(checkpoint.mtp_names)} multi-token-prediction tensors (for one {checkpoint.mtp_names[0]}) are not "
+            "part of the model and are left out of a conversion"
+        )
+        yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
+
+
+def list_findings(lists: Sequence["ModuleList"], modules: Mapping[Framework, list[Module]]) -> Iterator[Finding]:
+    for listed in lists:
+        given = listed.origin != "config.json"
+        if not given and not listed.entries:
+            continue  # nothing is said, so nothing is wrong: `needed` says what to list
+        for verdict in listed.verdicts:
+            if verdict.verdict != "breaks" or (given and verdict.framework is not Framework.NXDI):
+                continue
+            message = f"{listed.origin}, {verdict.framework}: {verdict.reason}; take it off the list"
+            severity: Severity = "error" if given else "warning"
+            yield Finding(severity=severity, kind="modules_to_not_convert", subject=verdict.entry, message=message)
+        lacking = uncovered(Framework.NXDI, listed.entries, modules[Framework.NXDI])
+        if lacking and any(module.fp8 for module in modules[Framework.NXDI]):
+            message = (
+                f"{listed.origin}, NxDI: no entry reaches {lacking[0].path}"
+                + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+                + ", which has no scales: NxDI stops with `Cannot find ... .scale`; add the entries listed as needed"
+            )
+            yield Finding(
+                severity="error" if given else "warning",
+                kind="modules_to_not_convert",
+                subject=lacking[0].path,
+                message=message,
+            )

@@ -1,0 +1,294 @@
+"""What the values of a checkpoint say: one pass over every weight and scale, checked and measured as it streams past.
+
+Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil(R / block rows), ceil(C / block
+columns)]. Every code is checked; the histogram and the norms come from every 32nd row, which is said where shown.
+"""
+
+import os
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from neuron_minimax.checkpoint import fp8, schema
+from neuron_minimax.checkpoint.findings import Finding
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.schema import Expected
+from neuron_minimax.errors import CheckpointError
+
+SAMPLED_ROW = 32  # one row of this many goes into the histogram and the norms
+LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]  # a block below wastes two bits of range
+STRIP_BYTES = 1 << 20
+SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one pass over one tensor gives; `maxima` are the largest codes of its blocks, `scales` its scales."""
+
+    weight: Expected
+    elements: int
+    bad: int = 0
+    all_zero: bool = False
+    histogram: np.ndarray | None = None
+    maxima: np.ndarray | None = None
+    scales: np.ndarray | None = None
+    norm: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleRow:
+    """Scales of one kind (`layer` None) or of one kind in one layer, those that are positive and finite."""
+
+    kind: str
+    layer: int | None
+    blocks: int
+    minimum: float
+    median: float
+    maximum: float
+    low_range_blocks: int  # largest code of the block below 112, a quarter of 448
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueReport:
+    """What the values say. The histogram counts each of the 256 codes in every 32nd row; maxima are over all."""
+
+    bytes_read: int
+    codes: int
+    histogram: tuple[int, ...]
+    scales: tuple[ScaleRow, ...]
+    layer_scales: tuple[ScaleRow, ...]
+    convention: str | None
+    evidence: str
+    router_bias: tuple[tuple[float, float], ...]
+    expert_norms: tuple[tuple[float, ...], ...]  # [layers][experts], Frobenius norm of w1, w2 and w3, from sampled rows
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, what is no number as null; the keys are described in docs/inspect.md."""
+        rows = {"scales": [vars(row) for row in self.scales], "layer_scales": [vars(row) for row in self.layer_scales]}
+        return finite({name: value for name, value in vars(self).items() if name != "findings"} | rows)
+
+
+def finite(value: Any) -> Any:
+    """A nested JSON value with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambda nbytes: None) -> ValueReport:
+    """Read every expected tensor once, on all cores; `progress` is called with bytes read.
+
+    Faults are findings, not errors: each names its tensor. Tensors whose headers are wrong are left out.
+    """
+    broken = {problem.subject for problem in checkpoint.problems}
+    wanted = [
+        weight
+        for weight in schema.expected(checkpoint.config)
+        if not weight.is_scale and weight.name in checkpoint.entries and weight.name not in broken
+    ]
+    wanted.sort(key=lambda weight: (checkpoint.entry(weight.name).shard, checkpoint.entry(weight.name).start))
+    tally = _Tally(checkpoint)
+    for measurement, nbytes in _in_parallel(checkpoint, wanted, broken):
+        tally.add(measurement)
+        progress(nbytes)
+    return tally.report()
+
+
+def _in_parallel(checkpoint: Checkpoint, wanted: list[Expected], broken: set[str]) -> Iterator[tuple[Measurement, int]]:
+    """Measurements in file order, a few tensors ahead."""
+    workers = os.cpu_count() or 1
+    pending: deque[tuple[Expected, Future[Measurement]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for weight in wanted:
+            checkpoint.will_need(weight.name)
+            pending.append((weight, pool.submit(measure, checkpoint, weight, broken)))
+            if len(pending) > 4 * workers:
+                done, future = pending.popleft()
+                yield future.result(), _nbytes(checkpoint, done)
+        for done, future in pending:
+            yield future.result(), _nbytes(checkpoint, done)
+
+
+def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
+    scale = checkpoint.entries.get(schema.scale_name(weight.name))
+    return checkpoint.entry(weight.name).nbytes + (scale.nbytes if scale else 0)
+
+
+def measure(checkpoint: Checkpoint, weight: Expected, broken: set[str] = frozenset()) -> Measurement:  # type: ignore[assignment]
+    """One pass over one tensor."""
+    stored = checkpoint.array(weight.name)
+    if not checkpoint.is_fp8(weight.name):
+        return _measure_plain(weight, stored)
+    scale_name = schema.scale_name(weight.name)
+    scaled = scale_name in checkpoint.entries and scale_name not in broken
+    return _measure_codes(
+        weight, stored, checkpoint.array(scale_name) if scaled else None, checkpoint.config.weight_block_size
+    )
+
+
+def _measure_plain(weight: Expected, stored: np.ndarray) -> Measurement:
+    """A BF16 (uint16) or float32 tensor: elements that are no numbers, whether all are zero, the bias's range."""
+    flat, bad, all_zero = stored.reshape(-1), 0, True
+    for start in range(0, flat.size, STRIP_BYTES):
+        strip = flat[start : start + STRIP_BYTES]
+        bits = strip if strip.dtype == np.uint16 else strip.view(np.uint32)
+        exponent = bits.dtype.type(0x7F80 if strip.dtype == np.uint16 else 0x7F800000)
+        bad += int(np.count_nonzero((bits & exponent) == exponent))
+        all_zero = all_zero and not strip.any()
+    low = high = 0.0
+    if weight.weight.kind == "e_score_correction_bias" and stored.dtype == np.float32:
+        low, high = float(stored.min()), float(stored.max())
+    return Measurement(weight=weight, elements=flat.size, bad=bad, all_zero=all_zero, low=low, high=high)
+
+
+def _measure_codes(
+    weight: Expected, codes: np.ndarray, scales: np.ndarray | None, block: tuple[int, int]
+) -> Measurement:
+    starts = np.arange(0, codes.shape[1], block[1])
+    maxima = np.empty(schema.block_grid(codes.shape, block), np.uint8)
+    for index, row in enumerate(range(0, codes.shape[0], block[0])):
+        maxima[index] = np.maximum.reduceat((codes[row : row + block[0]] & 0x7F).max(axis=0), starts)
+    sampled = codes[:: _row_step(block)]
+    norm = 0.0
+    if scales is not None:
+        with np.errstate(all="ignore"):
+            norm = float(np.sqrt(np.sum(_block_squares(sampled, codes.shape, block) * scales.astype(np.float64) ** 2)))
+    return Measurement(
+        weight=weight,
+        elements=codes.size,
+        bad=int(np.count_nonzero((codes & 0x7F) == fp8.CODE_NAN)) if maxima.max() == fp8.CODE_NAN else 0,
+        all_zero=not maxima.any(),
+        histogram=np.bincount(sampled.reshape(-1), minlength=256),
+        maxima=maxima,
+        scales=scales,
+        norm=norm,
+    )
+
+
+def _row_step(block: tuple[int, int]) -> int:
+    return min(SAMPLED_ROW, block[0])
+
+
+def _block_squares(sampled: np.ndarray, shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:
+    """Sum of squared code values of each block, scaled up from its sampled rows."""
+    first_rows = np.arange(0, shape[0], block[0])
+    starts = -(-first_rows // _row_step(block))  # index of the first sampled row of each block row
+    in_block = np.diff(np.append(first_rows, shape[0]))
+    seen = np.diff(np.append(starts, sampled.shape[0]))
+    by_column = np.add.reduceat(np.take(SQUARES, sampled), np.arange(0, shape[1], block[1]), axis=1, dtype=np.float64)
+    return np.add.reduceat(by_column, starts, axis=0) * (in_block / seen)[:, None]
+
+
+class _Tally:
+    """Measurements added up into a report."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.findings: list[Finding] = []
+        self.counts: Counter[str] = Counter()
+        self.histogram = np.zeros(256, np.int64)
+        # (name, largest code of each block, scales): decide_convention takes them as weights of 1 x 1 blocks
+        self.samples: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self.grids: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.bias: dict[int, tuple[float, float]] = {}
+        config = checkpoint.config
+        self.squared_norms = np.zeros((config.num_hidden_layers, config.num_local_experts))
+        self.dead: Counter[tuple[int, int]] = Counter()
+
+    def add(self, found: Measurement) -> None:
+        weight = found.weight
+        self.counts["bytes"] += _nbytes(self.checkpoint, weight)
+        faults = list(_findings_of(found))
+        self.findings += faults
+        if weight.expert is not None and found.all_zero:
+            self.dead[weight.layer or 0, weight.expert] += 1
+        if weight.weight.kind == "e_score_correction_bias":
+            self.bias[weight.layer or 0] = (found.low, found.high)
+        if found.histogram is None or found.maxima is None:
+            return
+        self.counts["codes"] += found.elements
+        self.histogram += found.histogram
+        if found.scales is not None:
+            scales = np.array(found.scales, np.float32)
+            self.grids[weight.weight.kind, weight.layer or 0].append((scales.reshape(-1), found.maxima.reshape(-1)))
+            if not any(fault.severity == "error" for fault in faults):
+                self.samples.append((weight.name, found.maxima, scales))
+        if weight.expert is not None and np.isfinite(found.norm):
+            self.squared_norms[weight.layer or 0, weight.expert] += found.norm**2
+
+    def report(self) -> ValueReport:
+        convention, evidence = fp8.decide_convention(self.samples, (1, 1))
+        findings = [*self.findings, *self._dead_experts()]
+        if convention is None and self.counts["codes"]:
+            message = (
+                f"what weight_scale_inv means is unclear: {evidence.render()}"
+                + (f"; they disagree in {', '.join(evidence.dissenters)}" if evidence.dissenters else "")
+                + "; look at these tensors, or say it with --scale-convention when converting"
+            )
+            subject = evidence.dissenters[0] if evidence.dissenters else "weight_scale_inv"
+            findings.append(Finding(severity="error", kind="convention", subject=subject, message=message))
+        kinds = dict.fromkeys(kind for kind, _ in self.grids)
+        by_kind = {kind: [pair for key in self.grids if key[0] == kind for pair in self.grids[key]] for kind in kinds}
+        return ValueReport(
+            bytes_read=self.counts["bytes"],
+            codes=self.counts["codes"],
+            histogram=tuple(int(count) for count in self.histogram),
+            scales=tuple(_scale_row(kind, None, pairs) for kind, pairs in by_kind.items()),
+            layer_scales=tuple(_scale_row(kind, layer, pairs) for (kind, layer), pairs in sorted(self.grids.items())),
+            convention=None if convention is None else str(convention),
+            evidence=evidence.render() if self.counts["codes"] else "no FP8 weights",
+            router_bias=tuple(self.bias[layer] for layer in sorted(self.bias)),
+            expert_norms=tuple(tuple(float(x) for x in row) for row in np.sqrt(self.squared_norms)),
+            findings=tuple(findings),
+        )
+
+    def _dead_experts(self) -> Iterator[Finding]:
+        for (layer, expert), count in sorted(self.dead.items()):
+            message = (
+                f"expert {expert} of layer {layer} is dead: {count} of its 3 weights are all zero; tokens routed to it "
+                "get nothing from it"
+            )
+            subject = schema.EXPERT.format(l=layer, e=expert).rstrip(".")
+            yield Finding(severity="warning", kind="dead expert", subject=subject, message=message)
+
+
+def _findings_of(found: Measurement) -> Iterator[Finding]:
+    name = found.weight.name
+    if found.bad:
+        what = "NaN codes (0x7f or 0xff)" if found.histogram is not None else "NaN or infinite elements"
+        message = f"{name} has {found.bad} {what} of {found.elements}; expected none: download its shard again"
+        yield Finding(severity="error", kind="values", subject=name, message=message)
+    if found.all_zero and found.weight.expert is None:
+        message = f"{name} is all zero: was it ever written? Download its shard again, or expect a dead module"
+        yield Finding(severity="warning", kind="values", subject=name, message=message)
+    if found.scales is None:
+        return
+    scale_name = schema.scale_name(name)
+    try:
+        fp8.check_scales(scale_name, found.scales)
+    except CheckpointError as error:
+        yield Finding(severity="error", kind="values", subject=scale_name, message=str(error))
+
+
+def _scale_row(kind: str, layer: int | None, pairs: list[tuple[np.ndarray, np.ndarray]]) -> ScaleRow:
+    scales, maxima = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    good = scales[np.isfinite(scales) & (scales > 0)]
+    low, median, high = (good.min(), np.median(good), good.max()) if good.size else (np.nan,) * 3
+    return ScaleRow(
+        kind=kind,
+        layer=layer,
+        blocks=int(scales.size),
+        minimum=float(low),
+        median=float(median),
+        maximum=float(high),
+        low_range_blocks=int(np.count_nonzero(maxima < LOW_CODE)),
+    )
