@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_minimax.backends.manifest import MANIFEST_NAME, Manifest, fingerprint, read_manifest
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.run import read_manifest as read_conversion
 from neuron_minimax.errors import BackendError
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def _module(backend: str) -> Any:
 def _request(converted: Path, backend: str, options: Mapping[str, Any]) -> Manifest:
     module = _module(backend)
     config = ModelConfig.from_dir(converted)
+    read_conversion(converted)  # refuses what is no finished conversion
     versions, machine = module.environment()
     return Manifest(
         backend=backend,

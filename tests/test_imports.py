@@ -1,0 +1,76 @@
+"""Layering: a module imports only from its left, heavy packages load only where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import neuron_minimax
+
+PACKAGE = Path(neuron_minimax.__file__).parent
+# Left to right; a module may import from its own group and from those before it.
+ORDER = [
+    {"errors", "config", "__init__"},
+    {"checkpoint"},
+    {"convert", "kernels"},
+    {"model", "planner"},
+    {"backends"},
+    {"generation"},
+    {"serving", "experts", "explain", "training", "vllm_plugin"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+NEURON_PACKAGES = {"torch_neuronx", "torch_xla", "neuronx_distributed", "neuronx_distributed_inference", "nki"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def imports_of(path):
+    """(module, at import time?) of every import statement of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top_level = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield name, id(node) in top_level
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_left(path):
+    group = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name, _ in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "neuron_minimax" and len(parts) > 1 and parts[1] in RANK:
+            assert RANK[parts[1]] <= RANK[group], f"{group} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_one_door_leads_to_the_neuron_packages(path):
+    doors = {
+        "backends/neuron/nxdi.py",
+        "kernels/fp8_mlp_nki.py",
+    }  # the second holds NKI code, imported through the first
+    if str(path.relative_to(PACKAGE)) not in doors:
+        assert not {name.split(".")[0] for name, _ in imports_of(path)} & NEURON_PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import neuron_minimax.cli; neuron_minimax.cli.main(['--help'])", {"torch", "numpy", "transformers", "rich"}),
+        ("import neuron_minimax.checkpoint.precision", {"torch", "transformers"}),
+        ("import neuron_minimax.convert.verify", {"torch", "transformers"}),
+        ("import neuron_minimax.model.minimax", {"transformers"} | NEURON_PACKAGES),
+        ("import neuron_minimax.backends", {"torch", "transformers"} | NEURON_PACKAGES),
+    ],
+)
+def test_what_does_not_need_a_heavy_package_does_not_load_it(code, absent):
+    probe = f"import sys; {code}; print('loaded:', *sorted({sorted(absent)!r} & sys.modules.keys()))"
+    probe = probe.replace(repr(sorted(absent)), f"set({sorted(absent)!r})")
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:", done.stdout
