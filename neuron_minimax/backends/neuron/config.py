@@ -1,0 +1,157 @@
+"""The NxDI config of MiniMax-M2: read from either style of config.json, its settings checked before anything runs."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_minimax.backends.neuron import nxdi
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.config import ARCHITECTURE, ModelConfig
+from neuron_minimax.convert.plan import Layout
+from neuron_minimax.convert.run import plan_conversion
+from neuron_minimax.errors import ConfigError
+
+QUANTIZED_MLP = (
+    "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel scales; no expert layer "
+    "reads it, and this checkpoint has 128 x 128 block scales. Use quantized=True, quantization_dtype='f8e4m3', "
+    "quantization_type='blockwise_symmetric', quantization_block_axis=[1, 2], quantization_block_size=[128, 128]"
+)
+# Settings of NxDI that this model class does not serve: field, the one value it has, and why.
+UNSERVED: tuple[tuple[str, Any, str], ...] = (
+    ("quantized_mlp_kernel_enabled", False, QUANTIZED_MLP),
+    ("mlp_kernel_enabled", False, "this model has no dense MLP"),
+    ("padding_side", "right", "with left padding every prompt gives the same garbage"),
+    ("ep_degree", 1, "it multiplies the world size beyond the cores; experts are spread with moe_ep_degree"),
+    ("fused_qkv", False, "the norm over the full query and key width needs separate projections"),
+    ("qkv_kernel_enabled", False, "NxDI's fused QKV kernel has no norm over the full width"),
+    ("attn_block_tkg_nki_kernel_enabled", False, "NxDI's fused attention kernel has no norm over the full width"),
+    ("sequence_parallel_enabled", False, "it has not been run with this model"),
+    ("vocab_parallel", False, "the embedding is shared along the hidden size"),
+    ("flash_decoding_enabled", False, "it has not been run with this model"),
+    ("cp_degree", 1, "context parallelism has not been run with this model"),
+    ("attention_dp_degree", 1, "data-parallel attention has not been run with this model"),
+    ("speculation_length", 0, "speculation has not been run with this model"),
+    ("enable_fused_speculation", False, "speculation has not been run with this model"),
+    ("is_medusa", False, "there are no Medusa heads for this model"),
+    ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
+)
+BLOCKWISE = {
+    "quantization_type": "blockwise_symmetric",
+    "quantization_dtype": "f8e4m3",
+    "quantization_block_axis": [1, 2],
+}
+
+
+class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
+    """InferenceConfig for MiniMax-M2. Raises ConfigError for a setting that this model class does not serve."""
+
+    def add_derived_config(self) -> None:
+        super().add_derived_config()
+        model = self.model_config
+        self.head_dim, self.hidden_act, self.n_shared_experts = model.head_dim, "silu", 0
+        if getattr(self, "pad_token_id", None) is None:
+            self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
+        for name in ("output_attentions", "output_hidden_states"):
+            setattr(self, name, getattr(self, name, False))
+        self.use_return_dict = True
+        options = self.neuron_config
+        if isinstance(options.torch_dtype, str):
+            raise ConfigError(f"torch_dtype is the string {options.torch_dtype!r}; expected a torch.dtype")
+        options.router_config.dtype, options.router_config.act_fn = torch.float32, "sigmoid"
+        # The router divides by the sum of the chosen itself, in float32.
+        options.normalize_top_k_affinities = False
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        options = self.neuron_config
+        for field, served, reason in UNSERVED:
+            found = getattr(options, field, served)
+            if found != served and not (served in (None, False) and not found):
+                raise ConfigError(f"{field}={found!r} is refused for MiniMax-M2 (expected {served!r}): {reason}")
+        if options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
+            raise ConfigError(
+                f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is not tp_degree "
+                f"{options.tp_degree}; every rank needs one share of the experts"
+            )
+        if self.model_config.hidden_size % options.tp_degree:
+            raise ConfigError(
+                f"hidden_size {self.model_config.hidden_size} cannot be shared by tp_degree {options.tp_degree} ranks"
+            )
+        if options.quantized:
+            self._validate_quantization()
+
+    def _validate_quantization(self) -> None:
+        options, model = self.neuron_config, self.model_config
+        wanted = BLOCKWISE | {"quantization_block_size": list(model.weight_block_size)}
+        for field, value in wanted.items():
+            found = getattr(options, field)
+            if found != value:
+                raise ConfigError(f"{field} is {found!r}; the block-scaled FP8 checkpoint needs {value!r}")
+        rows = model.weight_block_size[0]
+        channels = model.intermediate_size // options.moe_tp_degree
+        if channels % rows or model.intermediate_size % options.moe_tp_degree:
+            raise ConfigError(
+                f"intermediate_size {model.intermediate_size} over moe_tp_degree {options.moe_tp_degree} leaves "
+                f"{channels} channels per rank, not whole blocks of {rows}; lower moe_tp_degree, raise moe_ep_degree"
+            )
+        if model.hidden_size % rows:
+            raise ConfigError(f"hidden_size {model.hidden_size} is not whole blocks of {rows}; NxD's scales need them")
+        if self.quantizes("layers.0.self_attn.qkv_proj.q_proj") and model.head_dim % rows:
+            raise ConfigError(
+                f"head_dim {model.head_dim} is not whole blocks of {rows}, so a rank's share of FP8 attention is not "
+                "either; convert with --attention bf16"
+            )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's dimensions, parsed from the same fields."""
+        return ModelConfig.from_dict({"model_type": ARCHITECTURE} | vars(self))
+
+    def quantizes(self, module: str) -> bool:
+        """Whether NxD's rule leaves `module` to be quantized: no listed name is a substring of the dotted path."""
+        options = self.neuron_config
+        return bool(options.quantized) and not names_module(options.modules_to_not_convert or (), module)
+
+    @classmethod
+    def get_neuron_config_cls(cls) -> type:
+        return nxdi.MoENeuronConfig
+
+
+def names_module(listed: Iterable[str], module: str) -> bool:
+    """NxD's own rule for modules_to_not_convert (quantization/quantize.py): the last name, or any substring."""
+    return any(name in module for name in listed)
+
+
+def read_config(directory: str | Path) -> Callable[[Any], None]:
+    """A `load_config` for InferenceConfig that takes the fields of a checkpoint's config.json.
+
+    NxDI's own reader asks transformers, whose 4.57 has no minimax_m2.
+    """
+    model = ModelConfig.from_dir(directory)
+
+    def load(config: Any) -> None:
+        vars(config).update({name: value for name, value in model.raw.items() if name != "torch_dtype"})
+        vars(config).setdefault("rope_theta", model.rope_theta)
+
+    return load
+
+
+def quantization_options(directory: str | Path) -> dict[str, Any]:
+    """The NeuronConfig fields for the tensors of a converted directory or Hugging Face checkpoint; {} when dense.
+
+    Only a converted config.json lists modules_to_not_convert in NxDI's names; for a checkpoint they are computed.
+    """
+    model = ModelConfig.from_dir(directory)
+    if not model.declares_fp8:
+        return {}
+    listed = model.modules_to_not_convert
+    if "neuron_minimax" not in model.raw:
+        listed = plan_conversion(Checkpoint(directory), Layout())[0].modules_to_not_convert
+    return BLOCKWISE | {
+        "quantized": True,
+        "quantized_checkpoints_path": str(directory),
+        "quantization_block_size": list(model.weight_block_size),
+        "modules_to_not_convert": list(listed),
+    }

@@ -1,0 +1,215 @@
+"""MiniMax-M2 on NxDI: the decoder, the model NxDI traces, and the application class that loads and compiles it.
+
+Shapes: B batch, T tokens, H hidden.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuron_minimax.backends.neuron import coverage, nxdi
+from neuron_minimax.backends.neuron.attention import NeuronMiniMaxM2Attention
+from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig
+from neuron_minimax.backends.neuron.moe import build_moe
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.reader import TensorDirectory
+from neuron_minimax.convert.plan import AttentionPrecision, Layout
+from neuron_minimax.convert.rules import RANK_TENSORS, RULES
+from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
+from neuron_minimax.errors import CheckpointError
+
+# Ends of the names of the weights that stay float32 under every cast: the router's gate and bias.
+FLOAT32_NAMES = tuple(
+    rule.target.rpartition("{l}")[2]
+    for rule in RULES
+    if any(weight.float32_only and weight.template in rule.sources for weight in schema.WEIGHTS)
+)
+
+
+class HiddenRMSNorm(nxdi.CustomRMSNorm):
+    """The compiler's RmsNorm call over the hidden size, which every rank holds whole; plain torch in CPU mode."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config.model_config.hidden_size, eps=config.model_config.rms_norm_eps)
+        ones = torch.ones(config.model_config.hidden_size, dtype=config.neuron_config.torch_dtype)
+        self.weight: nn.Parameter = nn.Parameter(ones, requires_grad=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not nxdi.cpu_mode():
+            return super().forward(hidden_states)
+        wide = hidden_states.to(torch.float32)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+class NeuronMiniMaxM2DecoderLayer(nn.Module):
+    """Pre-norm attention, then pre-norm mixture of experts, each added to the residual stream."""
+
+    def __init__(self, config: MiniMaxM2InferenceConfig, layer: int) -> None:
+        super().__init__()
+        quantized = config.quantizes(f"layers.{layer}.self_attn.qkv_proj.q_proj")
+        self.self_attn = NeuronMiniMaxM2Attention(config, quantized=quantized)
+        self.block_sparse_moe = build_moe(config)
+        self.input_layernorm = HiddenRMSNorm(config)
+        self.post_attention_layernorm = HiddenRMSNorm(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_value: Any = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """[B,T,H] to (hidden [B,T,H], key and value of this call, cosine, sine, no separate residual)."""
+        # The markers tell the compiler where layers end; on a CPU they would call it.
+        hidden_BTH = hidden_states if nxdi.cpu_mode() else nxdi.ModuleMarkerStartWrapper()(hidden_states)
+        attended_BTH, present_key_value, cosine, sine = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_BTH),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_value=past_key_value,
+            **kwargs,
+        )
+        hidden_BTH = hidden_BTH + attended_BTH
+        mixed_BTH = self.block_sparse_moe(self.post_attention_layernorm(hidden_BTH), padding_mask)[0]
+        hidden_BTH = hidden_BTH + mixed_BTH
+        if not nxdi.cpu_mode():
+            hidden_BTH = nxdi.ModuleMarkerEndWrapper()(hidden_BTH)
+        return hidden_BTH, present_key_value, cosine, sine, None
+
+
+class NeuronMiniMaxM2Model(nxdi.NeuronBaseModel):
+    """What NxDI traces per submodel and bucket."""
+
+    def setup_attr_for_model(self, config: MiniMaxM2InferenceConfig) -> None:
+        options, model = config.neuron_config, config.model_config
+        self.on_device_sampling = options.on_device_sampling_config is not None
+        self.tp_degree = options.tp_degree
+        self.hidden_size = model.hidden_size
+        self.num_attention_heads = model.num_attention_heads
+        self.num_key_value_heads = model.num_key_value_heads
+        self.max_batch_size = options.max_batch_size
+        self.buckets = options.buckets
+
+    def init_model(self, config: MiniMaxM2InferenceConfig) -> None:
+        options, model = config.neuron_config, config.model_config
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nxdi.ParallelEmbedding(
+            model.vocab_size,
+            model.hidden_size,
+            None,
+            dtype=options.torch_dtype,
+            shard_across_embedding=True,
+        )
+        self.layers = nn.ModuleList(
+            NeuronMiniMaxM2DecoderLayer(config, layer) for layer in range(model.num_hidden_layers)
+        )
+        self.norm = HiddenRMSNorm(config)
+        self.lm_head = nxdi.ColumnParallelLinear(
+            model.hidden_size,
+            model.vocab_size,
+            bias=False,
+            pad=True,
+            gather_output=not self.on_device_sampling,
+            dtype=options.torch_dtype,
+        )
+
+    def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
+        """NxD calls this before it shards: run every module's own hook, then insist on full coverage."""
+        for name, child in self.named_children():
+            nxdi.invoke_preshard_hook(child, model_state_dict, f"{name}.")
+        coverage.check_checkpoint(self.state_dict(keep_vars=True), model_state_dict, self.config.num_local_experts)
+        return True
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, but a parameter without a value or a value without a parameter raises CheckpointError."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        coverage.check_loaded(self.state_dict(keep_vars=True), state_dict.keys())
+        return result
+
+
+class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
+    """The application: `compile`, `load`, `to_cpu` and `forward` are NxDI's."""
+
+    _model_cls = NeuronMiniMaxM2Model
+
+    @classmethod
+    def get_config_cls(cls) -> type:
+        return MiniMaxM2InferenceConfig
+
+    @classmethod
+    def get_state_dict(cls, model_name_or_path: str, config: MiniMaxM2InferenceConfig) -> dict:
+        """The state dict of a converted directory or of a Hugging Face checkpoint, lazily mapped."""
+        if not Path(model_name_or_path).is_dir():
+            raise CheckpointError(f"{model_name_or_path} is no directory; expected a converted checkpoint")
+        tensors = TensorDirectory(model_name_or_path)
+        tensors.require_usable()
+        state = {name: tensors.tensor(name) for name in tensors.entries}
+        return cls.convert_hf_to_neuron_state_dict(state, config)
+
+    @staticmethod
+    def convert_hf_to_neuron_state_dict(state_dict: dict, config: MiniMaxM2InferenceConfig) -> dict:
+        """Hugging Face names become the converted ones by the project's rules; converted names pass.
+
+        The rank tensors, which depend on the tensor-parallel degree, are added to both.
+        """
+        options = config.neuron_config
+        if any(name.startswith("model.") for name in state_dict):
+            quantizes_attention = config.quantizes("layers.0.self_attn.qkv_proj.q_proj")
+            attention = AttentionPrecision.FP8 if quantizes_attention else AttentionPrecision.BF16
+            layout = Layout(attention=attention, tp_degree=options.tp_degree)
+            return convert_hf_to_neuron_state_dict(state_dict, config.model_config, layout)
+        ranks = torch.arange(options.tp_degree, dtype=torch.int32)
+        layers = range(config.model_config.num_hidden_layers)
+        return state_dict | {name.format(l=layer): ranks for name in RANK_TENSORS for layer in layers}
+
+    def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
+        """What NxDI shards: dense weights in `torch_dtype`, FP8 codes and scales as stored, the router float32."""
+        options = self.config.neuron_config
+        directory = options.quantized_checkpoints_path if options.quantized else self.model_path
+        state = self.get_state_dict(str(directory), self.config)
+        return {name: cast_for(name, tensor, options.torch_dtype) for name, tensor in state.items()}
+
+    def enable_context_encoding(self, **model_init_kwargs: Any) -> None:
+        self.compile_tag = nxdi.CONTEXT_ENCODING_MODEL_TAG
+        super().enable_context_encoding(**model_init_kwargs)
+
+    def enable_token_generation(self, enable_wlt_optimization: bool = True, **model_init_kwargs: Any) -> None:
+        self.compile_tag = nxdi.TOKEN_GENERATION_MODEL_TAG
+        super().enable_token_generation(enable_wlt_optimization, **model_init_kwargs)
+
+    def get_compiler_args(self) -> str:
+        """neuronx-cc options of the submodel being enabled. NxDI adds the FP8 one when the config is quantized.
+
+        `--auto-cast=none` keeps the router and the norms in float32. Context encoding takes -O1, whose modular flow
+        compiles one layer and reuses it.
+        """
+        options = self.neuron_config
+        context_encoding = self.compile_tag == nxdi.CONTEXT_ENCODING_MODEL_TAG
+        parts = [
+            "--model-type=transformer",
+            "--auto-cast=none",
+            "--enable-saturate-infinity",
+            "--enable-mixed-precision-accumulation",
+            f"--lnc={options.logical_nc_config}",
+            "--tensorizer-options='--enable-ccop-compute-overlap "
+            f"--cc-pipeline-tiling-factor={options.cc_pipeline_tiling_factor if context_encoding else 1}'",
+            "-O1" if context_encoding or options.moe_ep_degree == 1 else "-O3",
+        ]
+        if options.scratchpad_page_size:
+            parts.append(f"--hbm-scratchpad-page-size={options.scratchpad_page_size}")
+        return " ".join(parts)
+
+
+def cast_for(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A checkpoint tensor in the dtype that its parameter has; routing and scales are float32 whatever `dtype` is."""
+    if name.endswith(FLOAT32_NAMES) or name.endswith(".scale"):
+        return tensor.to(torch.float32)
+    if tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn:
+        return tensor.to(dtype)
+    return tensor

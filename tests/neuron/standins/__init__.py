@@ -1,0 +1,104 @@
+"""Stand-ins for the closed packages behind NxDI, enough to import it and run its CPU mode; loud for anything else.
+
+`install()` adds a finder at the end of `sys.meta_path`, so a real package always wins. An attribute of a stand-in
+module is a `Standin`: it can be named, subclassed, passed on and used as a decorator, and raises when called.
+What CPU mode really calls is written out in `operations.py`.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch_xla", "torch_neuronx", "neuronxcc", "libneuronxla", "nki", "nkilib", "neuron_dtypes")
+# Applied to a kernel when a module is imported; the kernel itself stays uncallable.
+DECORATORS = ("jit", "nki_jit", "trace", "no_trace", "xla_hlo_call", "xla_call", "hlo_call", "hlo_debug")
+
+
+class Standin:
+    """A name of a closed package that nobody may call on a CPU."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<stand-in for {self._name}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Standin(f"{self._name}.{name}")
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if self._name.rsplit(".", 1)[-1] in DECORATORS:
+            return _decorate(arguments, self._name)
+        raise NotImplementedError(
+            f"{self._name} was called; it is part of a closed Neuron package that has only a stand-in here"
+        )
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (_Base,) if _Base not in bases else ()
+
+    def __or__(self, other: Any) -> Any:
+        return Any
+
+    __ror__ = __or__
+
+    def __getitem__(self, key: Any) -> "Standin":
+        return self
+
+
+class _Base:
+    """What a class gets in place of a closed base class."""
+
+
+def _decorate(arguments: tuple[Any, ...], name: str) -> Any:
+    """A decorator, with or without options: keeps the name of the kernel, which must not be called either."""
+    if len(arguments) == 1 and (callable(arguments[0]) or isinstance(arguments[0], Standin)):
+        return Standin(f"{name}({getattr(arguments[0], '__name__', arguments[0])})")
+    return lambda kernel: Standin(f"{name}({getattr(kernel, '__name__', kernel)})")
+
+
+class _Module(ModuleType):
+    """A stand-in module: every attribute exists, as a `Standin`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = Standin(f"{self.__name__}.{name}")
+        setattr(self, name, found)
+        return found
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds every module below the closed packages."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] not in PACKAGES:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__path__ = []  # type: ignore[attr-defined]
+        module.__version__ = "0.0+standin"  # type: ignore[attr-defined]
+        from tests.neuron.standins import operations
+
+        for name, value in operations.PROVIDED.get(module.__name__, {}).items():
+            setattr(module, name, value)
+
+
+def install() -> None:
+    """Make the closed packages importable; once per process."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.append(_Finder())
+    if importlib.util.find_spec("torch_neuronx").loader.__class__ is _Finder:  # type: ignore[union-attr]
+        # TorchScript classes that torch_neuronx's shared library registers; NxD names them in annotations.
+        torch.classes.neuron = Standin("torch.classes.neuron")

@@ -1,0 +1,65 @@
+"""What NxDI's CPU mode really calls in the closed packages, as plain torch; everything else stays a loud stand-in."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class RmsNorm:
+    """torch_neuronx's custom call: RMSNorm over the last dimension in float32, as its operator computes it."""
+
+    @staticmethod
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, dimension: int) -> torch.Tensor:
+        wide = hidden.to(torch.float32)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(dimension, keepdim=True) + epsilon)
+        return (normed * weight.to(torch.float32)).to(hidden.dtype)
+
+
+class TopK:
+    """torch_neuronx's custom call for the k largest values."""
+
+    @staticmethod
+    def apply(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
+        return torch.topk(scores, k, dim=dim)
+
+
+class Argmax:
+    @staticmethod
+    def apply(scores: torch.Tensor, dim: int = -1, keepdim: bool = False) -> torch.Tensor:
+        return torch.argmax(scores, dim=dim, keepdim=keepdim)
+
+
+class Softmax:
+    @staticmethod
+    def apply(scores: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.softmax(scores, dim=dim)
+
+
+def get_platform_target() -> str:
+    """A trn1: no kernels for logical cores of two are chosen."""
+    return "trn1"
+
+
+class SkipMode(NamedTuple):
+    """nkilib's two flags of the blockwise kernels; made once as a default value at import."""
+
+    skip_token: bool = False
+    skip_weight: bool = False
+
+
+class CollectivesConfig:
+    """What NxD notes about groups of ranks for context parallelism, which CPU mode here never runs."""
+
+    def __init__(self, replica_groups: list[list[int]]) -> None:
+        self.replica_groups = replica_groups
+        self.rank_src_tgt_pairs: dict[int, None] = {rank: None for group in replica_groups for rank in group}
+
+
+OPERATORS = {"RmsNorm": RmsNorm, "TopK": TopK, "Argmax": Argmax, "Softmax": Softmax}
+PROVIDED: dict[str, dict[str, Any]] = {
+    "torch_neuronx.xla_impl.ops": OPERATORS,
+    "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": SkipMode},
+    "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
+    "torch_neuronx.utils": {"get_platform_target": get_platform_target},
+    "torch_neuronx.utils.utils": {"get_platform_target": get_platform_target},
+}
