@@ -80,6 +80,11 @@ def test_no_half_character_is_ever_shown(tokenizer, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
+    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "fallback", "size", "stops"),
     [

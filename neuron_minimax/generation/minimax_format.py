@@ -68,6 +68,11 @@ class MiniMaxParser:
         self._function = self._parameter = self._value = ""
         self._types: frozenset[str] = frozenset()
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, unless it is a tag."""
+        return self._reasoning
+
     def feed(self, text: str) -> list[Event]:
         """The events that `text` completes; the last few characters may wait for what follows."""
         self._buffer += text

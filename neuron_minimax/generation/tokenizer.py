@@ -1,5 +1,6 @@
 """The checkpoint's tokenizer and chat template, its stop tokens, and text that appears as tokens arrive."""
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,11 +72,25 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without the control tokens."""
         visible = [token for token in ids if token not in self.hidden_ids]
-        return self.hugging_face.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.spell(visible)
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, control tokens included."""
+        return self.hugging_face.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def token_text(self, token: int) -> str:
         """How one token is spelled, control tokens included (for lists of alternatives)."""
-        return self.hugging_face.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.spell([token])
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character."""
+        spelling = self.hugging_face.convert_ids_to_tokens(token)
+        if spelling is None or token in self.hugging_face.added_tokens_decoder:
+            return self.token_text(token).encode()
+        table = _byte_of_character()
+        if all(character in table for character in spelling):
+            return bytes(table[character] for character in spelling)
+        return self.token_text(token).encode()
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
@@ -93,6 +108,14 @@ class TextTokenizer:
             )
         except Exception as error:  # whatever Jinja or the template itself raises
             raise GenerationError(f"the chat template does not take these messages: {error}") from None
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def read_stop_tokens(directory: str | Path, vocab_size: int, fallback: int | None = None) -> tuple[int, ...]:

@@ -1,0 +1,106 @@
+"""A server on a free loopback port inside the test's process, and a backend that says what a test tells it to say."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from neuron_minimax.backends.base import Backend, Capabilities
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.app import create_app
+from neuron_minimax.serving.metrics import Metrics
+from neuron_minimax.serving.service import Service, Settings
+
+MODEL = "tiny"
+
+
+class ScriptedBackend(Backend):
+    """The backend contract without a model: after a prompt it says `script(prompt text)`, then stops.
+
+    For tests whose point is the format, the protocol or the schedule. `before_call` runs before each encode and step.
+    """
+
+    def __init__(self, directory: Path, script: Callable[[str], str], slots: int = 4, seq_len: int = 2048) -> None:
+        self.model_directory = directory
+        self.tokenizer = TextTokenizer.from_dir(directory)
+        self.capabilities = Capabilities(
+            slots=slots,
+            seq_len=seq_len,
+            buckets=(32, 64),
+            vocab_size=384,
+            chunked_encoding=True,
+            all_position_logits=False,
+        )
+        self.script = script
+        self.before_call: Callable[[], None] = lambda: None
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.answers: list[list[int]] = [[] for _ in range(slots)]
+        self.prompt_lengths = [0] * slots
+        self.calls: list[str] = []
+
+    def reset(self, slot: int) -> None:
+        self._check_slot(slot)
+
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        self.before_call()
+        assert start <= len(self.held[slot]), "encode goes on where the slot holds nothing"
+        self.held[slot] = self.held[slot][:start] + ids
+        self.prompt_lengths[slot] = len(self.held[slot])
+        answer = self.script(self.tokenizer.spell(self.held[slot]))
+        self.answers[slot] = [*self.tokenizer.encode(answer), self.tokenizer.stop_token_ids[0]]
+        self.calls.append(f"encode {len(ids)}")
+        return self._logits(slot)
+
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        self.before_call()
+        logits = torch.zeros(self.capabilities.slots, self.capabilities.vocab_size)
+        for slot in active.nonzero().flatten().tolist():
+            assert int(positions[slot]) <= len(self.held[slot]), "step goes on where the slot holds nothing"
+            self.held[slot] = [*self.held[slot][: int(positions[slot])], int(tokens[slot])]
+            logits[slot] = self._logits(slot)
+        self.calls.append(f"step {int(active.sum())}")
+        return logits
+
+    def _logits(self, slot: int) -> torch.Tensor:
+        answer = self.answers[slot]
+        place = min(len(self.held[slot]) - self.prompt_lengths[slot], len(answer) - 1)
+        logits = torch.zeros(self.capabilities.vocab_size)
+        logits[answer[place]] = 100.0
+        return logits
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    service: Service
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+@contextmanager
+def serving(backend: Backend, **settings: Any) -> Iterator[Served]:
+    """Serve a backend until the block ends."""
+    service = Service(Settings(model_name=MODEL, **settings), Metrics())
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    service.use(backend)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.stop()
