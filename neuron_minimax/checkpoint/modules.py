@@ -158,11 +158,15 @@ def _reason(framework: Framework, entry: str, reached: Sequence[Module], fp8: in
         where = "any part" if framework is Framework.NXDI else "the start or the end"
         return f"{entry} is not {where} of the path of a module that {framework} converts"
     if not fp8:
-        return f"{entry} reaches {others} weights that are not FP8 (for one, {reached[0].path})"
+        return f"{entry} reaches {_count(others)}, no FP8 among them (for one, {reached[0].path})"
     example = next(module.path for module in reached if module.fp8)
-    start = f"{entry} reaches {fp8} weights that are FP8 with scales (for one, {example}); listing it makes "
+    start = f"{entry} reaches {_count(fp8)} in FP8 with scales (for one, {example}); listing it makes "
     consequence: Callable[[str], str] = _nxdi_consequence if framework is Framework.NXDI else _hugging_face_consequence
     return start + consequence(example)
+
+
+def _count(weights: int) -> str:
+    return "1 weight" if weights == 1 else f"{weights:,} weights"
 
 
 def _nxdi_consequence(path: str) -> str:

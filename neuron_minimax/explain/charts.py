@@ -1,0 +1,84 @@
+"""Small charts as SVG and PNG text for pages without network or scripts; colours come from the page's style sheet."""
+
+import base64
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+# Dark to light, so that a bright cell stands out in both colour schemes (control points of matplotlib's viridis).
+RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+
+
+def stretched(content: str, width: float, height: float, label: str, css: str = "") -> str:
+    """An SVG that fills its box, whatever its shape; `label` is its text alternative."""
+    return (
+        f'<svg class="chart {css}" viewBox="0 0 {width:g} {height:g}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label)}">{content}</svg>'
+    )
+
+
+def cell_row(classes: Sequence[str], titles: Sequence[str], label: str) -> str:
+    """One cell for each class, side by side, each with a tooltip."""
+    cells = "".join(
+        f'<rect class="{css}" x="{x + 0.06:g}" y="0" width="0.88" height="1"><title>{escape(title)}</title></rect>'
+        for x, (css, title) in enumerate(zip(classes, titles, strict=True))
+    )
+    return stretched(cells, max(1, len(classes)), 1, label, "cells")
+
+
+def log_band(
+    minima: Sequence[float], medians: Sequence[float], maxima: Sequence[float], limits: tuple[float, float], label: str
+) -> str:
+    """A band from minimum to maximum with the median as a line, over positions, on a logarithmic axis."""
+    low, high = (math.log10(limit) for limit in limits)
+    span = max(high - low, 1e-9)
+
+    def points(values: Sequence[float]) -> list[tuple[float, float]]:
+        return [(x + 0.5, 100 * (high - math.log10(value)) / span) for x, value in enumerate(values)]
+
+    if len(medians) == 1:  # one layer still needs an area
+        minima, medians, maxima = (list(values) * 2 for values in (minima, medians, maxima))
+    area = [*points(maxima), *reversed(points(minima))]
+    text = (
+        f'<polygon class="band" points="{" ".join(f"{x:g},{y:.2f}" for x, y in area)}"/>'
+        f'<polyline class="line" points="{" ".join(f"{x:g},{y:.2f}" for x, y in points(medians))}"/>'
+    )
+    return stretched(text, len(medians), 100, label, "bands")
+
+
+def bars(heights: Sequence[float], classes: Sequence[str], label: str) -> str:
+    """Vertical bars of heights 0 to 1."""
+    text = "".join(
+        f'<rect class="{css}" x="{x + 0.05:g}" y="{1 - height:.4f}" width="0.9" height="{height:.4f}"/>'
+        for x, (height, css) in enumerate(zip(heights, classes, strict=True))
+    )
+    return stretched(text, max(1, len(heights)), 1, label, "bars")
+
+
+def heat_map(values: np.ndarray) -> str:
+    """A PNG as a data address: [rows, columns] values scaled to their own range; what is no number is grey."""
+    good = np.isfinite(values)
+    low, high = (float(values[good].min()), float(values[good].max())) if good.any() else (0.0, 1.0)
+    place = np.where(good, (values - low) / ((high - low) or 1.0), 0.0) * (len(RAMP) - 1)
+    index = np.minimum(place.astype(int), len(RAMP) - 2)
+    part = (place - index)[..., None]
+    colours = (RAMP[index] * (1 - part) + RAMP[index + 1] * part).round().astype(np.uint8)
+    colours[~good] = 128
+    return "data:image/png;base64," + base64.b64encode(encode_png(colours)).decode()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [rows, columns, 3] pixels (PNG specification, ISO/IEC 15948)."""
+    rows, columns, _ = pixels.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    filtered = np.concatenate([np.zeros((rows, 1), np.uint8), pixels.reshape(rows, -1)], axis=1)  # filter 0: none
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered.tobytes(), 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
