@@ -66,17 +66,22 @@ def inspect(
     checkpoint: CheckpointDir,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     output: Annotated[Path | None, typer.Option(help="write the report to this file as well")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the report as one self-contained page")] = None,
+    check_values: Annotated[bool, typer.Option("--check-values", help="also read every weight and scale")] = False,
+    against: Annotated[Path | None, typer.Option(metavar="CKPT2", help="compare with this checkpoint")] = None,
     modules_to_not_convert: Annotated[str | None, typer.Option(metavar="A,B", help="judge this list")] = None,
 ) -> None:
     """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint cannot be used."""
-    from neuron_minimax.checkpoint.precision import inspect as inspect_checkpoint
+    from neuron_minimax.explain.inspection import run_inspection, write_text
 
-    report = inspect_checkpoint(checkpoint, _split(modules_to_not_convert))
-    text = json.dumps(report.to_json(), indent=2) if as_json else report.render()
+    found = run_inspection(checkpoint, _split(modules_to_not_convert), check_values, against, progress_bar)
+    text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    raise typer.Exit(0 if report.usable else 1)
+        write_text(output, text.rstrip() + "\n")
+    if html is not None:
+        write_text(html, found.render_page())
+    print(text.rstrip())
+    raise typer.Exit(0 if found.usable else 1)
 
 
 @app.command()
@@ -208,6 +213,76 @@ def generate(
     )
     answer = run_generate(traced, request, on_text=None if as_json else lambda text: print(text, end="", flush=True))
     print(json.dumps({"token_ids": answer.token_ids, "text": answer.text}) if as_json else "")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory for the checkpoint and the training state")],
+    data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="texts or chats; default: the demo's")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="DIR", help="directory of config.json")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="tokenizer directory")] = None,
+    precision: Annotated[str, typer.Option(help="fp8, bf16 or float32")] = "fp8",
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per step, over all processes")] = 16,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="tokens through the model at once")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=2, help="longer rows are cut")] = 512,
+    learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
+    warmup_steps: Annotated[int, typer.Option(min=0)] = 100,
+    router_bias_start: Annotated[float, typer.Option(help="every expert's first bias")] = 0.0,
+    autocast: Annotated[bool, typer.Option("--autocast", help="matrix products in BF16")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="steps between saved states")] = 200,
+) -> None:
+    """Train a model of this architecture; resumes by itself. In parallel: torchrun -m neuron_minimax.cli train."""
+    from neuron_minimax.training import command
+
+    request = command.TrainingRequest(
+        output=out,
+        data=data,
+        config=config or command.DEMO,
+        tokenizer=tokenizer or command.DEMO,
+        precision=command.parse_precision(precision),
+        options=command.TrainingOptions(
+            steps=steps,
+            batch_size=batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            max_tokens=max_tokens,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            router_bias_start=router_bias_start,
+            autocast=autocast,
+            seed=seed,
+        ),
+        device=device,
+        threads=threads,
+        save_every=save_every,
+        command=("neuron-minimax", *sys.argv[1:]),
+    )
+    result = command.train(request, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    if result is not None:
+        print(result.render())
+
+
+@app.command()
+def cache(
+    checkpoint: CheckpointDir,
+    cache_dir: Annotated[Path, typer.Argument(metavar="CACHE_DIR", help="directory of the cache")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    check: Annotated[
+        bool, typer.Option("--check", help="re-read a finished cache and rebuild what is damaged")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")] = False,
+) -> None:
+    """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and resumes by itself."""
+    from neuron_minimax.checkpoint.fp32_cache import build_cache, cache_bytes
+
+    with progress_bar("dequantizing", cache_bytes(checkpoint, dtype)) as advance:
+        result = build_cache(checkpoint, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
+        if result.was_finished:
+            advance(result.nbytes)
+    print(result.render(cache_dir))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class OutputDirectory:
     ) -> None:
         """Write index and config, then the manifest, whose presence says that the directory is whole."""
         sizes = (prod(record.shape) * STORED_DTYPES[record.dtype].itemsize for record in records.values())
-        write_index(self.path, {name: record.shard for name, record in records.items()}, sum(sizes))
+        if len({record.shard for record in records.values()}) > 1:
+            write_index(self.path, {name: record.shard for name, record in records.items()}, sum(sizes))
         write_json(self.path / "config.json", dict(config))
         write_json(self.manifest_path, {"identity": self.identity, **manifest, "tensors": _as_json(records)})
         shutil.rmtree(self.unfinished)
@@ -265,6 +266,16 @@ def _as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, Any]]:
 def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
     """The inverse of what a manifest's `tensors` or a journal holds."""
     return {name: TensorRecord(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in raw.items()}
+
+
+def reopen(output: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:
+    """Turn a finished directory back into an unfinished one, so that the next write redoes only its damaged shards."""
+    output.unfinished.mkdir(exist_ok=True)
+    for shard in {record.shard for record in records.values()}:
+        journal = {name: record for name, record in records.items() if record.shard == shard}
+        write_json(output.unfinished / f"{shard}.json", _as_json(journal))
+    write_json(output.unfinished / "identity.json", output.identity)
+    output.manifest_path.unlink()
 
 
 def crc32_of(array: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -14,6 +15,18 @@ from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 
 PARTIAL_SUFFIX = ".partial"
+# What travels with the weights, as it is, when the source has it; code files are never copied.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class ShardWriter:
@@ -79,6 +92,13 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config, as far as they exist."""
+    for name in COMPANION_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def sync_directory(directory: Path) -> None:

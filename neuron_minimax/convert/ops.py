@@ -13,7 +13,6 @@ import numpy as np
 
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.convert.rules import Operation
-from neuron_minimax.errors import CheckpointError
 
 
 class Treatment(StrEnum):
@@ -68,17 +67,6 @@ def take_apart(operation: Operation, piece: Any, row_counts: Sequence[int]) -> l
     return [piece[:, end - rows : end].T for rows, end in zip(row_counts, ends, strict=True)]
 
 
-def to_float32(stored: np.ndarray) -> np.ndarray:
-    """Float32 of stored BF16 (uint16) or float32 elements; exact."""
-    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored
-
-
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """BF16 bits (uint16) of finite float32 values, ties to even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-
-
 def treat_scales(scales: np.ndarray, treatment: Treatment) -> np.ndarray:
     """Neuron's multiplier from stored scales; doubling is exact, inverting rounds once."""
     if treatment in (Treatment.SCALE_INVERTED, Treatment.SCALE_INVERTED_DOUBLED):
@@ -86,13 +74,3 @@ def treat_scales(scales: np.ndarray, treatment: Treatment) -> np.ndarray:
     if treatment in (Treatment.SCALE_DOUBLED, Treatment.SCALE_INVERTED_DOUBLED):
         scales = scales * np.float32(2)
     return scales
-
-
-def check_finite(name: str, stored: np.ndarray) -> None:
-    """Raise CheckpointError naming the tensor when a BF16 or float32 element is NaN or infinite."""
-    if stored.dtype == np.uint16:
-        bad = int(np.count_nonzero((stored & 0x7F80) == 0x7F80))
-    else:
-        bad = int(np.count_nonzero(~np.isfinite(stored)))
-    if bad:
-        raise CheckpointError(f"{name} has {bad} NaN or infinite elements; expected none: download its shard again")

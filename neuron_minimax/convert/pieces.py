@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8
+from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
@@ -59,8 +59,8 @@ def convert_piece(
                 rounded += fp8.count_rounded(stored)
                 stored = fp8.halve(stored)
         else:
-            ops.check_finite(name, stored)
-            stored = ops.round_to_bfloat16(stored) if output.treatment is Treatment.ROUND else stored
+            dense.check_finite(name, stored)
+            stored = dense.round_to_bfloat16(stored) if output.treatment is Treatment.ROUND else stored
         treated.append(stored)
     return ops.arrange(output.rule.operation, treated), rounded
 
@@ -78,4 +78,4 @@ def _dequantized(
     fp8.check_scales(scale_name, scales)
     if conversion.convention is ScaleConvention.RECIPROCAL:
         scales = np.float32(1) / scales
-    return ops.round_to_bfloat16(fp8.dequantize(codes, scales, block))
+    return dense.round_to_bfloat16(fp8.dequantize(codes, scales, block))

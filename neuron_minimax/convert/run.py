@@ -1,7 +1,6 @@
 """Run a conversion: a checkpoint directory streamed into a converted one, resumable, with a manifest."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from neuron_minimax import __version__
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor, TensorRecord
+from neuron_minimax.checkpoint.writer import copy_companions
 from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.convert.plan import ConventionChoice, ConversionPlan, Layout, Sources, plan
 from neuron_minimax.errors import ConversionError
@@ -20,18 +20,6 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "conversion.json"
 FORMAT_VERSION = 1
-# Copied as they are when the source has them; code files are never copied.
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +96,7 @@ def convert(
         if output.finished:
             return ConversionResult(plan=conversion, was_finished=True)
         records = output.write_shards(list(_shards(conversion, source)), progress)
-        for name in COMPANION_FILES:
-            if (source.directory / name).exists():
-                shutil.copyfile(source.directory / name, output_path / name)
+        copy_companions(source.directory, output_path)
         output.finish(converted_config(conversion), records, _manifest(conversion, convention_record, records))
     rounded = sum(record.rounded_codes for record in records.values())
     return ConversionResult(plan=conversion, reused_shards=output.reused_shards, rounded_codes=rounded)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8
+from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.stream import damaged_tensors, read_records
@@ -130,7 +130,7 @@ class _Comparison:
                 scales = np.float32(1) / scales
             original = fp8.dequantize(original, scales, self.conversion.config.weight_block_size)
         # Correct to half a unit in the last of BF16's 8 bits, whichever way it was rounded.
-        error = np.abs(ops.to_float32(part).astype(np.float64) - original)
+        error = np.abs(dense.to_float32(part).astype(np.float64) - original)
         return int(np.count_nonzero(~(error <= np.abs(original) * 2.0**-8 + 2.0**-134))), 0
 
 
