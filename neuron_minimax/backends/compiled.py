@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
 
 # Each module has `check_options(config, options) -> options`, `environment() -> (versions, machine)`,
-# `build(model, graphs, options, progress) -> (file name to seconds, notes)` and `load(model, graphs, manifest) -> Backend`,
-# and imports torch or NxDI only inside of the last two.
+# `build(model, graphs, options, progress) -> (file name to seconds, notes)` and `load(model, graphs, manifest)`
+# (a Backend), and imports torch or NxDI only inside of the last two.
 BACKENDS = {"cpu": "neuron_minimax.backends.cpu", "neuron": "neuron_minimax.backends.neuron.backend"}
 LOCK_NAME = ".lock"
 HARD_LINKS = "hard links"

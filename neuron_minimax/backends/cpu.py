@@ -16,6 +16,14 @@ COMPUTE = ("float32", "bf16")
 ENGINES = ("compiled", "eager")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_BUCKETS = (64, 512)
+SOURCES = (
+    "backends/aot.py",
+    "kernels/fp8.py",
+    "kernels/fp8_mlp.py",
+    "kernels/static_mlp.py",
+    "kernels/streamed.py",
+    "model/*.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +67,31 @@ def check_options(config: ModelConfig, options: Mapping[str, Any]) -> dict[str, 
 
 def environment() -> tuple[dict[str, str], dict[str, Any]]:
     """Versions and machine features that compiled graphs depend on."""
-    return versions_of("torch"), cpu_here()
+    return versions_of(["torch"], SOURCES), cpu_here()
 
 
 def build(
     model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[dict[str, float], list[str]]:
     """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest."""
-    return {}, ["eager engine: nothing was compiled"]
+    if options["engine"] == "eager":
+        return {}, ["eager engine: nothing was compiled"]
+    from neuron_minimax.backends.aot import build_graphs
+
+    return build_graphs(model, graphs, _parse(options), progress), []
 
 
 def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
     """The backend over the weights in `model`."""
-    from neuron_minimax.backends.eager import EagerBackend
+    options = _parse(manifest.options)
+    if not manifest.graphs:
+        from neuron_minimax.backends.eager import EagerBackend
 
-    options = CPUOptions(**{**manifest.options, "buckets": tuple(manifest.options["buckets"])})
-    return EagerBackend(model, options)
+        return EagerBackend(model, options)
+    from neuron_minimax.backends.aot import CompiledBackend
+
+    return CompiledBackend(model, graphs, options)
+
+
+def _parse(options: Mapping[str, Any]) -> CPUOptions:
+    return CPUOptions(**{**options, "buckets": tuple(options["buckets"])})

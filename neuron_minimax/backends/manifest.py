@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,6 @@ CPU_FEATURES = (
     "asimd",
     "sve",
 )
-COMPILED_CODE = ("backends", "kernels", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +95,14 @@ def fingerprint(converted: Path) -> str:
     return digest.hexdigest()
 
 
-def versions_of(*packages: str) -> dict[str, str]:
-    """Versions that a compiled graph depends on; `code` changes with any source file that graphs are made from."""
+def versions_of(packages: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
+    """Versions that a compiled graph depends on: of this package, of others, and a digest of the source files (patterns
+    below the package) that graphs are made from.
+    """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for folder in COMPILED_CODE:
-        for path in sorted((package / folder).rglob("*.py")):
+    for pattern in sources:
+        for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
     versions = {name: metadata.version(name) for name in ("neuron-minimax", *packages)}
     return {**versions, "code": digest.hexdigest()[:16]}

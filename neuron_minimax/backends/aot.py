@@ -1,0 +1,188 @@
+"""The compiled engine of the CPU backend: static-shape graphs by torch.export and AOTInductor, weights outside.
+
+Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from neuron_minimax.backends.base import Backend
+from neuron_minimax.backends.cpu import CPUOptions
+from neuron_minimax.backends.eager import capabilities_of
+from neuron_minimax.kernels.fp8 import linear
+from neuron_minimax.kernels.static_mlp import (
+    blocked_expert_mlp,
+    expanded_products,
+    single_token_expert_mlp,
+    streamed_products,
+)
+from neuron_minimax.kernels.streamed import streamed_linear
+from neuron_minimax.model.kv_cache import KVCache
+from neuron_minimax.model.layers import Kernels
+from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
+
+TOKEN_GENERATION = "token_generation.pt2"
+DECODE_BLOCK = 2
+CONTEXT_BLOCK = 64
+INDUCTOR_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "assert_indirect_indexing": False,
+    # Multiply and add in one rounding; not fast-math, which would flush the subnormals that FP8 expansion needs.
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+class SlotCache(nn.Module):
+    """The cache of all slots as buffers of a graph: [S,K,C+1,D] per layer; writes of padding go to position C."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            self.register_buffer(f"keys_{layer}", keys)
+            self.register_buffer(f"values_{layer}", values)
+
+    def view(self) -> KVCache:
+        count = len(list(self.buffers())) // 2
+        keys = [self.get_buffer(f"keys_{layer}") for layer in range(count)]
+        values = [self.get_buffer(f"values_{layer}") for layer in range(count)]
+        return KVCache(keys, values, torch.zeros(keys[0].shape[0], dtype=torch.int64))
+
+
+class Graph(nn.Module):
+    """A model with its slots' cache; `seq_len` positions per slot."""
+
+    def __init__(self, model: MiniMaxM2, cache: KVCache, seq_len: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.model, self.cache, self.seq_len, self.kernels = model, SlotCache(cache), seq_len, kernels
+
+
+class TokenGeneration(Graph):
+    """One token for every slot."""
+
+    def forward(self, tokens_S: torch.Tensor, positions_S: torch.Tensor, active_S: torch.Tensor) -> torch.Tensor:
+        """Logits [S,V] float32; slots that are not active write to the spare position and reach no expert."""
+        positions_S1 = torch.where(active_S, positions_S, self.seq_len)[:, None]
+        hidden_S1H, _ = self.model.hidden_states(
+            tokens_S[:, None],
+            positions_S1,
+            cache=self.cache.view(),
+            filled=self.seq_len + 1,
+            real_BT=active_S[:, None],
+            kernels=self.kernels,
+        )
+        return self.model.lm_head(hidden_S1H[:, 0], self.kernels).float()
+
+
+class ContextEncoding(Graph):
+    """Up to T tokens of one slot."""
+
+    def forward(
+        self, ids_T: torch.Tensor, slot_1: torch.Tensor, start_1: torch.Tensor, count_1: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [V] float32 of token count - 1, and the final hidden states [T,H]; tokens from `count` are padding."""
+        offset_T = torch.arange(ids_T.shape[0])
+        real_T = offset_T < count_1
+        positions_T = torch.where(real_T, start_1 + offset_T, self.seq_len)
+        hidden_1TH, _ = self.model.hidden_states(
+            ids_T[None],
+            positions_T[None],
+            cache=self.cache.view(),
+            rows_B=slot_1,
+            filled=self.seq_len + 1,
+            real_BT=real_T[None],
+            kernels=self.kernels,
+        )
+        last_1H = hidden_1TH[0][count_1 - 1]
+        return self.model.lm_head(last_1H, Kernels(linear=streamed_linear))[0].float(), hidden_1TH[0]
+
+
+def build_graphs(
+    model_directory: Path, graphs: Path, options: CPUOptions, progress: Callable[[str], None]
+) -> dict[str, float]:
+    """Export and compile every graph into `graphs`; returns file name to seconds."""
+    model = with_byte_codes(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
+    cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
+    seconds = {}
+    for number, (name, graph, inputs) in enumerate(all_graphs(model, cache, options), start=1):
+        progress(f"compiling {name} ({number} of {len(options.buckets) + 1})")
+        started = time.monotonic()
+        with torch.no_grad():
+            exported = torch.export.export(graph, inputs)
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(graphs / name), inductor_configs=INDUCTOR_OPTIONS
+            )
+        seconds[name] = time.monotonic() - started
+    return seconds
+
+
+def all_graphs(
+    model: MiniMaxM2, cache: KVCache, options: CPUOptions
+) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
+    """(file name, module, example inputs) of token generation and of context encoding per bucket."""
+    slots = options.slots
+    by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots), products=streamed_products)
+    few = Kernels(linear=streamed_linear, expert_mlp=single_token_expert_mlp if slots == 1 else by_block)
+    step = (torch.zeros(slots, dtype=torch.int64), torch.arange(slots), torch.ones(slots, dtype=torch.bool))
+    graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
+        (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
+    ]
+    for bucket in options.buckets:
+        expanded = partial(blocked_expert_mlp, tokens_per_block=min(CONTEXT_BLOCK, bucket), products=expanded_products)
+        many = Kernels(linear=linear, expert_mlp=expanded)
+        inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
+        graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, many), inputs))
+    return graphs
+
+
+def context_name(bucket: int) -> str:
+    return f"context_encoding_{bucket}.pt2"
+
+
+def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
+    """The same model with its FP8 codes seen as uint8, which every compiler takes; no copy."""
+    state = model.state_dict()
+    codes = {name: tensor.view(torch.uint8) for name, tensor in state.items() if tensor.dtype == torch.float8_e4m3fn}
+    return MiniMaxM2(model.config, {**state, **codes}, compute=model.compute)
+
+
+class CompiledBackend(Backend):
+    """Slots over compiled graphs; all graphs share one cache and the mapped weights."""
+
+    def __init__(self, model_directory: Path, graphs: Path, options: CPUOptions) -> None:
+        self.model_directory = model_directory
+        self.model = with_byte_codes(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
+        self.config = self.model.config
+        self.capabilities = capabilities_of(options, self.config.vocab_size)
+        self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
+        state = Graph(self.model, self.cache, options.seq_len, Kernels()).state_dict()
+        self.token_generation = _load_graph(graphs / TOKEN_GENERATION, state)
+        self.context_encoding = {size: _load_graph(graphs / context_name(size), state) for size in options.buckets}
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do: a position is written before it is read, whatever a slot held before."""
+        self._check_slot(slot)
+
+    @torch.inference_mode()
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        bucket = self.capabilities.bucket_for(len(ids))
+        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
+        place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
+        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
+        return self.model.lm_head(hidden_TH[: len(ids)], Kernels()).float() if all_positions else logits_V
+
+    @torch.inference_mode()
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        return self.token_generation(tokens, positions, active)
+
+
+def _load_graph(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The compiled graph over these tensors themselves: no copy of the weights, the cache written in place."""
+    graph = torch._inductor.aoti_load_package(str(path))
+    wanted = graph.get_constant_fqns()
+    graph.load_constants({name: state[name] for name in wanted}, check_full_update=True, user_managed=True)
+    return graph

@@ -1,0 +1,121 @@
+"""The expert MLP with static shapes, for compiled graphs: one token gathers, many tokens go block by block.
+
+Shapes: T tokens, K chosen experts per token, P = T*K pairs, E experts, H hidden, I intermediate, B tokens per block.
+The interface is ExpertMLP of fp8_mlp.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch._higher_order_ops import while_loop
+
+from neuron_minimax.kernels.fp8 import dequantize
+from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
+from neuron_minimax.kernels.streamed import streamed_columns
+
+# [K,B,H] through the K experts' weights [K,H,2I] and [K,I,H] (scales and block follow each) to [K,B,H] float32.
+Products = Callable[..., torch.Tensor]
+
+
+def streamed_products(
+    hidden_KBH: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    block: tuple[int, int],
+) -> torch.Tensor:
+    """For few tokens: the codes are expanded inside of the products' own loops."""
+    gate_KBI, up_KBI = streamed_columns(hidden_KBH, gate_up, gate_up_scale, block, parts=2).chunk(2, dim=-1)
+    return streamed_columns(F.silu(gate_KBI) * up_KBI, down, down_scale, block)
+
+
+def expanded_products(
+    hidden_KBH: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    block: tuple[int, int],
+) -> torch.Tensor:
+    """For many tokens: each weight is expanded once, then multiplied by a library."""
+    weight_KHI = dequantize(gate_up, gate_up_scale, block, parts=2).to(hidden_KBH.dtype)
+    gate_KBI, up_KBI = torch.bmm(hidden_KBH, weight_KHI).chunk(2, dim=-1)
+    weight_KIH = dequantize(down, down_scale, block).to(hidden_KBH.dtype)
+    return torch.bmm(F.silu(gate_KBI) * up_KBI, weight_KIH).float()
+
+
+def single_token_expert_mlp(
+    hidden_TH: torch.Tensor,
+    expert_index_TK: torch.Tensor,
+    affinity_TK: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    block: tuple[int, int] = BLOCK,
+) -> torch.Tensor:
+    """One token (T is 1): its K experts are gathered by index inside of the products' loops."""
+    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    index_K, affinity_K = expert_index_TK[0], affinity_TK[0]
+    here_K = (index_K >= 0) & (index_K < gate_up.shape[0])
+    index_K = torch.where(here_K, index_K, 0)
+    hidden_KBH = hidden_TH.expand(len(index_K), 1, -1)
+    weights = (gate_up[index_K], _at(gate_up_scale, index_K), down[index_K], _at(down_scale, index_K))
+    product_KBH = streamed_products(hidden_KBH, *weights, block)
+    weighted_KH = product_KBH[:, 0] * torch.where(here_K, affinity_K, 0.0)[:, None]
+    return weighted_KH.sum(dim=0, keepdim=True).to(hidden_TH.dtype)
+
+
+def blocked_expert_mlp(
+    hidden_TH: torch.Tensor,
+    expert_index_TK: torch.Tensor,
+    affinity_TK: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    block: tuple[int, int] = BLOCK,
+    *,
+    tokens_per_block: int,
+    products: Products,
+) -> torch.Tensor:
+    """Any number of tokens: pairs of token and expert are sorted by expert and cut into blocks of one expert each.
+
+    A loop runs over the blocks that exist, so that an expert nobody chose costs nothing.
+    """
+    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    tokens, chosen = expert_index_TK.shape
+    experts = gate_up.shape[0]
+    index_P = expert_index_TK.reshape(-1)
+    index_P = torch.where((index_P >= 0) & (index_P < experts), index_P, experts)
+    order_P = index_P.argsort(stable=True)
+    count_E = (index_P[:, None] == torch.arange(experts)).sum(dim=0)
+    first_pair_E = count_E.cumsum(0) - count_E
+    last_block_E = ((count_E + tokens_per_block - 1) // tokens_per_block).cumsum(0)
+    affinity_P = affinity_TK.reshape(-1)
+    offset_B = torch.arange(tokens_per_block)
+
+    def unfinished(number: torch.Tensor, out_TH: torch.Tensor) -> torch.Tensor:
+        return number < last_block_E[-1]
+
+    def one_block(number: torch.Tensor, out_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        expert = (last_block_E <= number).sum()[None]
+        before = torch.where(expert > 0, last_block_E[(expert - 1).clamp(min=0)], 0)
+        place_B = (number - before) * tokens_per_block + offset_B
+        real_B = place_B < count_E[expert]
+        pair_B = order_P[(first_pair_E[expert] + place_B).clamp(max=tokens * chosen - 1)]
+        token_B = pair_B // chosen
+        hidden_KBH = hidden_TH[token_B][None]
+        weights = (gate_up[expert], _at(gate_up_scale, expert), down[expert], _at(down_scale, expert))
+        product_BH = products(hidden_KBH, *weights, block)[0]
+        weighted_BH = product_BH * torch.where(real_B, affinity_P[pair_B], 0.0)[:, None]
+        return number + 1, out_TH.index_add(0, token_B, weighted_BH)
+
+    start = torch.zeros((), dtype=torch.int64), torch.zeros_like(hidden_TH, dtype=torch.float32)
+    return while_loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
+
+
+def _at(scale: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    return None if scale is None else scale[index]
