@@ -108,6 +108,10 @@ class PrecisionReport:
     def bytes(self) -> int:
         return sum(size for _, size in self.dtypes.values())
 
+    def summary(self) -> str:
+        """The first lines of `render`: what it is, how large, and whether it can be used."""
+        return precision_text.headline(self)
+
     def render(self) -> str:
         """The report as plain text, at most 120 columns."""
         return precision_text.render(self)

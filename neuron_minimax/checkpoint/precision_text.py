@@ -23,12 +23,17 @@ def render(report: "PrecisionReport") -> str:
     return "\n\n".join(_sections(report)) + "\n"
 
 
-def _sections(report: "PrecisionReport") -> Iterator[str]:
+def headline(report: "PrecisionReport") -> str:
+    """What it is, how large, and whether it can be used: three lines."""
     config = f"{report.layers} layers, {report.experts} experts, blocks of {report.block[0]} x {report.block[1]}"
-    yield (
+    return (
         f"{report.directory}\n{report.tensors:,} tensors, {size_text(report.bytes)}, {report.parameters:,} parameters; "
         f"{config}\n" + ("Usable as it is." if report.usable else "NOT usable as it is: see the errors below.")
     )
+
+
+def _sections(report: "PrecisionReport") -> Iterator[str]:
+    yield headline(report)
     if report.findings:
         yield "Findings\n" + "\n".join(_finding_lines(report.findings))
     rows = [
