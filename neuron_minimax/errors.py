@@ -23,3 +23,7 @@ class BackendError(NeuronMiniMaxError):
 
 class GenerationError(NeuronMiniMaxError):
     """A prompt, sampling option or tokenizer that cannot be used."""
+
+
+class TrainingError(NeuronMiniMaxError):
+    """Training data, options or a saved training state that cannot be used."""

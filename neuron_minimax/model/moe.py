@@ -36,7 +36,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(config.num_local_experts, device="meta"))
 
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
-        scores_TE = F.linear(hidden_TH.float(), self.linear_router.weight.float()).sigmoid()
+        scores_TE = float32_linear(hidden_TH, self.linear_router.weight).sigmoid()
         choice_TE = scores_TE + self.e_score_correction_bias
         index_TK = choice_TE.topk(self.experts_per_token, dim=-1).indices
         chosen_TK = scores_TE.gather(1, index_TK)
@@ -48,6 +48,15 @@ class Router(nn.Module):
             raise CheckpointError(f"{name}.e_score_correction_bias is missing; convert the checkpoint again")
         require_shape(f"{name}.e_score_correction_bias", bias, tuple(self.e_score_correction_bias.shape))
         self.e_score_correction_bias = bias.float()
+
+
+def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
+    """`hidden @ weight.T` in float32, inside an autocast region of training too."""
+    device = hidden_TH.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return F.linear(hidden_TH.float(), weight_EH.float())
+    return F.linear(hidden_TH.float(), weight_EH.float())
 
 
 class ExpertWeights(nn.Module):

@@ -3,7 +3,7 @@
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,9 +16,12 @@ from neuron_minimax.training.world import SMALL_TALK
 HELD_OUT_SHARE = 10  # one key in ten is held out
 KINDS = (*GENERATORS, "chat", "tool call", "tool answer")
 # How often a training conversation is of a kind; the rest are single questions of an evenly drawn kind.
-CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.02
+CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.03
 # How often a kind is drawn, by how much practice it takes.
-PRACTICE = {"capital": 2, "currency": 2, "continent": 2, "sum": 3, "difference": 3, "sort": 3, "compare": 3, "count": 2}
+PRACTICE = {
+    "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4, "reverse": 3,
+    "compare": 2.5, "count": 2, "python": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,9 @@ def is_held_out(key: str) -> bool:
     return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
-class DemoConversations(Sequence[Conversation]):
-    """An unlimited training set: item `i` depends on the seed and on `i` alone."""
-
-    def __init__(self, seed: int, length: int = 2**40) -> None:
-        self.seed, self.length = seed, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: Any) -> Conversation:
-        return training_conversation(random.Random(f"{self.seed}:{index}"))
+def demo_conversation(seed: int, index: int) -> Conversation:
+    """Item `index` of the unlimited training set of a seed; it depends on nothing else."""
+    return training_conversation(random.Random(f"{seed}:{index}"))
 
 
 def training_conversation(rng: random.Random) -> Conversation:
@@ -75,6 +70,8 @@ def training_conversation(rng: random.Random) -> Conversation:
     if draw < CHAT_SHARE + TOOL_CALL_SHARE + TOOL_ANSWER_SHARE:
         return _tool_answer(rng, held_out=False)
     if draw < CHAT_SHARE + TOOL_CALL_SHARE + TOOL_ANSWER_SHARE + SMALL_TALK_SHARE:
+        if rng.random() < 0.4:
+            return _no_tool(rng)
         text, reasoning, answer = rng.choice(SMALL_TALK)
         return Conversation("small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)])
     question = _question(rng, held_out=False)
@@ -111,7 +108,7 @@ def _draw(rng: random.Random, make: Callable[[random.Random], Any], held_out: bo
 
 
 def _question(rng: random.Random, held_out: bool, kind: str | None = None) -> Question:
-    kind = kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE.get(name, 1) for name in GENERATORS])[0]
+    kind = kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE[name] for name in GENERATORS])[0]
     return _draw(rng, GENERATORS[kind], held_out)
 
 
@@ -168,6 +165,11 @@ def _tool_call(rng: random.Random, held_out: bool) -> Conversation:
     use = _draw(rng, tool_use, held_out)
     messages = [user(use.request), _call(use)]
     return Conversation("tool call", (use.key,), messages, offered(rng, use.name))
+
+
+def _no_tool(rng: random.Random) -> Conversation:
+    use = _draw(rng, tool_use, held_out=False)
+    return Conversation("no tool", (use.key,), [user(use.request), _reply("no tool", "I have no tool for that.")])
 
 
 def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:

@@ -88,8 +88,8 @@ def subtraction(rng: random.Random) -> Question:
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three to six single-digit numbers, ascending or descending."""
-    numbers = [rng.randint(0, 9) for _ in range(rng.randint(3, 6))]
+    """Three to five single-digit numbers, ascending or descending."""
+    numbers = [rng.randint(0, 9) for _ in range(rng.randint(3, 5))]
     descending = rng.random() < 0.4
     shown = " ".join(map(str, numbers))
     phrasings = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from neuron_minimax.training.data import DemoConversations
+from neuron_minimax.training.data import demo_conversation
 from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
 
@@ -71,7 +71,7 @@ def _texts(seed: int, conversations: int) -> Iterator[str]:
         yield "\n# Tools\n<tools>\n<tool></tool>\n</tools>\n<response></response>\n"
         yield " " + " ".join(WORDS)
     for index in range(conversations):
-        for message in DemoConversations(seed)[index].messages:
+        for message in demo_conversation(seed, index).messages:
             yield f"{'ai' if message['role'] == 'assistant' else message['role']}\n{message['content']}\n"
             yield f"\n{message.get('reasoning_content', '')}\n"
             for call in message.get("tool_calls", ()):

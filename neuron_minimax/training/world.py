@@ -79,6 +79,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Tell me the capital of {x}.",
         "I forgot the capital of {x}. What is it?",
         "What is the capital city of {x}?",
+        "What's the capital of {x}?",
         "Can you name the capital of {x}?",
         "Capital of {x}, please.",
         "Do you know the capital of {x}?",

@@ -1,0 +1,153 @@
+"""A whole training run from plain arguments: read data, config and tokenizer, train, write the checkpoint."""
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neuron_minimax.checkpoint.writer import write_json
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import TrainingError
+from neuron_minimax.training.curve import plot_losses, require_matplotlib
+from neuron_minimax.training.encoding import Encoder
+from neuron_minimax.training.export import Precision, copy_tokenizer, export_checkpoint
+from neuron_minimax.training.processes import Processes
+from neuron_minimax.training.sources import DemoSource, JsonLines, Source
+from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
+from neuron_minimax.training.trainer import StepReport, Trainer, TrainingOptions
+
+FINAL_STEPS = 100  # the final loss is the mean of so many last steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """What to train on, what to make of it and where. `data` None stands for the demo's own conversations."""
+
+    output: Path
+    options: TrainingOptions
+    data: Path | None = None
+    config: Path = DEMO
+    tokenizer: Path = DEMO
+    precision: Precision = Precision.FP8
+    device: str = "cpu"
+    threads: int | None = None
+    save_every: int = 200
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run wrote. Losses are in nats per learned token, means of the last 100 steps."""
+
+    output: Path
+    steps: int
+    final_loss: float
+
+    def render(self) -> str:
+        return f"{self.output}: {self.steps} steps, final loss {self.final_loss:.4f}; checkpoint and loss.png written"
+
+
+class Meter:
+    """Turns step reports into a line every `every` steps: mean loss, rate and time left over those steps."""
+
+    def __init__(self, steps: int, every: int = 25) -> None:
+        self.steps, self.every = steps, every
+        self._waiting: list[StepReport] = []
+
+    def line(self, report: StepReport) -> str | None:
+        self._waiting.append(report)
+        if report.step % self.every and report.step != self.steps:
+            return None
+        seconds = sum(step.seconds for step in self._waiting)
+        count = len(self._waiting)
+        text = (
+            f"step {report.step}/{self.steps}  loss {sum(step.loss for step in self._waiting) / count:.4f}  "
+            f"balance {report.balance:.3f}  busiest expert {report.busiest_expert_share:.0%}  "
+            f"gradient norm {report.gradient_norm:.2f}  learning rate {report.learning_rate:.2e}  "
+            f"{sum(step.tokens for step in self._waiting) / seconds:.0f} tokens/s  "
+            f"{(self.steps - report.step) * seconds / count / 60:.1f} min left"
+        )
+        self._waiting = []
+        return text
+
+
+def train(request: TrainingRequest, progress: Callable[[str], None]) -> TrainingResult | None:
+    """Train, or go on training, and write the checkpoint, its tokenizer, training.json and loss.png to the output.
+
+    Of several processes, the first alone writes, reports progress and returns a result.
+
+    Raises TrainingError, ConfigError on input that cannot be used, before the first step.
+    """
+    require_matplotlib()
+    config = ModelConfig.from_dir(request.config)
+    encoder = Encoder(load_tokenizer(request.tokenizer), request.options.max_tokens)
+    if len(encoder.tokenizer) > config.vocab_size:
+        raise TrainingError(
+            f"{request.tokenizer} has {len(encoder.tokenizer)} tokens, but the config's vocab_size is "
+            f"{config.vocab_size}; make it at least as large"
+        )
+    seed = request.options.seed
+    source: Source = DemoSource(seed) if request.data is None else JsonLines(request.data, seed)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    processes = Processes("gloo" if request.device == "cpu" else "nccl")
+    trainer = Trainer(
+        config=config,
+        options=request.options,
+        source=source,
+        encoder=encoder,
+        directory=request.output,
+        device=_device(request.device, processes),
+        save_every=request.save_every,
+        processes=processes,
+    )
+    meter = Meter(request.options.steps)
+    for step in trainer.run():
+        line = meter.line(step)
+        if line and processes.rank == 0:
+            progress(line)
+    last = trainer.history[-FINAL_STEPS:]
+    result = TrainingResult(output=request.output, steps=trainer.step, final_loss=sum(last) / len(last))
+    if processes.rank == 0:
+        _write(request, trainer, result)
+    processes.close()
+    return result if processes.rank == 0 else None
+
+
+def parse_precision(name: str) -> Precision:
+    """Raises TrainingError when there is no such precision."""
+    try:
+        return Precision(name)
+    except ValueError:
+        raise TrainingError(f"precision is {name!r}; expected {', '.join(Precision)}") from None
+
+
+def _device(name: str, processes: Processes) -> torch.device:
+    try:
+        device = torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def _write(request: TrainingRequest, trainer: Trainer, result: TrainingResult) -> None:
+    export_checkpoint(trainer.model.state_dict(), trainer.config, request.output, request.precision)
+    copy_tokenizer(request.tokenizer, request.output)
+    plot_losses(trainer.history, request.output / "loss.png")
+    summary = {
+        "command": shlex.join(request.command),
+        "options": trainer.identity(),
+        "precision": request.precision,
+        "threads": torch.get_num_threads(),
+        "processes": trainer.processes.count,
+        "torch": torch.__version__,
+        "cpu_threads_available": os.cpu_count(),
+        "steps": result.steps,
+        "final_loss": round(result.final_loss, 5),
+        "losses": [round(loss, 5) for loss in trainer.history],
+    }
+    write_json(request.output / "training.json", summary)

@@ -1,0 +1,215 @@
+"""The training loop: AdamW over one global batch per step, in one process or several, resumable to the bit."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import TrainingError
+from neuron_minimax.model.minimax import MiniMaxM2, initial_state
+from neuron_minimax.training.encoding import Encoder, micro_batches
+from neuron_minimax.training.objective import losses, router_biases, update_router_bias
+from neuron_minimax.training.processes import Processes
+from neuron_minimax.training.sources import Source
+from neuron_minimax.training.state import load_state, save_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Everything that decides the result of a run, but the data and the model's config.
+
+    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how many tokens, padding
+    included, go through the model at once.
+    """
+
+    steps: int = 2000
+    batch_size: int = 16
+    micro_batch_tokens: int = 4096
+    max_tokens: int = 512
+    learning_rate: float = 1.5e-3
+    final_learning_rate_share: float = 0.02
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    balance_coefficient: float = 1e-3
+    router_bias_rate: float = 1e-3
+    router_bias_start: float = 0.0
+    initial_deviation: float = 0.04
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("learning_rate", "clip_norm", "initial_deviation"):
+            if not getattr(self, name) > 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+    def learning_rate_share(self, step: int) -> float:
+        """Linear warm-up to 1, then a cosine down to `final_learning_rate_share` at the last step."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        low = self.final_learning_rate_share
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One finished step. `loss` is per learned token in nats; `tokens` counts real tokens, not padding."""
+
+    step: int
+    loss: float
+    balance: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    busiest_expert_share: float
+
+
+@dataclass
+class Trainer:
+    """A run over `source` towards `directory`. `run()` yields a report per step and resumes where a run left off.
+
+    The state after step n is a function of options, config, data and n: stopping and resuming changes no bit on one
+    machine with one number of threads and processes.
+    """
+
+    config: ModelConfig
+    options: TrainingOptions
+    source: Source
+    encoder: Encoder
+    directory: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    save_every: int = 200
+    processes: Processes = field(default_factory=Processes)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = self.options
+        state = initial_state(self.config, options.seed, options.initial_deviation)
+        for name, tensor in state.items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.fill_(options.router_bias_start)
+        self.model = MiniMaxM2(self.config, {name: tensor.to(self.device) for name, tensor in state.items()})
+        self.model.requires_grad_()
+        self.optimizer = self._make_optimizer()
+        self.step = 0
+        self.history: list[float] = []
+        saved = load_state(self.directory, self.identity())
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.history = saved["step"], saved["history"]
+            torch.set_rng_state(saved["random_state"])
+
+    def run(self) -> Iterator[StepReport]:
+        """Train to the last step, saving every `save_every` steps and at the end."""
+        while self.step < self.options.steps:
+            report = self._take_step()
+            if self.step % self.save_every == 0 or self.step == self.options.steps:
+                self.save()
+            yield report
+
+    def save(self) -> None:
+        """Replace the saved state on disk; only the first process writes."""
+        if self.processes.rank == 0:
+            state = {
+                "step": self.step,
+                "history": self.history,
+                "options": self.identity(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random_state": torch.get_rng_state(),
+            }
+            save_state(self.directory, state)
+        self.processes.wait()
+
+    def _take_step(self) -> StepReport:
+        started = time.perf_counter()
+        options = self.options
+        share = options.learning_rate_share(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * share
+        sums, loads_LE = self._accumulate()
+        self._share_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for bias_E, load_E in zip(router_biases(self.model), loads_LE, strict=True):
+            update_router_bias(bias_E, load_E, options.router_bias_rate * share)
+        self.step += 1
+        loss, balance, tokens = sums.tolist()
+        self.history.append(loss)
+        return StepReport(
+            step=self.step,
+            loss=loss,
+            balance=balance,
+            gradient_norm=float(norm),
+            learning_rate=options.learning_rate * share,
+            tokens=int(tokens),
+            seconds=time.perf_counter() - started,
+            busiest_expert_share=float((loads_LE.amax(1) / loads_LE.sum(1).clamp(min=1)).max()),
+        )
+
+    def _accumulate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of this process's rows, already divided by the counts of the whole batch.
+
+        Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all processes.
+        """
+        options, first = self.options, self.step * self.options.batch_size
+        rows = range(first + self.processes.rank, first + options.batch_size, self.processes.count)
+        batches = list(
+            micro_batches([self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens)
+        )
+        counts = torch.tensor(
+            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches] or [[0] * 3]
+        )
+        learned, sequences, tokens = self.processes.sum(counts.sum(0)).tolist()
+        sums = torch.zeros(2, device=self.device)
+        loads_LE = torch.zeros(len(self.model.layers), self.config.num_local_experts, device=self.device)
+        for batch in batches:
+            with self._precision():
+                part = losses(self.model, batch.to(self.device))
+            mean = torch.stack((part.tokens / max(1, learned), part.balance / max(1, sequences)))
+            (mean[0] + options.balance_coefficient * mean[1]).backward()
+            sums += mean.detach()
+            loads_LE += part.loads_LE
+        totals = torch.cat((self.processes.sum(sums).cpu(), torch.tensor([float(tokens)])))
+        return totals, self.processes.sum(loads_LE)
+
+    def _share_gradients(self) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # Without a gradient: no token of this process's rows, or of the whole step, reached the parameter.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if self.processes.count > 1:
+            flat = self.processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            gradients = list(flat.split([parameter.numel() for parameter in parameters]))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Matrix products in BF16 where asked for; norms, softmax, routing, loss and all weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.options.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.options.learning_rate, betas=self.options.betas, fused=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What a saved state must agree with, in types that a state file holds."""
+        options = {**asdict(self.options), "betas": list(self.options.betas)}
+        return {**options, "config": {n: v for n, v in asdict(self.config).items() if n != "raw"}}
