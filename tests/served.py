@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai
 import torch
 import uvicorn
 
@@ -104,3 +105,19 @@ def serving(backend: Backend, **settings: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join()
         service.stop()
+
+
+def open_client(served: Served, **options: Any) -> openai.OpenAI:
+    """The official client, without retries."""
+    return openai.OpenAI(**{"base_url": f"{served.url}/v1", "api_key": "none", "max_retries": 0} | options)
+
+
+def ask(client: Any, content: str = "Hello", **options: Any) -> Any:
+    """One greedy chat request of at most 12 tokens, unless `options` say otherwise."""
+    options = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
+    return client.chat.completions.create(messages=[{"role": "user", "content": content}], **options)
+
+
+def text_of(message: Any) -> str:
+    """Reasoning and content of a message or delta."""
+    return (getattr(message, "reasoning_content", None) or "") + (message.content or "")

@@ -213,7 +213,8 @@ class Service:
                 check_depth(answer.json_schema.schema_, "response_format.json_schema.schema")
                 return self.model.grammars.json(answer.json_schema.schema_)
         except GenerationError as error:
-            raise RequestError(str(error), param="tools" if forced else "response_format") from None
+            param = "tools" if forced else "response_format"
+            raise RequestError(f"{param}: {error}", param=param) from None
         return None
 
     def _submit(

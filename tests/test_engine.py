@@ -1,0 +1,268 @@
+"""The engine: joining and leaving between steps, fairness, limits, and answers that do not depend on neighbours."""
+
+import itertools
+import queue
+import threading
+import time
+
+import pytest
+
+from neuron_minimax.backends import load
+from neuron_minimax.generation.events import Content
+from neuron_minimax.generation.generate import answer
+from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.engine import DrainingError, Engine, Job, QueueFullError
+from neuron_minimax.serving.metrics import Metrics
+from neuron_minimax.serving.pipeline import Pipeline
+from tests.served import ScriptedBackend
+from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_traced import VOCAB, write_traced
+
+
+class Client:
+    """One job and what it has received."""
+
+    def __init__(self, tokenizer, prompt_ids, new_tokens=8, options=GREEDY, timeout=60.0, **more):
+        self.outputs = queue.SimpleQueue()
+        self.job = Job(
+            prompt_ids=prompt_ids,
+            options=options,
+            max_new_tokens=new_tokens,
+            stop_token_ids=frozenset(tokenizer.stop_token_ids),
+            pipeline=Pipeline(tokenizer),
+            receive=self.outputs.put,
+            deadline=time.monotonic() + timeout,
+            **more,
+        )
+
+    def wait(self):
+        """(text, last output)."""
+        text = ""
+        while True:
+            output = self.outputs.get(timeout=30)
+            text += "".join(event.text for event in output.events if isinstance(event, Content))
+            if output.last:
+                return text, output
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    return write_traced(tmp_path_factory.mktemp("engine"), seq_len=160)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def make_engine():
+    engines = []
+
+    def make(backend, **options):
+        engine = Engine(backend, Metrics(), **options)
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+def scripted(tokenizer, text, **options):
+    return ScriptedBackend(tokenizer.hugging_face.name_or_path, lambda prompt: text, **options)
+
+
+def value(metric, **labels):
+    return (metric.labels(**labels) if labels else metric)._value.get()
+
+
+def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine, tokenizer):
+    engine, alone = make_engine(load(traced)), load(traced)
+    clients = []
+    for number in range(14):  # more than there are slots, of all lengths, joining while others run
+        prompt = [(11 * number + 7 * place) % VOCAB for place in range(3 + 9 * number)]
+        options = GREEDY if number % 2 else SamplingOptions(seed=number, top_p=0.9, repetition_penalty=1.2)
+        clients.append((Client(tokenizer, prompt, 5 + number, options), prompt, options, 5 + number))
+        engine.submit(clients[-1][0].job)
+        time.sleep(0.01 * (number % 3))
+    for client, prompt, options, new_tokens in clients:
+        text, output = client.wait()
+        wanted = answer(
+            alone,
+            prompt,
+            tokenizer=tokenizer,
+            options=options,
+            stop_token_ids=tokenizer.stop_token_ids,
+            max_new_tokens=new_tokens,
+        )
+        assert (text, output.finish_reason) == (wanted.text, wanted.finish_reason)
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answers_the_same(
+    traced, make_engine, tokenizer
+):
+    engine, alone = make_engine(load(traced)), load(traced)
+    system = [(5 * place) % VOCAB for place in range(60)]
+    for number, cached in ((1, 0), (2, 60), (3, 60)):
+        prompt = [*system, number, number + 1]
+        client = Client(tokenizer, prompt)
+        engine.submit(client.job)
+        assert client.wait()[0] == answer(alone, prompt, tokenizer=tokenizer, max_new_tokens=8).text
+        assert client.job.cached_tokens == cached
+    again = Client(tokenizer, prompt)
+    engine.submit(again.job)
+    again.wait()
+    assert again.job.cached_tokens == len(prompt) - 1  # the last token is computed again: its logits are needed
+
+
+def test_running_requests_advance_between_the_chunks_of_a_long_prompt(make_engine, tokenizer):
+    backend = scripted(tokenizer, "word " * 40)
+    engine = make_engine(backend)
+    short, long = Client(tokenizer, [1, 2, 3], 40), Client(tokenizer, [4] * 640, 2)
+    gate = threading.Event()
+    backend.before_call = gate.wait
+    engine.submit(short.job)
+    engine.submit(long.job)
+    gate.set()
+    long.wait()
+    short.wait()
+    chunks = [place for place, call in enumerate(backend.calls) if call == "encode 64"]
+    assert len(chunks) == 10
+    between = [backend.calls[start + 1 : end] for start, end in itertools.pairwise(chunks)]
+    assert all(calls == ["step 1"] for calls in between)
+
+
+def test_a_short_prompt_is_not_kept_waiting_by_a_long_one_before_it(make_engine, tokenizer):
+    backend = scripted(tokenizer, "word " * 40)
+    engine = make_engine(backend)
+    long, short = Client(tokenizer, [4] * 640, 2), Client(tokenizer, [1, 2, 3], 2)
+    gate = threading.Event()
+    backend.before_call = gate.wait
+    engine.submit(long.job)
+    engine.submit(short.job)
+    gate.set()
+    short.wait()
+    long.wait()
+    assert backend.calls.index("encode 3") <= 2
+
+
+def test_a_cancelled_request_frees_its_slot_before_the_next_step(make_engine, tokenizer):
+    backend = scripted(tokenizer, "word " * 400, slots=1)
+    engine = make_engine(backend)
+    first, second = Client(tokenizer, [1, 2, 3], 400), Client(tokenizer, [4, 5, 6], 2)
+    entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def pause():
+        entered.release()
+        go_on.acquire()
+
+    backend.before_call = pause
+    engine.submit(first.job)
+    engine.submit(second.job)
+    for _ in range(3):
+        entered.acquire()
+        go_on.release()
+    entered.acquire()  # inside the fourth call, for the first request
+    engine.cancel(first.job)
+    backend.before_call = lambda: None
+    go_on.release()
+    second.wait()
+    assert backend.calls[:6] == ["encode 3", "step 1", "step 1", "step 1", "encode 3", "step 1"]
+
+
+def test_requests_beyond_the_queue_are_refused_and_those_in_it_are_served(make_engine, tokenizer):
+    backend = scripted(tokenizer, "hi", slots=1)
+    engine = make_engine(backend, max_waiting=2)
+    gate = threading.Event()
+    backend.before_call = gate.wait
+    running = Client(tokenizer, [1, 2])
+    engine.submit(running.job)
+    while value(engine._metrics.waiting):
+        time.sleep(0.001)
+    waiting = [Client(tokenizer, [3, 4]), Client(tokenizer, [5, 6])]
+    engine.submit(*(client.job for client in waiting))
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        engine.submit(Client(tokenizer, [7]).job)
+    gate.set()
+    assert [client.wait()[0] for client in (running, *waiting)] == ["hi"] * 3
+
+
+def test_requests_are_admitted_in_the_order_of_their_arrival(make_engine, tokenizer):
+    backend = scripted(tokenizer, "hi", slots=1)
+    engine = make_engine(backend)
+    order, clients = [], [Client(tokenizer, [number, 9]) for number in range(6)]
+    for number, client in enumerate(clients):
+        client.job.receive = lambda output, number=number: order.append(number) if output.last else None
+    engine.submit(*(client.job for client in clients))
+    assert engine.drain(30)
+    assert order == list(range(6))
+
+
+def test_a_deadline_ends_running_and_waiting_requests(make_engine, tokenizer):
+    backend = scripted(tokenizer, "word " * 1000, slots=1)
+    engine = make_engine(backend)
+    backend.before_call = lambda: time.sleep(0.01)
+    running, waiting = Client(tokenizer, [1], 1000, timeout=0.2), Client(tokenizer, [2], 5, timeout=0.1)
+    engine.submit(running.job)
+    engine.submit(waiting.job)
+    assert waiting.wait()[1].error[0] == "timeout"
+    assert running.wait()[1].error[0] == "timeout"
+    backend.before_call = lambda: None
+    after = Client(tokenizer, [3], 4)
+    engine.submit(after.job)
+    assert after.wait()[1].finish_reason == "length"
+
+
+def test_draining_finishes_what_runs_and_waits_and_takes_nothing_new(make_engine, tokenizer):
+    backend = scripted(tokenizer, "one two three", slots=1)
+    engine = make_engine(backend)
+    backend.before_call = lambda: time.sleep(0.002)
+    clients = [Client(tokenizer, [number], 50) for number in range(3)]
+    engine.submit(*(client.job for client in clients))
+    assert not engine.drain(timeout=0.0)
+    with pytest.raises(DrainingError):
+        engine.submit(Client(tokenizer, [1]).job)
+    assert engine.drain(timeout=30)
+    assert [client.wait()[0] for client in clients] == ["one two three"] * 3
+
+
+def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(make_engine, tokenizer):
+    backend = scripted(tokenizer, "fine")
+    engine = make_engine(backend)
+
+    def burst():
+        raise RuntimeError("secret internals")
+
+    backend.before_call = burst
+    broken = Client(tokenizer, [1, 2, 3])
+    engine.submit(broken.job)
+    kind, message = broken.wait()[1].error
+    assert kind == "backend"
+    assert "secret" not in message
+    backend.before_call = lambda: None
+    after = Client(tokenizer, [1, 2, 3])
+    engine.submit(after.job)
+    assert after.wait()[0] == "fine"
+    assert after.job.cached_tokens == 0  # nothing of a broken slot is reused
+
+
+def test_the_metrics_count_tokens_steps_padding_and_reasons(make_engine, tokenizer):
+    backend = scripted(tokenizer, "hi")
+    engine = make_engine(backend)
+    client = Client(tokenizer, [1] * 40, 50)
+    engine.submit(client.job)
+    client.wait()
+    engine.stop()
+    metrics, tokens = engine._metrics, len(tokenizer.encode("hi")) + 1
+    assert value(metrics.prompt_tokens) == 40
+    assert value(metrics.output_tokens) == tokens == client.job.output_tokens
+    assert value(metrics.encoded, use="prompt") == 40
+    assert value(metrics.encoded, use="padding") == 64 - 40
+    assert value(metrics.stepped, use="active") == tokens - 1
+    assert value(metrics.stepped, use="idle") == 3 * (tokens - 1)
+    assert value(metrics.finished, finished_reason="stop") == 1
+    assert value(metrics.running) == value(metrics.waiting) == value(metrics.kv_use) == 0
+    assert b"neuron_minimax_time_to_first_token_seconds_count 1.0" in metrics.render()
