@@ -39,6 +39,9 @@ def test_the_last_block_of_a_dimension_may_be_partial(shape, grid):
 
 
 def test_multi_token_prediction_tensors_are_recognized_by_whole_parts():
-    assert schema.is_mtp("model.mtp.0.w1.weight")
-    assert schema.is_mtp("mtp_layers.0.weight")
-    assert not schema.is_mtp("model.layers.0.self_attn.q_proj.weight")
+    declared, silent = (ModelConfig.from_dict(tiny_config(num_mtp_modules=count)) for count in (3, 0))
+    assert schema.is_mtp("model.mtp.0.w1.weight", silent)
+    assert schema.is_mtp("mtp_layers.0.weight", silent)
+    assert schema.is_mtp("model.layers.2.eh_proj.weight", declared)
+    assert not schema.is_mtp("model.layers.2.eh_proj.weight", silent)
+    assert not schema.is_mtp("model.layers.1.self_attn.q_proj.weight", declared)

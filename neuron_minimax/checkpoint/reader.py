@@ -167,15 +167,8 @@ class Checkpoint(TensorDirectory):
     def __init__(self, directory: str | Path) -> None:
         self.config = ModelConfig.from_dir(directory)
         super().__init__(directory)
-        self.mtp_names: list[str] = [name for name in self.entries if self._is_mtp(name)]
+        self.mtp_names: list[str] = [name for name in self.entries if schema.is_mtp(name, self.config)]
         self.problems += check_against_schema(self.entries, self.config, set(self.mtp_names))
-
-    def _is_mtp(self, name: str) -> bool:
-        parts = name.split(".")
-        beyond = (
-            parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= self.config.num_hidden_layers
-        )
-        return schema.is_mtp(name) or (beyond and bool(self.config.raw.get("num_mtp_modules")))
 
     def is_fp8(self, name: str) -> bool:
         """Read off the header, never off config.json."""

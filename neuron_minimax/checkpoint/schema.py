@@ -131,9 +131,14 @@ def scale_name(weight_name: str) -> str:
     return weight_name + SCALE_SUFFIX
 
 
-def is_mtp(name: str) -> bool:
-    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not run."""
-    return any(part.startswith(MTP_MARKERS) for part in name.split("."))
+def is_mtp(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not run: named so, or a
+    layer beyond the last where config.json declares such modules."""
+    parts = name.split(".")
+    if any(part.startswith(MTP_MARKERS) for part in parts):
+        return True
+    in_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
+    return in_layer and int(parts[2]) >= config.num_hidden_layers and bool(config.raw.get("num_mtp_modules"))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -51,7 +51,7 @@ def convert_hf_to_neuron_state_dict(
     if "embed_tokens.weight" in state_dict:
         state_dict = {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in state_dict.items()}
     source = _StateDict(state_dict)
-    tolerated = [name for name in state_dict if schema.is_mtp(name)]
+    tolerated = [name for name in state_dict if schema.is_mtp(name, config)]
     sources = source.sources()
     conversion = plan(sources, config, layout, _convention_in_memory(source, sources, config, layout), tolerated)
     converted: dict[str, torch.Tensor] = {}
