@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from neuron_minimax.checkpoint.modules import Framework, Module, uncovered
+from neuron_minimax.checkpoint.modules import Framework, Module, mixed, uncovered
 from neuron_minimax.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -39,13 +39,16 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence["KindRow"]) -
             "decide here. Remove quantization_config"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
+    for path, odd, counts in mixed(checkpoint.entries, checkpoint.config):
+        found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+        message = (
+            f"{odd} is {checkpoint.entry(odd).dtype}, but it is stored in one tensor with others as {path}, whose "
+            f"weights are of several dtypes ({found}); expected one"
+        )
+        yield Finding(severity="error", kind="dtype", subject=odd, message=message)
     for row in kinds:
-        if "mixed" in row.layers:
-            layer = row.layers.index("mixed")
-            message = f"{row.kind} of layer {layer} has weights of several dtypes; one stacked tensor can have only one"
-            yield Finding(severity="error", kind="dtype", subject=f"layer {layer} {row.kind}", message=message)
-        elif len(row.dtypes) > 1:
-            message = f"{row.kind} is {row.precision}: not the same in every layer"
+        if len(row.dtypes) > 1:
+            message = f"{row.kind} is {row.precision}: not the same everywhere"
             yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
     if checkpoint.mtp_names:
         message = (

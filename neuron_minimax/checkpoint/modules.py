@@ -6,7 +6,8 @@ path, so Hugging Face's `gate` also reaches NxDI's `gate_up_proj`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -95,6 +96,22 @@ def modules_of(framework: Framework, entries: Mapping[str, TensorEntry], config:
     return [
         Module(path=path, weights=weights, fp8=fp8, swapped=path not in kept) for path, (weights, fp8) in counts.items()
     ]
+
+
+def mixed(entries: Mapping[str, TensorEntry], config: ModelConfig) -> Iterator[tuple[str, str, Counter[str]]]:
+    """NxDI modules whose weights, stored as one tensor, have several dtypes: path, a tensor of the rarest, counts."""
+    dtypes: dict[str, Counter[str]] = {}
+    example: dict[tuple[str, str], str] = {}
+    for wanted in schema.expected(config):
+        if wanted.is_scale or wanted.weight.kind not in MODULE_PATHS[Framework.NXDI] or wanted.name not in entries:
+            continue
+        path = MODULE_PATHS[Framework.NXDI][wanted.weight.kind].format(l=wanted.layer)
+        dtype = entries[wanted.name].dtype
+        dtypes.setdefault(path, Counter())[dtype] += 1
+        example.setdefault((path, dtype), wanted.name)
+    for path, counts in dtypes.items():
+        if len(counts) > 1:
+            yield path, example[path, min(counts, key=lambda dtype: counts[dtype])], counts
 
 
 def judge(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> tuple[EntryVerdict, ...]:

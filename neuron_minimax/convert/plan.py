@@ -235,11 +235,15 @@ def _common_dtype(target: str, groups: Groups, sources: Sources) -> str:
     missing = [name for name in names if name not in sources]
     if missing:
         raise ConversionError(f"{target} lacks {len(missing)} of its {len(names)} sources, the first {missing[0]}")
-    dtypes = {sources[name][0] for name in names}
+    dtypes = Counter(sources[name][0] for name in names)
     if len(dtypes) > 1:
-        found = ", ".join(sorted(dtypes))
-        raise ConversionError(f"{target} is made of weights of different dtypes ({found}); expected one")
-    return dtypes.pop()
+        rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
+        odd = next(name for name in names if sources[name][0] == rarest)
+        found = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+        raise ConversionError(
+            f"{target} is made of weights of different dtypes ({found}; {odd} is {rarest}); expected one"
+        )
+    return next(iter(dtypes))
 
 
 def _module_paths(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]]) -> list[tuple[str, list[str]]]:
