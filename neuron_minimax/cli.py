@@ -150,7 +150,7 @@ def compile_(
     backend: Annotated[str, typer.Option(help="cpu or neuron")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
-    buckets: Annotated[str | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
     compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
     engine: Annotated[str | None, typer.Option(help="cpu: compiled or eager")] = None,
     force: Annotated[bool, typer.Option("--force", help="compile even if up to date, or advised against")] = False,
@@ -161,7 +161,7 @@ def compile_(
     options: dict[str, Any] = {
         "slots": batch_size,
         "seq_len": seq_len,
-        "buckets": parse_integers("--buckets", buckets) if buckets else None,
+        "buckets": parse_integers("--buckets", ",".join(buckets)) if buckets else None,
         "compute": compute,
         "engine": engine,
     }
@@ -213,6 +213,53 @@ def generate(
     )
     answer = run_generate(traced, request, on_text=None if as_json else lambda text: print(text, end="", flush=True))
     print(json.dumps({"token_ids": answer.token_ids, "text": answer.text}) if as_json else "")
+
+
+@app.command()
+def serve(
+    traced: Annotated[
+        Path | None, typer.Argument(metavar="[TRACED]", help="compiled directory; default: the embedded demo model")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to bind")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="one API key per line")] = None,
+    allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="no key although not on loopback")] = False,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Host header to accept; may be repeated")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="default: the directory's name")] = None,
+    reasoning_format: Annotated[str, typer.Option(help="separate: reasoning_content; none: in the text")] = "separate",
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests in the queue; more get 429")] = 256,
+    request_timeout: Annotated[float, typer.Option(min=0, help="seconds per request")] = 600.0,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="seconds for running requests on SIGTERM")] = 120.0,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="largest request")] = 8,
+    enable_log_requests: Annotated[
+        bool, typer.Option("--enable-log-requests", help="put the text of requests into the log")
+    ] = False,
+) -> None:
+    """Serve OpenAI's API and a chat page until SIGTERM, which lets running requests finish."""
+    if reasoning_format not in ("separate", "none"):
+        raise typer.BadParameter(f"--reasoning-format is {reasoning_format!r}; expected separate or none")
+    from neuron_minimax.serving.demo import demo_model
+    from neuron_minimax.serving.server import serve as run_server
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    run_server(
+        traced or demo_model(progress=say),
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        allow_anonymous=allow_anonymous,
+        allowed_hosts=tuple(allowed_host or ()),
+        model_name=served_model_name,
+        on_listening=lambda url: say(f"listening on {url}"),
+        split_reasoning=reasoning_format == "separate",
+        max_waiting=max_waiting,
+        request_timeout=request_timeout,
+        drain_timeout=drain_timeout,
+        max_body=max_body_mib << 20,
+        log_requests=enable_log_requests,
+    )
 
 
 @app.command()

@@ -213,7 +213,7 @@ def report_of(
         parameters=sum(
             prod(entry.shape)
             for name, entry in checkpoint.entries.items()
-            if not name.endswith(schema.SCALE_SUFFIX) and not schema.is_mtp(name)
+            if not name.endswith(schema.SCALE_SUFFIX) and not schema.is_mtp(name, checkpoint.config)
         ),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
         kinds=kinds,
