@@ -94,6 +94,8 @@ def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
         (None, {"eos_token_id": None}, 7, 300, (7,)),
         (None, None, None, 200064, (200020,)),
         (None, None, None, 300, ()),
+        (None, {"eos_token_id": 200020}, 7, 300, (7,)),  # inherited from the large model
+        ({"eos_token_id": [5, 999]}, {}, 7, 300, (5,)),
     ],
 )
 def test_stop_tokens_come_from_the_first_file_that_names_any(tmp_path, generation, config, fallback, size, stops):
@@ -144,7 +146,7 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
         ("tokenizer.json", "{]", "cannot be loaded"),
         ("generation_config.json", "{]", "generation_config.json cannot be read"),
         ("generation_config.json", "[1]", "expected an object"),
-        ("generation_config.json", '{"eos_token_id": 999999}', "999999"),
+        ("generation_config.json", '{"eos_token_id": "5"}', "'5' is no token"),
         ("generation_config.json", '{"temperature": -3}', "temperature"),
     ],
 )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.minimax_format import FORMAT_MARKERS
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
@@ -40,6 +38,8 @@ class TextTokenizer:
 
         Raises GenerationError when there are none, or they cannot be read, or no stop token is known.
         """
+        from transformers import AutoTokenizer
+
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise GenerationError(
@@ -122,20 +122,18 @@ def read_stop_tokens(directory: str | Path, vocab_size: int, fallback: int | Non
     """Tokens that end an answer: from generation_config.json, else config.json, else `fallback` (the tokenizer's end of
     turn), else 200020 where the vocabulary has it, else none.
 
-    Raises GenerationError when a file cannot be read, or names a token outside of the vocabulary.
+    A token outside of the vocabulary (what small models inherit from the large one's config.json) is passed over: it
+    cannot occur. Raises GenerationError when a file cannot be read or holds something other than tokens.
     """
     for name in ("generation_config.json", "config.json"):
         stops = _read_json(Path(directory) / name).get("eos_token_id")
-        if stops is None or stops == []:
-            continue
-        stops = stops if isinstance(stops, list) else [stops]
-        bad = [stop for stop in stops if not isinstance(stop, int) or not 0 <= stop < vocab_size]
-        if bad:
-            raise GenerationError(
-                f"{Path(directory) / name}: eos_token_id {bad[0]!r} is not in the vocabulary; "
-                f"expected 0 to {vocab_size - 1}"
-            )
-        return tuple(stops)
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        bad = next((stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool)), None)
+        if bad is not None:
+            raise GenerationError(f"{Path(directory) / name}: eos_token_id {bad!r} is no token; expected an integer")
+        possible = tuple(stop for stop in stops if 0 <= stop < vocab_size)
+        if possible:
+            return possible
     if fallback is not None:
         return (fallback,)
     return (END_OF_TURN_ID,) if vocab_size > END_OF_TURN_ID else ()
