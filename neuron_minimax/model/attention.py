@@ -84,7 +84,7 @@ def attend(
     key_heads = key_BKCD.shape[1]
     group = heads // key_heads
     query = query_BTND.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    visible_BTC = torch.arange(key_BKCD.shape[2]) <= positions_BT[:, :, None]
+    visible_BTC = torch.arange(key_BKCD.shape[2], device=positions_BT.device) <= positions_BT[:, :, None]
     mask = visible_BTC[:, None].repeat(1, 1, group, 1)
     attended = F.scaled_dot_product_attention(query, key_BKCD, value_BKCD, attn_mask=mask)
     return attended.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)

@@ -77,7 +77,7 @@ def rope_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [B,T,1,R] at given positions, computed in float32 and rounded to `dtype`."""
     per_pair, magnitude = frequencies(config)
-    angles_BTR = (positions_BT[..., None].float() * per_pair).repeat(1, 1, 2)[:, :, None]
+    angles_BTR = (positions_BT[..., None].float() * per_pair.to(positions_BT.device)).repeat(1, 1, 2)[:, :, None]
     return (angles_BTR.cos() * magnitude).to(dtype), (angles_BTR.sin() * magnitude).to(dtype)
 
 

@@ -176,7 +176,7 @@ def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:
     use = _draw(rng, tool_use, held_out)
     result = {"role": "tool", "content": json.dumps(use.result)}
     messages = [user(use.request), _call(use), result, _reply("result", use.reply)]
-    return Conversation("tool answer", (f"{use.key} -> {result['content']}",), messages, offered(rng, use.name))
+    return Conversation("tool answer", (use.key,), messages, offered(rng, use.name))
 
 
 def user(text: str) -> dict[str, Any]:

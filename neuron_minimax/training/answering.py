@@ -1,0 +1,95 @@
+"""Greedy replies to many conversations at once, and whether they are right.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from neuron_minimax.generation.events import Message
+from neuron_minimax.generation.minimax_format import parse
+from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.training.data import Conversation
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A conversation, the new tokens of the model's reply (end of turn included) and whether the answer is exact."""
+
+    conversation: Conversation
+    tokens: tuple[int, ...]
+    right: bool
+
+
+def answer_all(
+    model: MiniMaxM2,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int = 160,
+    batch_size: int = 64,
+) -> list[Graded]:
+    """Greedy replies to all prompts, in the order given, each checked against the conversation's own reply."""
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies: dict[int, tuple[int, ...]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        decoded = greedy(model, [prompts[index] for index in chosen], int(tokenizer.eos_token_id), max_new_tokens)
+        replies.update(zip(chosen, decoded, strict=True))
+    return [
+        Graded(conversation, replies[index], is_right(conversation, _text(tokenizer, replies[index])))
+        for index, conversation in enumerate(conversations)
+    ]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        conversation.prompt, tools=conversation.tools or None, tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@torch.inference_mode()
+def greedy(
+    model: MiniMaxM2, prompts: Sequence[list[int]], end_of_turn: int, max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """The most likely next tokens of each prompt up to its end of turn, decoded together with a cache."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    logits, cache = model(ids, use_cache=True, lengths=lengths)
+    next_B = logits[torch.arange(len(prompts)), lengths - 1].argmax(-1)
+    replies = [next_B]
+    ended_B = next_B == end_of_turn
+    while len(replies) < max_new_tokens and not bool(ended_B.all()):
+        logits, cache = model(next_B[:, None], cache, use_cache=True)
+        next_B = logits[:, -1].argmax(-1)
+        replies.append(next_B)
+        ended_B |= next_B == end_of_turn
+    rows = torch.stack(replies, dim=1).tolist()
+    return [tuple(row[: row.index(end_of_turn) + 1] if end_of_turn in row else row) for row in rows]
+
+
+def is_right(conversation: Conversation, text: str) -> bool:
+    """Whether the answer, or the tool call, is exactly the expected one. The reasoning is free."""
+    message = parse(text, in_reasoning=True, tools=conversation.tools or None)
+    return _answer(message) == _expected(conversation)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, reply: tuple[int, ...]) -> str:
+    ended = bool(reply) and reply[-1] == tokenizer.eos_token_id
+    return tokenizer.decode(list(reply[:-1] if ended else reply))
+
+
+def _answer(message: Message) -> tuple[str, list[tuple[str, object]]]:
+    return message.content.strip(), [(call.name, json.loads(call.arguments)) for call in message.tool_calls]
+
+
+def _expected(conversation: Conversation) -> tuple[str, list[tuple[str, object]]]:
+    calls = [call["function"] for call in conversation.reply.get("tool_calls", ())]
+    return conversation.reply["content"], [(call["name"], call["arguments"]) for call in calls]
