@@ -28,13 +28,19 @@ def expand_scale(scale: torch.Tensor, rows: int, columns: int, block: tuple[int,
     `parts` weights may lie side by side in the columns, each with block columns of its own (gate and up: 2), so that
     the last block of each may be partial.
     """
-    by_row = scale.repeat_interleave(block[0], dim=-2)[..., :rows, :]
-    if columns % (parts * block[1]) == 0:
-        return by_row.repeat_interleave(block[1], dim=-1)
-    width = columns // parts
-    return torch.cat(
-        [part.repeat_interleave(block[1], dim=-1)[..., :width] for part in by_row.chunk(parts, dim=-1)], dim=-1
-    )
+    return _repeat(_repeat(scale, -2, rows, block[0], 1), -1, columns, block[1], parts)
+
+
+def _repeat(scale: torch.Tensor, dimension: int, size: int, step: int, parts: int) -> torch.Tensor:
+    whole, rest = divmod(size // parts, step)
+    if not rest:
+        return scale.repeat_interleave(step, dim=dimension)
+    # Not one longer expansion, cut: Inductor (torch 2.13) simplifies `i % size // step` as if step divided size.
+    pieces = []
+    for part in scale.chunk(parts, dim=dimension):
+        pieces.append(part.narrow(dimension, 0, whole).repeat_interleave(step, dim=dimension))
+        pieces.append(part.narrow(dimension, whole, 1).repeat_interleave(rest, dim=dimension))
+    return torch.cat(pieces, dim=dimension)
 
 
 def dequantize(
