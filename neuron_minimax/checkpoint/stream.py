@@ -28,6 +28,8 @@ from neuron_minimax.errors import ConversionError, NeuronMiniMaxError
 UNFINISHED = ".unfinished"
 SYNC_EVERY = 128 << 20  # bytes between background syncs, so that writing back overlaps computing
 CHECK_PIECE = 8 << 20
+# Threads that compute; one thread digests and writes, and eight keep it busy. Pieces in flight stay under 250 MB.
+WORKERS = min(8, os.cpu_count() or 1)
 
 # Computes the next elements of a tensor and how many codes it had to round.
 Piece = Callable[[], tuple[np.ndarray, int]]
@@ -129,10 +131,9 @@ class OutputDirectory:
                 self.reused_shards += 1
                 progress(shard.nbytes)
         self._require_space(sum(shard.nbytes for shard in missing))
-        workers = os.cpu_count() or 1
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as syncer:
+        with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as syncer:
             for shard in missing:
-                records |= self._write_shard(shard, pool, syncer, workers, progress)
+                records |= self._write_shard(shard, pool, syncer, progress)
         return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
 
     def finish(
@@ -209,7 +210,6 @@ class OutputDirectory:
         shard: StreamedShard,
         pool: ThreadPoolExecutor,
         syncer: ThreadPoolExecutor,
-        workers: int,
         progress: Callable[[int], None],
     ) -> dict[str, TensorRecord]:
         crc: dict[str, int] = dict.fromkeys((tensor.name for tensor in shard.tensors), 0)
@@ -218,7 +218,7 @@ class OutputDirectory:
         syncing: Future[None] | None = None
         unsynced = 0
         with ShardWriter(self.path / shard.name, layout) as writer:
-            for name, (elements, count) in _in_order(shard, pool, window=2 * workers):
+            for name, (elements, count) in _in_order(shard, pool, window=2 * WORKERS):
                 data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
                 crc[name] = zlib.crc32(data.data, crc[name])
                 rounded[name] += count
@@ -307,5 +307,5 @@ def damaged_tensors(
         progress(entry.nbytes)
         return damaged
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         return [name for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True) if damaged]

@@ -7,7 +7,6 @@ compared there is what a reader of the checkpoint sees. Nothing is taken from th
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.stream import damaged_tensors, read_records
+from neuron_minimax.checkpoint.stream import WORKERS, damaged_tensors, read_records
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
@@ -70,7 +69,7 @@ def verify(
     differences += [f"{name} does not match the digest in its manifest" for name in damaged]
     rounded = 0
     compare = _Comparison(conversion, source, converted, progress)
-    with ThreadPoolExecutor(cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for found, count in pool.map(compare, conversion.outputs):
             differences += found
             rounded += count
