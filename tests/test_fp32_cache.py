@@ -58,6 +58,15 @@ def test_every_weight_equals_its_dequantized_source_bit_for_bit(source, cache):
         assert torch.equal(cached.tensor(name), slow_weight(original, name)), name
 
 
+def test_all_codes_times_scales_of_any_size_are_exact():
+    codes = np.array([[code for code in range(256) if code & 0x7F != 0x7F]], dtype=np.uint8)
+    for scale in (1e-38, 3e-7, 2e-4, 0.99, 127.9, 128.0, 300.0, 7e35):
+        out = np.empty(codes.shape, dtype=np.float32)
+        fp32_cache._decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
+        wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * torch.tensor(scale, dtype=torch.float32)
+        assert np.array_equal(out, wanted.numpy()), scale
+
+
 def test_ragged_blocks_and_dense_sources_are_cached_exactly(tmp_path):
     ragged = write_tiny(tmp_path / "ragged", hidden_size=192, intermediate_size=320)
     twin = write_tiny(tmp_path / "twin", hidden_size=192, intermediate_size=320, dense=True)

@@ -13,7 +13,11 @@ def to_float32(stored: np.ndarray) -> np.ndarray:
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """BF16 bits (uint16) of finite float32 values, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    return rounded.view(np.uint16)[..., 1::2]  # the upper halves
 
 
 def check_finite(name: str, stored: np.ndarray) -> None:
