@@ -1,0 +1,223 @@
+"""The architecture as a tree: of a checkpoint, from the table of weights, and of a conversion, from its plan.
+
+Parameters and bytes of a node are those of the whole model (all layers, all experts); active parameters are what one
+token is multiplied with: all of a layer but its experts, num_experts_per_tok of those, one row of the embedding.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.plan import ConversionPlan, Layout, Sources, plan
+from neuron_minimax.convert.rules import Operation
+from neuron_minimax.errors import CheckpointError
+
+
+@dataclass
+class Node:
+    """A module: a leaf with a shape and dtypes, or a group of `times` equal ones."""
+
+    name: str
+    times: int = 1
+    chosen: int | None = None  # how many of `times` one token uses
+    shape: tuple[int, ...] = ()
+    scale_shape: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    parameters: int = 0
+    bytes: int = 0
+    active: float = 0
+    children: list["Node"] = field(default_factory=list)
+
+    @property
+    def is_leaf(self) -> bool:
+        return not self.children
+
+    def child(self, name: str) -> "Node":
+        """The child of that name, made when it is not there."""
+        found = next((node for node in self.children if node.name == name), None)
+        if found is None:
+            found = Node(name=name)
+            self.children.append(found)
+        return found
+
+    def leaves(self) -> Iterator["Node"]:
+        if self.is_leaf:
+            yield self
+        for node in self.children:
+            yield from node.leaves()
+
+    def render(self) -> str:
+        """The tree as text: name, shape, scale shape, dtype, parameters, bytes, active parameters."""
+        rows = [("", "shape", "scales", "dtype", "parameters", "bytes", "active"), *_rows(self, "", "")]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column < 4 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A weight to hang into the tree: dotted template over `{l}` and `{e}`, and what is stored under it."""
+
+    template: str
+    shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    parameters: int
+    bytes: int
+    active_share: float  # of the parameters, for one token
+
+
+def sources_of(directory: str | Path) -> tuple[ModelConfig, Sources]:
+    """(dtype, shape) of every tensor by name: a checkpoint's headers, or the table's where there is only a config.json.
+
+    Raises ConfigError without a config.json, CheckpointError when the files there are not those of the model.
+    """
+    config = ModelConfig.from_dir(directory)
+    if not list(Path(directory).glob("*.safetensors*")):
+        return config, {wanted.name: (wanted.dtype, wanted.shape) for wanted in schema.expected(config)}
+    checkpoint = Checkpoint(directory)
+    checkpoint.require_usable()
+    left_out = set(checkpoint.mtp_names)
+    sources = {e.name: (e.dtype, e.shape) for e in checkpoint.entries.values() if e.name not in left_out}
+    return config, sources
+
+
+def published_tree(config: ModelConfig, sources: Sources) -> Node:
+    """The tree of a Hugging Face checkpoint, from the table and what is stored."""
+    grouped: dict[str, list[schema.Expected]] = {}
+    for wanted in schema.expected(config):
+        grouped.setdefault(wanted.weight.template, []).append(wanted)
+    leaves = []
+    for template, all_wanted in grouped.items():
+        weights = [wanted for wanted in all_wanted if not wanted.is_scale]
+        scales = [wanted for wanted in all_wanted if wanted.is_scale and wanted.name in sources]
+        leaves.append(
+            Leaf(
+                template=template,
+                shape=weights[0].shape,
+                scale_shape=scales[0].shape if scales else (),
+                dtypes=tuple(dict.fromkeys(sources[wanted.name][0] for wanted in weights)),
+                parameters=sum(wanted.elements for wanted in weights),
+                bytes=sum(_nbytes(*sources[wanted.name]) for wanted in (*weights, *scales)),
+                active_share=_active_share(template, "{e}" in template, config),
+            )
+        )
+    return _tree("MiniMax-M2 as published", leaves, config)
+
+
+def converted_tree(config: ModelConfig, sources: Sources, layout: Layout | None = None) -> Node:
+    """The tree of what a conversion of these sources would store, from its plan."""
+    conversion = plan(sources, config, layout or Layout())
+    leaves = [_converted_leaf(conversion, template) for template in _in_model_order(conversion)]
+    return _tree("MiniMax-M2 as converted", leaves, config)
+
+
+def _in_model_order(conversion: ConversionPlan) -> list[str]:
+    """Target templates in the order in which the model uses them, which is the table's."""
+    order = {weight.template: place for place, weight in enumerate(schema.WEIGHTS)}
+    first_source = {output.rule.target: output.rule.sources[0] for output in conversion.outputs}
+    return sorted(first_source, key=lambda target: order[first_source[target]])
+
+
+def _converted_leaf(conversion: ConversionPlan, template: str) -> Leaf:
+    outputs = [output for output in conversion.outputs if output.rule.target == template]
+    weights = [output for output in outputs if not output.is_scale]
+    scales = [output for output in outputs if output.is_scale]
+    rule = weights[0].rule
+    return Leaf(
+        template=template,
+        shape=weights[0].shape,
+        scale_shape=scales[0].shape if scales else (),
+        dtypes=tuple(dict.fromkeys(output.dtype for output in weights)),
+        parameters=sum(prod(output.shape) for output in weights),
+        bytes=sum(output.nbytes for output in outputs),
+        active_share=_active_share(rule.sources[0], rule.operation is Operation.STACK_TRANSPOSED, conversion.config),
+    )
+
+
+def _active_share(source_template: str, experts: bool, config: ModelConfig) -> float:
+    if experts:
+        return config.num_experts_per_tok / config.num_local_experts
+    embedding = next(weight.template for weight in schema.WEIGHTS if weight.module_group == "embedding")
+    return 1 / config.vocab_size if source_template == embedding else 1.0
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * STORED_DTYPES[dtype].itemsize
+
+
+def _tree(title: str, leaves: Iterable[Leaf], config: ModelConfig) -> Node:
+    root = Node(name=title)
+    for leaf in leaves:
+        node = root
+        _add(node, leaf)
+        for part in leaf.template.removesuffix(".weight").split("."):
+            if part == "{l}":
+                node.times = config.num_hidden_layers
+            elif part == "{e}":
+                node.times, node.chosen = config.num_local_experts, config.num_experts_per_tok
+            else:
+                node = node.child(part)
+                _add(node, leaf)
+        node.shape, node.scale_shape, node.dtypes = leaf.shape, leaf.scale_shape, leaf.dtypes
+    if not root.parameters:
+        raise CheckpointError("the model has no weights; check the checkpoint directory")
+    return root
+
+
+def _add(node: Node, leaf: Leaf) -> None:
+    node.parameters += leaf.parameters
+    node.bytes += leaf.bytes
+    node.active += leaf.parameters * leaf.active_share
+
+
+def _rows(node: Node, first: str, rest: str) -> Iterator[tuple[str, ...]]:
+    yield (
+        first + label(node),
+        _shape_text(node.shape),
+        _shape_text(node.scale_shape),
+        "+".join(node.dtypes),
+        count_text(node.parameters),
+        bytes_text(node.bytes),
+        count_text(node.active),
+    )
+    for place, child in enumerate(node.children):
+        last = place == len(node.children) - 1
+        yield from _rows(child, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
+
+
+def label(node: Node) -> str:
+    """Name, how many there are, and how many of them one token uses."""
+    if node.chosen is not None:
+        return f"{node.name} x {node.times}, {node.chosen} per token"
+    return f"{node.name} x {node.times}" if node.times > 1 else node.name
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def count_text(count: float) -> str:
+    """A number of parameters, three or more digits of it."""
+    for unit, divisor in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f}{unit}"
+    return f"{count:.0f}"
+
+
+def bytes_text(count: int) -> str:
+    """Decimal units."""
+    for unit, divisor in ((" GB", 1e9), (" MB", 1e6), (" kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f}{unit}"
+    return f"{count} B"
