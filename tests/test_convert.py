@@ -1,5 +1,6 @@
 """Conversion against slow, obvious code that builds each Neuron tensor from the safetensors library's own reading."""
 
+import errno
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.writer import ShardWriter
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import Layout, plan, unquantized_modules
 from neuron_minimax.convert.rules import module_of
@@ -384,6 +386,29 @@ def test_too_little_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch)
     with pytest.raises(ConversionError, match=r"needs 0\.02 GB more and its disk has 0\.00 GB free"):
         convert(write_tiny(tmp_path / "source"), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_a_disk_that_fills_up_is_one_message_and_the_next_run_resumes(tmp_path, monkeypatch):
+    source, real_write, left = write_tiny(tmp_path / "source"), ShardWriter.write, [3]
+
+    def write_until_full(writer, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_write(writer, data)
+
+    monkeypatch.setattr(ShardWriter, "write", write_until_full)
+    with pytest.raises(ConversionError, match=r"model-00002.*No space left on device.*run again"):
+        convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    assert convert(source, tmp_path / "out").reused_shards == 1
+    assert verify(source, tmp_path / "out").equal
+
+
+def test_a_place_that_cannot_hold_a_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match=r"file/out cannot be used"):
+        convert(write_tiny(tmp_path / "source"), tmp_path / "file" / "out")
 
 
 def test_companion_files_come_along_but_no_code(tmp_path):

@@ -88,8 +88,11 @@ class OutputDirectory:
         self.reused_shards = 0
 
     def __enter__(self) -> "OutputDirectory":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ConversionError(f"{self.path} cannot be used ({error.strerror}); choose another directory") from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -133,7 +136,13 @@ class OutputDirectory:
         self._require_space(sum(shard.nbytes for shard in missing))
         with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as syncer:
             for shard in missing:
-                records |= self._write_shard(shard, pool, syncer, progress)
+                try:
+                    records |= self._write_shard(shard, pool, syncer, progress)
+                except OSError as error:
+                    raise ConversionError(
+                        f"{self.path / shard.name} cannot be written ({error.strerror}); finished shards are kept: mend "
+                        "it and run again"
+                    ) from None
         return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
 
     def finish(
