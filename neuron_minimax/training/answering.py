@@ -6,6 +6,7 @@ Shapes: B sequences, V vocabulary.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -47,9 +48,9 @@ def answer_all(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        conversation.prompt, tools=conversation.tools or None, tokenize=False, add_generation_prompt=True
-    )
+    """The token ids of everything before the reply, and the template's generation prompt."""
+    tools: list[Any] | None = conversation.tools or None
+    text = tokenizer.apply_chat_template(conversation.prompt, tools=tools, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -83,7 +84,7 @@ def is_right(conversation: Conversation, text: str) -> bool:
 
 def _text(tokenizer: PreTrainedTokenizerBase, reply: tuple[int, ...]) -> str:
     ended = bool(reply) and reply[-1] == tokenizer.eos_token_id
-    return tokenizer.decode(list(reply[:-1] if ended else reply))
+    return str(tokenizer.decode(list(reply[:-1] if ended else reply)))
 
 
 def _answer(message: Message) -> tuple[str, list[tuple[str, object]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neuron_minimax.errors import TrainingError
 from neuron_minimax.training.data import demo_conversation
 from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
@@ -56,8 +57,16 @@ def write_demo_tokenizer(directory: Path, vocab_size: int = 1280, seed: int = 0,
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code is run."""
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code is run.
+
+    Raises TrainingError when there is none, or it cannot be read.
+    """
+    if not (Path(directory) / "tokenizer.json").exists():
+        raise TrainingError(f"{directory} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _texts(seed: int, conversations: int) -> Iterator[str]:
