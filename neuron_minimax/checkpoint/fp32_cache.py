@@ -19,14 +19,8 @@ from neuron_minimax.checkpoint import dense, fp8, schema
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
-from neuron_minimax.checkpoint.stream import (
-    OutputDirectory,
-    StreamedShard,
-    StreamedTensor,
-    damaged_tensors,
-    read_records,
-    reopen,
-)
+from neuron_minimax.checkpoint.records import damaged_tensors, read_records
+from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor, reopen
 from neuron_minimax.checkpoint.writer import copy_companions
 from neuron_minimax.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +21,19 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
+from neuron_minimax.checkpoint.reader import INDEX_NAME
+from neuron_minimax.checkpoint.records import (
+    WORKERS,
+    TensorRecord,
+    damaged_tensors,
+    read_records,
+    records_as_json,
+)
 from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, ShardWriter, sync_directory, write_index, write_json
-from neuron_minimax.errors import ConversionError, NeuronMiniMaxError
+from neuron_minimax.errors import ConversionError
 
 UNFINISHED = ".unfinished"
 SYNC_EVERY = 128 << 20  # bytes between background syncs, so that writing back overlaps computing
-CHECK_PIECE = 8 << 20
-# Threads that compute; one thread digests and writes, and eight keep it busy. Pieces in flight stay under 250 MB.
-WORKERS = min(8, os.cpu_count() or 1)
 
 # Computes the next elements of a tensor and how many codes it had to round.
 Piece = Callable[[], tuple[np.ndarray, int]]
@@ -59,17 +63,6 @@ class StreamedShard:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What the manifest says of a written tensor: crc32 of its bytes, and codes rounded on the way."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    crc32: str
-    rounded_codes: int = 0
 
 
 class OutputDirectory:
@@ -140,8 +133,8 @@ class OutputDirectory:
                     records |= self._write_shard(shard, pool, syncer, progress)
                 except OSError as error:
                     raise ConversionError(
-                        f"{self.path / shard.name} cannot be written ({error.strerror}); finished shards are kept: mend "
-                        "it and run again"
+                        f"{self.path / shard.name} cannot be written ({error.strerror}); finished shards are kept: "
+                        "mend it and run again"
                     ) from None
         return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
 
@@ -153,7 +146,7 @@ class OutputDirectory:
         if len({record.shard for record in records.values()}) > 1:
             write_index(self.path, {name: record.shard for name, record in records.items()}, sum(sizes))
         write_json(self.path / "config.json", dict(config))
-        write_json(self.manifest_path, {"identity": self.identity, **manifest, "tensors": _as_json(records)})
+        write_json(self.manifest_path, {"identity": self.identity, **manifest, "tensors": records_as_json(records)})
         shutil.rmtree(self.unfinished)
         sync_directory(self.path)
 
@@ -244,7 +237,7 @@ class OutputDirectory:
             )
             for tensor in shard.tensors
         }
-        write_json(self.unfinished / f"{shard.name}.json", _as_json(records))
+        write_json(self.unfinished / f"{shard.name}.json", records_as_json(records))
         return records
 
 
@@ -268,53 +261,11 @@ def _in_order(
             future.cancel()
 
 
-def _as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(record) for name, record in records.items()}
-
-
-def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
-    """The inverse of what a manifest's `tensors` or a journal holds."""
-    return {name: TensorRecord(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in raw.items()}
-
-
 def reopen(output: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:
     """Turn a finished directory back into an unfinished one, so that the next write redoes only its damaged shards."""
     output.unfinished.mkdir(exist_ok=True)
     for shard in {record.shard for record in records.values()}:
         journal = {name: record for name, record in records.items() if record.shard == shard}
-        write_json(output.unfinished / f"{shard}.json", _as_json(journal))
+        write_json(output.unfinished / f"{shard}.json", records_as_json(journal))
     write_json(output.unfinished / "identity.json", output.identity)
     output.manifest_path.unlink()
-
-
-def crc32_of(array: np.ndarray) -> str:
-    """crc32 of an array's bytes, as manifests spell it."""
-    data, value = array.reshape(-1).view(np.uint8), 0
-    for start in range(0, data.size, CHECK_PIECE):
-        value = zlib.crc32(data[start : start + CHECK_PIECE].data, value)
-    return f"{value:08x}"
-
-
-def damaged_tensors(
-    directory: Path,
-    records: Mapping[str, TensorRecord],
-    shard: str | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> list[str]:
-    """Names whose stored bytes, dtype or shape are not what the records say; all are re-read, or those of one shard."""
-    wanted = {name: record for name, record in records.items() if shard in (None, record.shard)}
-    try:
-        stored = TensorDirectory(directory, shards=sorted({record.shard for record in wanted.values()}))
-    except NeuronMiniMaxError:
-        return list(wanted)
-
-    def is_damaged(name: str) -> bool:
-        record, entry = wanted[name], stored.entries.get(name)
-        if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
-            return True
-        damaged = crc32_of(stored.array(name)) != record.crc32
-        progress(entry.nbytes)
-        return damaged
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return [name for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True) if damaged]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from neuron_minimax import __version__
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor, TensorRecord
+from neuron_minimax.checkpoint.records import TensorRecord
+from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.writer import copy_companions
 from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.convert.plan import ConventionChoice, ConversionPlan, Layout, Sources, plan

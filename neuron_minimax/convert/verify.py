@@ -14,7 +14,7 @@ import numpy as np
 from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.stream import WORKERS, damaged_tensors, read_records
+from neuron_minimax.checkpoint.records import WORKERS, damaged_tensors, read_records
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
