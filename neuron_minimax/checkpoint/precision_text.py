@@ -130,11 +130,12 @@ def size_text(count: int) -> str:
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: title, header, rule, rows, two spaces between columns."""
+    """A plain text table: title (where there is one), header, rule, rows, two spaces between columns."""
     widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
     top = "  ".join(cell.ljust(width) for cell, width in zip(head, widths, strict=True)).rstrip()
-    return "\n".join([title, f"  {top}", "  " + "-" * (sum(widths) + 2 * len(widths) - 2), *(f"  {x}" for x in lines)])
+    first = [title] if title else []
+    return "\n".join([*first, f"  {top}", "  " + "-" * (sum(widths) + 2 * len(widths) - 2), *(f"  {x}" for x in lines)])
 
 
 def _wrapped(text: str, indent: str) -> str:

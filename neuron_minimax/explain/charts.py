@@ -82,3 +82,32 @@ def encode_png(pixels: np.ndarray) -> bytes:
     header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)  # 8 bits, RGB
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered.tobytes(), 9)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def horizontal_bars(rows: Sequence[tuple[str, float]], label: str) -> str:
+    """A standalone SVG of labelled bars on a logarithmic axis of whole decades; a zero gets no bar."""
+    positive = [value for _, value in rows if value > 0] or [1.0]
+    low, high = math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive)))
+    left, width, step = 10, 700, 52
+    height = 34 + step * len(rows) + 24
+    style = (
+        'text{font:13px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:#16191d}.axis{stroke:#c3cad3}'
+        ".bar{fill:#2b6cb0}.page{fill:#fff}@media(prefers-color-scheme:dark){text{fill:#e8ebef}.axis{stroke:#3a434e}"
+        ".bar{fill:#5aa2e8}.page{fill:#191e24}}"
+    )
+    parts = [f'<text x="{left}" y="20">{escape(label)}</text>']
+    for decade in range(low, high + 1):
+        x = left + (width - left) * (decade - low) / (high - low)
+        parts.append(f'<line class="axis" x1="{x:.1f}" y1="30" x2="{x:.1f}" y2="{height - 24}"/>')
+        anchor = "start" if decade == low else "end" if decade == high else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">1e{decade}</text>')
+    for place, (name, value) in enumerate(rows):
+        y = 38 + place * step
+        length = (width - left) * (math.log10(value) - low) / (high - low) if value > 0 else 0
+        parts.append(f'<rect class="bar" x="{left}" y="{y + 20}" width="{length:.1f}" height="16" rx="3"/>')
+        parts.append(f'<text x="{left + 4}" y="{y + 14}">{escape(name)}: {value:.2e}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 10} {height}" role="img" '
+        f'aria-label="{escape(label)}"><style>{style}</style><rect class="page" width="{width + 10}" '
+        f'height="{height}"/>{"".join(parts)}</svg>'
+    )
