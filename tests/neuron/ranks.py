@@ -30,7 +30,10 @@ class Run:
 
 
 def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, Any]:
-    """{"tokens", "logits", "parameters"} of rank 0; raises AssertionError with the output of a rank that failed."""
+    """{"tokens", "logits", "parameters", "routers"} of rank 0.
+
+    Raises AssertionError with the output of a rank that failed.
+    """
     import torch
 
     with socket.socket() as probe:
@@ -161,7 +164,13 @@ def generate(application: Any) -> dict[str, Any]:
             mask = (torch.arange(int(positions.max())) < positions).long()
     module = application.models[0].model
     parameters = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in module.state_dict().items()}
-    return {"tokens": torch.stack(chosen, 1), "logits": torch.stack(rows, 1), "parameters": parameters}
+    routers = {name: tensor for name, tensor in module.state_dict().items() if ".router." in name}
+    return {
+        "tokens": torch.stack(chosen, 1),
+        "logits": torch.stack(rows, 1),
+        "parameters": parameters,
+        "routers": routers,
+    }
 
 
 def main() -> None:

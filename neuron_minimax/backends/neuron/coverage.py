@@ -18,6 +18,12 @@ def check_checkpoint(parameters: Mapping[str, torch.Tensor], state: Mapping[str,
     CheckpointError naming the tensors that are missing, unknown, of the wrong shape, or FP8 where they must not be.
     """
     wanted = weight_names(parameters, state.keys())
+    for name in sorted(wanted & state.keys()):
+        if is_fp8(state[name]) != is_fp8(parameters[name]):
+            raise CheckpointError(
+                f"{name} is {state[name].dtype} in the checkpoint and {parameters[name].dtype} in the model: FP8 codes "
+                "would be read as weights; modules_to_not_convert must be that of the converted config.json"
+            )
     refuse_names(wanted, state.keys(), "the checkpoint")
     for name in sorted(wanted):
         parameter, tensor = parameters[name], state[name]
@@ -26,11 +32,6 @@ def check_checkpoint(parameters: Mapping[str, torch.Tensor], state: Mapping[str,
             raise CheckpointError(
                 f"{name} has shape {list(tensor.shape)}, but the model built for this configuration expects "
                 f"{list(shape)} before sharding; check config.json and the parallel degrees"
-            )
-        if is_fp8(tensor) != is_fp8(parameter):
-            raise CheckpointError(
-                f"{name} is {tensor.dtype} in the checkpoint and {parameter.dtype} in the model: FP8 codes would be "
-                "read as weights; modules_to_not_convert must be that of the converted config.json"
             )
         if tensor.is_floating_point() != parameter.is_floating_point() or wider(tensor, parameter):
             raise CheckpointError(

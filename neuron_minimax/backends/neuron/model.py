@@ -164,9 +164,10 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
             attention = AttentionPrecision.FP8 if quantizes_attention else AttentionPrecision.BF16
             layout = Layout(attention=attention, tp_degree=options.tp_degree)
             return convert_hf_to_neuron_state_dict(state_dict, config.model_config, layout)
-        ranks = torch.arange(options.tp_degree, dtype=torch.int32)
         layers = range(config.model_config.num_hidden_layers)
-        return state_dict | {name.format(l=layer): ranks for name in RANK_TENSORS for layer in layers}
+        names = {name.format(l=layer) for name in RANK_TENSORS for layer in layers}
+        # Each its own tensor: a rank's weights are saved to a file, which refuses shared memory.
+        return state_dict | {name: torch.arange(options.tp_degree, dtype=torch.int32) for name in names}
 
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
         """What NxDI shards: dense weights in `torch_dtype`, FP8 codes and scales as stored, the router float32."""

@@ -87,7 +87,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__path__ = []  # type: ignore[attr-defined]
-        module.__version__ = "0.0+standin"  # type: ignore[attr-defined]
+        module.__version__ = "2.9.0+standin"  # type: ignore[attr-defined]
         from tests.neuron.standins import operations
 
         for name, value in operations.PROVIDED.get(module.__name__, {}).items():

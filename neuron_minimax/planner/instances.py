@@ -1,0 +1,60 @@
+"""Instances and chips as data, from instances.json, whose entries name their sources."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from neuron_minimax.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One machine; memory in bytes."""
+
+    name: str
+    family: str  # trn1, inf2, trn2 or trn3
+    logical_cores: int
+    logical_nc_config: int
+    memory_per_core: int
+    host_memory: int
+    tp_degrees: tuple[int, ...]  # the ones NxDI documents; empty where it documents none
+    nki_kernels: bool
+    e4m3_max: int
+
+
+@cache
+def data() -> dict[str, Any]:
+    """The parsed instances.json."""
+    return json.loads(resources.files("neuron_minimax.planner").joinpath("instances.json").read_text(encoding="utf-8"))
+
+
+def scratch_bytes() -> int:
+    """What to leave free per core for activations and the graphs themselves; instances.json says why."""
+    return data()["scratch_gib"] * GIB
+
+
+def names() -> list[str]:
+    return list(data()["instances"])
+
+
+def instance(name: str) -> Instance:
+    """The instance of that name. Raises ConfigError listing the known ones."""
+    known = data()["instances"]
+    if name not in known:
+        raise ConfigError(f"instance {name!r} is not known; expected one of {', '.join(known)}")
+    row, chip = known[name], data()["chips"][known[name]["chip"]]
+    return Instance(
+        name=name,
+        family=chip["family"],
+        logical_cores=row["logical_cores"],
+        logical_nc_config=row["logical_nc_config"],
+        memory_per_core=row["hbm_gib_per_logical_core"] * GIB,
+        host_memory=row["host_memory_gib"] * GIB,
+        tp_degrees=tuple(row["tp_degrees"]),
+        nki_kernels=chip["nki_kernels"],
+        e4m3_max=chip["e4m3_max"],
+    )

@@ -1,0 +1,117 @@
+"""What one rank holds, in bytes, from the table of weights and the sharding that each module really uses."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.planner.instances import scratch_bytes
+from neuron_minimax.planner.sharding import HeadLayout, head_layout
+
+BF16_BYTES, FP8_BYTES, FLOAT32_BYTES = 2, 1, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """How a model is put on ranks; lengths in tokens. FP8 weights come with float32 block scales."""
+
+    tp_degree: int
+    moe_tp_degree: int
+    moe_ep_degree: int
+    batch_size: int
+    seq_len: int
+    context_length: int  # the longest context-encoding bucket
+    fp8_attention: bool = True
+    fp8_experts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank; `replicated` is the part of the weights that every rank holds whole."""
+
+    experts: int
+    attention: int
+    embedding_and_head: int
+    replicated: int
+    key_value_cache: int
+    scratch: int
+
+    @property
+    def weights(self) -> int:
+        return self.experts + self.attention + self.embedding_and_head + self.replicated
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.key_value_cache + self.scratch
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "weights": self.weights, "total": self.total}
+
+
+def rank_memory(config: ModelConfig, deployment: Deployment) -> RankMemory:
+    """Bytes of one rank; all ranks hold as much, padded heads included."""
+    layers = config.num_hidden_layers
+    parts = {"experts": 0, "attention": 0, "embedding_and_head": 0, "replicated": 0}
+    for weight in schema.WEIGHTS:
+        group, shape = local_shape(weight, config, deployment)
+        count = layers if weight.per_layer else 1
+        parts[group] += count * weight_bytes(weight, shape, config, deployment)
+    return RankMemory(
+        **parts,
+        key_value_cache=deployment.batch_size
+        * deployment.seq_len
+        * cache_bytes_per_token(config, deployment.tp_degree),
+        scratch=scratch_bytes(),
+    )
+
+
+def heads(config: ModelConfig, tp_degree: int) -> HeadLayout:
+    return head_layout(config.num_attention_heads, config.num_key_value_heads, tp_degree)
+
+
+def cache_bytes_per_token(config: ModelConfig, tp_degree: int) -> int:
+    """BF16 keys and values of one position on one rank: 31,744 for the real model from tp_degree 8 on."""
+    width = heads(config, tp_degree).key_value_heads_per_rank * config.head_dim
+    return 2 * config.num_hidden_layers * width * BF16_BYTES
+
+
+def local_shape(weight: schema.Weight, config: ModelConfig, deployment: Deployment) -> tuple[str, tuple[int, ...]]:
+    """Which part of RankMemory a weight belongs to, and the shape of a rank's share (all its experts, in front).
+
+    Attention is split by whole heads, the embedding along the hidden size, the head along the padded vocabulary,
+    experts by expert and intermediate channel; the rest, router included, is on every rank.
+    """
+    layout, tp = heads(config, deployment.tp_degree), deployment.tp_degree
+    sizes = schema.dimension_sizes(config)
+    split: Mapping[str, int] = {
+        "Q": layout.query_heads_per_rank * config.head_dim,
+        "K": layout.key_value_heads_per_rank * config.head_dim,
+        "I": sizes["I"] // deployment.moe_tp_degree,
+    }
+    shape = tuple(split.get(symbol, sizes[symbol]) for symbol in weight.dimensions)
+    if weight.per_expert:
+        return "experts", (config.num_local_experts // deployment.moe_ep_degree, *shape)
+    if weight.module_group == "embedding":
+        return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
+    if weight.module_group == "head":
+        return "embedding_and_head", (-(-sizes["V"] // tp), sizes["H"])
+    return ("attention" if set(weight.dimensions) & {"Q", "K"} else "replicated"), shape
+
+
+def weight_bytes(weight: schema.Weight, shape: tuple[int, ...], config: ModelConfig, deployment: Deployment) -> int:
+    """Bytes of a local shape: FP8 codes with their scales where the deployment keeps them, float32 routing, BF16."""
+    if weight.float32_only:
+        return FLOAT32_BYTES * prod(shape)
+    fp8 = weight.quantized and (deployment.fp8_experts if weight.per_expert else deployment.fp8_attention)
+    if not fp8:
+        return BF16_BYTES * prod(shape)
+    *experts, rows, columns = shape
+    blocks = prod(schema.block_grid((rows, columns), config.weight_block_size))
+    return FP8_BYTES * prod(shape) + FLOAT32_BYTES * prod(experts) * blocks
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of the published checkpoint, to a part in a thousand those of the converted directory."""
+    width = {"BF16": BF16_BYTES, "F32": FLOAT32_BYTES, "F8_E4M3": FP8_BYTES}
+    return sum(width[tensor.dtype] * tensor.elements for tensor in schema.expected(config))

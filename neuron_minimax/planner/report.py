@@ -1,0 +1,167 @@
+"""The `plan` command's answer: does a deployment fit an instance, why, what would, and what to expect of it."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.planner import instances, lint
+from neuron_minimax.planner.instances import GIB, Instance
+from neuron_minimax.planner.lint import REFUSE, Case, Finding
+from neuron_minimax.planner.memory import Deployment, RankMemory, cache_bytes_per_token, checkpoint_bytes, rank_memory
+
+# First compiles of this model were reported to take 25 to 90 minutes; the limit leaves room.
+COMPILE_MINUTES = (25, 90)
+
+
+def fits(per_rank: float, capacity: float, scratch: float = 0.0) -> bool:
+    """Whether a rank's need, with scratch left free, is within its core's memory; all in the same unit."""
+    return per_rank + scratch <= capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentPlan:
+    """Memory of one rank against its core, findings, and what would fit instead. Bytes unless a name says otherwise."""
+
+    instance: Instance
+    deployment: Deployment
+    memory: RankMemory
+    findings: tuple[Finding, ...]
+    largest_batch: int
+    longest_sequence: int
+    fitting_instances: tuple[str, ...]
+    converted_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return fits(self.memory.total, self.instance.memory_per_core)
+
+    @property
+    def refused(self) -> bool:
+        return not self.fits or any(finding.severity == REFUSE for finding in self.findings)
+
+    @property
+    def sharded_bytes(self) -> int:
+        """All ranks' saved weights."""
+        return self.memory.weights * self.deployment.tp_degree
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "instance": self.instance.name,
+            "deployment": asdict(self.deployment),
+            "fits": self.fits,
+            "refused": self.refused,
+            "bytes_per_rank": self.memory.to_json(),
+            "bytes_per_core": self.instance.memory_per_core,
+            "findings": [asdict(finding) for finding in self.findings],
+            "largest_batch": self.largest_batch,
+            "longest_sequence": self.longest_sequence,
+            "fitting_instances": list(self.fitting_instances),
+            "disk_bytes": {"converted": self.converted_bytes, "sharded": self.sharded_bytes},
+        }
+
+    def render(self) -> str:
+        deployment, memory, core = self.deployment, self.memory, self.instance.memory_per_core
+        rows = (
+            ("experts", memory.experts),
+            ("attention, padded heads included", memory.attention),
+            ("embedding and head", memory.embedding_and_head),
+            ("on every rank (norms, router)", memory.replicated),
+            (f"KV cache, {deployment.batch_size} x {deployment.seq_len} tokens", memory.key_value_cache),
+            ("scratch to leave free", memory.scratch),
+            ("needed", memory.total),
+            (f"a core of {self.instance.name} has", core),
+        )
+        lines = [
+            f"{self.instance.name}: tp_degree {deployment.tp_degree} (moe_tp {deployment.moe_tp_degree}, moe_ep "
+            f"{deployment.moe_ep_degree}), {'fits' if self.fits else 'does NOT fit'}",
+            *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in rows),
+        ]
+        lines.append(
+            f"  largest batch at this length {self.largest_batch}, longest sequence at this batch "
+            f"{self.longest_sequence}"
+        )
+        if not self.fits:
+            lines.append(f"  would fit: {', '.join(self.fitting_instances) or 'none of the known instances'}")
+        lines.append(
+            f"  disk: {self.converted_bytes / 1e9:.0f} GB converted + {self.sharded_bytes / 1e9:.0f} GB sharded; "
+            f"first compile reported as {COMPILE_MINUTES[0]} to {COMPILE_MINUTES[1]} minutes on trn2"
+        )
+        lines += [f"  {finding}" for finding in self.findings]
+        lines.append("refused" if self.refused else "accepted")
+        return "\n".join(lines)
+
+
+def plan_deployment(case: Case) -> DeploymentPlan:
+    """Memory, findings and alternatives of one case."""
+    config, deployment, instance = case.config, case.deployment, case.instance
+    findings = tuple(lint.lint(case))
+    memory = rank_memory(config, deployment)
+    per_token = cache_bytes_per_token(config, deployment.tp_degree)
+    room = max(0, instance.memory_per_core - memory.weights - memory.scratch) // per_token
+    return DeploymentPlan(
+        instance=instance,
+        deployment=deployment,
+        memory=memory,
+        findings=findings,
+        largest_batch=room // deployment.seq_len,
+        longest_sequence=min(room // deployment.batch_size, config.max_position_embeddings),
+        fitting_instances=tuple(_fitting(case)),
+        converted_bytes=checkpoint_bytes(config),
+    )
+
+
+def _fitting(case: Case) -> list[str]:
+    """Instances on which the same batch and length work, with all their cores and experts spread one way that does."""
+    found = []
+    for name in instances.names():
+        other = instances.instance(name)
+        tp_degree = max(other.tp_degrees, default=other.logical_cores)
+        if tp_degree > other.logical_cores:
+            continue
+        for moe_tp_degree in lint.divisors(tp_degree):
+            deployment = replace(
+                case.deployment,
+                tp_degree=tp_degree,
+                moe_tp_degree=moe_tp_degree,
+                moe_ep_degree=tp_degree // moe_tp_degree,
+            )
+            candidate = replace(case, deployment=deployment, instance=other)
+            if any(finding.severity == REFUSE for finding in lint.lint(candidate)):
+                continue
+            if fits(rank_memory(case.config, deployment).total, other.memory_per_core):
+                found.append(name)
+                break
+    return found
+
+
+def case_for(
+    directory: str | Path,
+    *,
+    instance: str,
+    tp_degree: int,
+    moe_tp_degree: int = 1,
+    moe_ep_degree: int | None = None,
+    batch_size: int = 1,
+    seq_len: int = 1024,
+    context_length: int | None = None,
+) -> Case:
+    """A case for a checkpoint or converted directory, from its config.json alone.
+
+    `moe_ep_degree` defaults to what is left of tp_degree. Raises ConfigError for an unknown instance or bad sizes.
+    """
+    config = ModelConfig.from_dir(directory)
+    converted = config.raw.get("neuron_minimax") or {}
+    fp8 = config.declares_fp8
+    deployment = Deployment(
+        tp_degree=tp_degree,
+        moe_tp_degree=moe_tp_degree,
+        moe_ep_degree=max(1, tp_degree // moe_tp_degree) if moe_ep_degree is None else moe_ep_degree,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        context_length=context_length or seq_len,
+        fp8_attention=fp8 and converted.get("attention", "fp8") == "fp8",
+        fp8_experts=fp8,
+    )
+    fp8_max = 448 if converted.get("fp8_range") == "ocp" else 240
+    return Case(config=config, deployment=deployment, instance=instances.instance(instance), fp8_max=fp8_max)

@@ -1,0 +1,175 @@
+"""The planner: known fits and failures, the three worked examples of the documentation, and every rule both ways."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import ConfigError
+from neuron_minimax.planner import instances
+from neuron_minimax.planner.instances import GIB, instance
+from neuron_minimax.planner.lint import REFUSE, Case, lint, token_blocks
+from neuron_minimax.planner.memory import Deployment, cache_bytes_per_token, checkpoint_bytes, rank_memory
+from neuron_minimax.planner.report import case_for, fits, plan_deployment
+from tests.full_size import published_config
+
+PUBLISHED = ModelConfig.from_dict(published_config())
+
+
+def deployment(**changes: Any) -> Deployment:
+    """The deployment M2 was reported to run with."""
+    known: dict[str, Any] = {
+        "tp_degree": 64, "moe_tp_degree": 1, "moe_ep_degree": 64,
+        "batch_size": 32, "seq_len": 1024, "context_length": 1024,
+    }  # fmt: skip
+    return Deployment(**(known | changes))
+
+
+def case(instance_name: str = "trn2.48xlarge", **changes: Any) -> Case:
+    return Case(config=PUBLISHED, deployment=deployment(**changes), instance=instance(instance_name))
+
+
+def refusals(case: Case) -> set[str]:
+    return {finding.rule for finding in lint(case) if finding.severity == REFUSE}
+
+
+def known_cases() -> list[Any]:
+    cases = instances.data()["known_cases"]
+    return [pytest.param(known, id=f"{known['model']} {number}") for number, known in enumerate(cases)]
+
+
+@pytest.mark.parametrize("known", known_cases())
+def test_known_fits_and_failures_come_out_right(known: dict[str, Any]) -> None:
+    machine = instance(known["instance"])
+    if "plan" in known:  # this model: every number is computed
+        options = dict(known["plan"])
+        fp8 = options.pop("precision") == "fp8"
+        planned = deployment(**options, context_length=options["seq_len"], fp8_attention=fp8, fp8_experts=fp8)
+        need = rank_memory(PUBLISHED, planned).total
+        assert fits(need, machine.memory_per_core) == known["fits"]
+    else:  # another model: what its report states per rank, under the same rule
+        found = fits(known["per_rank_gib"] * GIB, machine.memory_per_core, instances.scratch_bytes())
+        assert found == known["fits"]
+
+
+def test_there_are_thirteen_known_cases_three_of_them_this_model() -> None:
+    cases = instances.data()["known_cases"]
+    assert (len(cases), sum("plan" in known for known in cases)) == (13, 3)
+
+
+def test_sizes_of_the_published_model_are_those_of_its_checkpoint() -> None:
+    assert cache_bytes_per_token(PUBLISHED, 8) == cache_bytes_per_token(PUBLISHED, 64) == 31744
+    assert cache_bytes_per_token(PUBLISHED, 1) == 253952
+    assert checkpoint_bytes(PUBLISHED) == 230_121_630_720  # 230.0 GB and 0.1 GB for the router being float32
+    whole = rank_memory(PUBLISHED, deployment(tp_degree=1, moe_ep_degree=1, batch_size=1, seq_len=1, context_length=1))
+    assert whole.weights == checkpoint_bytes(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "refused", "gib_needed"),
+    [
+        ("trn2.48xlarge", {}, set(), 5.55),
+        ("trn1.32xlarge", {"tp_degree": 32, "moe_tp_degree": 4, "moe_ep_degree": 8}, {"R5"}, 8.90),
+        ("trn1.32xlarge", {"tp_degree": 32, "moe_tp_degree": 2, "moe_ep_degree": 16}, set(), 8.90),
+        ("inf2.48xlarge", {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8}, set(), 11.10),
+    ],
+)
+def test_the_worked_examples_of_the_documentation(
+    name: str, changes: dict[str, int], refused: set[str], gib_needed: float
+) -> None:
+    planned = plan_deployment(case(name, **changes))
+    assert refusals(case(name, **changes)) == refused
+    assert planned.fits
+    assert planned.refused == bool(refused)
+    assert round(planned.memory.total / GIB, 2) == gib_needed
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad", "good"),
+    [
+        ("R1", {"moe_ep_degree": 32}, {}),
+        ("R1", {"tp_degree": 24, "moe_ep_degree": 24}, {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8}),
+        ("R2", {"moe_tp_degree": 64, "moe_ep_degree": 1}, {"moe_tp_degree": 4, "moe_ep_degree": 16}),
+        ("R3", {"batch_size": 31}, {"batch_size": 32}),
+        ("R4", {"context_length": 63}, {"context_length": 64}),
+        ("R6", {"tp_degree": 128, "moe_ep_degree": 128}, {}),
+    ],
+)  # fmt: skip
+def test_each_rule_refuses_what_cannot_work_and_nothing_else(rule: str, bad: dict, good: dict) -> None:
+    assert rule in refusals(case(**bad))
+    assert rule not in refusals(case(**good))
+    finding = next(finding for finding in lint(case(**bad)) if finding.rule == rule)
+    assert finding.message
+    assert finding.fix
+
+
+def test_moe_tp_degrees_with_whole_blocks_are_the_divisors_of_twelve() -> None:
+    accepted = [
+        degree
+        for degree in range(1, 65)
+        if "R2" not in refusals(case(moe_tp_degree=degree)) and PUBLISHED.intermediate_size % degree == 0
+    ]
+    assert accepted == [1, 2, 3, 4, 6, 12]
+
+
+def test_batches_below_32_are_fine_without_expert_parallelism() -> None:
+    alone = case(tp_degree=12, moe_tp_degree=12, moe_ep_degree=1, batch_size=1)
+    assert not refusals(alone) & {"R1", "R2", "R3", "R4"}
+
+
+def test_outer_expert_parallelism_is_refused_with_the_setting_to_use() -> None:
+    outer = replace(case(), ep_degree=2)
+    finding = next(finding for finding in lint(outer) if finding.rule == "R6")
+    assert finding.severity == REFUSE
+    assert "moe_ep_degree" in finding.fix
+
+
+def test_ocp_codes_are_refused_below_trn3() -> None:
+    assert "R9" in refusals(replace(case(), fp8_max=448))
+    assert "R9" not in refusals(replace(case("trn3 Gen1 server (1/4 of Gen1)"), fp8_max=448))
+
+
+def test_the_dense_mlp_kernel_is_refused() -> None:
+    assert "R10" in refusals(replace(case(), quantized_mlp_kernel=True))
+
+
+def test_unrolled_blocks_are_counted_where_there_are_no_kernels() -> None:
+    eight = deployment(tp_degree=8, moe_ep_degree=8)
+    assert token_blocks(PUBLISHED, eight) == 47
+    trn1 = case("trn1.32xlarge", tp_degree=32, moe_tp_degree=4, moe_ep_degree=8)
+    assert any("47 blocks" in finding.message for finding in lint(trn1))
+    assert not any(finding.rule == "R8" for finding in lint(case()))
+
+
+def test_the_largest_batch_and_longest_sequence_are_the_last_that_fit() -> None:
+    planned = plan_deployment(case())
+    for name, limit in (("batch_size", planned.largest_batch), ("seq_len", planned.longest_sequence)):
+        at, beyond = (plan_deployment(case(**{name: size})) for size in (limit, limit + 1))
+        assert at.fits
+        assert not beyond.fits
+
+
+def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
+    planned = plan_deployment(case("inf2.48xlarge", tp_degree=24, moe_tp_degree=3, moe_ep_degree=8, batch_size=256))
+    assert planned.refused
+    assert "trn2.48xlarge" in planned.fitting_instances
+    assert "inf2.48xlarge" not in planned.fitting_instances
+    assert "does NOT fit" in planned.render()
+
+
+def test_a_case_reads_precision_from_the_converted_config(tmp_path: Path) -> None:
+    raw = published_config() | {"neuron_minimax": {"attention": "bf16", "fp8_range": "ocp"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = case_for(tmp_path, instance="trn2.48xlarge", tp_degree=64, batch_size=32)
+    assert (found.deployment.fp8_attention, found.deployment.fp8_experts, found.fp8_max) == (False, True, 448)
+    assert found.deployment.moe_ep_degree == 64
+    fp8, bf16 = (rank_memory(PUBLISHED, replace(found.deployment, fp8_attention=fp8)) for fp8 in (True, False))
+    assert bf16.attention > 1.9 * fp8.attention
+
+
+def test_an_unknown_instance_is_an_error_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of .*trn2\.48xlarge"):
+        instance("p5.48xlarge")
