@@ -32,7 +32,7 @@ def expand_scale(scale: torch.Tensor, rows: int, columns: int, block: tuple[int,
 
 
 def _repeat(scale: torch.Tensor, dimension: int, size: int, step: int, parts: int) -> torch.Tensor:
-    whole, rest = divmod(size // parts, step)
+    whole, rest = size // parts // step, size // parts % step
     if not rest:
         return scale.repeat_interleave(step, dim=dimension)
     # Not one longer expansion, cut: Inductor (torch 2.13) simplifies `i % size // step` as if step divided size.

@@ -16,6 +16,7 @@ from neuron_minimax.kernels.streamed import streamed_columns
 
 # [K,B,H] through the K experts' weights [K,H,2I] and [K,I,H] (scales and block follow each) to [K,B,H] float32.
 Products = Callable[..., torch.Tensor]
+Loop = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def streamed_products(
@@ -80,10 +81,11 @@ def blocked_expert_mlp(
     *,
     tokens_per_block: int,
     products: Products,
+    loop: Loop = while_loop,
 ) -> torch.Tensor:
     """Any number of tokens: pairs of token and expert are sorted by expert and cut into blocks of one expert each.
 
-    A loop runs over the blocks that exist, so that an expert nobody chose costs nothing.
+    `loop(condition, body, values)` runs over the blocks that exist, so that an expert nobody chose costs nothing.
     """
     check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
     tokens, chosen = expert_index_TK.shape
@@ -114,7 +116,7 @@ def blocked_expert_mlp(
         return number + 1, out_TH.index_add(0, token_B, weighted_BH)
 
     start = torch.zeros((), dtype=torch.int64), torch.zeros_like(hidden_TH, dtype=torch.float32)
-    return while_loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
+    return loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
 
 
 def _at(scale: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,184 @@
+"""The torch expert MLPs, eager and static, against float64 sums over one number at a time."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_minimax.checkpoint import fp8 as numpy_fp8
+from neuron_minimax.kernels import fp8
+from neuron_minimax.kernels.fp8_mlp import expert_mlp, gathered_expert_mlp
+from neuron_minimax.kernels.static_mlp import (
+    blocked_expert_mlp,
+    expanded_products,
+    single_token_expert_mlp,
+    streamed_products,
+)
+from neuron_minimax.kernels.streamed import streamed_linear
+
+BLOCK = 128
+
+
+def plain_loop(condition, body, values):
+    """What while_loop means, without its tracing; the compiled backend's tests run the real one."""
+    while bool(condition(*values)):
+        values = body(*values)
+    return values
+
+
+IMPLEMENTATIONS = {
+    "eager": expert_mlp,
+    "gathered": gathered_expert_mlp,
+    "blocked, streamed": partial(blocked_expert_mlp, tokens_per_block=2, products=streamed_products, loop=plain_loop),
+    "blocked, expanded": partial(blocked_expert_mlp, tokens_per_block=4, products=expanded_products, loop=plain_loop),
+}
+
+
+def grid(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def weights(experts: int, hidden: int, intermediate: int, seed: int = 0, scale: float = 1e-2):
+    """Random codes without NaN, every other value included, and scales within a factor of two of `scale`."""
+    generator = np.random.default_rng(seed)
+    finite = np.array([code for code in range(256) if code & 0x7F != 0x7F], dtype=np.uint8)
+    gate_up = generator.choice(finite, (experts, hidden, 2 * intermediate))
+    down = generator.choice(finite, (experts, intermediate, hidden))
+    gate_up_scale = scale * generator.uniform(0.5, 1, (experts, grid(hidden), 2 * grid(intermediate)))
+    down_scale = scale * generator.uniform(0.5, 1, (experts, grid(intermediate), grid(hidden)))
+    arrays = gate_up, gate_up_scale.astype(np.float32), down, down_scale.astype(np.float32)
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+def routing(tokens: int, experts: int, chosen: int, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:chosen] for _ in range(tokens)])
+    return index, torch.rand(tokens, chosen, generator=generator)
+
+
+def slow(hidden, index, affinity, gate_up, gate_up_scale, down, down_scale):
+    """The definition, in float64, one expert of one token at a time; scales looked up element by element."""
+    intermediate, width = down.shape[1:]
+    column_block = [i // BLOCK for i in range(intermediate)]
+    columns = column_block + [grid(intermediate) + block for block in column_block]
+    rows = [row // BLOCK for row in range(width)]
+    out = np.zeros((len(hidden), width))
+    for token, experts in enumerate(index.tolist()):
+        for place, expert in enumerate(experts):
+            if not 0 <= expert < len(down):
+                continue
+            first = numpy_fp8.DECODED[gate_up[expert].numpy()] * gate_up_scale[expert].numpy()[rows][:, columns]
+            second = numpy_fp8.DECODED[down[expert].numpy()] * down_scale[expert].numpy()[column_block][:, rows]
+            gate, up = np.split(hidden[token].double().numpy() @ first.astype(np.float64), 2)
+            product = (gate * (1 + np.tanh(gate / 2)) / 2 * up) @ second.astype(np.float64)
+            out[token] += float(affinity[token, place]) * product
+    return out
+
+
+def error(found: torch.Tensor, wanted: np.ndarray) -> float:
+    return float(np.abs(found.double().numpy() - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(1, 256, 128), (9, 192, 320), (9, 129, 64)])
+def test_every_implementation_computes_the_definition(implementation, tokens, hidden, intermediate):
+    stacked = weights(6, hidden, intermediate)
+    index, affinity = routing(tokens, 6, 3)
+    index[0, 1] = -1
+    activations = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2))
+    found = implementation(activations, index, affinity, *stacked)
+    assert error(found, slow(activations, index, affinity, *stacked)) < 3e-6
+
+
+def test_the_single_token_form_computes_the_definition():
+    stacked = weights(6, 256, 320)
+    index, affinity = routing(1, 6, 4)
+    index[0, 2] = 6
+    activations = torch.randn(1, 256, generator=torch.Generator().manual_seed(2))
+    found = single_token_expert_mlp(activations, index, affinity, *stacked)
+    assert error(found, slow(activations, index, affinity, *stacked)) < 3e-6
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3])
+def test_extreme_scales_neither_underflow_nor_overflow(scale):
+    gate_up, gate_up_scale, down, down_scale = weights(4, 128, 128, scale=scale)
+    index, affinity = routing(3, 4, 2)
+    activations = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)) / scale
+    down_scale = down_scale / scale
+    for implementation in (expert_mlp, IMPLEMENTATIONS["blocked, streamed"]):
+        found = implementation(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
+        wanted = slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
+        assert error(found, wanted) < 3e-6
+
+
+def test_masked_tokens_and_experts_that_repeat_are_counted_right():
+    stacked = weights(4, 128, 128)
+    index = torch.tensor([[-1, -1], [2, 2], [4, 0], [2, 0]])
+    affinity = torch.rand(4, 2, generator=torch.Generator().manual_seed(3))
+    activations = torch.randn(4, 128, generator=torch.Generator().manual_seed(2))
+    wanted = slow(activations, index, affinity, *stacked)
+    for implementation in IMPLEMENTATIONS.values():
+        found = implementation(activations, index, affinity, *stacked)
+        assert error(found, wanted) < 3e-6
+        assert not found[0].any()
+
+
+def test_bf16_activations_round_where_the_interface_says():
+    stacked = weights(4, 256, 128)
+    index, affinity = routing(5, 4, 2)
+    activations = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = torch.zeros(5, 256, dtype=torch.float64)
+    for token in range(5):
+        for place, expert in enumerate(index[token].tolist()):
+            first, second = (
+                fp8.dequantize(codes[expert], scale[expert], (BLOCK, BLOCK), parts).bfloat16().double()
+                for codes, scale, parts in ((stacked[0], stacked[1], 2), (stacked[2], stacked[3], 1))
+            )
+            gate, up = (activations[token].double() @ first).bfloat16().chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[token, place].double()
+    found = expert_mlp(activations, index, affinity, *stacked)
+    assert found.dtype == torch.bfloat16
+    # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
+    assert error(found, wanted.numpy()) < 2**-8
+
+
+def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    assert torch.equal(fp8.decode(codes), codes.view(torch.float8_e4m3fn).float())
+    assert torch.equal(fp8.decode(codes.view(torch.float8_e4m3fn)), codes.view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((256, 384), (128, 128)), ((193, 257), (128, 128)), ((130, 70), (64, 32))]
+)
+def test_dequantization_equals_the_byte_table(shape, block):
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, 0x7F, shape, dtype=np.uint8)
+    scale = generator.uniform(1e-3, 1, [-(-size // step) for size, step in zip(shape, block, strict=True)])
+    wanted = numpy_fp8.dequantize(codes, scale.astype(np.float32), block)
+    found = fp8.dequantize(torch.from_numpy(codes), torch.from_numpy(scale.astype(np.float32)), block)
+    assert np.array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_streamed_linear_layer_equals_the_product_with_the_expanded_weight(rows, dense):
+    generator = np.random.default_rng(0)
+    codes = torch.from_numpy(generator.integers(0, 0x7F, (200, 257), dtype=np.uint8))
+    scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (2, 3)).astype(np.float32))
+    weight = fp8.dequantize(codes, scale, (128, 128))
+    hidden = torch.randn(rows, 257, generator=torch.Generator().manual_seed(0))
+    arguments = (weight.bfloat16(), None) if dense else (codes, scale)
+    wanted = hidden.double() @ (weight.bfloat16() if dense else weight).double().T
+    assert error(streamed_linear(hidden, *arguments, (128, 128)), wanted.numpy()) < 3e-6
+
+
+def test_a_shape_that_does_not_belong_is_named():
+    gate_up, gate_up_scale, down, down_scale = weights(4, 256, 128)
+    index, affinity = routing(2, 4, 2)
+    with pytest.raises(ValueError, match=r"gate_up_scale has shape \[4, 2, 1\]; expected \[4, 2, 2\]"):
+        expert_mlp(torch.randn(2, 256), index, affinity, gate_up, gate_up_scale[..., :1], down, down_scale)
+    with pytest.raises(ValueError, match="hidden_TH"):
+        expert_mlp(torch.randn(2, 128), index, affinity, gate_up, gate_up_scale, down, down_scale)
