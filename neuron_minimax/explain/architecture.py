@@ -16,6 +16,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Sources, plan
 from neuron_minimax.convert.rules import Operation
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.explain.inspection import write_text
 
 
 @dataclass
@@ -120,6 +121,24 @@ def converted_tree(config: ModelConfig, sources: Sources, layout: Layout | None 
     conversion = plan(sources, config, layout or Layout())
     leaves = [_converted_leaf(conversion, template) for template in _in_model_order(conversion)]
     return _tree("MiniMax-M2 as converted", leaves, config)
+
+
+def write_structure(directory: str | Path, output: Path) -> str:
+    """Write both trees to `output` and both diagrams beside it as SVG; returns the text.
+
+    Raises ConfigError or CheckpointError when there is no such model, NeuronMiniMaxError for a file that cannot be
+    written.
+    """
+    from neuron_minimax.explain.diagram import render_diagram
+
+    config, sources = sources_of(directory)
+    trees = {"": published_tree(config, sources), "_converted": converted_tree(config, sources)}
+    text = "\n\n".join(tree.render() for tree in trees.values()) + "\n"
+    write_text(output, text)
+    drawings = {output.with_name(f"{output.stem}{end}.svg"): tree for end, tree in trees.items()}
+    for path, tree in drawings.items():
+        write_text(path, render_diagram(tree))
+    return f"{text}\nwritten: {', '.join(str(path) for path in (output, *drawings))}\n"
 
 
 def _in_model_order(conversion: ConversionPlan) -> list[str]:
