@@ -272,9 +272,10 @@ def train(
     config: Annotated[Path | None, typer.Option(metavar="DIR", help="directory of config.json")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="tokenizer directory")] = None,
     precision: Annotated[str, typer.Option(help="fp8, bf16 or float32")] = "fp8",
+    initial: Annotated[Path | None, typer.Option(metavar="CKPT", help="float32 or bf16 weights to start from")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per step, over all processes")] = 16,
-    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="tokens through the model at once")] = 4096,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="tokens through the model at once")] = 1024,
     max_tokens: Annotated[int, typer.Option(min=2, help="longer rows are cut")] = 512,
     learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
     warmup_steps: Annotated[int, typer.Option(min=0)] = 100,
@@ -294,6 +295,7 @@ def train(
         config=config or command.DEMO,
         tokenizer=tokenizer or command.DEMO,
         precision=command.parse_precision(precision),
+        initial=initial,
         options=command.TrainingOptions(
             steps=steps,
             batch_size=batch_size,
@@ -333,6 +335,72 @@ def cache(
         if result.was_finished:
             advance(result.nbytes)
     print(result.render(cache_dir))
+
+
+@app.command()
+def quality(
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="CKPT", help="default: the embedded demo")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="held-out questions")] = 500,
+    lengths: Annotated[bool, typer.Option("--lengths", help="also perplexity by length, with RoPE scaling")] = False,
+) -> None:
+    """Ask the demo's held-out questions: exact answers by kind, and what each storage and compute choice changes."""
+    from neuron_minimax.training.lengths import measure_lengths
+    from neuron_minimax.training.quality import measure_quality
+    from neuron_minimax.training.tokenizer import DEMO
+
+    print(measure_quality(checkpoint or DEMO, questions).render())
+    if lengths:
+        print("\n" + measure_lengths(checkpoint or DEMO).render())
+
+
+@app.command()
+def experts(
+    model: Annotated[Path | None, typer.Argument(metavar="TRACED", help="compiled or converted directory")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT_OR_FILE", help="may be repeated")] = None,
+    trace: Annotated[list[Path] | None, typer.Option(help="analyse this saved trace instead; may be repeated")] = None,
+    output: Annotated[Path, typer.Option(help="a folder per prompt goes here")] = Path("experts"),
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 64,
+    greedy: Annotated[bool, typer.Option("--greedy")] = False,
+    seed: Annotated[int | None, typer.Option()] = None,
+    output_format: Annotated[str, typer.Option(help="of the routing: json, jsonl or parquet")] = "json",
+    placement: Annotated[int | None, typer.Option(metavar="RANKS", help="write an expert placement")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="traces to judge the placement on")] = None,
+) -> None:
+    """Record and analyse which experts a model chooses; or turn saved traces into an expert-to-rank placement."""
+    from neuron_minimax.experts.batch import Outputs
+    from neuron_minimax.experts.command import ExpertsRequest, run_experts
+
+    request = ExpertsRequest(
+        model=model,
+        prompts=prompt or [],
+        traces=trace or [],
+        held_out=held_out or [],
+        output=output,
+        max_new_tokens=max_new_tokens,
+        sampling={"seed": seed} | ({"temperature": 0.0} if greedy else {}),
+        placement=placement,
+        outputs=Outputs(record_format=output_format),
+    )
+    with token_bar() as advance:
+        print(run_experts(request, advance))
+
+
+@contextmanager
+def token_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar in tokens with rate and time left on standard error; gives progress(prompt's name, tokens, all tokens)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]:.1f} tokens/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("experts", total=None, rate=0.0)
+
+        def advance(name: str, tokens: int, total: int) -> None:
+            progress.update(task, description=name, advance=tokens, total=total)
+            progress.update(task, rate=progress.tasks[task].speed or 0.0)
+
+        yield advance
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.model.minimax import MiniMaxM2, initial_state
 from neuron_minimax.model.moe import Routing
-from neuron_minimax.training.command import TrainingRequest, train
+from neuron_minimax.training.command import TrainingRequest, read_dense, train
 from neuron_minimax.training.encoding import Encoder, Example, micro_batches, pad
 from neuron_minimax.training.export import Precision, export_checkpoint
 from neuron_minimax.training.objective import losses, router_biases, sequence_balance_loss, update_router_bias
@@ -300,6 +300,17 @@ def test_a_request_writes_checkpoint_tokenizer_curve_and_summary(config: ModelCo
     Checkpoint(tmp_path / "out").require_usable()
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(DEMO).chat_template
+
+
+def test_training_starts_from_a_dense_checkpoint_and_refuses_fp8(config: ModelConfig, tmp_path: Path) -> None:
+    state = initial_state(config, 5, 0.05)
+    export_checkpoint(state, config, tmp_path / "dense", Precision.FLOAT32)
+    found = read_dense(tmp_path / "dense", config)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    export_checkpoint(state, config, tmp_path / "fp8", Precision.FP8)
+    with pytest.raises(TrainingError, match="neuron-minimax cache"):
+        read_dense(tmp_path / "fp8", config)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.training.curve import plot_losses, require_matplotlib
 from neuron_minimax.training.encoding import Encoder
@@ -24,11 +26,15 @@ FINAL_STEPS = 100  # the final loss is the mean of so many last steps
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """What to train on, what to make of it and where. `data` None stands for the demo's own conversations."""
+    """What to train on, what to make of it and where.
+
+    `data` None stands for the demo's own conversations; `initial` is a float32 or BF16 checkpoint to start from.
+    """
 
     output: Path
     options: TrainingOptions
     data: Path | None = None
+    initial: Path | None = None
     config: Path = DEMO
     tokenizer: Path = DEMO
     precision: Precision = Precision.FP8
@@ -100,6 +106,7 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
         source=source,
         encoder=encoder,
         directory=request.output,
+        initial=None if request.initial is None else read_dense(request.initial, config),
         device=_device(request.device, processes),
         save_every=request.save_every,
         processes=processes,
@@ -115,6 +122,19 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
         _write(request, trainer, result)
     processes.close()
     return result if processes.rank == 0 else None
+
+
+def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """A float32 state dict of converted names from a dense checkpoint.
+
+    Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of `config`.
+    """
+    checkpoint = Checkpoint(directory)
+    checkpoint.require_usable()
+    published = {name: checkpoint.tensor(name) for name in checkpoint.entries}
+    if any(tensor.dtype == torch.float8_e4m3fn for tensor in published.values()):
+        raise TrainingError(f"{directory} holds FP8 weights, which have no gradient; expand it: neuron-minimax cache")
+    return {name: t.float() for name, t in convert_hf_to_neuron_state_dict(published, config).items()}
 
 
 def parse_precision(name: str) -> Precision:

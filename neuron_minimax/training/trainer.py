@@ -30,7 +30,7 @@ class TrainingOptions:
 
     steps: int = 2000
     batch_size: int = 16
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 1024
     max_tokens: int = 512
     learning_rate: float = 1.5e-3
     final_learning_rate_share: float = 0.02
@@ -89,17 +89,14 @@ class Trainer:
     source: Source
     encoder: Encoder
     directory: Path
+    initial: dict[str, torch.Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     save_every: int = 200
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = self.options
-        state = initial_state(self.config, options.seed, options.initial_deviation)
-        for name, tensor in state.items():
-            if name.endswith("e_score_correction_bias"):
-                tensor.fill_(options.router_bias_start)
+        state = self._fresh_state() if self.initial is None else self.initial
         self.model = MiniMaxM2(self.config, {name: tensor.to(self.device) for name, tensor in state.items()})
         self.model.requires_grad_()
         self.optimizer = self._make_optimizer()
@@ -133,6 +130,13 @@ class Trainer:
             }
             save_state(self.directory, state)
         self.processes.wait()
+
+    def _fresh_state(self) -> dict[str, torch.Tensor]:
+        state = initial_state(self.config, self.options.seed, self.options.initial_deviation)
+        for name, tensor in state.items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.fill_(self.options.router_bias_start)
+        return state
 
     def _take_step(self) -> StepReport:
         started = time.perf_counter()
