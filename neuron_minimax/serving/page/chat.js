@@ -140,7 +140,7 @@ async function stream(message, shown) {
     }
     if (event.usage && first) {
       const seconds = (performance.now() - first) / 1000;
-      const rate = seconds > 0 ? event.usage.completion_tokens / seconds : 0;
+      const rate = seconds > 0 ? (event.usage.completion_tokens - 1) / seconds : 0;
       shown.note("rate", `${event.usage.completion_tokens} tokens, ${rate.toFixed(1)} tokens/s`);
     }
   }
