@@ -43,6 +43,11 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
         self._call("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
 
+    def emulate_colours(self, scheme: str) -> None:
+        """Prefer "light" or "dark"."""
+        params = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self._call("/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params=params)
+
     def press(self, *keys: str) -> None:
         """Type texts and named keys into whatever has the focus."""
         typed = [character for key in keys for character in ([KEYS[key]] if key in KEYS else key)]

@@ -1,4 +1,4 @@
-"""One block of an FP8 weight step by step: codes, scale, both readings of it, what Neuron makes of it, and the errors."""
+"""One FP8 block step by step: codes, scale, both readings of it, what Neuron makes of it, and what each way costs."""
 
 from collections.abc import Sequence
 from pathlib import Path
