@@ -176,7 +176,8 @@ def decide_convention(
     """Read the convention off sampled (name, codes [R, C], scales) and say why; None when the evidence is mixed.
 
     The largest code of a block is near 448, so the right reading puts block maxima at trained-weight size. The two
-    readings cannot both: that takes a scale in [2e-7, 0.23] and one in [4.4, 4.5e6].
+    readings cannot both: that takes a scale in [2e-7, 0.23] and one in [4.4, 4.5e6]. Raises CheckpointError naming
+    the scales of a sample that are no positive numbers: they fit no reading.
     """
     votes: dict[str, list[str]] = {"multiplier": [], "reciprocal": [], "neither": []}
     medians: tuple[list[float], list[float]] = ([], [])
@@ -184,6 +185,7 @@ def decide_convention(
         as_multiplier, as_reciprocal = block_maxima(codes, scales, block)
         if not as_multiplier.size:  # an all-zero weight says nothing
             continue
+        check_scales(f"{name}_scale_inv", scales)
         pair = float(np.median(as_multiplier)), float(np.median(as_reciprocal))
         medians[0].append(pair[0])
         medians[1].append(pair[1])

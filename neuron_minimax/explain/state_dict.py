@@ -121,8 +121,10 @@ def _reading(checkpoint: Checkpoint) -> Stage:
     if len(checkpoint.shards) > SHOWN:
         rest = checkpoint.shards[SHOWN:]
         rows.append((f"and {len(rest)} more", f"{sum(counts.get(shard, 0) for shard in rest):,}"))
-    problems = "; ".join(str(problem) for problem in checkpoint.problems[:3])
-    more = f"; and {len(checkpoint.problems) - 3} more" if len(checkpoint.problems) > 3 else ""
+    first_of_kind = {problem.kind: str(problem) for problem in reversed(checkpoint.problems)}
+    problems = "; ".join(reversed(first_of_kind.values()))
+    rest_of_problems = len(checkpoint.problems) - len(first_of_kind)
+    more = f"; and {rest_of_problems} more of these kinds" if rest_of_problems else ""
     return Stage(
         title="Shards",
         sentence="Reads the header of every file the index names and checks names, shapes and dtypes against "

@@ -1,0 +1,125 @@
+"""The loading path: what it shows is what a conversion does, and it ends at the stage that is wrong."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import Layout
+from neuron_minimax.convert.run import convert, plan_conversion
+from neuron_minimax.explain.state_dict import walk
+from tests.faults import FAULTS
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("walk") / "checkpoint")
+
+
+def stage(walked, title):
+    return next(stage for stage in walked.stages if stage.title == title)
+
+
+def fault(title):
+    return next(fault for fault in FAULTS if fault.title == title)
+
+
+def test_every_target_of_the_plan_is_shown_with_its_sources(checkpoint):
+    conversion, _ = plan_conversion(Checkpoint(checkpoint), Layout())
+    names = [row[0] for row in stage(walk(checkpoint, grep="."), "Rules").rows]
+    assert [name[3:] for name in names if name.startswith("-> ")] == [output.name for output in conversion.outputs]
+    sources = [template for output in conversion.outputs for template in output.source_templates]
+    assert [name for name in names if not name.startswith("-> ")] == sources
+
+
+def test_the_values_before_and_after_are_those_of_the_files(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out")
+    before = load_file(checkpoint / "model.safetensors")
+    after = {name: t for path in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(path).items()}
+    rows = stage(walk(checkpoint, layer=1), "Rules").rows
+    for source, target in pairwise(rows):
+        if not target[0].startswith("-> ") or not source[2]:
+            continue
+        for tensor, shown in ((before[source[0].replace("{e}", "0")], source[2]), (after[target[0][3:]], target[2])):
+            first = tensor.reshape(-1)[0]
+            if tensor.dtype == torch.float8_e4m3fn:
+                assert shown == f"0x{tensor.view(torch.uint8).reshape(-1)[0]:02x} ({first.float():g})"
+            else:
+                assert shown == f"{first.float():.4e}"
+
+
+def test_one_layer_or_one_text_selects(checkpoint):
+    only = [row[0] for row in stage(walk(checkpoint, layer=1, grep="w2"), "Rules").rows]
+    assert len(only) == 4
+    assert all("layers.1." in name for name in only)
+    assert walk(checkpoint, grep="nothing_like_it").first_wrong.title == "Rules"
+
+
+def test_scales_are_counted(checkpoint):
+    assert "FP8 scales converted: 56" in stage(walk(checkpoint), "Scales").sentence
+
+
+@pytest.mark.parametrize(
+    ("title", "where", "named"),
+    [
+        ("a shard is truncated", "Shards", "model-00002-of-00003.safetensors"),
+        ("names are already those of the conversion", "Shards", "self_attn.o_proj.o_proj.weight"),
+        ("one expert of a layer is BF16", "Rules", "experts.0.w1.weight"),
+        ("some scales are reciprocals", "Rules", "o_proj.weight"),
+        ("a scale is NaN", "Rules", "layers.1.self_attn.o_proj.weight_scale_inv"),
+    ],
+)
+def test_the_path_ends_at_the_stage_that_is_wrong(tmp_path, title, where, named):
+    walked = walk(fault(title).write(tmp_path / "c"), layer=1)
+    assert walked.first_wrong.title == where
+    assert walked.stages[-1].title in (where, "Prefix")
+    assert named in walked.first_wrong.wrong
+    assert walked.first_wrong.advice
+    assert f'Stage "{where}" is wrong.' in walked.parts()[-1].text
+
+
+def test_a_good_conversion_agrees(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", Layout(attention="bf16", fp8_range="ocp"))
+    assert walk(checkpoint, tmp_path / "out").first_wrong is None
+
+
+def spoil_value(out):
+    path = next(out.glob("model-00002*"))
+    data = bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first element of the first tensor of layer 0
+    path.write_bytes(data)
+
+
+def spoil_config(out):
+    raw = json.loads((out / "config.json").read_text())
+    raw["quantization_config"]["modules_to_not_convert"] = ["gate"]
+    (out / "config.json").write_text(json.dumps(raw))
+
+
+def spoil_shard(out):
+    next(out.glob("model-00003*")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_value, ["layers.0.input_layernorm.weight has other values"]),
+        (spoil_config, ["modules_to_not_convert ['gate']"]),
+        (spoil_shard, ["model-00003", "missing"]),
+    ],
+)
+def test_a_spoiled_conversion_is_named(checkpoint, tmp_path, spoil, words):
+    convert(checkpoint, tmp_path / "out")
+    spoil(tmp_path / "out")
+    wrong = walk(checkpoint, tmp_path / "out").first_wrong
+    assert wrong.title == "Converted directory"
+    assert all(word in wrong.wrong for word in words), wrong.wrong
+
+
+def test_a_conversion_of_another_checkpoint_is_named(checkpoint, tmp_path):
+    convert(write_tiny(tmp_path / "other", seed=1), tmp_path / "out")
+    assert "another checkpoint" in walk(checkpoint, tmp_path / "out").first_wrong.wrong
