@@ -187,8 +187,11 @@ def write_records(trace: Trace, directory: Path, form: str) -> Path:
 
 
 def _significant(tested: Tested) -> str:
-    found = tested.labels[tested.p_values < SIGNIFICANT].tolist()
-    return ", ".join(map(str, found)) if found else "none"
+    """Labels beyond chance, strongest first."""
+    order = np.argsort(-tested.observed, kind="stable")
+    found = [str(tested.labels[place]) for place in order if tested.p_values[place] < SIGNIFICANT]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return ", ".join(found[:8]) + more if found else "none"
 
 
 def _tested(tested: Tested, label: str) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 THEMES = {"light": "default", "dark": "dark_background"}
+CAP = 99.5  # percentile where the colours of one-sided maps end, so that one outlier does not hide the rest
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 ACCENT, MUTED = "#E69F00", "#56B4E9"  # of the Okabe-Ito palette
 Drawing = Callable[["Axes"], None]
@@ -76,7 +77,8 @@ def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
 def _heat(
     axes: "Axes", values: np.ndarray, what: str, across: str, down: str, diverging: bool = False, title: str = ""
 ) -> None:
-    limit = np.nanmax(np.abs(values)) if values.size else 1.0
+    largest = float(np.nanmax(np.abs(values)))
+    limit = largest if diverging else float(np.nanpercentile(values, CAP)) or largest or 1.0
     image = axes.imshow(
         values,
         aspect="auto",
@@ -86,15 +88,15 @@ def _heat(
         vmax=limit,
     )
     axes.set(xlabel=across, ylabel=down, title=title)
-    axes.figure.colorbar(image, ax=axes, label=what)
+    axes.figure.colorbar(image, ax=axes, label=what, extend="max" if largest > limit else "neither")
 
 
 def _distances(axes: "Axes", analysis: Analysis) -> None:
     tested = analysis.by_distance
     beyond = tested.p_values < SIGNIFICANT
     axes.bar(tested.labels, tested.observed, color=[ACCENT if found else MUTED for found in beyond])
-    axes.bar([], [], color=ACCENT, label="beyond chance (5 %, all distances together)")
-    axes.bar([], [], color=MUTED, label="not told from chance")
+    axes.scatter([], [], marker="s", color=ACCENT, label="beyond chance (5 %, all distances together)")
+    axes.scatter([], [], marker="s", color=MUTED, label="not told from chance")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="layers apart", ylabel="mean correlation of activation patterns")
     axes.legend(frameon=False)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,34 +80,39 @@ class Recorder:
     """Collects routing pass by pass; `trace` may be taken at any time, so an interruption keeps what is done."""
 
     bias: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    is_decode: list[bool] = field(default_factory=list)
-    passes: list[list[Routing]] = field(default_factory=list)
+    passes: list[tuple[list[int], bool, list[Routing]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: MiniMaxM2) -> "Recorder":
         biases = [layer.block_sparse_moe.router.e_score_correction_bias for layer in model.layers]  # type: ignore[union-attr]
         return cls(torch.stack(biases).float().numpy())  # type: ignore[arg-type]
 
-    def add(self, tokens: Sequence[int], is_decode: bool, routings: Sequence[Routing]) -> None:
-        self.tokens += tokens
-        self.is_decode += [is_decode] * len(tokens)
-        self.passes.append([Routing(r.scores_TE.half(), r.expert_index_TK.short(), r.affinity_TK) for r in routings])
+    @property
+    def tokens(self) -> list[int]:
+        return [token for tokens, _, _ in self.passes for token in tokens]
 
-    def trace(self, **words: object) -> Trace:
+    def add(self, tokens: list[int], is_decode: bool, routings: Sequence[Routing]) -> None:
+        """One append, so that an interruption leaves a whole pass or none of it."""
+        kept = [Routing(r.scores_TE.half(), r.expert_index_TK.short(), r.affinity_TK.float()) for r in routings]
+        self.passes.append((tokens, is_decode, kept))
+
+    def trace(self, **words: Any) -> Trace:
+        """Everything recorded; `words` are the trace's texts, answer, finish_reason and name."""
+
         def joined(part: int) -> np.ndarray:
+            layers = range(len(self.bias))
             return torch.stack(
-                [torch.cat([layers[layer][part] for layers in self.passes]) for layer in range(len(self.bias))]
+                [torch.cat([kept[layer][part] for _, _, kept in self.passes]) for layer in layers]
             ).numpy()
 
         return Trace(
             tokens=np.array(self.tokens, dtype=np.int32),
-            is_decode=np.array(self.is_decode, dtype=bool),
+            is_decode=np.array([decode for tokens, decode, _ in self.passes for _ in tokens], dtype=bool),
             scores=joined(0),
             expert_index=joined(1),
-            affinity=joined(2).astype(np.float32),
+            affinity=joined(2),
             bias=self.bias,
-            **words,  # type: ignore[arg-type]
+            **words,
         )
 
 
@@ -120,9 +126,11 @@ def record(
     stop_token_ids: Collection[int] = (),
     max_new_tokens: int = 0,
     chunk: int = 512,
+    on_pass: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[int, str | None]]:
     """Run the prompt (in chunks) and an answer, recording each pass; yields each new token and why the answer ended.
 
+    `on_pass` is called with the number of tokens of each pass.
     Raises GenerationError when the prompt is empty or does not fit the model's positions with its answer.
     """
     limit = model.config.max_position_embeddings
@@ -135,7 +143,7 @@ def record(
         )
     sampler = Sampler(options, list(prompt_ids))
     cache = KVCache.allocate(model.config, 1, len(prompt_ids) + max_new_tokens, model.compute)
-    run = _pass(model, cache, recorder)
+    run = _pass(model, cache, recorder, on_pass)
     for start in range(0, len(prompt_ids), chunk):
         logits_V = run(list(prompt_ids[start : start + chunk]), False)
     for number in range(max_new_tokens):
@@ -147,11 +155,14 @@ def record(
         logits_V = run([token], True)
 
 
-def _pass(model: MiniMaxM2, cache: KVCache, recorder: Recorder) -> Callable[[list[int], bool], torch.Tensor]:
+def _pass(
+    model: MiniMaxM2, cache: KVCache, recorder: Recorder, on_pass: Callable[[int], None]
+) -> Callable[[list[int], bool], torch.Tensor]:
     def run(tokens: list[int], is_decode: bool) -> torch.Tensor:
         """One forward pass, recorded; the logits [V] of its last position."""
         logits_BTV, _, routings = model(torch.tensor([tokens]), cache, return_routing=True)
         recorder.add(tokens, is_decode, routings)
+        on_pass(len(tokens))
         return logits_BTV[0, -1].float()
 
     return run
