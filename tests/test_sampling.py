@@ -16,7 +16,7 @@ from transformers import (
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.sampling import GREEDY, Sampler, SamplingOptions, distinct_ratio, log_probabilities
 
-VOCAB = 300
+VOCAB = 1500  # more than the head that is sorted first
 
 
 def random_logits(seed):
@@ -30,6 +30,7 @@ def random_logits(seed):
         SamplingOptions(temperature=0.3),
         SamplingOptions(top_k=7),
         SamplingOptions(top_p=0.8),
+        SamplingOptions(temperature=8.0, top_p=0.99),
         SamplingOptions(min_p=0.1),
         SamplingOptions(temperature=1.7, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3),
         SamplingOptions(temperature=0.5, top_p=0.01, repetition_penalty=0.5),

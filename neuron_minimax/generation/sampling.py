@@ -12,6 +12,7 @@ import torch
 
 from neuron_minimax.errors import GenerationError
 
+HEAD = 1024  # tokens that hold the mass of top_p nearly always
 # What is allowed for each option: (lowest, highest, whether the lowest itself is allowed).
 RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0.0, 100.0, True),
@@ -88,7 +89,7 @@ class Sampler:
         return token
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidate tokens [C], most probable first, and their probabilities [C] in float64."""
+        """Candidate tokens [C] and their probabilities [C] in float64."""
         return self._candidates(self._penalized(logits.detach().to("cpu", torch.float32)))
 
     def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
@@ -107,15 +108,20 @@ class Sampler:
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
-        size = min(options.top_k or scores.numel(), scores.numel())
-        values, tokens = scores.topk(size) if size < scores.numel() else scores.sort(descending=True, stable=True)
-        scaled = (values.double() - values[0]) / max(options.temperature, 1e-6)
-        weights = scaled.exp()
-        probabilities = weights / weights.sum()
-        before = probabilities.cumsum(0) - probabilities
-        keep = ((before < options.top_p) | (options.top_p == 1)) & (weights >= options.min_p) & (weights > 0)
-        keep[0] = True
-        kept = probabilities[keep]
+        weights = ((scores - scores.max()) / max(options.temperature, 1e-6)).exp()  # the largest is 1
+        if 0 < options.top_k < weights.numel():
+            weights, tokens = weights.topk(options.top_k)
+            total = weights.sum(dtype=torch.float64)
+        elif options.top_p < 1:
+            total = weights.sum(dtype=torch.float64)
+            weights, tokens = _largest(weights, options.top_p * float(total))
+        else:
+            total, tokens = weights.sum(dtype=torch.float64), torch.arange(weights.numel())
+        keep = (weights >= options.min_p) & (weights > 0)
+        if options.top_p < 1:
+            before = weights.cumsum(0, dtype=torch.float64) - weights
+            keep &= before < options.top_p * total
+        kept = weights[keep].double()
         return tokens[keep], kept / kept.sum()
 
     def _draw(self, scores: torch.Tensor) -> int:
@@ -123,6 +129,16 @@ class Sampler:
         point = torch.rand((), generator=self._random, dtype=torch.float64)
         place = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
         return int(tokens[min(place, tokens.numel() - 1)])
+
+
+def _largest(weights: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest weights and their places, enough to reach `mass`; sorting a whole vocabulary takes 100 ms."""
+    if weights.numel() > HEAD:
+        values, places = weights.topk(HEAD)
+        if float(values.sum(dtype=torch.float64)) >= mass:
+            return values, places
+    values, places = weights.sort(descending=True, stable=True)
+    return values, places
 
 
 def log_probabilities(logits: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
