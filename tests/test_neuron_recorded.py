@@ -92,7 +92,13 @@ def test_the_planner_counts_the_bytes_that_nxdi_holds(name: str) -> None:
     tp, moe_tp, moe_ep = case["degrees"]
     config = ModelConfig.from_dict(tiny_config(**case["overrides"]))
     deployment = Deployment(
-        tp_degree=tp, moe_tp_degree=moe_tp, moe_ep_degree=moe_ep, batch_size=1, seq_len=64, context_length=64
+        tp_degree=tp,
+        moe_tp_degree=moe_tp,
+        moe_ep_degree=moe_ep,
+        batch_size=1,
+        seq_len=64,
+        context_length=64,
+        smallest_context=64,
     )
     held = sum(
         BYTES[dtype] * torch.Size(shape).numel()

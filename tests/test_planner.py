@@ -13,7 +13,7 @@ from neuron_minimax.planner import instances
 from neuron_minimax.planner.instances import GIB, instance
 from neuron_minimax.planner.lint import REFUSE, Case, lint, token_blocks
 from neuron_minimax.planner.memory import Deployment, cache_bytes_per_token, checkpoint_bytes, rank_memory
-from neuron_minimax.planner.report import case_for, fits, plan_deployment
+from neuron_minimax.planner.report import deployment_case, fits, plan, plan_deployment
 from tests.full_size import published_config
 
 PUBLISHED = ModelConfig.from_dict(published_config())
@@ -23,7 +23,7 @@ def deployment(**changes: Any) -> Deployment:
     """The deployment M2 was reported to run with."""
     known: dict[str, Any] = {
         "tp_degree": 64, "moe_tp_degree": 1, "moe_ep_degree": 64,
-        "batch_size": 32, "seq_len": 1024, "context_length": 1024,
+        "batch_size": 32, "seq_len": 1024, "context_length": 1024, "smallest_context": 1024,
     }  # fmt: skip
     return Deployment(**(known | changes))
 
@@ -94,7 +94,7 @@ def test_the_worked_examples_of_the_documentation(
         ("R1", {"tp_degree": 24, "moe_ep_degree": 24}, {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8}),
         ("R2", {"moe_tp_degree": 64, "moe_ep_degree": 1}, {"moe_tp_degree": 4, "moe_ep_degree": 16}),
         ("R3", {"batch_size": 31}, {"batch_size": 32}),
-        ("R4", {"context_length": 63}, {"context_length": 64}),
+        ("R4", {"smallest_context": 63}, {"smallest_context": 64}),
         ("R6", {"tp_degree": 128, "moe_ep_degree": 128}, {}),
     ],
 )  # fmt: skip
@@ -162,12 +162,14 @@ def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
 
 def test_a_case_reads_precision_from_the_converted_config(tmp_path: Path) -> None:
     raw = published_config() | {"neuron_minimax": {"attention": "bf16", "fp8_range": "ocp"}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    found = case_for(tmp_path, instance="trn2.48xlarge", tp_degree=64, batch_size=32)
+    settings: dict[str, Any] = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 32}
+    found = deployment_case(ModelConfig.from_dict(raw), **settings)
     assert (found.deployment.fp8_attention, found.deployment.fp8_experts, found.fp8_max) == (False, True, 448)
     assert found.deployment.moe_ep_degree == 64
     fp8, bf16 = (rank_memory(PUBLISHED, replace(found.deployment, fp8_attention=fp8)) for fp8 in (True, False))
     assert bf16.attention > 1.9 * fp8.attention
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert json.loads(json.dumps(plan(tmp_path, **settings).to_json()))["bytes_per_rank"]["weights"] == bf16.weights
 
 
 def test_an_unknown_instance_is_an_error_with_the_known_ones() -> None:

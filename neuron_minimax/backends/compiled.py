@@ -25,7 +25,7 @@ from neuron_minimax.errors import BackendError
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
 
-# Each module has `check_options(config, options) -> options`, `environment() -> (versions, machine)`,
+# Each module has `check_options(config, options, force) -> options`, `environment() -> (versions, machine)`,
 # `build(model, graphs, options, progress) -> (file name to seconds, notes)` and `load(model, graphs, manifest)`
 # (a Backend), and imports torch or NxDI only inside of the last two.
 BACKENDS = {"cpu": "neuron_minimax.backends.cpu", "neuron": "neuron_minimax.backends.neuron.backend"}
@@ -69,7 +69,7 @@ def compile_model(
     """
     started = time.monotonic()
     converted, traced = Path(converted), Path(traced)
-    request = _request(converted, backend, options or {})
+    request = _request(converted, backend, options or {}, force)
     with _locked(traced):
         reason = "forced" if force else _why_compile(traced, request)
         manifest = _build(converted, traced, request, progress) if reason else read_manifest(traced)
@@ -122,14 +122,14 @@ def _module(backend: str) -> Any:
     return importlib.import_module(BACKENDS[backend])
 
 
-def _request(converted: Path, backend: str, options: Mapping[str, Any]) -> Manifest:
+def _request(converted: Path, backend: str, options: Mapping[str, Any], force: bool) -> Manifest:
     module = _module(backend)
     config = ModelConfig.from_dir(converted)
     read_conversion(converted)  # refuses what is no finished conversion
     versions, machine = module.environment()
     return Manifest(
         backend=backend,
-        options=module.check_options(config, options),
+        options=module.check_options(config, options, force),
         checkpoint=fingerprint(converted),
         versions=versions,
         machine=machine,

@@ -49,8 +49,11 @@ class CPUOptions:
                 raise BackendError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
 
 
-def check_options(config: ModelConfig, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in defaults (None counts as absent) and check. Raises BackendError naming the option."""
+def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
+    """Fill in defaults (None counts as absent) and check. Raises BackendError naming the option.
+
+    `force` is for backends that advise against what they could compile; here there is no such thing.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     default = tuple(size for size in DEFAULT_BUCKETS if size <= seq_len) or (seq_len,)

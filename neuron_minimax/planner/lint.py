@@ -107,7 +107,7 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
 
 def expert_encoding(case: Case) -> Iterator[Finding]:
     """R4: below one token block NxD takes a path that ignores expert parallelism."""
-    tokens, top_k = case.deployment.context_length, case.config.num_experts_per_tok
+    tokens, top_k = case.deployment.smallest_context, case.config.num_experts_per_tok
     if case.deployment.moe_ep_degree > 1 and tokens * top_k < TOKEN_BLOCK:
         yield Finding(
             "R4",

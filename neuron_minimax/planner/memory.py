@@ -22,6 +22,7 @@ class Deployment:
     batch_size: int
     seq_len: int
     context_length: int  # the longest context-encoding bucket
+    smallest_context: int  # the shortest
     fp8_attention: bool = True
     fp8_experts: bool = True
 

@@ -1,10 +1,12 @@
 """The `plan` command's answer: does a deployment fit an instance, why, what would, and what to expect of it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
 from neuron_minimax.planner.lint import REFUSE, Case, Finding
@@ -21,7 +23,7 @@ def fits(per_rank: float, capacity: float, scratch: float = 0.0) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentPlan:
-    """Memory of one rank against its core, findings, and what would fit instead. Bytes unless a name says otherwise."""
+    """Memory of one rank against its core, findings, and which instances would fit instead where this one does not."""
 
     instance: Instance
     deployment: Deployment
@@ -106,7 +108,7 @@ def plan_deployment(case: Case) -> DeploymentPlan:
         findings=findings,
         largest_batch=room // deployment.seq_len,
         longest_sequence=min(room // deployment.batch_size, config.max_position_embeddings),
-        fitting_instances=tuple(_fitting(case)),
+        fitting_instances=() if fits(memory.total, instance.memory_per_core) else tuple(_fitting(case)),
         converted_bytes=checkpoint_bytes(config),
     )
 
@@ -135,8 +137,8 @@ def _fitting(case: Case) -> list[str]:
     return found
 
 
-def case_for(
-    directory: str | Path,
+def deployment_case(
+    config: ModelConfig,
     *,
     instance: str,
     tp_degree: int,
@@ -144,24 +146,32 @@ def case_for(
     moe_ep_degree: int | None = None,
     batch_size: int = 1,
     seq_len: int = 1024,
-    context_length: int | None = None,
+    context_lengths: Sequence[int] = (),
 ) -> Case:
-    """A case for a checkpoint or converted directory, from its config.json alone.
+    """A case for a model whose config.json says how its weights are stored, converted or as published.
 
-    `moe_ep_degree` defaults to what is left of tp_degree. Raises ConfigError for an unknown instance or bad sizes.
+    `moe_ep_degree` defaults to what is left of tp_degree, the context-encoding buckets to one of `seq_len`.
+    Raises ConfigError for an unknown instance or a size below 1.
     """
-    config = ModelConfig.from_dir(directory)
+    sizes = {"tp_degree": tp_degree, "moe_tp_degree": moe_tp_degree, "batch_size": batch_size, "seq_len": seq_len}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}; expected at least 1")
     converted = config.raw.get("neuron_minimax") or {}
     fp8 = config.declares_fp8
+    buckets = context_lengths or (seq_len,)
     deployment = Deployment(
-        tp_degree=tp_degree,
-        moe_tp_degree=moe_tp_degree,
-        moe_ep_degree=max(1, tp_degree // moe_tp_degree) if moe_ep_degree is None else moe_ep_degree,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        context_length=context_length or seq_len,
+        **sizes,
+        moe_ep_degree=moe_ep_degree or max(1, tp_degree // moe_tp_degree),
+        context_length=max(buckets),
+        smallest_context=min(buckets),
         fp8_attention=fp8 and converted.get("attention", "fp8") == "fp8",
         fp8_experts=fp8,
     )
     fp8_max = 448 if converted.get("fp8_range") == "ocp" else 240
     return Case(config=config, deployment=deployment, instance=instances.instance(instance), fp8_max=fp8_max)
+
+
+def plan(directory: str | Path, **settings: Any) -> DeploymentPlan:
+    """The plan for a checkpoint or converted directory, from its config.json alone; see `deployment_case`."""
+    return plan_deployment(deployment_case(ModelConfig.from_dir(directory), **settings))

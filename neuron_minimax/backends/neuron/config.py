@@ -55,7 +55,6 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
         for name in ("output_attentions", "output_hidden_states"):
             setattr(self, name, getattr(self, name, False))
-        self.use_return_dict = True
         options = self.neuron_config
         if isinstance(options.torch_dtype, str):
             raise ConfigError(f"torch_dtype is the string {options.torch_dtype!r}; expected a torch.dtype")

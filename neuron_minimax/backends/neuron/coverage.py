@@ -9,6 +9,18 @@ from neuron_minimax.errors import CheckpointError
 
 # State of the run, not weights.
 STATE = "kv_mgr."
+# Dtypes as safetensors spells them.
+STORED_NAMES = {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int32: "I32",
+}
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Every parameter under each of its names; the model has no persistent buffers."""
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 def check_checkpoint(parameters: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], experts: int) -> None:

@@ -123,13 +123,13 @@ class NeuronMiniMaxM2Model(nxdi.NeuronBaseModel):
         """NxD calls this before it shards: run every module's own hook, then insist on full coverage."""
         for name, child in self.named_children():
             nxdi.invoke_preshard_hook(child, model_state_dict, f"{name}.")
-        coverage.check_checkpoint(self.state_dict(keep_vars=True), model_state_dict, self.config.num_local_experts)
+        coverage.check_checkpoint(coverage.parameters_of(self), model_state_dict, self.config.num_local_experts)
         return True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but a parameter without a value or a value without a parameter raises CheckpointError."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        coverage.check_loaded(self.state_dict(keep_vars=True), state_dict.keys())
+        coverage.check_loaded(coverage.parameters_of(self), state_dict.keys())
         return result
 
 

@@ -5,20 +5,10 @@ Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (
 # ruff: noqa: F401, E402
 
 import importlib
-from typing import Any
+from importlib import metadata
 
+from neuron_minimax.backends.neuron.packages import INSTALL, PACKAGES, REAL_MODULES
 from neuron_minimax.errors import BackendError
-
-INSTALL = (
-    "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com "
-    "neuronx-cc torch-neuronx neuronx-distributed neuronx-distributed-inference"
-)
-# A module that each real package has and the placeholder of its name on the public index has not.
-REAL_MODULES = {
-    "torch_neuronx": "torch_neuronx.xla_impl.ops",
-    "neuronx_distributed": "neuronx_distributed.parallel_layers.parallel_state",
-    "neuronx_distributed_inference": "neuronx_distributed_inference.models.model_base",
-}
 
 
 def require_packages() -> None:
@@ -68,22 +58,10 @@ from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 
 def versions() -> dict[str, str]:
     """Installed version of each Neuron package, as its metadata says."""
-    from importlib import metadata
-
     found = {}
-    for name in ("neuronx-cc", "torch-neuronx", "neuronx-distributed", "neuronx-distributed-inference"):
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def model_parallel_rank_count() -> int:
-    """Ranks of the current tensor-parallel group."""
-    return parallel_state.get_tensor_model_parallel_size()
-
-
-def is_quantized_layer(module: Any) -> bool:
-    """Whether `module` is one of NxD's quantized parallel layers."""
-    return isinstance(module, BaseQuantizeParallelLinear)

@@ -1,0 +1,80 @@
+"""The Neuron backend: options, compile and load, without importing the Neuron packages until they are needed."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_minimax.backends.manifest import Manifest, versions_of
+from neuron_minimax.backends.neuron import options as neuron_options
+from neuron_minimax.backends.neuron.packages import INSTALL, PACKAGES
+from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import BackendError
+
+if TYPE_CHECKING:
+    from neuron_minimax.backends.base import Backend
+
+SOURCES = ("backends/neuron/*.py", "model/rope.py", "planner/sharding.py", "convert/rules.py")
+COMPILE_SECONDS = 7200.0
+LOG_NAME = "compile.log"
+OPTIONS_NAME = "options.json"
+# Written by NxDI below the graphs directory.
+MODEL_NAME, PARAMETERS_NAME = "model.pt", "parameters.json"
+
+
+def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
+    """Defaults filled in and judged by the planner. Raises BackendError when it refuses, unless `force`."""
+    foreign = {name for name in ("engine", "compute") if options.get(name) is not None}
+    if foreign:
+        raise BackendError(f"--{min(foreign)} belongs to the cpu backend; a Neuron compile is BF16 over FP8 weights")
+    return neuron_options.check(config, options, force)
+
+
+def environment() -> tuple[dict[str, str], dict[str, Any]]:
+    """Versions of the Neuron packages. Raises BackendError with AWS's install line when one is not there."""
+    versions = versions_of(["torch"], SOURCES)
+    for distribution, package in PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(
+                f"the Neuron backend needs {package}, which is not installed; on a Neuron instance, run: {INSTALL}"
+            )
+        try:
+            versions[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            versions[distribution] = "unknown"
+    return versions, {}
+
+
+def build(
+    model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
+) -> tuple[dict[str, float], list[str]]:
+    """Compile both submodels and save each rank's weights, in a process of its own with a limit of two hours.
+
+    The log stays in `graphs`. Raises BackendError with its last lines when the compile fails or takes too long.
+    """
+    parsed = neuron_options.parse(options)
+    (graphs / OPTIONS_NAME).write_text(json.dumps(dict(options)), encoding="utf-8")
+    command = [sys.executable, "-m", "neuron_minimax.backends.neuron.compile", str(model), str(graphs)]
+    seconds = run_supervised(
+        command,
+        os.environ | neuron_options.environment(graphs, parsed),
+        graphs / LOG_NAME,
+        progress,
+        limit=COMPILE_SECONDS,
+    )
+    return {MODEL_NAME: seconds, PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}"]
+
+
+def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
+    """The model on the device, from the compiled directory alone; each rank's weights are checked first."""
+    parsed = neuron_options.parse(manifest.options)
+    os.environ.update(neuron_options.environment(graphs, parsed))
+    from neuron_minimax.backends.neuron.application import load_application
+    from neuron_minimax.backends.neuron.slots import NeuronBackend
+
+    return NeuronBackend(load_application(model, graphs, parsed), model, parsed)

@@ -1,0 +1,127 @@
+"""Options of a Neuron compile: checked by the planner first, and turned into NxDI's settings and environment."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import BackendError
+from neuron_minimax.planner import instances
+from neuron_minimax.planner.report import deployment_case, plan_deployment
+
+DEFAULT_INSTANCE = "trn2.48xlarge"
+DEFAULT_SEQ_LEN = 1024
+SMALLEST_BUCKET = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronOptions:
+    """What a Neuron compile can be asked for; lengths in tokens. `fp8` is read off config.json, not asked."""
+
+    instance: str
+    tp_degree: int
+    moe_tp_degree: int
+    moe_ep_degree: int
+    slots: int
+    seq_len: int
+    buckets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ascending = tuple(sorted(set(self.buckets)))
+        if self.slots < 1 or self.seq_len < 2 or min(self.tp_degree, self.moe_tp_degree, self.moe_ep_degree) < 1:
+            raise BackendError("batch size and degrees have to be at least 1, seq_len at least 2")
+        if not self.buckets or self.buckets != ascending or not 1 < self.buckets[0] <= self.buckets[-1] <= self.seq_len:
+            raise BackendError(f"buckets {list(self.buckets)}: expected ascending lengths from 2 to {self.seq_len}")
+
+
+def parse(options: Mapping[str, Any]) -> NeuronOptions:
+    """Options from a manifest or a caller. Raises BackendError naming one that does not exist."""
+    try:
+        return NeuronOptions(**{**options, "buckets": tuple(options["buckets"])})
+    except (TypeError, KeyError) as error:
+        raise BackendError(f"the neuron backend does not take these options: {error}") from None
+
+
+def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[str, Any]:
+    """Fill in defaults and let the planner judge; None counts as absent.
+
+    Raises BackendError with the plan when it refuses, unless `force`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    given.setdefault("instance", DEFAULT_INSTANCE)
+    machine = instances.instance(given["instance"])
+    tp = given.setdefault("tp_degree", max(machine.tp_degrees, default=machine.logical_cores))
+    given.setdefault("moe_tp_degree", 1 if "moe_ep_degree" not in given else max(1, tp // given["moe_ep_degree"]))
+    given.setdefault("moe_ep_degree", max(1, tp // given["moe_tp_degree"]))
+    given.setdefault("slots", 1)
+    seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
+    given["buckets"] = tuple(given.get("buckets") or default_buckets(seq_len))
+    checked = parse(given)
+    plan = plan_deployment(
+        deployment_case(
+            config,
+            instance=checked.instance,
+            tp_degree=checked.tp_degree,
+            moe_tp_degree=checked.moe_tp_degree,
+            moe_ep_degree=checked.moe_ep_degree,
+            batch_size=checked.slots,
+            seq_len=checked.seq_len,
+            context_lengths=checked.buckets,
+        )
+    )
+    if plan.refused and not force:
+        raise BackendError(f"{plan.render()}\nthis cannot work; change the settings, or compile with --force")
+    return {**asdict(checked), "buckets": list(checked.buckets)}
+
+
+def default_buckets(seq_len: int) -> tuple[int, ...]:
+    """Powers of two from 128 up to seq_len, which ends the list."""
+    buckets = []
+    size = SMALLEST_BUCKET
+    while size < seq_len:
+        buckets.append(size)
+        size *= 2
+    return (*buckets, seq_len)
+
+
+def neuron_config_fields(options: NeuronOptions) -> dict[str, Any]:
+    """NeuronConfig's fields but for dtype and quantization: one prompt at a time is encoded, all slots take steps."""
+    machine = instances.instance(options.instance)
+    return {
+        "tp_degree": options.tp_degree,
+        "moe_tp_degree": options.moe_tp_degree,
+        "moe_ep_degree": options.moe_ep_degree,
+        "batch_size": options.slots,
+        "max_batch_size": options.slots,
+        "tkg_batch_size": options.slots,
+        "ctx_batch_size": 1,
+        "is_continuous_batching": True,
+        "seq_len": options.seq_len,
+        "max_context_length": options.buckets[-1],
+        "enable_bucketing": True,
+        "context_encoding_buckets": list(options.buckets),
+        "token_generation_buckets": list(default_buckets(options.seq_len)),
+        "padding_side": "right",
+        "logical_nc_config": machine.logical_nc_config,
+        "save_sharded_checkpoint": True,
+        # NxDI 0.9 has no NKI kernels for trn1 and inf2; there the expert blocks run as torch operations.
+        "blockwise_matmul_config": {} if machine.nki_kernels else {"use_torch_block_wise": True},
+    }
+
+
+def environment(graphs: Path, options: NeuronOptions) -> dict[str, str]:
+    """Variables to set before the Neuron packages are imported; work and cache directories are this compile's own.
+
+    FP8 weights need the two cast switches (NxDI's MoE FP8 guide): the compiler reads OCP bytes as its own E4M3.
+    """
+    machine = instances.instance(options.instance)
+    return {
+        "XLA_HANDLE_SPECIAL_SCALAR": "1",
+        "UNSAFE_FP8FNCAST": "1",
+        "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
+        "NEURON_RT_NUM_CORES": str(options.tp_degree),
+        "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,
+        "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
+        "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
+    }

@@ -1,0 +1,216 @@
+"""Checks that need NxDI in a fresh process: `python -m tests.neuron.checks NAME ARGUMENT...` fails by an exception."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPTIONS: dict[str, Any] = {
+    "instance": "trn1.32xlarge",
+    "tp_degree": 1,
+    "moe_tp_degree": 1,
+    "moe_ep_degree": 1,
+    "slots": 3,
+    "seq_len": 64,
+    "buckets": (64,),
+}
+TOLERANCE = 2e-5
+
+
+def application_on_cpu(model: Path, **overrides: Any) -> Any:
+    """The application that `load` would make, in float32, each submodel built as a compile builds it."""
+    import socket
+
+    import torch
+    import torch.distributed as dist
+    from neuronx_distributed.parallel_layers import parallel_state
+    from neuronx_distributed.trace.trace import get_sharded_checkpoint
+
+    from neuron_minimax.backends.neuron.application import make_application
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
+    on_cpu = {"on_cpu": True, "torch_dtype": torch.float32, "attn_kernel_enabled": False, **overrides}
+    application = make_application(model, NeuronOptions(**OPTIONS), **on_cpu)
+    for wrapper in application.models:
+        parallel_state.set_aot_mode(True)
+        instance = wrapper.get_model_instance()
+        instance.load_module()
+        parallel_state.set_aot_mode(False)
+        state = application.checkpoint_loader_fn()
+        get_sharded_checkpoint(state, instance.module, 0, 1)
+        instance.module.load_state_dict(state)
+        wrapper.model = instance.module
+    return application.eval()
+
+
+def slots(model: str) -> None:
+    """Slots of the Neuron backend give what those of the eager one give: in any order, reused, and at rest."""
+    import torch
+
+    from neuron_minimax.backends.cpu import CPUOptions
+    from neuron_minimax.backends.eager import EagerBackend
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.neuron.slots import NeuronBackend
+
+    options = NeuronOptions(**OPTIONS)
+    # Without buckets a CPU run pads every prompt to the one length; bucketing belongs to compiled graphs.
+    application = application_on_cpu(Path(model), enable_bucketing=False)
+    neuron = NeuronBackend(application, Path(model), options)
+    eager = EagerBackend(Path(model), CPUOptions(slots=3, seq_len=64, buckets=(64,), engine="eager"))
+    worst = 0.0
+
+    def encode(slot: int, ids: list[int]) -> int:
+        nonlocal worst
+        ours, theirs = neuron.encode(slot, ids), eager.encode(slot, ids)
+        worst = max(worst, float((ours - theirs).abs().max()))
+        assert ours.argmax() == theirs.argmax()
+        return int(theirs.argmax())
+
+    def step(tokens: list[int], positions: list[int], active: list[bool]) -> list[int]:
+        nonlocal worst
+        arguments = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(active))
+        ours, theirs = neuron.step(*arguments), eager.step(*arguments)
+        chosen = torch.tensor(active)
+        worst = max(worst, float((ours - theirs)[chosen].abs().max()))
+        assert torch.equal(ours.argmax(-1)[chosen], theirs.argmax(-1)[chosen])
+        return theirs.argmax(-1).tolist()
+
+    first = encode(2, [5, 9, 2, 77, 31])
+    tokens = step([0, 0, first], [0, 0, 5], [False, False, True])
+    second = encode(0, [44])  # a prompt of one token, beside a slot that has begun and one that is empty
+    tokens = step([second, 0, tokens[2]], [1, 0, 6], [True, False, True])
+    for offset in range(4):  # slot 2 rests
+        tokens = [*step([tokens[0], 0, 0], [2 + offset, 0, 0], [True, False, False])[:2], tokens[2]]
+    tokens = step(tokens, [6, 0, 7], [True, False, True])  # and goes on
+    neuron.reset(0)
+    eager.reset(0)
+    reused = encode(0, list(range(20, 52)))
+    step([reused, 0, tokens[2]], [32, 0, 8], [True, False, True])
+    last = encode(1, list(range(63)))
+    step([0, last, 0], [0, 63, 0], [False, True, False])  # up to the last position
+    assert worst < TOLERANCE, worst
+    print(f"largest difference {worst:.1e}")
+
+
+def adapter(model: str) -> None:
+    """NxDI's own generation adapter drives the class: its greedy tokens are the eager model's."""
+    import torch
+    from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
+    from transformers import GenerationConfig
+
+    from neuron_minimax.model.minimax import load_model
+
+    plain = {"is_continuous_batching": False, "enable_bucketing": False, "ctx_batch_size": 3, "max_context_length": 64}
+    application = application_on_cpu(Path(model), **plain)
+    prompts = torch.tensor([[5, 9, 2, 77, 31], [6, 1, 88, 3, 7], [12, 13, 14, 15, 16]])
+    generated = HuggingFaceGenerationAdapter(application).generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=10, pad_token_id=0),
+    )
+    eager, ids = load_model(model), prompts
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, eager(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(generated, ids), (generated, ids)
+
+
+def on_device_sampling(model: str) -> None:
+    """With sampling in the graph the application returns tokens: greedy ones are the eager model's."""
+    import torch
+
+    from neuron_minimax.model.minimax import load_model
+
+    sampling = {"on_device_sampling_config": {"do_sample": False, "deterministic": True}}
+    plain = {"is_continuous_batching": False, "enable_bucketing": False, "ctx_batch_size": 3, "max_context_length": 64}
+    application = application_on_cpu(Path(model), **plain, **sampling)
+    prompts = torch.tensor([[5, 9, 2, 77, 31], [6, 1, 88, 3, 7], [12, 13, 14, 15, 16]])
+    positions = torch.arange(5).expand(3, 5)
+    with torch.no_grad():
+        tokens = application(input_ids=prompts, attention_mask=torch.ones_like(prompts), position_ids=positions)
+        wanted = load_model(model)(prompts)[0][:, -1].argmax(-1)
+    found = getattr(tokens, "tokens", None)
+    found = tokens.hidden_states if found is None else found
+    assert torch.equal(found.flatten().long(), wanted), (found, wanted)
+
+
+def rank_files(model: str, graphs: str) -> None:
+    """NxD's real sharding writes files that hold what the model needs; a file that lost a tensor is refused."""
+    from safetensors.torch import load_file, save_file
+
+    from neuron_minimax.backends.neuron.application import (
+        check_rank_files,
+        make_application,
+        rank_file,
+        record_parameters,
+    )
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.errors import CheckpointError
+
+    os.environ.pop("NXD_CPU_MODE", None)
+    options = NeuronOptions(**(OPTIONS | {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2}))
+    application = make_application(Path(model), options)
+    application.shard_weights(graphs)
+    record_parameters(application, Path(graphs))
+    path = rank_file(Path(graphs), 3)
+    tensors = load_file(path)
+    name = "layers.1.self_attn.k_norm.weight"
+    for change in ({}, {name: tensors[name].float()}):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name} | change, path)
+        with pytest.raises(CheckpointError, match=f"(?s){name}.*tp3|tp3.*{name}"):
+            check_rank_files(Path(graphs), 4)
+
+
+def settings(model: str) -> None:
+    """Settings that this class does not serve are refused with the reason, dtypes and compiler arguments are right."""
+    import torch
+
+    from neuron_minimax.backends.neuron import config as neuron_config
+    from neuron_minimax.backends.neuron.application import make_application
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.errors import ConfigError
+
+    options = NeuronOptions(**(OPTIONS | {"buckets": (32, 64)}))
+    for field, value, said in (
+        ("quantized_mlp_kernel_enabled", True, "dense MLP"),
+        ("padding_side", "left", "left padding"),
+        ("fused_qkv", True, "full query"),
+        ("sequence_parallel_enabled", True, "not been run"),
+        ("moe_tp_degree", 2, "not tp_degree"),
+        ("quantization_type", "per_channel_symmetric", "blockwise_symmetric"),
+        ("quantization_block_axis", [0, 1], "[1, 2]"),
+    ):
+        with pytest.raises(ConfigError, match=f"{field}.*{re.escape(said)}"):
+            make_application(Path(model), options, **{field: value})
+    application = make_application(Path(model), options)
+    assert application.neuron_config.torch_dtype == torch.bfloat16
+    encoding, generation = (wrapper.compiler_args for wrapper in application.models)
+    for arguments in (encoding, generation):
+        assert "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3" in arguments
+        assert "--auto-cast=none" in arguments
+        assert "--lnc=1" in arguments
+    assert "-O1" in encoding
+    assert application.models[0].neuron_config.buckets == [32, 64]
+    assert [wrapper.neuron_config.batch_size for wrapper in application.models] == [1, 3]
+    assert neuron_config.names_module(["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+
+
+def main() -> None:
+    from tests.neuron import standins
+
+    os.environ["NXD_CPU_MODE"] = "1"
+    standins.install()
+    checks = {check.__name__: check for check in (slots, adapter, on_device_sampling, rank_files, settings)}
+    checks[sys.argv[1]](*sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The backend over NxDI in CPU mode, NxD's own sharding into rank files, and settings; each in a fresh process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuron_minimax.convert.run import convert
+from tests.neuron.cases import MODELS, SEED
+from tests.neuron.ranks import ROOT
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("backend")
+    convert(write_tiny(base / "source", seed=SEED, **MODELS["grouped"]), base / "converted")
+    return base / "converted"
+
+
+def check(name: str, *arguments: Path) -> str:
+    """Run one check of `checks.py`; its output, or an AssertionError with it."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "tests.neuron.checks", name, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_slots_give_what_the_eager_backend_gives(model: Path) -> None:
+    assert "largest difference" in check("slots", model)
+
+
+def test_nxdis_own_generation_adapter_generates_the_same_tokens(model: Path) -> None:
+    check("adapter", model)
+
+
+def test_sampling_in_the_graph_returns_the_greedy_tokens(model: Path) -> None:
+    check("on_device_sampling", model)
+
+
+def test_every_ranks_saved_weights_are_whole_and_a_damaged_file_is_refused(model: Path, tmp_path: Path) -> None:
+    check("rank_files", model, tmp_path)
+
+
+def test_unserved_settings_are_refused_with_the_reason(model: Path) -> None:
+    check("settings", model)

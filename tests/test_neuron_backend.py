@@ -1,0 +1,172 @@
+"""What of the Neuron backend runs without NxDI: options and the planner in front, supervision, coverage, messages."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neuron_minimax.backends import compile_model
+from neuron_minimax.backends.neuron import backend, coverage, options
+from neuron_minimax.backends.neuron.packages import INSTALL
+from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.run import convert
+from neuron_minimax.errors import BackendError, CheckpointError, NeuronMiniMaxError
+from tests.full_size import published_config
+from tests.tiny import write_tiny
+
+PUBLISHED = ModelConfig.from_dict(published_config())
+ROOT = Path(__file__).parents[1]
+WITHOUT_NXDI = pytest.mark.skipif(
+    importlib.util.find_spec("neuronx_distributed_inference") is not None, reason="the Neuron packages are installed"
+)
+
+
+def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
+    checked = backend.check_options(PUBLISHED, {"slots": 32, "tp_degree": None})
+    assert checked == {
+        "instance": "trn2.48xlarge",
+        "tp_degree": 64,
+        "moe_tp_degree": 1,
+        "moe_ep_degree": 64,
+        "slots": 32,
+        "seq_len": 1024,
+        "buckets": [128, 256, 512, 1024],
+    }
+    assert backend.check_options(PUBLISHED, checked) == checked
+
+
+def test_the_planner_stops_a_compile_that_cannot_work_and_force_goes_on() -> None:
+    refused = {"instance": "inf2.48xlarge", "tp_degree": 24, "moe_tp_degree": 3, "slots": 8}
+    with pytest.raises(BackendError, match=r"R3 refuse: with expert parallelism batch_size 8(?s:.*)--force"):
+        backend.check_options(PUBLISHED, refused)
+    assert backend.check_options(PUBLISHED, refused, force=True)["moe_ep_degree"] == 8
+    assert backend.check_options(PUBLISHED, refused | {"slots": 32})["slots"] == 32
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"buckets": [256, 128]}, "ascending"),
+        ({"seq_len": 1}, "seq_len"),
+        ({"slots": 32, "colour": 1}, "colour"),
+        ({"slots": 32, "engine": "eager"}, "cpu backend"),
+        ({"instance": "m5.large"}, "expected one of"),
+    ],
+)
+def test_bad_options_are_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(NeuronMiniMaxError, match=message):
+        backend.check_options(PUBLISHED, bad)
+
+
+def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: Path) -> None:
+    checked = options.parse(backend.check_options(PUBLISHED, {"slots": 32}))
+    fields = options.neuron_config_fields(checked)
+    assert (fields["logical_nc_config"], fields["blockwise_matmul_config"]) == (2, {})
+    assert (fields["ctx_batch_size"], fields["tkg_batch_size"], fields["max_context_length"]) == (1, 32, 1024)
+    variables = options.environment(tmp_path / "a", checked)
+    assert (variables["XLA_HANDLE_SPECIAL_SCALAR"], variables["UNSAFE_FP8FNCAST"]) == ("1", "1")
+    other = options.environment(tmp_path / "b", checked)
+    for name in ("NEURON_COMPILE_CACHE_URL", "BASE_COMPILE_WORK_DIR"):
+        assert variables[name] != other[name]
+    inf2 = backend.check_options(PUBLISHED, {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3})
+    fields = options.neuron_config_fields(options.parse(inf2))
+    assert (fields["logical_nc_config"], fields["tp_degree"]) == (1, 24)
+    assert fields["blockwise_matmul_config"] == {"use_torch_block_wise": True}
+
+
+def supervise(tmp_path: Path, code: str, limit: float = 30.0) -> list[str]:
+    lines: list[str] = []
+    command = [sys.executable, "-u", "-c", code]
+    run_supervised(command, os.environ, tmp_path / "log", lines.append, limit=limit, interval=0.2)
+    return lines
+
+
+def test_a_long_compile_reports_progress_and_keeps_its_log(tmp_path: Path) -> None:
+    lines = supervise(tmp_path, "import time; print('tiling'); time.sleep(1)")
+    assert any("tiling" in line for line in lines)
+    assert (tmp_path / "log").read_text() == "tiling\n"
+
+
+def test_a_failed_compile_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"exit code 3(?s:.*)NCC_EVRF051"):
+        supervise(tmp_path, "print('NCC_EVRF051'); raise SystemExit(3)")
+
+
+def test_a_compile_over_its_limit_ends_with_its_children(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, time; child = subprocess.Popen(['sleep', '60'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with pytest.raises(BackendError, match="stopped after 2 seconds"):
+        supervise(tmp_path, code, limit=2.0)
+    child = int((tmp_path / "log").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+@WITHOUT_NXDI
+def test_without_the_packages_there_is_one_message_with_the_install_line(tmp_path: Path) -> None:
+    convert(write_tiny(tmp_path / "source"), tmp_path / "converted")
+    with pytest.raises(BackendError) as caught:
+        compile_model(tmp_path / "converted", tmp_path / "traced", backend="neuron", options={"slots": 32})
+    assert INSTALL in str(caught.value)
+    assert "torch_neuronx, which is not installed" in str(caught.value)
+
+
+@WITHOUT_NXDI
+def test_the_placeholders_of_the_public_index_are_recognised(tmp_path: Path) -> None:
+    for package in ("torch_neuronx", "neuronx_distributed", "neuronx_distributed_inference"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    code = "import neuron_minimax.backends.neuron.nxdi"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("neuron_minimax.errors.BackendError: the installed torch_neuronx cannot import")
+    assert "empty placeholder of the public package index" in last
+    assert INSTALL in last
+
+
+def parameters(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+
+
+def test_coverage_accepts_a_complete_checkpoint_and_the_second_name_of_a_weight() -> None:
+    weight = torch.zeros(4, 4)
+    weight.tensor_model_parallel, weight.partition_dim, weight.num_partitions = True, 0, 2  # type: ignore[attr-defined]
+    built = parameters(a__weight=weight, a__master_weight=weight, kv_mgr__past_key_values=torch.zeros(1))
+    coverage.check_checkpoint(built, {"a.weight": torch.zeros(8, 4)}, experts=1)
+    coverage.check_loaded(built, ["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "1 parameters of the model have no value in the checkpoint: a.weight"),
+        ({"a.weight": torch.zeros(4), "b": torch.zeros(1)}, "1 tensors of the checkpoint belong to no parameter"),
+        ({"a.weight": torch.zeros(5)}, r"a.weight has shape \[5\]"),
+        ({"a.weight": torch.zeros(4, dtype=torch.float8_e4m3fn)}, "FP8 codes would be read as weights"),
+        ({"a.weight": torch.zeros(4, dtype=torch.int32)}, "must not be rounded"),
+    ],
+)
+def test_coverage_names_what_is_missing_unknown_or_of_the_wrong_kind(state: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        coverage.check_checkpoint(parameters(a__weight=torch.zeros(4)), state, experts=1)
+
+
+def test_float32_weights_are_not_loaded_into_bf16_parameters() -> None:
+    built = parameters(gate=torch.zeros(4, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="must not be rounded"):
+        coverage.check_checkpoint(built, {"gate": torch.zeros(4)}, experts=1)
+
+
+def test_a_parameter_that_loading_left_out_is_named() -> None:
+    with pytest.raises(CheckpointError, match="no value in the weights of this rank: b"):
+        coverage.check_loaded(parameters(a=torch.zeros(1), b=torch.zeros(1)), ["a"])
