@@ -272,6 +272,7 @@ def train(
     config: Annotated[Path | None, typer.Option(metavar="DIR", help="directory of config.json")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="tokenizer directory")] = None,
     precision: Annotated[str, typer.Option(help="fp8, bf16 or float32")] = "fp8",
+    focus: Annotated[list[str] | None, typer.Option(metavar="KIND", help="demo: more of this kind; repeatable")] = None,
     initial: Annotated[Path | None, typer.Option(metavar="CKPT", help="float32 or bf16 weights to start from")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per step, over all processes")] = 16,
@@ -295,6 +296,7 @@ def train(
         config=config or command.DEMO,
         tokenizer=tokenizer or command.DEMO,
         precision=command.parse_precision(precision),
+        focus=tuple(focus or ()),
         initial=initial,
         options=command.TrainingOptions(
             steps=steps,

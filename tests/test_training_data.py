@@ -74,6 +74,15 @@ def test_no_sum_of_a_held_out_pair_is_trained_in_either_order(trained: list[Conv
     assert not tested & pairs(trained)
 
 
+def test_a_focus_makes_half_of_the_conversations_of_its_kinds_and_none_of_them_held_out() -> None:
+    conversations = [demo_conversation(0, index, focus=("python", "tool answer")) for index in range(1000)]
+    focused = [c for c in conversations if c.kind in ("python", "tool answer")]
+    assert 470 < len(focused) < 600
+    assert not any(is_held_out(key) for c in focused for key in c.keys)
+    with pytest.raises(TrainingError, match="no kind of question 'sums'; expected capital"):
+        demo_conversation(0, 0, focus=("sums",))
+
+
 def test_held_out_questions_are_distinct_and_of_all_kinds_in_equal_shares() -> None:
     conversations = held_out(500, 2026)
     counts = Counter(c.kind for c in conversations)

@@ -28,12 +28,14 @@ FINAL_STEPS = 100  # the final loss is the mean of so many last steps
 class TrainingRequest:
     """What to train on, what to make of it and where.
 
-    `data` None stands for the demo's own conversations; `initial` is a float32 or BF16 checkpoint to start from.
+    `data` None stands for the demo's own conversations, every other one of a kind in `focus`; `initial` is a float32
+    or BF16 checkpoint to start from.
     """
 
     output: Path
     options: TrainingOptions
     data: Path | None = None
+    focus: tuple[str, ...] = ()
     initial: Path | None = None
     config: Path = DEMO
     tokenizer: Path = DEMO
@@ -96,7 +98,7 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
             f"{config.vocab_size}; make it at least as large"
         )
     seed = request.options.seed
-    source: Source = DemoSource(seed) if request.data is None else JsonLines(request.data, seed)
+    source: Source = DemoSource(seed, request.focus) if request.data is None else JsonLines(request.data, seed)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     processes = Processes("gloo" if request.device == "cpu" else "nccl")

@@ -3,11 +3,12 @@
 import json
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from neuron_minimax.errors import TrainingError
 from neuron_minimax.training import questions
 from neuron_minimax.training.questions import GENERATORS, Question
 from neuron_minimax.training.tools import ToolUse, offered, tool_use
@@ -55,9 +56,18 @@ def is_held_out(key: str) -> bool:
     return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
-def demo_conversation(seed: int, index: int) -> Conversation:
-    """Item `index` of the unlimited training set of a seed; it depends on nothing else."""
-    return training_conversation(random.Random(f"{seed}:{index}"))
+def demo_conversation(seed: int, index: int, focus: Sequence[str] = ()) -> Conversation:
+    """Item `index` of the unlimited training set of a seed; it depends on nothing else.
+
+    With `focus`, every other conversation is of one of these kinds. Raises TrainingError on an unknown kind.
+    """
+    rng = random.Random(f"{seed}:{index}")
+    for kind in focus:
+        if kind not in KINDS:
+            raise TrainingError(f"there is no kind of question {kind!r}; expected {', '.join(KINDS)}")
+    if focus and rng.random() < 0.5:
+        return _of_kind(rng, rng.choice(focus), held_out=False)
+    return training_conversation(rng)
 
 
 def training_conversation(rng: random.Random) -> Conversation:
@@ -85,19 +95,19 @@ def held_out(count: int, seed: int) -> list[Conversation]:
     rng = random.Random(f"held out {seed}")
     while len(found) < count:
         kind = KINDS[len(found) % len(KINDS)]
-        conversation = _held_out_of_kind(rng, kind)
+        conversation = _of_kind(rng, kind, held_out=True)
         found.setdefault(conversation.key, conversation)
     return list(found.values())
 
 
-def _held_out_of_kind(rng: random.Random, kind: str) -> Conversation:
+def _of_kind(rng: random.Random, kind: str, held_out: bool) -> Conversation:
     if kind == "chat":
-        return _chat(rng, held_out=True)
+        return _chat(rng, held_out)
     if kind == "tool call":
-        return _tool_call(rng, held_out=True)
+        return _tool_call(rng, held_out)
     if kind == "tool answer":
-        return _tool_answer(rng, held_out=True)
-    question = _question(rng, held_out=True, kind=kind)
+        return _tool_answer(rng, held_out)
+    question = _question(rng, held_out, kind)
     return Conversation(kind, (question.key,), _turn(question))
 
 

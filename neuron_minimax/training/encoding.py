@@ -65,7 +65,7 @@ class Encoder:
         text = self.tokenizer.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _assistant_turns(self, ids: list[int]) -> list[bool]:
         start = self._generation_prompt or self._find_generation_prompt()

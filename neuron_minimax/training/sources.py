@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,17 +13,20 @@ from neuron_minimax.training.data import demo_conversation
 class Source(Protocol):
     """Row `index` of an endless sequence; it depends on the index alone, so a position is all that resume needs."""
 
+    name: str  # what a resumed run must agree with
+
     def row(self, index: int) -> Mapping[str, Any]: ...
 
 
 class DemoSource:
-    """The demo's training conversations of one seed."""
+    """The demo's training conversations of one seed; with `focus`, every other one of these kinds."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, focus: Sequence[str] = ()) -> None:
+        self.seed, self.focus = seed, tuple(focus)
+        self.name = "demo" + (f", focus on {', '.join(self.focus)}" if self.focus else "")
 
     def row(self, index: int) -> Mapping[str, Any]:
-        conversation = demo_conversation(self.seed, index)
+        conversation = demo_conversation(self.seed, index, self.focus)
         return {"messages": conversation.messages, "tools": conversation.tools}
 
 
@@ -36,6 +39,7 @@ class JsonLines:
     def __init__(self, path: Path, seed: int) -> None:
         self.seed = seed
         self.rows = list(_read(path))
+        self.name = f"{path.name}, {len(self.rows)} rows"
         if not self.rows:
             raise TrainingError(f"{path} has no rows; expected one JSON object per line")
         self._epoch, self._order = -1, list(range(len(self.rows)))

@@ -216,4 +216,5 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What a saved state must agree with, in types that a state file holds."""
         options = {**asdict(self.options), "betas": list(self.options.betas)}
+        options["source"] = self.source.name
         return {**options, "config": {n: v for n, v in asdict(self.config).items() if n != "raw"}}
