@@ -146,6 +146,35 @@ def verify(
     raise typer.Exit(0 if good else 1)
 
 
+@app.command()
+def plan(
+    checkpoint: CheckpointDir,
+    instance: Annotated[str, typer.Option(help="such as trn2.48xlarge, trn1.32xlarge, inf2.48xlarge")],
+    tp_degree: Annotated[int, typer.Option(min=1, help="ranks")],
+    moe_tp_degree: Annotated[int, typer.Option(min=1, help="ranks that share an expert's channels")] = 1,
+    moe_ep_degree: Annotated[int | None, typer.Option(min=1, help="groups that share out the experts")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
+    seq_len: Annotated[int, typer.Option(min=1, help="positions per sequence")] = 1024,
+    buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say whether a deployment fits an instance, and why, before anything is compiled; exit 1 when it is refused."""
+    from neuron_minimax.planner.report import plan as plan_deployment
+
+    report = plan_deployment(
+        checkpoint,
+        instance=instance,
+        tp_degree=tp_degree,
+        moe_tp_degree=moe_tp_degree,
+        moe_ep_degree=moe_ep_degree,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        context_lengths=parse_integers("--buckets", ",".join(buckets)) if buckets else (),
+    )
+    print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
+    raise typer.Exit(1 if report.refused else 0)
+
+
 @app.command("compile")
 def compile_(
     out: ConvertedDir,
@@ -156,6 +185,10 @@ def compile_(
     buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
     compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
     engine: Annotated[str | None, typer.Option(help="cpu: compiled or eager")] = None,
+    instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
+    tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks")] = None,
+    moe_tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks that share an expert's channels")] = None,
+    moe_ep_degree: Annotated[int | None, typer.Option(help="neuron: groups that share out the experts")] = None,
     force: Annotated[bool, typer.Option("--force", help="compile even if up to date, or advised against")] = False,
 ) -> None:
     """Compile a converted directory once; up to date: says so and stops."""
@@ -167,6 +200,10 @@ def compile_(
         "buckets": parse_integers("--buckets", ",".join(buckets)) if buckets else None,
         "compute": compute,
         "engine": engine,
+        "instance": instance,
+        "tp_degree": tp_degree,
+        "moe_tp_degree": moe_tp_degree,
+        "moe_ep_degree": moe_ep_degree,
     }
     report = compile_model(
         out,
