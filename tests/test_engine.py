@@ -249,6 +249,16 @@ def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(mak
     assert after.job.cached_tokens == 0  # nothing of a broken slot is reused
 
 
+def test_a_fault_in_one_request_leaves_the_others_alone(make_engine, tokenizer):
+    backend = scripted(tokenizer, "one two three four")
+    engine = make_engine(backend)
+    broken, fine = Client(tokenizer, [1, 2]), Client(tokenizer, [3, 4], 50)
+    broken.job.pipeline.push = None
+    engine.submit(broken.job, fine.job)
+    assert broken.wait()[1].error[0] == "internal_error"
+    assert fine.wait()[0] == "one two three four"
+
+
 def test_the_metrics_count_tokens_steps_padding_and_reasons(make_engine, tokenizer):
     backend = scripted(tokenizer, "hi")
     engine = make_engine(backend)

@@ -47,6 +47,8 @@ class EventStream(Response):
             gone.cancel()
             sender.cancel()
             await asyncio.gather(sender, gone, return_exceptions=True)
+        if not sender.cancelled() and (fault := sender.exception()):
+            raise fault
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

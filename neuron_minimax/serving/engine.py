@@ -163,9 +163,9 @@ class Engine:
             self._waiting.popleft().receive(Output(error=("shutdown", "the server stopped")))
 
     def _round(self) -> None:
-        self._drop()
-        self._admit()
         try:
+            self._drop()
+            self._admit()
             self._encode()
             self._step()
         except Exception as error:  # a fault of the backend ends the requests it had, not the server
@@ -239,7 +239,7 @@ class Engine:
             self._metrics.encoded.labels("prompt").inc(len(piece))
             self._metrics.encoded.labels("padding").inc(bucket - len(piece))
             if len(slot.tokens) == len(job.prompt_ids):
-                self._choose(slot, job, logits)
+                self._advance(slot, job, logits)
 
     def _step(self) -> None:
         running = [slot for slot in self._slots if slot.job and slot.next_token is not None]
@@ -257,20 +257,26 @@ class Engine:
             assert slot.job is not None
             assert slot.next_token is not None
             slot.tokens.append(slot.next_token)
-            self._choose(slot, slot.job, logits[slot.number])
+            self._advance(slot, slot.job, logits[slot.number])
+
+    def _advance(self, slot: _Slot, job: Job, logits: torch.Tensor) -> None:
+        """`_choose`, whose failure ends this request and no other."""
+        try:
+            self._choose(slot, job, logits)
+        except NeuronMiniMaxError as error:
+            self._fail(slot, "sampling", str(error))
+        except Exception:
+            logger.exception("a request failed")
+            self._fail(slot, "internal_error", "internal error; the server's log has it")
 
     def _choose(self, slot: _Slot, job: Job, logits: torch.Tensor) -> None:
         """Choose the next token of a slot and tell its client; ends the job when that was the last one."""
         assert slot.sampler is not None
         constrained = job.constraint is not None and not job.pipeline.in_reasoning
-        try:
-            allowed = job.constraint.mask(logits) if job.constraint and constrained else logits
-            token = slot.sampler.choose(allowed)
-            if job.constraint and constrained:
-                job.constraint.advance(token)
-        except NeuronMiniMaxError as error:
-            self._fail(slot, "sampling", str(error))
-            return
+        allowed = job.constraint.mask(logits) if job.constraint and constrained else logits
+        token = slot.sampler.choose(allowed)
+        if job.constraint and constrained and token not in job.stop_token_ids:
+            job.constraint.advance(token)
         logprobs = None
         if job.top_logprobs is not None and token not in job.stop_token_ids:
             logprobs = TokenLogprobs(token, *log_probabilities(logits, token, job.top_logprobs))

@@ -108,6 +108,7 @@ def _bind(config: uvicorn.Config) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         raise BackendError(f"port {config.port} of {config.host} cannot be used: {error.strerror}") from None
     return listener
