@@ -57,15 +57,16 @@ def single_token_expert_mlp(
     down_scale: torch.Tensor | None,
     block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """One token (T is 1): its K experts are gathered by index inside of the products' loops."""
+    """One token (T is 1) whose experts are all here: gathered by index inside of the products' loops.
+
+    No index is masked: whatever computes one would be repeated in the innermost loop.
+    """
     check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
-    index_K, affinity_K = expert_index_TK[0], affinity_TK[0]
-    here_K = (index_K >= 0) & (index_K < gate_up.shape[0])
-    index_K = torch.where(here_K, index_K, 0)
+    index_K = expert_index_TK[0]
     hidden_KBH = hidden_TH.expand(len(index_K), 1, -1)
-    weights = (gate_up[index_K], _at(gate_up_scale, index_K), down[index_K], _at(down_scale, index_K))
+    weights = (_at(gate_up, index_K), _at(gate_up_scale, index_K), _at(down, index_K), _at(down_scale, index_K))
     product_KBH = streamed_products(hidden_KBH, *weights, block)
-    weighted_KH = product_KBH[:, 0] * torch.where(here_K, affinity_K, 0.0)[:, None]
+    weighted_KH = product_KBH[:, 0] * affinity_TK[0][:, None]
     return weighted_KH.sum(dim=0, keepdim=True).to(hidden_TH.dtype)
 
 
@@ -110,7 +111,7 @@ def blocked_expert_mlp(
         pair_B = order_P[(first_pair_E[expert] + place_B).clamp(max=tokens * chosen - 1)]
         token_B = pair_B // chosen
         hidden_KBH = hidden_TH[token_B][None]
-        weights = (gate_up[expert], _at(gate_up_scale, expert), down[expert], _at(down_scale, expert))
+        weights = (_at(gate_up, expert), _at(gate_up_scale, expert), _at(down, expert), _at(down_scale, expert))
         product_BH = products(hidden_KBH, *weights, block)[0]
         weighted_BH = product_BH * torch.where(real_B, affinity_P[pair_B], 0.0)[:, None]
         return number + 1, out_TH.index_add(0, token_B, weighted_BH)
@@ -119,5 +120,5 @@ def blocked_expert_mlp(
     return loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
 
 
-def _at(scale: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-    return None if scale is None else scale[index]
+def _at(stacked: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    return None if stacked is None else stacked.index_select(0, index)
