@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from neuron_minimax.checkpoint.modules import Framework, Module, mixed, uncovered
+from neuron_minimax.checkpoint.modules import Framework, Module, uncovered
 from neuron_minimax.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ class Finding:
     message: str
 
 
-def configuration_findings(checkpoint: Checkpoint, kinds: Sequence["KindRow"]) -> Iterator[Finding]:
+def configuration_findings(
+    checkpoint: Checkpoint, kinds: Sequence["KindRow"], modules: Sequence[Module]
+) -> Iterator[Finding]:
     """Where config.json and the tensors disagree, and what is unusual without being wrong."""
     fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
     if fp8 and not checkpoint.config.declares_fp8:
@@ -39,13 +41,15 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence["KindRow"]) -
             "decide here. Remove quantization_config"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
-    for path, odd, counts in mixed(checkpoint.entries, checkpoint.config):
-        found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+    for module in modules:
+        if module.odd_weight is None:
+            continue
+        found = ", ".join(f"{count} {dtype}" for dtype, count in module.dtypes)
         message = (
-            f"{odd} is {checkpoint.entry(odd).dtype}, but it is stored in one tensor with others as {path}, whose "
-            f"weights are of several dtypes ({found}); expected one"
+            f"{module.odd_weight} is {checkpoint.entry(module.odd_weight).dtype}, but it is stored in one tensor with "
+            f"others as {module.path}, whose weights are of several dtypes ({found}); expected one"
         )
-        yield Finding(severity="error", kind="dtype", subject=odd, message=message)
+        yield Finding(severity="error", kind="dtype", subject=module.odd_weight, message=message)
     for row in kinds:
         if len(row.dtypes) > 1:
             message = f"{row.kind} is {row.precision}: not the same everywhere"

@@ -7,7 +7,7 @@ path, so Hugging Face's `gate` also reaches NxDI's `gate_up_proj`.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,12 +48,17 @@ MODULE_PATHS: dict[Framework, dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One module: its path, its weights, how many are FP8 with scales, and whether the framework would swap it."""
+    """One module: its path, its weights, how many are FP8 with scales, and whether the framework would swap it.
+
+    `odd_weight` is the first weight of the rarest dtype where its weights have several.
+    """
 
     path: str
     weights: int
     fp8: int
     swapped: bool = True
+    dtypes: tuple[tuple[str, int], ...] = ()
+    odd_weight: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,38 +85,37 @@ def reaches(framework: Framework, entry: str, path: str) -> bool:
     return bool(pattern.match(path)) or path.endswith(entry)
 
 
-def modules_of(framework: Framework, entries: Mapping[str, TensorEntry], config: ModelConfig) -> list[Module]:
-    """The modules that the framework could convert, in layer order, judged by the tensors that are there."""
-    counts: dict[str, list[int]] = {}
-    kept: set[str] = set()
-    paths = MODULE_PATHS[framework]
+def modules_of(entries: Mapping[str, TensorEntry], config: ModelConfig) -> dict[Framework, list[Module]]:
+    """The modules that each framework could convert, in layer order, judged by the tensors that are there."""
+    held: dict[Framework, dict[str, list[TensorEntry]]] = {framework: {} for framework in Framework}
+    never_swapped: set[str] = set()
     for wanted in schema.expected(config):
-        if wanted.is_scale or wanted.weight.kind not in paths or wanted.name not in entries:
+        entry = entries.get(wanted.name)
+        if wanted.is_scale or entry is None:
             continue
-        path = paths[wanted.weight.kind].format(l=wanted.layer)
-        count = counts.setdefault(path, [0, 0])
-        kept |= {path} if wanted.weight.kind in NEVER_SWAPPED else set()
-        count[0] += 1
-        count[1] += entries[wanted.name].dtype == "F8_E4M3" and schema.scale_name(wanted.name) in entries
-    return [
-        Module(path=path, weights=weights, fp8=fp8, swapped=path not in kept) for path, (weights, fp8) in counts.items()
-    ]
+        for framework, paths in MODULE_PATHS.items():
+            template = paths.get(wanted.weight.kind)
+            if template is not None:
+                path = template.format(l=wanted.layer)
+                held[framework].setdefault(path, []).append(entry)
+                never_swapped |= {path} if wanted.weight.kind in NEVER_SWAPPED else set()
+    return {
+        framework: [_module(path, weights, entries, path not in never_swapped) for path, weights in by_path.items()]
+        for framework, by_path in held.items()
+    }
 
 
-def mixed(entries: Mapping[str, TensorEntry], config: ModelConfig) -> Iterator[tuple[str, str, Counter[str]]]:
-    """NxDI modules whose weights, stored as one tensor, have several dtypes: path, a tensor of the rarest, counts."""
-    dtypes: dict[str, Counter[str]] = {}
-    example: dict[tuple[str, str], str] = {}
-    for wanted in schema.expected(config):
-        if wanted.is_scale or wanted.weight.kind not in MODULE_PATHS[Framework.NXDI] or wanted.name not in entries:
-            continue
-        path = MODULE_PATHS[Framework.NXDI][wanted.weight.kind].format(l=wanted.layer)
-        dtype = entries[wanted.name].dtype
-        dtypes.setdefault(path, Counter())[dtype] += 1
-        example.setdefault((path, dtype), wanted.name)
-    for path, counts in dtypes.items():
-        if len(counts) > 1:
-            yield path, example[path, min(counts, key=lambda dtype: counts[dtype])], counts
+def _module(path: str, weights: list[TensorEntry], entries: Mapping[str, TensorEntry], swapped: bool) -> Module:
+    dtypes = Counter(weight.dtype for weight in weights)
+    rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
+    return Module(
+        path=path,
+        weights=len(weights),
+        fp8=sum(weight.dtype == "F8_E4M3" and schema.scale_name(weight.name) in entries for weight in weights),
+        swapped=swapped,
+        dtypes=tuple(dtypes.most_common()),
+        odd_weight=next(weight.name for weight in weights if weight.dtype == rarest) if len(dtypes) > 1 else None,
+    )
 
 
 def judge(framework: Framework, entries: Sequence[str], modules: Sequence[Module]) -> tuple[EntryVerdict, ...]:

@@ -194,13 +194,13 @@ def report_of(
         count, size = dtypes.get(entry.dtype, (0, 0))
         dtypes[entry.dtype] = (count + 1, size + entry.nbytes)
     kinds = tuple(_kind_rows(checkpoint))
-    modules = {framework: modules_of(framework, checkpoint.entries, config) for framework in Framework}
+    modules = modules_of(checkpoint.entries, config)
     lists = [_judged("config.json", config.modules_to_not_convert, modules)]
     if modules_to_not_convert is not None:
         lists.append(_judged("--modules-to-not-convert", tuple(modules_to_not_convert), modules))
     findings = [
         *(Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message) for p in checkpoint.problems),
-        *configuration_findings(checkpoint, kinds),
+        *configuration_findings(checkpoint, kinds, modules[Framework.NXDI]),
         *list_findings(lists, modules),
         *(values.findings if values else ()),
     ]

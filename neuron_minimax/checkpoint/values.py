@@ -125,7 +125,7 @@ def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
 
 def measure(checkpoint: Checkpoint, weight: Expected, broken: set[str] = frozenset()) -> Measurement:  # type: ignore[assignment]
     """One pass over one tensor."""
-    stored = checkpoint.array(weight.name)
+    stored = np.asarray(checkpoint.array(weight.name))  # a plain view: operations on a memmap cost Python time
     if not checkpoint.is_fp8(weight.name):
         return _measure_plain(weight, stored)
     scale_name = schema.scale_name(weight.name)
@@ -155,8 +155,11 @@ def _measure_codes(
 ) -> Measurement:
     starts = np.arange(0, codes.shape[1], block[1])
     maxima = np.empty(schema.block_grid(codes.shape, block), np.uint8)
+    magnitude = np.empty((min(block[0], codes.shape[0]), codes.shape[1]), np.uint8)  # one block row stays in the cache
     for index, row in enumerate(range(0, codes.shape[0], block[0])):
-        maxima[index] = np.maximum.reduceat((codes[row : row + block[0]] & 0x7F).max(axis=0), starts)
+        strip = codes[row : row + block[0]]
+        np.bitwise_and(strip, 0x7F, out=magnitude[: len(strip)])
+        maxima[index] = np.maximum.reduceat(magnitude[: len(strip)].max(axis=0), starts)
     sampled = codes[:: _row_step(block)]
     norm = 0.0
     if scales is not None:
