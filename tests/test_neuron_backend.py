@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_minimax import vllm_plugin
 from neuron_minimax.backends import compile_model
 from neuron_minimax.backends.neuron import backend, coverage, options
 from neuron_minimax.backends.neuron.packages import INSTALL
@@ -132,6 +133,13 @@ def test_the_placeholders_of_the_public_index_are_recognised(tmp_path: Path) -> 
     assert last.startswith("neuron_minimax.errors.BackendError: the installed torch_neuronx cannot import")
     assert "empty placeholder of the public package index" in last
     assert INSTALL in last
+
+
+@WITHOUT_NXDI
+def test_the_vllm_plugin_leaves_other_machines_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert vllm_plugin.register() is False
+    assert "not registered for Neuron" in caplog.text
 
 
 def parameters(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:

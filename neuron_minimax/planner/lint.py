@@ -157,7 +157,7 @@ def head_padding(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R7",
             WARN,
-            f"{real} query heads become {padded} at tp_degree {case.deployment.tp_degree}: {padded / real - 1:.0%} of "
+            f"{real} query heads become {padded} at tp_degree {case.deployment.tp_degree}: {1 - real / padded:.0%} of "
             "the attention is zeros",
             "correct, and counted in the memory; tp degrees that divide the heads avoid it",
         )

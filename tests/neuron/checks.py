@@ -203,12 +203,51 @@ def settings(model: str) -> None:
     assert neuron_config.names_module(["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
 
 
+def vllm(model: str) -> None:
+    """Registered twice, found as vllm-neuron looks models up, configured and compiled as it asks for it.
+
+    The table is a stand-in with the keys of NxDI 0.9.0, whose own module needs torchvision.
+    """
+    import json
+    import types
+
+    keys = "gpt_oss llama llama4 mllama mistral mixtral pixtral dbrx qwen2 qwen2_vl qwen3 qwen3_moe gemma3 qwen3_vl"
+    table = types.ModuleType("neuronx_distributed_inference.utils.constants")
+    table.MODEL_TYPES = {key: {"causal-lm": object} for key in keys.split()}  # type: ignore[attr-defined]
+    sys.modules[table.__name__] = table
+    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+
+    from neuron_minimax import vllm_plugin
+    from neuron_minimax.backends.neuron.config import quantization_options
+    from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.errors import CheckpointError
+
+    assert vllm_plugin.register()
+    assert vllm_plugin.register()
+    architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
+    name, task = architecture.split("For", 1)
+    found = table.MODEL_TYPES[name.lower()][re.sub("([a-z])([A-Z])", r"\1-\2", task).lower()]
+    assert found is NeuronMiniMaxM2ForCausalLM
+    assert len(table.MODEL_TYPES) == len(keys.split()) + 1
+    fields = {"torch_dtype": "bfloat16", "on_cpu": True, "logical_nc_config": 1, "is_continuous_batching": True}
+    options = found.get_neuron_config_cls()(batch_size=2, seq_len=64, **fields, **quantization_options(model))
+    config = found.get_config_cls()(options, load_config=load_pretrained_config(model))
+    assert config.model_config.rotary_dim == 64
+    reread = found.get_config_cls().from_json_string(config.to_json_string())
+    assert reread.model_config == config.model_config
+    found(model, config)
+    found.save_quantized_state_dict(model, config)
+    config.neuron_config.quantized_checkpoints_path = str(Path(model) / "..")
+    with pytest.raises(CheckpointError):
+        found.save_quantized_state_dict(model, config)
+
+
 def main() -> None:
     from tests.neuron import standins
 
     os.environ["NXD_CPU_MODE"] = "1"
     standins.install()
-    checks = {check.__name__: check for check in (slots, adapter, on_device_sampling, rank_files, settings)}
+    checks = {check.__name__: check for check in (slots, adapter, on_device_sampling, rank_files, settings, vllm)}
     checks[sys.argv[1]](*sys.argv[2:])
 
 

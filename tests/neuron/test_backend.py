@@ -48,3 +48,7 @@ def test_every_ranks_saved_weights_are_whole_and_a_damaged_file_is_refused(model
 
 def test_unserved_settings_are_refused_with_the_reason(model: Path) -> None:
     check("settings", model)
+
+
+def test_vllm_neuron_finds_and_configures_the_class(model: Path) -> None:
+    check("vllm", model)

@@ -169,6 +169,18 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
         # Each its own tensor: a rank's weights are saved to a file, which refuses shared memory.
         return state_dict | {name: torch.arange(options.tp_degree, dtype=torch.int32) for name in names}
 
+    @classmethod
+    def save_quantized_state_dict(cls, model_path: str, config: MiniMaxM2InferenceConfig) -> None:
+        """vllm-neuron asks for quantized weights before it compiles: they have to be there, this class rounds none.
+
+        Raises CheckpointError when quantized_checkpoints_path holds no FP8 weights.
+        """
+        directory = config.neuron_config.quantized_checkpoints_path
+        if not any(entry.dtype == "F8_E4M3" for entry in TensorDirectory(directory).entries.values()):
+            raise CheckpointError(
+                f"{directory} has no FP8 weights; quantized_checkpoints_path has to be a converted directory"
+            )
+
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
         """What NxDI shards: dense weights in `torch_dtype`, FP8 codes and scales as stored, the router float32."""
         options = self.config.neuron_config

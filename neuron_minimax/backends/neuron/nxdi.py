@@ -65,3 +65,10 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def register_model(key: str, task: str, model: type) -> None:
+    """Add a class to the table in which the NxDI-based vllm-neuron looks models up."""
+    from neuronx_distributed_inference.utils.constants import MODEL_TYPES
+
+    MODEL_TYPES.setdefault(key, {})[task] = model

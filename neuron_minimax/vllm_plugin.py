@@ -1,0 +1,42 @@
+"""A `vllm.general_plugins` entry point: vllm-neuron 0.2 to 0.6, which loads models through NxDI, finds MiniMax-M2.
+
+vLLM calls `register` in every process it starts. It adds one entry to NxDI's table of models and one config class to
+transformers' table; no file of either is touched, and no remote code is trusted.
+"""
+
+import logging
+
+from neuron_minimax.config import ARCHITECTURE
+from neuron_minimax.errors import BackendError
+
+# vllm-neuron splits config.json's architecture at "For" and lowers the first part: MiniMaxM2ForCausalLM.
+MODEL_KEY, TASK = "minimaxm2", "causal-lm"
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> bool:
+    """Register the model class; True when done, False (and one log line) where the Neuron packages are missing.
+
+    Calling it again changes nothing.
+    """
+    try:
+        from neuron_minimax.backends.neuron import nxdi
+        from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
+    except BackendError as error:
+        logger.info("MiniMax-M2 is not registered for Neuron: %s", error)
+        return False
+    nxdi.register_model(MODEL_KEY, TASK, NeuronMiniMaxM2ForCausalLM)
+    register_config()
+    return True
+
+
+def register_config() -> None:
+    """Let transformers 4.57, which has no minimax_m2, read this config.json with a plain class; 5.x has its own."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if ARCHITECTURE in CONFIG_MAPPING:
+        return
+    plain = type("MiniMaxM2PlainConfig", (PretrainedConfig,), {"model_type": ARCHITECTURE})
+    AutoConfig.register(ARCHITECTURE, plain)
