@@ -87,11 +87,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", action="store_true", help="also time transformers (14 GB of memory)")
     arguments = parser.parse_args()
+    target = arguments.directory / "cache"
+    shutil.rmtree(target, ignore_errors=True)
     source = write_synthetic(arguments.directory / "2-layers-64-experts", real_layers())
     print(f"{'':9}" + "".join(f"{name:>12}" for name in ("build s", "write s", "% of write", "GB", "anon MB")))
     for dtype in ("float32", "bfloat16"):
         measure(source, arguments.directory, dtype, arguments.rounds)
-    target = arguments.directory / "cache"
     build_cache(source, target)
     print(f"opening the finished float32 cache: {time_opening(source, target):.2f} s")
     shutil.rmtree(target)

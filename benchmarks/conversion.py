@@ -26,7 +26,7 @@ def watch():
     while not stop.wait(0.01):
         lines = open("/proc/self/status").read().splitlines()
         peak = max(peak, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 start = time.perf_counter()
 convert(sys.argv[1], sys.argv[2])

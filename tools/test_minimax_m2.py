@@ -4,12 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from neuron_minimax.checkpoint.fp32_cache import build_cache
-from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli import token_bar
 from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.experts.batch import Outputs
-from neuron_minimax.experts.command import DEMO, ExpertsRequest, find_cache, run_experts
+from neuron_minimax.experts.command import DEMO, analyse_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,40 +31,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def run(given: argparse.Namespace) -> None:
-    if given.dump_cache or given.dump_only:
-        print(build_cache(given.checkpoint, given.cache_dir).render(given.cache_dir))
-    if given.dump_only:
-        return
-    cache = find_cache(given.cache_dir, given.checkpoint)
-    if cache:
-        print(f"Loading from cache {cache}")
-    outputs = Outputs(
-        structured=not given.disable_structured_output,
-        record_format=given.output_format,
-        similarity_of=Checkpoint(given.checkpoint) if given.enable_expert_similarity else None,
-        jobs=given.n_jobs,
-    )
-    request = ExpertsRequest(
-        output=given.output_dir,
-        model=given.checkpoint,
-        prompts=given.prompt,
-        max_new_tokens=given.max_tokens,
-        sampling={"temperature": 0.0 if given.no_sample else given.temperature, "top_p": given.top_p},
-        cache_dir=cache,
-        outputs=outputs,
-    )
-    with token_bar() as advance:
-        text = run_experts(request, advance)
-    print(text)
-
-
 def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
     try:
-        run(parse(argv))
+        with token_bar() as progress:
+            lines = analyse_checkpoint(**vars(arguments), progress=progress)
     except NeuronMiniMaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print("\n".join(lines))
     return 0
 
 

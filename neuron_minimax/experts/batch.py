@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +151,28 @@ class Run:
 
     def analyse(self, trace: Trace) -> Analysis:
         """Analyse and write one trace into its folder."""
-        routers = [layer.block_sparse_moe.router.linear_router.weight for layer in self.model.layers]  # type: ignore[union-attr]
-        rows = [weight.float().numpy() for weight in routers]  # type: ignore[operator, union-attr]
-        similar = {}
-        if self.outputs.similarity_of is not None:
-            for layer in sorted({0, trace.layers // 2, trace.layers - 1}):
-                similar[layer] = expert_similarity(self.outputs.similarity_of, layer, self.outputs.jobs)
         analysis = Analysis(
-            trace=trace,
-            router_similarity=np.stack([router_similarity(row) for row in rows]),
-            expert_similarity=similar,
+            trace=trace, router_similarity=self.router_similarity, expert_similarity=self.expert_similarity
         )
         write_analysis(analysis, self.directory / trace.name, self.outputs)
         return analysis
+
+    @cached_property
+    def router_similarity(self) -> np.ndarray:
+        """[L,E,E], the same for every prompt."""
+        routers = [layer.block_sparse_moe.router.linear_router.weight for layer in self.model.layers]  # type: ignore[union-attr]
+        return np.stack([router_similarity(weight.float().numpy()) for weight in routers])  # type: ignore[operator, union-attr]
+
+    @cached_property
+    def expert_similarity(self) -> dict[int, np.ndarray]:
+        """[E,E] of the first, the middle and the last layer, when asked for; each reads all weights of its layer."""
+        checkpoint = self.outputs.similarity_of
+        if checkpoint is None:
+            return {}
+        last = checkpoint.config.num_hidden_layers - 1
+        return {
+            layer: expert_similarity(checkpoint, layer, self.outputs.jobs) for layer in sorted({0, last // 2, last})
+        }
 
 
 def write_analysis(analysis: Analysis, directory: Path, outputs: Outputs) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuron_minimax.checkpoint.fp32_cache import open_cache
+from neuron_minimax.checkpoint.fp32_cache import build_cache, open_cache
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.plan import FP8Range, Layout
 from neuron_minimax.convert.run import MANIFEST_NAME as CONVERSION
@@ -63,6 +63,50 @@ def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tupl
     tensors = {name: weights.tensor(name) for name in weights.entries}
     state = convert_hf_to_neuron_state_dict(tensors, weights.config, Layout(fp8_range=FP8Range.OCP))
     return MiniMaxM2(checkpoint.config, state, compute=torch.float32), path
+
+
+def analyse_checkpoint(
+    *,
+    checkpoint: Path,
+    prompt: Sequence[str],
+    max_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    no_sample: bool,
+    cache_dir: Path | None,
+    dump_cache: bool,
+    dump_only: bool,
+    output_dir: Path,
+    disable_structured_output: bool,
+    output_format: str,
+    enable_expert_similarity: bool,
+    n_jobs: int | None,
+    progress: Progress,
+) -> list[str]:
+    """tools/test_minimax_m2.py, whose options these are; returns the lines to print."""
+    lines = []
+    if cache_dir is not None and (dump_cache or dump_only):
+        lines.append(build_cache(checkpoint, cache_dir).render(cache_dir))
+    if dump_only:
+        return lines
+    cache = find_cache(cache_dir, checkpoint)
+    lines += [f"Loading from cache {cache}"] if cache else []
+    outputs = Outputs(
+        structured=not disable_structured_output,
+        record_format=output_format,
+        similarity_of=Checkpoint(checkpoint) if enable_expert_similarity else None,
+        jobs=n_jobs,
+    )
+    request = ExpertsRequest(
+        output=output_dir,
+        model=checkpoint,
+        prompts=prompt,
+        max_new_tokens=max_tokens,
+        sampling={"temperature": 0.0 if no_sample else temperature, "top_p": top_p},
+        cache_dir=cache,
+        outputs=outputs,
+    )
+    return [*lines, run_experts(request, progress)]
 
 
 def find_cache(cache_dir: Path | None, checkpoint: Path) -> Path | None:

@@ -36,6 +36,7 @@ def write_plots(analysis: Analysis, directory: Path, themes: tuple[str, ...] = t
                 for form in ("png", "svg"):
                     paths.append(directory / f"{name}.{theme}.{form}")
                     figure.savefig(paths[-1], dpi=130, metadata={"Date": None} if form == "svg" else None)
+                    figure.set_layout_engine("none")  # the layout found for the first form serves the second
     return paths
 
 
