@@ -205,7 +205,10 @@ class DetokenizeRequest(_Strict):
 def parse_request(model: type[Model], body: bytes) -> Model:
     """Read a JSON body as `model`. Raises RequestError that names the first field at fault."""
     try:
-        values = json.loads(body)
+        text = body.decode("utf-8")
+        values = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is valid JSON, but no text that can be tokenized
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {type(error).__name__}") from None
     if not isinstance(values, dict):

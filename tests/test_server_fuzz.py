@@ -1,0 +1,83 @@
+"""Whatever JSON is sent, the server answers it or refuses it by name; it never fails."""
+
+import json
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest
+from tests.served import ScriptedBackend, serving
+from tests.tiny_tokenizer import write_tokenizer
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]), "content": st.text(max_size=20)},
+    optional={"tool_calls": ANY_JSON, "reasoning_content": ANY_JSON, "tool_call_id": ANY_JSON},
+)
+SCHEMA = st.recursive(
+    st.sampled_from([{"type": "string"}, {"type": "integer"}, {"type": ["null", "number"]}, {"enum": ["a", 1]}, {}]),
+    lambda inner: (
+        st.builds(lambda a, b: {"type": "object", "properties": {"a": a, "b": b}, "required": ["a"]}, inner, inner)
+        | st.builds(lambda items: {"type": "array", "items": items, "maxItems": 2}, inner)
+        | st.builds(lambda a, b: {"anyOf": [a, b]}, inner, inner)
+    ),
+    max_leaves=5,
+)
+TOOLS = st.lists(
+    st.builds(
+        lambda name, schema: {"type": "function", "function": {"name": name, "parameters": schema}},
+        st.sampled_from(["f", "g", "a.b-c"]),
+        SCHEMA,
+    ),
+    max_size=2,
+)
+FIELDS = {
+    name: ANY_JSON for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "model"}
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    backend = ScriptedBackend(
+        write_tokenizer(tmp_path_factory.mktemp("tokenizer")), lambda prompt: "x\n</think>\n\nyes"
+    )
+    with serving(backend, request_timeout=5) as served, httpx.Client(base_url=served.url, timeout=30) as client:
+        yield client
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=3) | ANY_JSON}, optional=FIELDS)
+    | st.fixed_dictionaries(
+        {"messages": st.lists(MESSAGE, min_size=1, max_size=3), "max_tokens": st.integers(1, 30)},
+        optional={
+            "tools": TOOLS,
+            "tool_choice": st.sampled_from(["auto", "none", "required"]),
+            "response_format": st.builds(
+                lambda schema: {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}, SCHEMA
+            ),
+            "temperature": st.floats(0, 2),
+            "stream": st.booleans(),
+            "n": st.integers(1, 3),
+            "stop": st.text(max_size=3),
+        },
+    ),
+    st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize"]),
+)
+@example({"messages": [{"role": "user", "content": "\ud800"}]}, "/v1/chat/completions")
+@example({"messages": [{"role": "user", "content": "a"}], "seed": 2**63}, "/v1/chat/completions")
+@example({"prompt": [[]]}, "/v1/completions")
+@example({"prompt": [True]}, "/v1/completions")
+def test_no_request_makes_the_server_fail(client, body, path):
+    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["message"]
+    elif "text/event-stream" in response.headers["content-type"]:
+        assert response.text.endswith("data: [DONE]\n\n"), response.text
