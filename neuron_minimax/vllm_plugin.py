@@ -5,7 +5,11 @@ transformers' table; no file of either is touched, and no remote code is trusted
 """
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from neuron_minimax.backends.neuron.options import default_buckets, quantization_options
 from neuron_minimax.config import ARCHITECTURE
 from neuron_minimax.errors import BackendError
 
@@ -40,3 +44,19 @@ def register_config() -> None:
         return
     plain = type("MiniMaxM2PlainConfig", (PretrainedConfig,), {"model_type": ARCHITECTURE})
     AutoConfig.register(ARCHITECTURE, plain)
+
+
+def override_neuron_config(
+    directory: str | Path, *, moe_tp_degree: int, moe_ep_degree: int, buckets: Sequence[int]
+) -> dict[str, Any]:
+    """What vllm-neuron's `override_neuron_config` has to hold for a converted directory; JSON can carry it.
+
+    The quantization settings are those of its config.json; the last bucket is vLLM's --max-model-len.
+    """
+    return quantization_options(directory) | {
+        "moe_tp_degree": moe_tp_degree,
+        "moe_ep_degree": moe_ep_degree,
+        "context_encoding_buckets": list(buckets),
+        "token_generation_buckets": list(default_buckets(max(buckets))),
+        "save_sharded_checkpoint": True,
+    }

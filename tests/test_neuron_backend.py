@@ -1,6 +1,7 @@
 """What of the Neuron backend runs without NxDI: options and the planner in front, supervision, coverage, messages."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_the_vllm_plugin_leaves_other_machines_alone(caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO"):
         assert vllm_plugin.register() is False
     assert "not registered for Neuron" in caplog.text
+
+
+def test_the_overrides_for_vllm_hold_the_quantization_of_the_converted_directory(tmp_path: Path) -> None:
+    convert(write_tiny(tmp_path / "source"), tmp_path / "converted")
+    made = vllm_plugin.override_neuron_config(
+        tmp_path / "converted", moe_tp_degree=1, moe_ep_degree=64, buckets=(512, 1024)
+    )
+    listed = ModelConfig.from_dir(tmp_path / "converted").modules_to_not_convert
+    assert json.loads(json.dumps(made)) == made
+    assert (made["quantized"], made["quantization_block_axis"], made["moe_ep_degree"]) == (True, [1, 2], 64)
+    assert made["modules_to_not_convert"] == list(listed)
+    assert options.quantization_options(tmp_path / "source")["modules_to_not_convert"] == list(listed)
+    assert options.quantization_options(write_tiny(tmp_path / "dense", dense=True)) == {}
 
 
 def parameters(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -218,7 +218,6 @@ def vllm(model: str) -> None:
     from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
     from neuron_minimax import vllm_plugin
-    from neuron_minimax.backends.neuron.config import quantization_options
     from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
     from neuron_minimax.errors import CheckpointError
 
@@ -230,7 +229,8 @@ def vllm(model: str) -> None:
     assert found is NeuronMiniMaxM2ForCausalLM
     assert len(table.MODEL_TYPES) == len(keys.split()) + 1
     fields = {"torch_dtype": "bfloat16", "on_cpu": True, "logical_nc_config": 1, "is_continuous_batching": True}
-    options = found.get_neuron_config_cls()(batch_size=2, seq_len=64, **fields, **quantization_options(model))
+    overrides = vllm_plugin.override_neuron_config(model, moe_tp_degree=1, moe_ep_degree=1, buckets=(32, 64))
+    options = found.get_neuron_config_cls()(batch_size=2, seq_len=64, **fields, **json.loads(json.dumps(overrides)))
     config = found.get_config_cls()(options, load_config=load_pretrained_config(model))
     assert config.model_config.rotary_dim == 64
     reread = found.get_config_cls().from_json_string(config.to_json_string())

@@ -94,8 +94,9 @@ def build(configuration: Run) -> Any:
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
 
     from neuron_minimax.backends.neuron import nxdi
-    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, quantization_options, read_config
+    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
     from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.neuron.options import quantization_options
     from tests.neuron.cases import LENGTHS, SEQ_LEN
 
     options = {

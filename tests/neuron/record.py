@@ -86,8 +86,9 @@ def shard(directory: Path, degrees: tuple[int, int, int], state: Any = None) -> 
     import torch
 
     from neuron_minimax.backends.neuron import nxdi
-    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, quantization_options, read_config
+    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
     from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.neuron.options import quantization_options
 
     class Recorded(NeuronMiniMaxM2ForCausalLM):
         def checkpoint_loader_fn(self, mmap: bool = False) -> dict:

@@ -8,9 +8,9 @@ import torch
 
 from neuron_minimax.backends.neuron import coverage, nxdi
 from neuron_minimax.backends.neuron.backend import PARAMETERS_NAME
-from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, quantization_options, read_config
+from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
 from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
-from neuron_minimax.backends.neuron.options import NeuronOptions, neuron_config_fields
+from neuron_minimax.backends.neuron.options import NeuronOptions, neuron_config_fields, quantization_options
 from neuron_minimax.checkpoint.reader import TensorDirectory
 
 

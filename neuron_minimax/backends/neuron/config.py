@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.neuron import nxdi
-from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.backends.neuron.options import BLOCKWISE
 from neuron_minimax.config import ARCHITECTURE, ModelConfig
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import plan_conversion
 from neuron_minimax.errors import ConfigError
 
 QUANTIZED_MLP = (
@@ -37,11 +35,6 @@ UNSERVED: tuple[tuple[str, Any, str], ...] = (
     ("is_medusa", False, "there are no Medusa heads for this model"),
     ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
 )
-BLOCKWISE = {
-    "quantization_type": "blockwise_symmetric",
-    "quantization_dtype": "f8e4m3",
-    "quantization_block_axis": [1, 2],
-}
 
 
 class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
@@ -135,22 +128,3 @@ def read_config(directory: str | Path) -> Callable[[Any], None]:
         vars(config).setdefault("rope_theta", model.rope_theta)
 
     return load
-
-
-def quantization_options(directory: str | Path) -> dict[str, Any]:
-    """The NeuronConfig fields for the tensors of a converted directory or Hugging Face checkpoint; {} when dense.
-
-    Only a converted config.json lists modules_to_not_convert in NxDI's names; for a checkpoint they are computed.
-    """
-    model = ModelConfig.from_dir(directory)
-    if not model.declares_fp8:
-        return {}
-    listed = model.modules_to_not_convert
-    if "neuron_minimax" not in model.raw:
-        listed = plan_conversion(Checkpoint(directory), Layout())[0].modules_to_not_convert
-    return BLOCKWISE | {
-        "quantized": True,
-        "quantized_checkpoints_path": str(directory),
-        "quantization_block_size": list(model.weight_block_size),
-        "modules_to_not_convert": list(listed),
-    }

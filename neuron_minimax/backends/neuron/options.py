@@ -10,6 +10,12 @@ from neuron_minimax.errors import BackendError
 from neuron_minimax.planner import instances
 from neuron_minimax.planner.report import deployment_case, plan_deployment
 
+# NxDI's settings for weights with a scale per block; the axes are those of the experts' [E, in, out].
+BLOCKWISE = {
+    "quantization_type": "blockwise_symmetric",
+    "quantization_dtype": "f8e4m3",
+    "quantization_block_axis": [1, 2],
+}
 DEFAULT_INSTANCE = "trn2.48xlarge"
 DEFAULT_SEQ_LEN = 1024
 SMALLEST_BUCKET = 128
@@ -124,4 +130,27 @@ def environment(graphs: Path, options: NeuronOptions) -> dict[str, str]:
         "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,
         "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
         "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
+    }
+
+
+def quantization_options(directory: str | Path) -> dict[str, Any]:
+    """The NeuronConfig fields for the tensors of a converted directory or Hugging Face checkpoint; {} when dense.
+
+    Only a converted config.json lists modules_to_not_convert in NxDI's names; for a checkpoint they are computed.
+    """
+    model = ModelConfig.from_dir(directory)
+    if not model.declares_fp8:
+        return {}
+    listed = model.modules_to_not_convert
+    if "neuron_minimax" not in model.raw:
+        from neuron_minimax.checkpoint.reader import Checkpoint
+        from neuron_minimax.convert.plan import Layout
+        from neuron_minimax.convert.run import plan_conversion
+
+        listed = plan_conversion(Checkpoint(directory), Layout())[0].modules_to_not_convert
+    return BLOCKWISE | {
+        "quantized": True,
+        "quantized_checkpoints_path": str(directory),
+        "quantization_block_size": list(model.weight_block_size),
+        "modules_to_not_convert": list(listed),
     }
