@@ -312,6 +312,7 @@ def train(
     focus: Annotated[list[str] | None, typer.Option(metavar="KIND", help="demo: more of this kind; repeatable")] = None,
     initial: Annotated[Path | None, typer.Option(metavar="CKPT", help="float32 or bf16 weights to start from")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
+    until: Annotated[int | None, typer.Option(min=1, metavar="STEP", help="stop the schedule here")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per step, over all processes")] = 16,
     micro_batch_tokens: Annotated[int, typer.Option(min=1, help="tokens through the model at once")] = 1024,
     max_tokens: Annotated[int, typer.Option(min=2, help="longer rows are cut")] = 512,
@@ -349,6 +350,7 @@ def train(
         device=device,
         threads=threads,
         save_every=save_every,
+        until=until,
         command=("neuron-minimax", *sys.argv[1:]),
     )
     result = command.train(request, progress=lambda line: print(line, file=sys.stderr, flush=True))

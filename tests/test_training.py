@@ -211,6 +211,15 @@ def test_a_resumed_run_continues_to_the_bit(make_trainer, autocast: bool) -> Non
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+def test_a_run_stopped_on_the_way_is_the_same_run(make_trainer) -> None:
+    whole, parts = make_trainer("whole"), make_trainer("parts")
+    list(whole.run())
+    assert [report.step for report in parts.run(until=2)] == [1, 2]
+    resumed = make_trainer("parts")
+    assert [report.step for report in resumed.run()] == [3, 4, 5, 6]
+    assert resumed.history == whole.history
+
+
 def test_a_half_written_state_is_never_taken_for_a_state(make_trainer, tmp_path: Path, monkeypatch) -> None:
     trainer = make_trainer(save_every=2)
     next(iter(trainer.run()))

@@ -29,7 +29,7 @@ class TrainingRequest:
     """What to train on, what to make of it and where.
 
     `data` None stands for the demo's own conversations, every other one of a kind in `focus`; `initial` is a float32
-    or BF16 checkpoint to start from.
+    or BF16 checkpoint to start from; `until` stops the schedule at an earlier step.
     """
 
     output: Path
@@ -43,6 +43,7 @@ class TrainingRequest:
     device: str = "cpu"
     threads: int | None = None
     save_every: int = 200
+    until: int | None = None
     command: tuple[str, ...] = ()
 
 
@@ -113,8 +114,8 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
         save_every=request.save_every,
         processes=processes,
     )
-    meter = Meter(request.options.steps)
-    for step in trainer.run():
+    meter = Meter(min(request.until or request.options.steps, request.options.steps))
+    for step in trainer.run(request.until):
         line = meter.line(step)
         if line and processes.rank == 0:
             progress(line)

@@ -109,11 +109,12 @@ class Trainer:
             self.step, self.history = saved["step"], saved["history"]
             torch.set_rng_state(saved["random_state"])
 
-    def run(self) -> Iterator[StepReport]:
-        """Train to the last step, saving every `save_every` steps and at the end."""
-        while self.step < self.options.steps:
+    def run(self, until: int | None = None) -> Iterator[StepReport]:
+        """Train to the last step, or to step `until`, saving every `save_every` steps and at the end."""
+        last = min(until or self.options.steps, self.options.steps)
+        while self.step < last:
             report = self._take_step()
-            if self.step % self.save_every == 0 or self.step == self.options.steps:
+            if self.step % self.save_every == 0 or self.step == last:
                 self.save()
             yield report
 
