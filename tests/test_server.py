@@ -212,6 +212,24 @@ def test_messages_that_cannot_be_used_are_refused_with_the_reason(client, messag
         client.chat.completions.create(model=MODEL, messages=messages)
 
 
+def test_what_is_too_many_or_too_deep_is_refused(client):
+    deep = {"type": "string"}
+    for _ in range(40):
+        deep = {"type": "object", "properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    with pytest.raises(openai.BadRequestError, match="tools is nested deeper"):
+        ask(client, tools=[tool])
+    json_schema = {"name": "a", "schema": deep}
+    with pytest.raises(openai.BadRequestError, match="schema is nested deeper"):
+        ask(client, response_format={"type": "json_schema", "json_schema": json_schema})
+    with pytest.raises(openai.BadRequestError, match="at most 128"):
+        ask(client, tools=[{"type": "function", "function": {"name": "f"}}] * 129)
+    with pytest.raises(openai.BadRequestError, match="at most 4096"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a"}] * 4097)
+    with pytest.raises(openai.BadRequestError, match="one prompt per request"):
+        client.completions.create(model=MODEL, prompt=["a", "b"])
+
+
 def test_an_answer_longer_than_the_model_can_hold_is_refused_and_without_a_limit_it_fills_the_rest(client):
     with pytest.raises(openai.BadRequestError, match="do not fit seq_len 192") as refused:
         ask(client, max_tokens=190)
@@ -299,3 +317,13 @@ def test_faults_inside_the_server_show_no_trace_to_the_client(traced, caplog):
         assert "x-request-id" in response.headers
     assert "TypeError" in caplog.text
     assert "secret words" not in caplog.text
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_the_text_of_requests_is_logged_only_when_asked_for(traced, caplog, asked_for):
+    caplog.set_level("INFO", logger="neuron_minimax.serving.access")
+    with serving(load(traced), log_requests=asked_for) as served:
+        ask(open_client(served), "secret words", max_tokens=2)
+    (fields,) = [record.fields for record in caplog.records if record.getMessage() == "request"]
+    assert {"request_id", "method", "path", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(fields)
+    assert ("secret words" in str(fields)) is asked_for
