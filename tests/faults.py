@@ -351,4 +351,5 @@ HANDLED = (
         words=("left out",),
         tensors=lambda tensors: tensors.update({"model.mtp.0.proj.weight": ("BF16", np.zeros((4, 4), np.uint16))}),
     ),
+    Fault(title="no file names an end token", subject="eos_token_id", words=("200020",)),
 )

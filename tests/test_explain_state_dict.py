@@ -71,6 +71,7 @@ def test_scales_are_counted(checkpoint):
         ("one expert of a layer is BF16", "Rules", "experts.0.w1.weight"),
         ("some scales are reciprocals", "Rules", "o_proj.weight"),
         ("a scale is NaN", "Rules", "layers.1.self_attn.o_proj.weight_scale_inv"),
+        ("FP8 codes are NaN", "Rules", "layers.1.self_attn.o_proj.weight has 1 NaN codes"),
     ],
 )
 def test_the_path_ends_at_the_stage_that_is_wrong(tmp_path, title, where, named):

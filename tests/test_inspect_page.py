@@ -113,8 +113,36 @@ def test_the_grid_has_a_coloured_cell_for_every_layer_of_every_kind(page, open_b
     assert browser.run("return document.querySelector('img.heat').naturalHeight") == 2
 
 
+@needs_browser
+def test_every_section_is_there_and_bars_are_as_long_as_their_bytes(page, open_browser):
+    browser = open_browser(1280, 900)
+    browser.open(page.as_uri())
+    titles = browser.run("return [...document.querySelectorAll('h2')].map(e => e.textContent)")
+    assert titles == [
+        "Findings",
+        "Bytes by kind of weight",
+        "Precision by layer",
+        "modules_to_not_convert",
+        "Scales by layer",
+        "Codes",
+        "Expert norms",
+        "Router bias",
+        "Files",
+    ]
+    bars = dict(
+        browser.run(
+            "return [...document.querySelectorAll('.bar')].map(e => [e.querySelector('.name').textContent, "
+            "e.querySelector('i').getBoundingClientRect().width])"
+        )
+    )
+    assert len(bars) == 16
+    experts, query = 16 * (128 * 256 + 2 * 4), 2 * (512 * 256 + 8 * 4)
+    assert bars["q_proj"] / bars["w1"] == pytest.approx(query / experts, rel=0.01)
+
+
 def test_the_page_needs_no_other_file(page):
     text = page.read_text(encoding="utf-8")
+    assert "<checkpoint>" not in text
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in text
     assert "<script" not in text

@@ -1,5 +1,6 @@
 """Findings of an inspection: where config.json, a list of modules and the tensors disagree."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -60,6 +61,24 @@ def configuration_findings(
             "part of the model and are left out of a conversion"
         )
         yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
+
+
+def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A note when no file of the checkpoint names the token that ends an answer."""
+    path = checkpoint.directory / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        message = f"{path.name} cannot be read as JSON ({error}); download it again"
+        yield Finding(severity="warning", kind="generation", subject=path.name, message=message)
+        return
+    named = generation.get("eos_token_id") if isinstance(generation, dict) else None
+    if not checkpoint.config.eos_token_ids and named in (None, []):
+        message = (
+            f"neither config.json nor {path.name} names eos_token_id: transformers would not stop; here an answer ends "
+            "at the tokenizer's end-of-turn token (MiniMax-M2: 200020)"
+        )
+        yield Finding(severity="note", kind="generation", subject="eos_token_id", message=message)
 
 
 def list_findings(lists: Sequence["ModuleList"], modules: Mapping[Framework, list[Module]]) -> Iterator[Finding]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.checkpoint import precision_text, schema
-from neuron_minimax.checkpoint.findings import SEVERITIES, Finding, configuration_findings, list_findings
+from neuron_minimax.checkpoint.findings import (
+    SEVERITIES,
+    Finding,
+    configuration_findings,
+    end_token_findings,
+    list_findings,
+)
 from neuron_minimax.checkpoint.modules import (
     EntryVerdict,
     Framework,
@@ -202,6 +208,7 @@ def report_of(
         *(Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message) for p in checkpoint.problems),
         *configuration_findings(checkpoint, kinds, modules[Framework.NXDI]),
         *list_findings(lists, modules),
+        *end_token_findings(checkpoint),
         *(values.findings if values else ()),
     ]
     return PrecisionReport(
