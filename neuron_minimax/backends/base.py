@@ -88,7 +88,8 @@ class Backend(ABC):
                 raise BackendError(
                     f"step: slot {slot} has {name} {int(values[slot])}; expected 0 to {limit - 1} ({limit_name})"
                 )
-        return self._step(tokens, positions, active)
+        # Compiled graphs check no index, so that what an inactive slot is given must not reach them.
+        return self._step(torch.where(active, tokens, 0), torch.where(active, positions, 0), active)
 
     @abstractmethod
     def reset(self, slot: int) -> None:
@@ -100,7 +101,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """`step` for checked arguments."""
+        """`step` for checked arguments; inactive slots have token and position 0."""
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.capabilities.slots:

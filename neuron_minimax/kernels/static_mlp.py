@@ -64,8 +64,9 @@ def single_token_expert_mlp(
     check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
     index_K = expert_index_TK[0]
     hidden_KBH = hidden_TH.expand(len(index_K), 1, -1)
-    weights = (_at(gate_up, index_K), _at(gate_up_scale, index_K), _at(down, index_K), _at(down_scale, index_K))
-    product_KBH = streamed_products(hidden_KBH, *weights, block)
+    first = (gate_up.index_select(0, index_K), _at(gate_up_scale, index_K))
+    second = (down.index_select(0, index_K), _at(down_scale, index_K))
+    product_KBH = streamed_products(hidden_KBH, *first, *second, block)
     weighted_KH = product_KBH[:, 0] * affinity_TK[0][:, None]
     return weighted_KH.sum(dim=0, keepdim=True).to(hidden_TH.dtype)
 
@@ -111,8 +112,9 @@ def blocked_expert_mlp(
         pair_B = order_P[(first_pair_E[expert] + place_B).clamp(max=tokens * chosen - 1)]
         token_B = pair_B // chosen
         hidden_KBH = hidden_TH[token_B][None]
-        weights = (_at(gate_up, expert), _at(gate_up_scale, expert), _at(down, expert), _at(down_scale, expert))
-        product_BH = products(hidden_KBH, *weights, block)[0]
+        first = (gate_up.index_select(0, expert), _at(gate_up_scale, expert))
+        second = (down.index_select(0, expert), _at(down_scale, expert))
+        product_BH = products(hidden_KBH, *first, *second, block)[0]
         weighted_BH = product_BH * torch.where(real_B, affinity_P[pair_B], 0.0)[:, None]
         return number + 1, out_TH.index_add(0, token_B, weighted_BH)
 
@@ -120,5 +122,5 @@ def blocked_expert_mlp(
     return loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
 
 
-def _at(stacked: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-    return None if stacked is None else stacked.index_select(0, index)
+def _at(scale: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    return None if scale is None else scale.index_select(0, index)

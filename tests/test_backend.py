@@ -1,0 +1,315 @@
+"""The CPU backend: eager and compiled alike against transformers, the compiled directory, and what is refused."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from neuron_minimax.backends import compile_model, compiled, load
+from neuron_minimax.backends.base import Backend, Capabilities
+from neuron_minimax.backends.cpu import check_options
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.run import convert
+from neuron_minimax.errors import BackendError
+from tests.tiny import tiny_config, write_tiny
+
+TOLERANCE = 3e-5
+SEQ_LEN = 48
+BUCKETS = (8, 16)
+RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1}
+# Eager ones cost nothing; each compiled one costs the compile of three graphs.
+CASES = {
+    "eager": ({}, 3, "eager"),
+    "compiled, one slot": ({}, 1, "compiled"),
+    "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled"),
+}
+
+
+def options(slots: int = 2, engine: str = "eager") -> dict:
+    return {"slots": slots, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
+
+
+def make(directory: Path, overrides: dict, slots: int, engine: str) -> Path:
+    one_layer = {"num_hidden_layers": 1 if engine == "compiled" else 2, "use_mtp": False, **overrides}
+    convert(write_tiny(directory / "fp8", **one_layer), directory / "converted")
+    write_tiny(directory / "dense", dense=True, **one_layer)
+    compile_model(directory / "converted", directory / "traced", options=options(slots, engine))
+    return directory
+
+
+class Case:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.backend = load(directory / "traced")
+        dense = directory / "dense"
+        self.oracle = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, experts_implementation="eager")
+
+    @torch.no_grad()
+    def reference(self, ids: list[int]) -> torch.Tensor:
+        return self.oracle(torch.tensor([ids])).logits[0]
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request, tmp_path_factory):
+    return Case(make(tmp_path_factory.mktemp("backend"), *request.param))
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("eager"), {}, 2, "eager")
+
+
+def some_ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 160, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def step(backend: Backend, tokens: dict[int, tuple[int, int]]) -> torch.Tensor:
+    """One step from slot to (token, position); the other slots are inactive, with values that mean nothing."""
+    slots = backend.capabilities.slots
+    inputs = [tokens.get(slot, (10**9, -7)) for slot in range(slots)]
+    ids, positions = (torch.tensor(values) for values in zip(*inputs, strict=True))
+    return backend.step(ids, positions, torch.tensor([slot in tokens for slot in range(slots)]))
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 16, 17, SEQ_LEN])
+def test_prompts_around_every_bucket_equal_transformers(case, length):
+    ids = some_ids(length)
+    logits = case.backend.encode(0, ids, all_positions=True)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (length, 160)
+    assert (logits - case.reference(ids)).abs().max() < TOLERANCE
+    assert (case.backend.encode(0, ids) - logits[-1]).abs().max() < TOLERANCE
+
+
+def test_steps_from_a_prompt_to_a_full_cache_equal_transformers(case):
+    ids = some_ids(5)
+    logits = case.backend.encode(0, ids)
+    while len(ids) < SEQ_LEN:
+        assert (logits - case.reference(ids)[-1]).abs().max() < TOLERANCE
+        ids.append(int(logits.argmax()))
+        logits = step(case.backend, {0: (ids[-1], len(ids) - 1)})[0]
+    prompt = torch.tensor([ids[:5]])
+    mask = torch.ones_like(prompt)
+    wanted = case.oracle.generate(
+        prompt, attention_mask=mask, max_new_tokens=SEQ_LEN - 5, do_sample=False, eos_token_id=None
+    )
+    assert ids == wanted[0].tolist()
+    with pytest.raises(BackendError, match=f"slot 0 has position {SEQ_LEN}; expected 0 to {SEQ_LEN - 1}"):
+        step(case.backend, {0: (1, SEQ_LEN)})
+
+
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(case):
+    ids = some_ids(30, seed=1)
+    case.backend.encode(0, ids[:3])
+    case.backend.encode(0, ids[3:24], start=3)
+    logits = case.backend.encode(0, ids[24:], start=24)
+    assert (logits - case.reference(ids)[-1]).abs().max() < TOLERANCE
+
+
+def test_slots_do_not_see_each_other(case):
+    slots = case.backend.capabilities.slots
+    sequences = {slot: some_ids(4 + 9 * slot, seed=slot) for slot in range(slots)}
+    for slot, ids in sequences.items():
+        case.backend.encode(slot, some_ids(SEQ_LEN, seed=99))  # what an earlier request leaves behind
+        case.backend.reset(slot)
+        case.backend.encode(slot, ids)
+    for turn in range(6):
+        active = [slot for slot in range(slots) if slots == 1 or (turn + slot) % 3]
+        for slot in active:
+            sequences[slot].append(7 * turn + slot)
+        logits = step(case.backend, {slot: (sequences[slot][-1], len(sequences[slot]) - 1) for slot in active})
+        for slot in active:
+            assert (logits[slot] - case.reference(sequences[slot])[-1]).abs().max() < TOLERANCE
+
+
+def test_bf16_compute_is_close_to_float32(eager, tmp_path):
+    compile_model(eager / "converted", tmp_path / "low", options=options() | {"compute": "bf16"})
+    ids = some_ids(12)
+    low, full = (load(path).encode(0, ids, all_positions=True) for path in (tmp_path / "low", eager / "traced"))
+    assert low.dtype == torch.float32
+    # Of logits of size 1; single tokens may meet another expert.
+    assert 1e-4 < (low - full).abs().median() < 0.02
+
+
+BAD_REQUESTS = {
+    "no such slot": (lambda backend: backend.encode(2, [1]), "slot 2 does not exist; .* 2 slots"),
+    "empty prompt": (lambda backend: backend.encode(0, []), "prompt is empty"),
+    "too long": (lambda backend: backend.encode(0, [1] * 49), "ends at position 49, .* seq_len 48; shorten"),
+    "too long by its start": (lambda backend: backend.encode(0, [1] * 9, start=40), "ends at position 49"),
+    "token below": (lambda backend: backend.encode(0, [3, -1]), "token -1 is outside"),
+    "token above": (lambda backend: backend.encode(0, [160]), "token 160 is outside .* 0 to 159"),
+    "step token": (lambda backend: step(backend, {1: (160, 0)}), "slot 1 has token 160; expected 0 to 159"),
+    "step shape": (lambda backend: backend.step(*[torch.zeros(3, dtype=torch.int64)] * 3), r"\[3\]; expected \[2\]"),
+    "reset": (lambda backend: backend.reset(-1), "slot -1 does not exist"),
+}
+
+
+@pytest.mark.parametrize(("request_", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_request_that_cannot_be_served_says_why(eager, request_, message):
+    with pytest.raises(BackendError, match=message):
+        request_(load(eager / "traced"))
+
+
+class LastPositionOnly(Backend):
+    """A backend without chunks or all-position logits, as NxDI's is; nothing reaches it in the test."""
+
+    capabilities = Capabilities(
+        slots=1, seq_len=32, buckets=(8, 16), vocab_size=9, chunked_encoding=False, all_position_logits=False
+    )
+
+    def reset(self, slot):
+        raise AssertionError
+
+    _encode = _step = reset
+
+
+def test_prompts_beyond_the_last_bucket_are_refused_where_chunks_are_not_possible():
+    backend = LastPositionOnly()
+    with pytest.raises(BackendError, match="17 tokens, but the largest bucket is 16"):
+        backend.encode(0, [1] * 17)
+    with pytest.raises(BackendError, match="starts at position 4"):
+        backend.encode(0, [1], start=4)
+    with pytest.raises(BackendError, match="last position only"):
+        backend.encode(0, [1], all_positions=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"slots": 0}, "batch size 0"),
+        ({"buckets": (16, 8)}, r"buckets \[16, 8\]: expected ascending"),
+        ({"seq_len": 64, "buckets": (8, 128)}, r"buckets \[8, 128\]"),
+        ({"seq_len": 1024}, "1024 is beyond max_position_embeddings 512"),
+        ({"compute": "float16"}, "compute is 'float16'; expected float32 or bf16"),
+        ({"tp_degree": 4}, "does not take this option.*tp_degree"),
+    ],
+)
+def test_options_that_cannot_be_compiled_are_named(given, message):
+    with pytest.raises(BackendError, match=message):
+        check_options(ModelConfig.from_dict(tiny_config()), given)
+
+
+def test_default_options_fit_the_model():
+    chosen = check_options(ModelConfig.from_dict(tiny_config(max_position_embeddings=100)), {})
+    assert (chosen["slots"], chosen["seq_len"], chosen["buckets"]) == (1, 100, [64])
+
+
+def copy_of(directory: Path, destination: Path) -> Path:
+    shutil.copytree(directory, destination, copy_function=os.link)
+    return destination
+
+
+def recompile(directory: Path, **changed) -> str:
+    """Why compiling again made graphs; empty when the directory was up to date."""
+    return compile_model(directory / "converted", directory / "traced", options=options() | changed).reason
+
+
+def rewrite_manifest(directory: Path, change) -> None:
+    path = directory / "traced" / "manifest.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.unlink()
+    path.write_text(json.dumps(fields))
+
+
+def test_the_weights_are_hard_links_not_a_second_copy(eager):
+    for shard in (eager / "converted").glob("*.safetensors"):
+        assert (eager / "traced" / "model" / shard.name).samefile(shard)
+
+
+def test_where_links_are_impossible_the_directory_refers_to_the_weights(eager, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_hard_link", lambda source, destination: False)
+    compile_model(eager / "converted", tmp_path / "traced", options=options())
+    assert not list((tmp_path / "traced").rglob("*.safetensors"))
+    ids = some_ids(6)
+    assert torch.equal(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids))
+
+
+def test_an_unchanged_compile_is_recognized_and_a_changed_one_is_not(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+    assert recompile(work) == ""
+    assert recompile(work, slots=3) == "option slots was 2 and is 3"
+    assert recompile(work, slots=3) == ""
+    shutil.rmtree(work / "converted")
+    convert(write_tiny(tmp_path / "other", seed=1), work / "converted")
+    assert recompile(work, slots=3) == "the converted checkpoint is another one"
+
+
+def test_recognizing_an_unchanged_compile_does_not_import_torch(eager):
+    program = (
+        "import sys; from neuron_minimax.backends import compile_model\n"
+        f"report = compile_model({str(eager / 'converted')!r}, {str(eager / 'traced')!r}, options={options()!r})\n"
+        "assert not report.reason, report.reason; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "message"),
+    [
+        ("versions", "torch", "version torch was 'other' and is"),
+        ("versions", "code", "version code was 'other'"),
+        ("machine", "architecture", "machine architecture was 'other'"),
+    ],
+)
+def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(eager, tmp_path, part, key, message):
+    work = copy_of(eager, tmp_path / "work")
+    rewrite_manifest(work, lambda fields: fields[part].update({key: "other"}))
+    with pytest.raises(BackendError, match=f"cannot be used: {message}.*compile"):
+        load(work / "traced")
+    assert message in recompile(work)
+    load(work / "traced")
+
+
+def test_a_half_written_directory_is_refused_and_rebuilt(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+    (work / "traced" / "manifest.json").unlink()
+    with pytest.raises(BackendError, match="no finished compile"):
+        load(work / "traced")
+    assert recompile(work) == "an earlier compile did not finish"
+
+
+def test_a_broken_manifest_is_refused_and_rebuilt(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+    rewrite_manifest(work, lambda fields: fields.update(format=99))
+    with pytest.raises(BackendError, match="no manifest of this version"):
+        load(work / "traced")
+    assert "no manifest of this version" in recompile(work)
+
+
+def test_weights_that_changed_since_the_compile_are_noticed_at_load(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+    shard = next((work / "traced" / "model").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    with pytest.raises(BackendError, match="the converted checkpoint is another one"):
+        load(work / "traced")
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(eager, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(BackendError, match=r"holds thesis\.tex and no manifest\.json"):
+        compile_model(eager / "converted", tmp_path, options=options())
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_second_compile_into_the_same_directory_is_refused(eager, tmp_path):
+    (tmp_path / "traced").mkdir()
+    with (tmp_path / "traced" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BackendError, match="another compile is writing"):
+            compile_model(eager / "converted", tmp_path / "traced", options=options())
+
+
+def test_an_unknown_backend_is_refused(eager, tmp_path):
+    with pytest.raises(BackendError, match="backend 'tpu' does not exist; expected cpu or neuron"):
+        compile_model(eager / "converted", tmp_path / "traced", backend="tpu")
