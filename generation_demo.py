@@ -18,7 +18,8 @@ from typing import Any
 from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.checkpoint.precision import inspect
-from neuron_minimax.cli import parse_integers, progress_bar
+from neuron_minimax.cli.bars import progress_bar
+from neuron_minimax.cli.models import parse_integers
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.run import convert
 from neuron_minimax.convert.verify import verify

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from neuron_minimax.cli import token_bar
+from neuron_minimax.cli.bars import token_bar
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.experts.command import DEMO, analyse_checkpoint
 
