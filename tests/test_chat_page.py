@@ -40,15 +40,17 @@ def server(backend):
 
 
 @pytest.fixture(scope="module")
-def open_browser():
-    with chromium() as opener:
-        yield opener
+def browser():
+    with chromium() as open_browser:
+        yield open_browser()
 
 
 @pytest.fixture
-def page(server, open_browser, backend):
+def page(server, browser, backend):
+    """The page as a new visitor sees it."""
     backend.before_call = lambda: time.sleep(0.002)
-    browser = open_browser()
+    browser.open(server.url)
+    browser.run("sessionStorage.clear()")
     browser.open(server.url)
     browser.wait("document.getElementById('model').textContent === 'tiny'")
     return browser
@@ -135,6 +137,7 @@ def test_at_400_pixels_nothing_is_cut_off(page):
     box_of = "(id) => document.getElementById(id).getBoundingClientRect().toJSON()"
     boxes = page.run(f"return ['send', 'text', 'new', 'log'].map({box_of})")
     assert all(box["width"] > 0 and box["left"] >= 0 and box["right"] <= 400 for box in boxes)
+    page.emulate_width(0, 0)  # as the window is
 
 
 def test_the_keyboard_alone_is_enough(page, backend):
