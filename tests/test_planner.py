@@ -1,6 +1,8 @@
 """The planner: known fits and failures, the three worked examples of the documentation, and every rule both ways."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,17 @@ def test_ocp_codes_are_refused_below_trn3() -> None:
 
 def test_the_dense_mlp_kernel_is_refused() -> None:
     assert "R10" in refusals(replace(case(), quantized_mlp_kernel=True))
+
+
+def test_shards_beyond_the_hosts_memory_are_warned_about() -> None:
+    small = {"tp_degree": 2, "moe_tp_degree": 2, "moe_ep_degree": 1}
+    assert any(finding.rule == "R11" for finding in lint(case("trn1.2xlarge", **small)))
+    assert not any(finding.rule == "R11" for finding in lint(case("trn1.32xlarge")))
+
+
+def test_the_planner_needs_no_torch() -> None:
+    code = "import sys, neuron_minimax.planner.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unrolled_blocks_are_counted_where_there_are_no_kernels() -> None:

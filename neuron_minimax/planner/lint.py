@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.planner.instances import Instance
-from neuron_minimax.planner.memory import Deployment, heads
+from neuron_minimax.planner.instances import GIB, Instance
+from neuron_minimax.planner.memory import Deployment, heads, rank_memory
 
 # NxD's token block of the blockwise expert matmul (modules/moe/model_utils.py).
 TOKEN_BLOCK = 512
@@ -208,6 +208,19 @@ def dense_kernel(case: Case) -> Iterator[Finding]:
         )
 
 
+def host_memory(case: Case) -> Iterator[Finding]:
+    """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until the last is made."""
+    needed = rank_memory(case.config, case.deployment).weights * case.deployment.tp_degree
+    if needed > case.instance.host_memory:
+        yield Finding(
+            "R11",
+            WARN,
+            f"the shards of all ranks take {needed / GIB:.0f} GiB of host memory while they are made, and "
+            f"{case.instance.name} has {case.instance.host_memory / GIB:.0f} GiB",
+            "compile on a larger machine of the same chip, or add swap",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     shares,
     whole_blocks,
@@ -219,6 +232,7 @@ RULES: tuple[Rule, ...] = (
     unrolled_blocks,
     code_range,
     dense_kernel,
+    host_memory,
 )
 
 

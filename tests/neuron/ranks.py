@@ -27,6 +27,7 @@ class Run:
     dtype: str = "float32"
     through_load_module: bool = False  # as a compile builds the model; the only way to quantized layers
     options: dict[str, Any] = field(default_factory=dict)
+    expert_kernel: str = "torch"
 
 
 def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, Any]:
@@ -115,7 +116,9 @@ def build(configuration: Run) -> Any:
         **configuration.options,
     }
     neuron_config = nxdi.MoENeuronConfig(**options)
-    config = MiniMaxM2InferenceConfig(neuron_config, load_config=read_config(configuration.directory))
+    config = MiniMaxM2InferenceConfig(
+        neuron_config, load_config=read_config(configuration.directory), expert_kernel=configuration.expert_kernel
+    )
     application = NeuronMiniMaxM2ForCausalLM(configuration.directory, config)
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
@@ -174,6 +177,17 @@ def generate(application: Any) -> dict[str, Any]:
     }
 
 
+def interpret_kernel() -> Any:
+    """The NKI kernel's module, run by the NumPy interpreter; gives the machine that counts its instructions."""
+    from tests import nki_interpreter
+
+    name = "neuron_minimax.kernels.fp8_mlp_nki"
+    module, machine = nki_interpreter.load(ROOT / f"{name.replace('.', '/')}.py")
+    sys.modules[name] = module
+    vars(sys.modules["neuron_minimax.kernels"])["fp8_mlp_nki"] = module
+    return machine
+
+
 def main() -> None:
     from tests.neuron import standins
 
@@ -181,7 +195,10 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    result = generate(build(Run(**json.loads(sys.argv[1]))))
+    configuration = Run(**json.loads(sys.argv[1]))
+    machine = interpret_kernel() if configuration.expert_kernel == "nki" else None
+    result = generate(build(configuration))
+    result["kernel_matmuls"] = machine.counts["nc_matmul"] if machine else 0
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[2])
     dist.barrier()

@@ -91,12 +91,12 @@ def test_fp8_equals_transformers_on_the_same_dequantized_weights(
     assert dtypes["qkv_proj.k_proj.scale"] == "torch.float32"
 
 
-@pytest.mark.parametrize("degrees", [{}, SPLIT])
+@pytest.mark.parametrize(("name", "degrees"), [("grouped", {}), ("grouped", SPLIT), ("padded", BOTH)])
 def test_fp8_experts_with_bf16_attention_equal_transformers(
-    degrees: dict, converted: Converted, tmp_path: Path
+    name: str, degrees: dict, converted: Converted, tmp_path: Path
 ) -> None:
-    configuration = Run(directory=str(converted("grouped", "bf16")), through_load_module=True, **degrees)
-    check(run(configuration, tmp_path / "out"), "grouped", ".bf16_attention")
+    configuration = Run(directory=str(converted(name, "bf16")), through_load_module=True, **degrees)
+    check(run(configuration, tmp_path / "out"), name, ".bf16_attention")
 
 
 def test_bf16_keeps_the_router_in_float32_and_equals_a_model_with_the_same_casts(tmp_path: Path) -> None:

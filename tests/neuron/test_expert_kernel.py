@@ -1,0 +1,40 @@
+"""Token generation of the NxDI model through the NKI kernel, interpreted: the same logits as through NxD's experts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuron_minimax.convert.run import convert
+from tests.neuron.cases import MODELS, SEED
+from tests.neuron.ranks import Run, run
+from tests.tiny import write_tiny
+
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("kernel")
+    convert(write_tiny(base / "source", seed=SEED, **MODELS["grouped"]), base / "converted")
+    return base / "converted"
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {},
+        {"tp_degree": 2, "moe_tp_degree": 2},
+        {"tp_degree": 2, "moe_ep_degree": 2},
+        {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2},
+    ],
+)
+def test_the_nki_kernel_gives_the_logits_of_nxds_experts(degrees: dict, converted: Path, tmp_path: Path) -> None:
+    results = [
+        run(Run(directory=str(converted), through_load_module=True, expert_kernel=kernel, **degrees), tmp_path / kernel)
+        for kernel in ("torch", "nki")
+    ]
+    assert (results[0]["logits"] - results[1]["logits"]).abs().max() < TOLERANCE
+    assert torch.equal(results[0]["tokens"], results[1]["tokens"])
+    assert results[0]["parameters"] == results[1]["parameters"]
+    assert results[0]["kernel_matmuls"] == 0 < results[1]["kernel_matmuls"]
