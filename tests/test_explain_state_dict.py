@@ -1,7 +1,6 @@
 """The loading path: what it shows is what a conversion does, and it ends at the stage that is wrong."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -41,15 +40,24 @@ def test_the_values_before_and_after_are_those_of_the_files(checkpoint, tmp_path
     before = load_file(checkpoint / "model.safetensors")
     after = {name: t for path in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(path).items()}
     rows = stage(walk(checkpoint, layer=1), "Rules").rows
-    for source, target in pairwise(rows):
-        if not target[0].startswith("-> ") or not source[2]:
+    compared = 0
+    source = ()
+    for target in rows:
+        if not target[0].startswith("-> "):
+            source = target if target[2] else source  # the first source of a target has its value
             continue
         for tensor, shown in ((before[source[0].replace("{e}", "0")], source[2]), (after[target[0][3:]], target[2])):
             first = tensor.reshape(-1)[0]
             if tensor.dtype == torch.float8_e4m3fn:
                 assert shown == f"0x{tensor.view(torch.uint8).reshape(-1)[0]:02x} ({first.float():g})"
             else:
-                assert shown == f"{first.float():.4e}"
+                assert shown.split()[0] == f"{first.float():.4e}"
+        if target[0].endswith(".scale"):
+            weight = before[source[0].replace("{e}", "0").removesuffix("_scale_inv")].float().reshape(-1)[0]
+            scale = before[source[0].replace("{e}", "0")].reshape(-1)[0]
+            assert source[2].split()[1] == target[2].split()[1] == f"({weight * scale:.4e})"
+            compared += 1
+    assert compared == 6
 
 
 def test_one_layer_or_one_text_selects(checkpoint):

@@ -89,7 +89,12 @@ def list_findings(lists: Sequence["ModuleList"], modules: Mapping[Framework, lis
         for verdict in listed.verdicts:
             if verdict.verdict != "breaks" or (given and verdict.framework is not Framework.NXDI):
                 continue
-            message = f"{listed.origin}, {verdict.framework}: {verdict.reason}; take it off the list"
+            advice = (
+                "leave this file as it is: `neuron-minimax convert` writes NxDI's own list"
+                if not given and verdict.framework is Framework.NXDI
+                else "take it off the list"
+            )
+            message = f"{listed.origin}, {verdict.framework}: {verdict.reason}; {advice}"
             severity: Severity = "error" if given else "warning"
             yield Finding(severity=severity, kind="modules_to_not_convert", subject=verdict.entry, message=message)
         lacking = uncovered(Framework.NXDI, listed.entries, modules[Framework.NXDI])

@@ -58,10 +58,10 @@ def compare_readings(subject: Subject, shown: int = 12) -> list[Part]:
     low, high = fp8.TRAINED_BLOCK_MAX
     right = convention_of(subject)
     text = (
-        f"{subject.name}, block {list(subject.block)}, {subject.scales.size} blocks. The name says inverse: of the "
-        "factor that the quantizer multiplied with. So the stored number should be the factor to multiply the codes "
-        "with, and its literal reciprocal would be the quantizer's. Which it is shows in the values: the largest "
-        f"value of a block of a trained weight lies between {low:g} and {high:g}.\n\n"
+        f"{subject.name}, block {list(subject.block)}, {subject.scales.size} blocks. The name says inverse, namely of "
+        "the factor that the quantizer multiplied the weights with; the codes are to be multiplied with that inverse, "
+        "the stored number itself. A file that stores the quantizer's factor would need the reciprocal. Which one it "
+        f"is shows in the values: the largest of a block of a trained weight lies between {low:g} and {high:g}.\n\n"
         f"Read as multiplier, the median largest value is {np.median(as_multiplier):.3g}; read as reciprocal (divide "
         f"by it), {np.median(as_reciprocal):.3g}, {np.median(as_reciprocal) / np.median(as_multiplier):.1e} times as "
         f"much. Right here: the {right}."

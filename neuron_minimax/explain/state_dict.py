@@ -7,10 +7,12 @@ Nothing is computed here: what is shown is the conversion's own plan and its own
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from neuron_minimax.checkpoint import fp8
+from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.ops import Treatment
@@ -179,7 +181,7 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
     sentence = (
         f"One rule makes each target (->) from the sources above it; {len(conversion.outputs):,} targets in all, "
         f"{len(shown)} shown. Stacked: the experts {{e}} in one tensor, each transposed, w3 beside w1. The value is "
-        "the first of the first block."
+        "the first of the first block; behind a scale, in brackets, the first weight: code times scale."
     )
     return Stage(
         title="Rules",
@@ -192,15 +194,28 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
 
 
 def _first_values(conversion: ConversionPlan, output: Output, checkpoint: Checkpoint) -> tuple[str, str]:
-    """The first element in the file and in the result; the second is made by the conversion's own code."""
+    """The first element in the file and in the result, made by the conversion's own code; with a scale, the weight."""
     name = output.groups[0][0]
-    stored = checkpoint.array(name)
-    before = _element_text(stored.reshape(-1)[0] if stored.ndim == 1 else stored[0, 0], checkpoint.entry(name).dtype)
-    rows = slice(0, conversion.config.weight_block_size[0])
-    piece, _ = convert_piece(conversion, output, checkpoint, 0, slice(None) if output.is_scale else rows)
+    stored = checkpoint.array(name).reshape(-1)[0]
+    before = _element_text(stored, checkpoint.entry(name).dtype)
+    made = _first_element(conversion, output, checkpoint)
+    after = _element_text(made, output.dtype)
     if output.treatment is Treatment.DEQUANTIZE:
         before = f"{before} * {checkpoint.array(output.scale_groups[0][0])[0, 0]:.4e}"
-    return before, _element_text(piece.reshape(-1)[0], output.dtype)
+    if output.is_scale:
+        weight = next(
+            other for other in conversion.outputs if other.rule is output.rule and other.layer == output.layer
+        )
+        code = fp8.DECODED[checkpoint.array(weight.groups[0][0]).reshape(-1)[0]]
+        factor = 1 / stored if conversion.convention is ScaleConvention.RECIPROCAL else stored
+        new_code = fp8.DECODED[int(_first_element(conversion, weight, checkpoint))]
+        before, after = f"{before} ({code * factor:.4e})", f"{after} ({new_code * made:.4e})"
+    return before, after
+
+
+def _first_element(conversion: ConversionPlan, output: Output, checkpoint: Checkpoint) -> Any:
+    rows = slice(None) if output.is_scale else slice(0, conversion.config.weight_block_size[0])
+    return convert_piece(conversion, output, checkpoint, 0, rows)[0].reshape(-1)[0]
 
 
 def _element_text(element: np.generic, dtype: str) -> str:
