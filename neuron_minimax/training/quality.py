@@ -79,7 +79,9 @@ class QualityReport:
 def measure_quality(
     checkpoint: str | Path, questions: int = 500, variants: Sequence[Variant] | None = None
 ) -> QualityReport:
-    """Ask `questions` held-out questions of each variant (default: all). The first variant is what others are held to.
+    """Ask `questions` held-out questions of each variant (default: all that the checkpoint's precision has).
+
+    The first variant is what the others are held to.
 
     Raises CheckpointError when the checkpoint cannot be used, TrainingError when its tokenizer is not the demo's.
     """
@@ -90,7 +92,8 @@ def measure_quality(
     conversations = held_out(questions, HELD_OUT_SEED)
     reference: tuple[list[torch.Tensor], list[Graded]] | None = None
     scores = []
-    for variant in VARIANTS if variants is None else variants:
+    quantized = any(entry.dtype == "F8_E4M3" for entry in opened.entries.values())
+    for variant in variants or (VARIANTS if quantized else DENSE_VARIANTS):
         model = variant.model(published, opened.config)
         logits = prompt_logits(model, tokenizer, conversations)
         graded = answer_all(model, tokenizer, conversations)
@@ -180,3 +183,4 @@ VARIANTS = (
     Variant(name="router bias cast to BF16", change=round_router_bias),
     Variant(name="scale read as 1 / weight_scale_inv", change=invert_scales, layout=MULTIPLIER),
 )
+DENSE_VARIANTS = (Variant(name="as stored"), Variant(name="compute in BF16", compute=torch.bfloat16))
