@@ -160,6 +160,9 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     block = quantization.get("weight_block_size") or (128, 128)
     if len(block) != 2:
         raise ConfigError(f"config.json: weight_block_size is {block!r}; expected two sizes such as [128, 128]")
+    listed = quantization.get("modules_to_not_convert") or ()
+    if isinstance(listed, str) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"config.json: modules_to_not_convert is {listed!r}; expected a list of module names")
     eos = raw.get("eos_token_id")
     return {
         **fields,
@@ -168,7 +171,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "weight_block_size": (int(block[0]), int(block[1])),
         "declares_fp8": bool(quantization),
-        "modules_to_not_convert": tuple(quantization.get("modules_to_not_convert") or ()),
+        "modules_to_not_convert": tuple(listed),
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         "bos_token_id": raw.get("bos_token_id"),
     }

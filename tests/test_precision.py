@@ -116,6 +116,16 @@ def test_a_needed_entry_reaches_one_layer_and_not_its_namesakes():
     assert [verdict.verdict for verdict in judge(Framework.NXDI, entries, modules)] == ["right"]
 
 
+@pytest.mark.parametrize("listed", ["gate", [["gate"]], [1]])
+def test_a_list_that_is_no_list_of_names_is_refused(tmp_path, listed):
+    directory = write_tiny(tmp_path / "c")
+    raw = json.loads((directory / "config.json").read_text())
+    raw["quantization_config"]["modules_to_not_convert"] = listed
+    (directory / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"modules_to_not_convert.*expected a list of module names"):
+        inspect(directory)
+
+
 def test_a_dense_checkpoint_needs_no_list_and_is_usable(tmp_path):
     report = inspect(write_tiny(tmp_path / "dense", dense=True))
     assert report.usable

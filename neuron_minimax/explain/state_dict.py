@@ -41,7 +41,7 @@ class Stage:
     rows: tuple[tuple[str, ...], ...] = ()
 
     def as_part(self) -> Part:
-        verdict = f"WRONG: {self.wrong}" if self.wrong else "Right."
+        verdict = f"WRONG: {self.wrong.rstrip('.')}." if self.wrong else "Right."
         return Part(
             title=self.title, text=f"{self.sentence}\n\n{verdict} {self.advice}", head=self.head, rows=self.rows
         )
