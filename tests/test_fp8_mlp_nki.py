@@ -202,6 +202,22 @@ def test_every_chosen_block_moves_once_and_ahead_of_its_products_at_the_real_siz
     assert machine.counts["dma_into_busy"] == 0, "a load waits for the products of the previous one"
 
 
+def test_the_kernel_is_chosen_explicitly_and_only_where_it_can_run():
+    from neuron_minimax.backends.neuron.options import check
+    from neuron_minimax.config import ModelConfig
+    from neuron_minimax.errors import BackendError
+    from tests.full_size import published_config
+
+    config = ModelConfig.from_dict(published_config())
+    given = {"instance": "trn2.48xlarge", "tp_degree": 64, "moe_tp_degree": 4, "moe_ep_degree": 16, "slots": 32}
+    assert check(config, given, force=True)["expert_kernel"] == "torch"
+    assert check(config, given | {"expert_kernel": "nki"}, force=True)["expert_kernel"] == "nki"
+    with pytest.raises(BackendError, match="expected one of torch, nki"):
+        check(config, given | {"expert_kernel": "auto"}, force=True)
+    with pytest.raises(BackendError, match="needs trn2 or later"):
+        check(config, given | {"expert_kernel": "nki", "instance": "inf2.48xlarge", "tp_degree": 24}, force=True)
+
+
 def test_nki_simulate_equals_float64_within_1e_5():
     nki = pytest.importorskip("nki", reason="the nki package (Neuron SDK 2.29 and later) is not installed")
     if not hasattr(nki, "simulate"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.neuron import nxdi
-from neuron_minimax.backends.neuron.options import BLOCKWISE
+from neuron_minimax.backends.neuron.options import BLOCKWISE, EXPERT_KERNELS
 from neuron_minimax.config import ARCHITECTURE, ModelConfig
 from neuron_minimax.errors import ConfigError
 
@@ -35,6 +35,7 @@ UNSERVED: tuple[tuple[str, Any, str], ...] = (
     ("is_medusa", False, "there are no Medusa heads for this model"),
     ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
 )
+EXPERT_MODULE = "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
 
 
 class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
@@ -46,6 +47,8 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
         self.head_dim, self.hidden_act, self.n_shared_experts = model.head_dim, "silu", 0
         if getattr(self, "pad_token_id", None) is None:
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
+        if not hasattr(self, "expert_kernel"):
+            self.expert_kernel = EXPERT_KERNELS[0]
         for name in ("output_attentions", "output_hidden_states"):
             setattr(self, name, getattr(self, name, False))
         options = self.neuron_config
@@ -73,6 +76,18 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             )
         if options.quantized:
             self._validate_quantization()
+        self._validate_expert_kernel()
+
+    def _validate_expert_kernel(self) -> None:
+        options, rows = self.neuron_config, self.model_config.weight_block_size
+        if self.expert_kernel not in EXPERT_KERNELS:
+            raise ConfigError(f"expert_kernel is {self.expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
+        if self.expert_kernel == "nki" and not (self.quantizes(EXPERT_MODULE) and rows == (128, 128)):
+            raise ConfigError(
+                "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' for others"
+            )
+        if self.expert_kernel == "nki" and options.max_batch_size > 128:
+            raise ConfigError(f"expert_kernel='nki' takes batches of at most 128, not {options.max_batch_size}")
 
     def _validate_quantization(self) -> None:
         options, model = self.neuron_config, self.model_config

@@ -4,12 +4,14 @@ Shapes: T tokens, H hidden, E experts, K chosen per token.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from neuron_minimax.backends.neuron import nxdi
+from neuron_minimax.kernels.fp8_mlp import ExpertMLP
 
 
 class Router(nxdi.RouterTopK):
@@ -51,11 +53,71 @@ class Router(nxdi.RouterTopK):
         return super()._apply(keep_dtype, recurse)
 
 
+class KernelExperts(nxdi.ExpertMLPsV2):
+    """NxD's experts, whose token generation is one call of an expert kernel over the rank's own FP8 weights.
+
+    NxD dequantizes block-scaled weights to BF16 in front of its products, and refuses a few tokens with expert
+    parallelism; the kernel reads FP8 and skips the experts of other ranks. Context encoding is NxD's.
+    """
+
+    def __init__(self, experts: nxdi.ExpertMLPsV2, expert_mlp: ExpertMLP) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(experts.__dict__)  # the same submodules and settings, under the same names
+        self.expert_mlp = expert_mlp
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        expert_affinities: torch.Tensor,
+        expert_index: torch.Tensor,
+        seq_len: int,
+        *others: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        """[T,H] to this rank's share of [T,H], which NxD's block sums over the ranks; affinities [T,E], index [T,K]."""
+        if seq_len != 1:
+            return super().forward(hidden_states, expert_affinities, expert_index, seq_len, *others, **named)
+        layers = self.get_mlp_op()
+        return self.expert_mlp(
+            hidden_states,
+            self.local_index(expert_index),
+            expert_affinities.gather(1, expert_index).float(),
+            layers.gate_up_proj.weight,
+            layers.gate_up_proj.scale,
+            layers.down_proj.weight,
+            layers.down_proj.scale,
+        )
+
+    def local_index(self, expert_index_TK: torch.Tensor) -> torch.Tensor:
+        """Numbers [T,K] of the chosen experts on this rank; -1 for those of other ranks."""
+        if self.moe_expert_model_parallel_group.size() == 1:
+            return expert_index_TK
+        local_E = self.get_spmd_rank().get_local_expert_indices().reshape(-1)
+        here_TKE = expert_index_TK[..., None] == local_E
+        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device)
+        return (here_TKE * places_E).sum(dim=-1) - 1
+
+
+def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
+    """The kernel for token generation, on `cores` physical cores per rank; None for "torch", NxD's own operations."""
+    if name == "torch":
+        return None
+    from neuron_minimax.kernels import fp8_mlp_nki
+
+    return partial(fp8_mlp_nki.expert_mlp, cores=cores)
+
+
 def build_moe(config: Any) -> nn.Module:
-    """NxDI's MoE block with this project's router; its experts are NxD's, block-scaled once NxDI quantizes them."""
+    """NxDI's MoE block with this project's router; its experts are NxD's, block-scaled once NxDI quantizes them.
+
+    With `config.expert_kernel` "nki" their token generation is this project's kernel.
+    """
     block = nxdi.initialize_moe_module(config=config)
     model = config.model_config
     block.router = Router(
         experts=model.num_local_experts, experts_per_token=model.num_experts_per_tok, hidden_size=model.hidden_size
     )
+    kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
+    if kernel is not None:
+        block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
     return block.eval()

@@ -32,6 +32,7 @@ def require_packages() -> None:
 
 require_packages()
 
+from neuronx_distributed.modules.moe.expert_mlps_v2 import ExpertMLPsV2
 from neuronx_distributed.modules.moe.routing import RouterTopK
 from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.parallel_layers.layers import BaseParallelLinear, ColumnParallelLinear, ParallelEmbedding

@@ -16,6 +16,8 @@ BLOCKWISE = {
     "quantization_dtype": "f8e4m3",
     "quantization_block_axis": [1, 2],
 }
+# How experts compute in token generation; the first is the default until the other has run on a device.
+EXPERT_KERNELS = ("torch", "nki")
 DEFAULT_INSTANCE = "trn2.48xlarge"
 DEFAULT_SEQ_LEN = 1024
 SMALLEST_BUCKET = 128
@@ -32,8 +34,13 @@ class NeuronOptions:
     slots: int
     seq_len: int
     buckets: tuple[int, ...]
+    expert_kernel: str = EXPERT_KERNELS[0]
 
     def __post_init__(self) -> None:
+        if self.expert_kernel not in EXPERT_KERNELS:
+            raise BackendError(f"expert_kernel is {self.expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
+        if self.expert_kernel == "nki" and not instances.instance(self.instance).nki_kernels:
+            raise BackendError(f"expert_kernel='nki' needs trn2 or later; {self.instance} has no such NKI: use 'torch'")
         ascending = tuple(sorted(set(self.buckets)))
         if self.slots < 1 or self.seq_len < 2 or min(self.tp_degree, self.moe_tp_degree, self.moe_ep_degree) < 1:
             raise BackendError("batch size and degrees have to be at least 1, seq_len at least 2")
