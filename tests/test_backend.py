@@ -24,23 +24,23 @@ TOLERANCE = 3e-5
 SEQ_LEN = 48
 BUCKETS = (8, 16)
 RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1}
-# Eager ones cost nothing; each compiled one costs the compile of three graphs.
+# The eager case costs nothing; each compiled one costs the compile of a graph per bucket and one more.
 CASES = {
-    "eager": ({}, 3, "eager"),
-    "compiled, one slot": ({}, 1, "compiled"),
-    "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled"),
+    "eager": ({}, 3, "eager", BUCKETS),
+    "compiled, one slot": ({}, 1, "compiled", BUCKETS),
+    "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled", BUCKETS[1:]),
 }
 
 
-def options(slots: int = 2, engine: str = "eager") -> dict:
-    return {"slots": slots, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
+def options(slots: int = 2, engine: str = "eager", buckets: tuple[int, ...] = BUCKETS) -> dict:
+    return {"slots": slots, "seq_len": SEQ_LEN, "buckets": buckets, "engine": engine}
 
 
-def make(directory: Path, overrides: dict, slots: int, engine: str) -> Path:
+def make(directory: Path, overrides: dict, slots: int, engine: str, buckets: tuple[int, ...] = BUCKETS) -> Path:
     one_layer = {"num_hidden_layers": 1 if engine == "compiled" else 2, "use_mtp": False, **overrides}
     convert(write_tiny(directory / "fp8", **one_layer), directory / "converted")
     write_tiny(directory / "dense", dense=True, **one_layer)
-    compile_model(directory / "converted", directory / "traced", options=options(slots, engine))
+    compile_model(directory / "converted", directory / "traced", options=options(slots, engine, buckets))
     return directory
 
 
@@ -313,3 +313,14 @@ def test_a_second_compile_into_the_same_directory_is_refused(eager, tmp_path):
 def test_an_unknown_backend_is_refused(eager, tmp_path):
     with pytest.raises(BackendError, match="backend 'tpu' does not exist; expected cpu or neuron"):
         compile_model(eager / "converted", tmp_path / "traced", backend="tpu")
+
+
+def test_without_a_compiler_the_eager_engine_runs_and_says_so(eager, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    report = compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled"))
+    assert "no C++ compiler" in report.render()
+    ids = some_ids(6)
+    assert torch.equal(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids))
+    monkeypatch.undo()
+    with pytest.raises(BackendError, match="machine compiler was None"):
+        load(tmp_path / "traced")

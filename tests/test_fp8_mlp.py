@@ -94,7 +94,6 @@ def test_every_implementation_computes_the_definition(implementation, tokens, hi
 def test_the_single_token_form_computes_the_definition():
     stacked = weights(6, 256, 320)
     index, affinity = routing(1, 6, 4)
-    index[0, 2] = 6
     activations = torch.randn(1, 256, generator=torch.Generator().manual_seed(2))
     found = single_token_expert_mlp(activations, index, affinity, *stacked)
     assert error(found, slow(activations, index, affinity, *stacked)) < 3e-6

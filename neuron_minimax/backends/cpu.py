@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ COMPUTE = ("float32", "bf16")
 ENGINES = ("compiled", "eager")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_BUCKETS = (64, 512)
+TESTED_TORCH = (2, 13)
 SOURCES = (
     "backends/aot.py",
     "kernels/fp8.py",
@@ -76,12 +78,29 @@ def environment() -> tuple[dict[str, str], dict[str, Any]]:
 def build(
     model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[dict[str, float], list[str]]:
-    """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest."""
+    """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest.
+
+    Without a C++ compiler, or where a torch older than the tested one fails, there are no graphs: the eager engine runs
+    instead, and a note says so. Raises BackendError when the tested torch fails.
+    """
     if options["engine"] == "eager":
-        return {}, ["eager engine: nothing was compiled"]
+        return {}, ["eager engine, as asked: nothing was compiled"]
+    if cpu_here()["compiler"] is None:
+        return {}, ["no C++ compiler (g++, or $CXX) was found: the eager engine runs instead"]
     from neuron_minimax.backends.aot import build_graphs
 
-    return build_graphs(model, graphs, _parse(options), progress), []
+    try:
+        return build_graphs(model, graphs, _parse(options), progress), []
+    except Exception as error:  # whatever an export or a compiler may raise
+        problem = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        )
+        version = metadata.version("torch")
+        if tuple(int(part) for part in version.split(".")[:2]) >= TESTED_TORCH:
+            raise BackendError(
+                f"compiling for the CPU failed ({problem}); check that $CXX or g++ works, or use --engine eager"
+            ) from error
+        return {}, [f"torch {version} could not compile this model ({problem}): the eager engine runs instead"]
 
 
 def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":

@@ -18,7 +18,7 @@ def streamed_linear(
     hidden: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
 ) -> torch.Tensor:
     """`hidden @ weight.T` [..., O] in the input's dtype; sums in float32."""
-    hidden_NI = hidden.reshape(-1, hidden.shape[-1]).float()
+    hidden_NI = _computed_once(hidden.reshape(-1, hidden.shape[-1]).float())
     outputs, inputs = weight_OI.shape
     scale_OI = None if scale is None else expand_scale(scale, outputs, inputs, block)
     products = []
@@ -41,7 +41,7 @@ def streamed_columns(
     """
     rows, width = weight_KHW.shape[-2:]
     tokens = hidden_KNH.shape[1]
-    hidden_KNH = hidden_KNH.float()
+    hidden_KNH = _computed_once(hidden_KNH.float())
     height = block[0] if rows % block[0] == 0 else rows
     products = []
     scale_KRW = (
@@ -61,6 +61,12 @@ def streamed_columns(
             products.append(scaled_KRW.sum(dim=1))
     by_part = torch.stack(products, dim=1).unflatten(1, (-1, tokens))
     return by_part.permute(0, 2, 1, 3).flatten(2)
+
+
+def _computed_once(hidden: torch.Tensor) -> torch.Tensor:
+    """The same tensor in memory: Inductor stores what as_strided sees, and else recomputes it in the innermost loop."""
+    hidden = hidden.contiguous()
+    return hidden.as_strided(hidden.shape, hidden.stride())
 
 
 def _parts(size: int, tokens: int) -> list[slice]:
