@@ -18,7 +18,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.values import check_values
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.rules import module_of
-from neuron_minimax.convert.run import plan_conversion
+from neuron_minimax.convert.run import convert, plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from tests.full_size import write_sparse
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_tiny
@@ -151,6 +151,14 @@ def test_multi_token_prediction_tensors_are_reported_and_tolerated(tmp_path):
     assert report.usable
     assert report.mtp == ("model.mtp.0.proj.weight",)
     assert any(finding.kind == "mtp" for finding in report.findings)
+
+
+def test_a_converted_directory_is_recognized_first_of_all(tiny, tmp_path):
+    convert(tiny, tmp_path / "out")
+    report = inspect(tmp_path / "out")
+    assert not report.usable
+    assert report.findings[0].kind == "converted"
+    assert "verify" in report.findings[0].message
 
 
 def test_no_checkpoint_at_all_is_an_error(tmp_path):

@@ -11,6 +11,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 if TYPE_CHECKING:
     from neuron_minimax.checkpoint.precision import KindRow, ModuleList
 
+CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -29,6 +30,12 @@ def configuration_findings(
     checkpoint: Checkpoint, kinds: Sequence["KindRow"], modules: Sequence[Module]
 ) -> Iterator[Finding]:
     """Where config.json and the tensors disagree, and what is unusual without being wrong."""
+    if CONVERTED_SECTION in checkpoint.config.raw:
+        message = (
+            f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a conversion, with Neuron's "
+            "names and shapes. Inspect the checkpoint it was made of; `neuron-minimax verify` compares the two"
+        )
+        yield Finding(severity="error", kind="converted", subject="config.json", message=message)
     fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
     if fp8 and not checkpoint.config.declares_fp8:
         message = (

@@ -205,8 +205,8 @@ def report_of(
     if modules_to_not_convert is not None:
         lists.append(_judged("--modules-to-not-convert", tuple(modules_to_not_convert), modules))
     findings = [
-        *(Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message) for p in checkpoint.problems),
         *configuration_findings(checkpoint, kinds, modules[Framework.NXDI]),
+        *(Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message) for p in checkpoint.problems),
         *list_findings(lists, modules),
         *end_token_findings(checkpoint),
         *(values.findings if values else ()),
