@@ -32,8 +32,8 @@ def configuration_findings(
     """Where config.json and the tensors disagree, and what is unusual without being wrong."""
     if CONVERTED_SECTION in checkpoint.config.raw:
         message = (
-            f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a conversion, with Neuron's "
-            "names and shapes. Inspect the checkpoint it was made of; `neuron-minimax verify` compares the two"
+            f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a conversion, with "
+            "Neuron's names and shapes. Inspect the checkpoint it was made of; `neuron-minimax verify` compares the two"
         )
         yield Finding(severity="error", kind="converted", subject="config.json", message=message)
     fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
