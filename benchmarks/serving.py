@@ -39,35 +39,18 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 4,
 }
-SLOTS, SEQ_LEN, BUCKETS = 32, 512, (64, 256)
-WORDS = [
-    "the",
-    "harbour",
-    "keeps",
-    "seven",
-    "red",
-    "lamps",
-    "above",
-    "the",
-    "old",
-    "stone",
-    "market",
-    "and",
-    "nobody",
-    "counts",
-    "them",
-    "twice",
-]
+SEQ_LEN, BUCKETS = 512, (64, 256)
+WORDS = ["the", "harbour", "keeps", "seven", "red", "lamps", "above", "an", "old", "market", "and", "counts", "them"]
 
 
-def make_models(work: Path, engine: str) -> tuple[Path, Path]:
+def make_models(work: Path, engine: str, slots: int) -> tuple[Path, Path]:
     """(compiled directory, the peer's float32 checkpoint) of one seeded model."""
     checkpoint, cache = work / "checkpoint", work / "float32"
     write_synthetic(checkpoint, real_layers(layers=4, experts=16, vocabulary=1280) | SMALL)
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO / name, checkpoint / name)
     convert(checkpoint, work / "converted")
-    options = {"slots": SLOTS, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
+    options = {"slots": slots, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
     report = compile_model(work / "converted", work / "traced", options=options)
     print(report.render(), flush=True)
     build_cache(checkpoint, cache, "float32")
@@ -141,8 +124,10 @@ async def load(url: str, model: str, clients: int, requests: int, new_tokens: in
         results = [result for done in await asyncio.gather(*map(one, range(clients))) for result in done]
         seconds = time.perf_counter() - start
     firsts = sorted(first for first, _ in results)
+    tokens = sum(count for _, count in results)
     return {
-        "tokens_per_second": sum(tokens for _, tokens in results) / seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
         "first_token_median": statistics.median(firsts),
         "first_token_p95": firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))],
     }
@@ -150,7 +135,7 @@ async def load(url: str, model: str, clients: int, requests: int, new_tokens: in
 
 def compare(work: Path, arguments: argparse.Namespace) -> None:
     """Print one table, the peer's rows under ours."""
-    traced, cache = make_models(work, arguments.engine)
+    traced, cache = make_models(work, arguments.engine, arguments.slots)
     ours = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
     ours += ["--served-model-name", "model"]
     peer = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache), "--device", "cpu"]
@@ -161,23 +146,32 @@ def compare(work: Path, arguments: argparse.Namespace) -> None:
     )
     results: dict[tuple[str, int], dict[str, float]] = {}
     for name, command, pattern, model in servers:
-        with process(command, pattern, work / f"{name}.log") as (url, _):
+        with process(command, pattern, work / f"{name}.log") as (url, pid):
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
             for clients in arguments.clients:
-                requests = max(1, arguments.requests // clients)
-                results[name, clients] = asyncio.run(load(url, model, clients, requests, arguments.new_tokens))
-    print(f"{'server':16} {'clients':>7} {'tokens/s':>9} {'first token':>12} {'p95':>8}")
+                requests, before = max(1, arguments.requests // clients), cpu_seconds(pid)
+                row = asyncio.run(load(url, model, clients, requests, arguments.new_tokens))
+                row["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / row["tokens"]
+                results[name, clients] = row
+    print(f"{'server':16} {'clients':>7} {'tokens/s':>9} {'first token':>12} {'p95':>8} {'CPU per token':>14}")
     for clients in arguments.clients:
         for name, *_ in servers:
             row = results[name, clients]
             print(
                 f"{name:16} {clients:7} {row['tokens_per_second']:9.1f} {row['first_token_median']:10.3f} s "
-                f"{row['first_token_p95']:6.3f} s"
+                f"{row['first_token_p95']:6.3f} s {row['cpu_per_token']:11.1f} ms"
             )
         mine, other = results["neuron-minimax", clients], results["transformers", clients]
         rate = mine["tokens_per_second"] / other["tokens_per_second"]
         wait = mine["first_token_p95"] / other["first_token_p95"]
-        print(f"{'':16} {clients:7} {rate:8.2f}x {'':12} {wait:6.2f}x")
+        work_ratio = mine["cpu_per_token"] / other["cpu_per_token"]
+        print(f"{'':16} {clients:7} {rate:8.2f}x {'':12} {wait:6.2f}x {work_ratio:12.2f}x")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its threads: what it costs, whatever else the machine does."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_megabytes(pid: int) -> float:
@@ -243,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=32, help="in total, at every number of clients")
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--slots", type=int, default=8, help="of our server; more clients than that wait in its queue")
     parser.add_argument("--engine", default="compiled", choices=("compiled", "eager"))
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
@@ -253,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.soak_minutes:
             compare(work, arguments)
             return 0
-        traced, _ = make_models(work, arguments.engine)
+        traced, _ = make_models(work, arguments.engine, arguments.slots)
         command = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
         command += ["--served-model-name", "model"]
         with process(command, r"listening on (http://\S+)", work / "soak.log") as (url, pid):
