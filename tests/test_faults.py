@@ -73,3 +73,10 @@ def test_the_documentation_has_one_row_for_each_fault_and_says_what_shows_it():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     documented = [(row[0], row[1]) for row in rows if row[0] not in ("fault", "what")]
     assert documented == [(fault.title, "values" if fault.values else "headers") for fault in (*FAULTS, *HANDLED)]
+
+
+def test_reciprocal_scales_give_the_same_expert_norms(tmp_path):
+    reciprocal = next(fault for fault in HANDLED if fault.title == "every scale is a reciprocal")
+    found = [inspect(one.write(tmp_path / one.title), check_values=True).values for one in (reciprocal, GOOD)]
+    assert [values.convention for values in found] == ["reciprocal", "multiplier"]
+    np.testing.assert_allclose(found[0].expert_norms, found[1].expert_norms, rtol=1e-6)

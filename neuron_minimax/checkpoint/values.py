@@ -6,7 +6,7 @@ columns)]. Every code is checked; the histogram and the norms come from every 32
 
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from neuron_minimax.checkpoint import fp8, schema
 from neuron_minimax.checkpoint.findings import Finding
+from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.errors import CheckpointError
@@ -36,7 +37,7 @@ class Measurement:
     histogram: np.ndarray | None = None
     maxima: np.ndarray | None = None
     scales: np.ndarray | None = None
-    norm: float = 0.0
+    norms: tuple[float, float] = (0.0, 0.0)  # with the scales as multiplier, and as reciprocal
     low: float = 0.0
     high: float = 0.0
 
@@ -123,7 +124,7 @@ def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
     return checkpoint.entry(weight.name).nbytes + (scale.nbytes if scale else 0)
 
 
-def measure(checkpoint: Checkpoint, weight: Expected, broken: set[str] = frozenset()) -> Measurement:  # type: ignore[assignment]
+def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = ()) -> Measurement:
     """One pass over one tensor."""
     stored = np.asarray(checkpoint.array(weight.name))  # a plain view: operations on a memmap cost Python time
     if not checkpoint.is_fp8(weight.name):
@@ -161,10 +162,11 @@ def _measure_codes(
         np.bitwise_and(strip, 0x7F, out=magnitude[: len(strip)])
         maxima[index] = np.maximum.reduceat(magnitude[: len(strip)].max(axis=0), starts)
     sampled = codes[:: _row_step(block)]
-    norm = 0.0
+    norms = 0.0, 0.0
     if scales is not None:
+        squares, squared_scales = _block_squares(sampled, codes.shape, block), scales.astype(np.float64) ** 2
         with np.errstate(all="ignore"):
-            norm = float(np.sqrt(np.sum(_block_squares(sampled, codes.shape, block) * scales.astype(np.float64) ** 2)))
+            norms = float(np.sqrt((squares * squared_scales).sum())), float(np.sqrt((squares / squared_scales).sum()))
     return Measurement(
         weight=weight,
         elements=codes.size,
@@ -173,7 +175,7 @@ def _measure_codes(
         histogram=np.bincount(sampled.reshape(-1), minlength=256),
         maxima=maxima,
         scales=scales,
-        norm=norm,
+        norms=norms,
     )
 
 
@@ -204,7 +206,7 @@ class _Tally:
         self.grids: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         self.bias: dict[int, tuple[float, float]] = {}
         config = checkpoint.config
-        self.squared_norms = np.zeros((config.num_hidden_layers, config.num_local_experts))
+        self.squared_norms = np.zeros((2, config.num_hidden_layers, config.num_local_experts))
         self.dead: Counter[tuple[int, int]] = Counter()
 
     def add(self, found: Measurement) -> None:
@@ -225,8 +227,8 @@ class _Tally:
             self.grids[weight.weight.kind, weight.layer or 0].append((scales.reshape(-1), found.maxima.reshape(-1)))
             if not any(fault.severity == "error" for fault in faults):
                 self.samples.append((weight.name, found.maxima, scales))
-        if weight.expert is not None and np.isfinite(found.norm):
-            self.squared_norms[weight.layer or 0, weight.expert] += found.norm**2
+        if weight.expert is not None and np.isfinite(found.norms).all():
+            self.squared_norms[:, weight.layer or 0, weight.expert] += np.square(found.norms)
 
     def report(self) -> ValueReport:
         convention, evidence = fp8.decide_convention(self.samples, (1, 1))
@@ -239,6 +241,7 @@ class _Tally:
             )
             subject = evidence.dissenters[0] if evidence.dissenters else "weight_scale_inv"
             findings.append(Finding(severity="error", kind="convention", subject=subject, message=message))
+        norms = np.sqrt(self.squared_norms[int(convention is ScaleConvention.RECIPROCAL)])
         kinds = dict.fromkeys(kind for kind, _ in self.grids)
         by_kind = {kind: [pair for key in self.grids if key[0] == kind for pair in self.grids[key]] for kind in kinds}
         return ValueReport(
@@ -250,7 +253,7 @@ class _Tally:
             convention=None if convention is None else str(convention),
             evidence=evidence.render() if self.counts["codes"] else "no FP8 weights",
             router_bias=tuple(self.bias[layer] for layer in sorted(self.bias)),
-            expert_norms=tuple(tuple(float(x) for x in row) for row in np.sqrt(self.squared_norms)),
+            expert_norms=tuple(tuple(float(x) for x in row) for row in norms),
             findings=tuple(findings),
         )
 
