@@ -9,9 +9,9 @@ import pytest
 
 from neuron_minimax import cli
 from neuron_minimax.checkpoint.fp32_cache import build_cache
+from neuron_minimax.convert.placement import Placement
 from neuron_minimax.experts.batch import Outputs, Prompt, Run
 from neuron_minimax.experts.command import load_any, read_prompts
-from neuron_minimax.experts.placement import Placement
 from neuron_minimax.experts.trace import Trace
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from tests.tiny_traced import write_traced

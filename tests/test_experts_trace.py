@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.placement import Placement, as_numbered, place
 from neuron_minimax.convert.plan import FP8Range, Layout
 from neuron_minimax.convert.run import convert
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
 from neuron_minimax.experts import similarity
-from neuron_minimax.experts.placement import Placement, as_numbered, place
 from neuron_minimax.experts.token_classes import classify
 from neuron_minimax.experts.trace import Recorder, Trace, record
 from neuron_minimax.model.minimax import MiniMaxM2, load_model
@@ -197,6 +197,8 @@ def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
         as_numbered(2, 16, 4).apply(model.state_dict())
     with pytest.raises(ConversionError, match=r"has 1 layers, but the state dict has layers\.1"):
         as_numbered(1, 8, 4).apply(model.state_dict())
+    with pytest.raises(ConversionError, match="is for 4 expert-parallel ranks, but moe_ep_degree is 2"):
+        as_numbered(2, 8, 4).for_ranks(2)
     (tmp_path / "bad.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(ConversionError, match="is no placement"):
         Placement.load(tmp_path / "bad.json")

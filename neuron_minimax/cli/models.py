@@ -63,6 +63,7 @@ def compile_(
     moe_tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks that share an expert's channels")] = None,
     moe_ep_degree: Annotated[int | None, typer.Option(help="neuron: groups that share out the experts")] = None,
     expert_kernel: Annotated[str | None, typer.Option(help="neuron: torch, or nki (trn2; not yet run on one)")] = None,
+    expert_placement: Annotated[Path | None, typer.Option(help="neuron: file of `experts --placement`")] = None,
     force: Annotated[bool, typer.Option("--force", help="compile even if up to date, or advised against")] = False,
 ) -> None:
     """Compile a converted directory once; up to date: says so and stops."""
@@ -79,6 +80,7 @@ def compile_(
         "moe_tp_degree": moe_tp_degree,
         "moe_ep_degree": moe_ep_degree,
         "expert_kernel": expert_kernel,
+        "expert_placement": str(expert_placement.resolve()) if expert_placement else None,
     }
     report = compile_model(
         out,

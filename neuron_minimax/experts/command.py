@@ -11,6 +11,7 @@ import torch
 
 from neuron_minimax.checkpoint.fp32_cache import build_cache, open_cache
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.placement import as_numbered, place
 from neuron_minimax.convert.plan import FP8Range, Layout
 from neuron_minimax.convert.run import MANIFEST_NAME as CONVERSION
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
@@ -18,7 +19,6 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.experts import stats
 from neuron_minimax.experts.analysis import RECORD_FORMATS, Analysis
 from neuron_minimax.experts.batch import BatchResult, Outputs, Progress, Prompt, Run, write_analysis
-from neuron_minimax.experts.placement import as_numbered, place
 from neuron_minimax.experts.trace import Trace
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.minimax import MiniMaxM2, load_model

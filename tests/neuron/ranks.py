@@ -28,6 +28,7 @@ class Run:
     through_load_module: bool = False  # as a compile builds the model; the only way to quantized layers
     options: dict[str, Any] = field(default_factory=dict)
     expert_kernel: str = "torch"
+    expert_placement: str | None = None
 
 
 def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, Any]:
@@ -117,7 +118,10 @@ def build(configuration: Run) -> Any:
     }
     neuron_config = nxdi.MoENeuronConfig(**options)
     config = MiniMaxM2InferenceConfig(
-        neuron_config, load_config=read_config(configuration.directory), expert_kernel=configuration.expert_kernel
+        neuron_config,
+        load_config=read_config(configuration.directory),
+        expert_kernel=configuration.expert_kernel,
+        expert_placement=configuration.expert_placement,
     )
     application = NeuronMiniMaxM2ForCausalLM(configuration.directory, config)
     dist.init_process_group("gloo")

@@ -1,10 +1,12 @@
-"""Token generation of the NxDI model through the NKI kernel, interpreted: the same logits as through NxD's experts."""
+"""The NxDI model with the NKI kernel (interpreted) and with placed experts: the same logits as without."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from neuron_minimax.convert.placement import Placement
 from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.ranks import Run, run
@@ -38,3 +40,22 @@ def test_the_nki_kernel_gives_the_logits_of_nxds_experts(degrees: dict, converte
     assert torch.equal(results[0]["tokens"], results[1]["tokens"])
     assert results[0]["parameters"] == results[1]["parameters"]
     assert results[0]["kernel_matmuls"] == 0 < results[1]["kernel_matmuls"]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "nki"])
+def test_placed_experts_give_the_same_logits(kernel: str, converted: Path, tmp_path: Path) -> None:
+    placement = Placement(order=np.array([[6, 1, 4, 3, 0, 7, 2, 5], [7, 6, 5, 4, 3, 2, 1, 0]]), ranks=2)
+    placement.save(tmp_path / "placement.json")
+    degrees = {"tp_degree": 2, "moe_ep_degree": 2, "through_load_module": True}
+    plain = run(Run(directory=str(converted), **degrees), tmp_path / "plain")
+    placed = Run(
+        directory=str(converted),
+        expert_kernel=kernel,
+        expert_placement=str(tmp_path / "placement.json"),
+        **degrees,
+    )
+    found = run(placed, tmp_path / "placed")
+    assert (plain["logits"] - found["logits"]).abs().max() < TOLERANCE
+    assert torch.equal(plain["tokens"], found["tokens"])
+    router = "layers.1.block_sparse_moe.router.e_score_correction_bias"
+    assert torch.equal(found["routers"][router], plain["routers"][router].flip(0))

@@ -18,7 +18,10 @@ def make_application(model: Path, options: NeuronOptions, **overrides: Any) -> N
     """The application over a converted directory, in BF16; `overrides` are NeuronConfig's fields."""
     fields = neuron_config_fields(options) | quantization_options(model) | {"torch_dtype": torch.bfloat16} | overrides
     config = MiniMaxM2InferenceConfig(
-        nxdi.MoENeuronConfig(**fields), load_config=read_config(model), expert_kernel=options.expert_kernel
+        nxdi.MoENeuronConfig(**fields),
+        load_config=read_config(model),
+        expert_kernel=options.expert_kernel,
+        expert_placement=options.expert_placement,
     )
     return NeuronMiniMaxM2ForCausalLM(str(model), config)
 

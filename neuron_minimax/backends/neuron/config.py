@@ -49,6 +49,8 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
         if not hasattr(self, "expert_kernel"):
             self.expert_kernel = EXPERT_KERNELS[0]
+        if not hasattr(self, "expert_placement"):
+            self.expert_placement = None
         for name in ("output_attentions", "output_hidden_states"):
             setattr(self, name, getattr(self, name, False))
         options = self.neuron_config

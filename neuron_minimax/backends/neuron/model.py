@@ -16,6 +16,7 @@ from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig
 from neuron_minimax.backends.neuron.moe import build_moe
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import TensorDirectory
+from neuron_minimax.convert.placement import Placement
 from neuron_minimax.convert.plan import AttentionPrecision, Layout
 from neuron_minimax.convert.rules import RANK_TENSORS, RULES
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
@@ -186,6 +187,9 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
         options = self.config.neuron_config
         directory = options.quantized_checkpoints_path if options.quantized else self.model_path
         state = self.get_state_dict(str(directory), self.config)
+        if self.config.expert_placement:
+            # Renumbered experts are copies in host memory, 3.6 GB per layer of the real model.
+            state = Placement.load(self.config.expert_placement).for_ranks(options.moe_ep_degree).apply(state)
         return {name: cast_for(name, tensor, options.torch_dtype) for name, tensor in state.items()}
 
     def enable_context_encoding(self, **model_init_kwargs: Any) -> None:

@@ -35,6 +35,7 @@ class NeuronOptions:
     seq_len: int
     buckets: tuple[int, ...]
     expert_kernel: str = EXPERT_KERNELS[0]
+    expert_placement: str | None = None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
 
     def __post_init__(self) -> None:
         if self.expert_kernel not in EXPERT_KERNELS:

@@ -70,6 +70,14 @@ class Placement:
             raise ConversionError(f"the placement has {len(self.order)} layers, but the state dict has {extra}")
         return result
 
+    def for_ranks(self, ranks: int) -> "Placement":
+        """Itself. Raises ConversionError when it was made for another number of expert-parallel ranks."""
+        if self.ranks != ranks:
+            raise ConversionError(
+                f"the placement is for {self.ranks} expert-parallel ranks, but moe_ep_degree is {ranks}; make another"
+            )
+        return self
+
     def save(self, path: str | Path) -> None:
         """JSON: `format_version`, `moe_ep_degree`, `expert_order` (one list per layer)."""
         contents = {"format_version": FORMAT_VERSION, "moe_ep_degree": self.ranks, "expert_order": self.order.tolist()}
