@@ -78,14 +78,15 @@ def _value_sections(values: "ValueReport") -> Iterator[str]:
     ]
     if rows:
         yield table("Scales", ("kind", "blocks", "minimum", "median", "maximum", "largest code under 112"), rows)
-    sampled, histogram = max(1, sum(values.histogram)), values.histogram
-    zeros, beyond, end = (sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS)
-    lines = [
-        f"Values ({size_text(values.bytes_read)} read; shares are of every {SAMPLED_ROW}nd row)",
-        _wrapped(f"weight_scale_inv is the {values.convention or 'UNCLEAR'}: {values.evidence}", "  "),
-        f"  zero codes {100 * zeros / sampled:.3f} %, codes above 240 {100 * beyond / sampled:.3f} %, "
-        f"at the range end (448) {100 * end / sampled:.3f} %",
-    ]
+    lines = [f"Values ({size_text(values.bytes_read)} read; shares are of one row in {SAMPLED_ROW})"]
+    if values.codes:
+        sampled, histogram = max(1, sum(values.histogram)), values.histogram
+        zeros, beyond, end = (sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS)
+        lines += [
+            _wrapped(f"weight_scale_inv is the {values.convention or 'UNCLEAR'}: {values.evidence}", "  "),
+            f"  zero codes {100 * zeros / sampled:.3f} %, codes above 240 {100 * beyond / sampled:.3f} %, "
+            f"at the range end (448) {100 * end / sampled:.3f} %",
+        ]
     if values.router_bias:
         low, high = min(pair[0] for pair in values.router_bias), max(pair[1] for pair in values.router_bias)
         lines.append(f"  router bias from {low:.3f} to {high:.3f} over {len(values.router_bias)} layers")

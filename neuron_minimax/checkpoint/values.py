@@ -1,7 +1,7 @@
 """What the values of a checkpoint say: one pass over every weight and scale, checked and measured as it streams past.
 
 Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil(R / block rows), ceil(C / block
-columns)]. Every code is checked; the histogram and the norms come from every 32nd row, which is said where shown.
+columns)]. Every code is checked; the histogram and the norms come from one row of 64, which is said where shown.
 """
 
 import os
@@ -20,7 +20,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.errors import CheckpointError
 
-SAMPLED_ROW = 32  # one row of this many goes into the histogram and the norms
+SAMPLED_ROW = 64  # one row of this many goes into the histogram and the norms
 LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]  # a block below wastes two bits of range
 STRIP_BYTES = 1 << 20
 SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
@@ -57,7 +57,7 @@ class ScaleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueReport:
-    """What the values say. The histogram counts each of the 256 codes in every 32nd row; maxima are over all."""
+    """What the values say. The histogram counts each of the 256 codes in one row of 64; maxima are over all."""
 
     bytes_read: int
     codes: int
