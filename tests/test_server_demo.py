@@ -1,25 +1,21 @@
 """The embedded demo model behind the server: it answers in words, with reasoning apart, to the official client."""
 
-from pathlib import Path
-
 import openai
 import pytest
 
-import neuron_minimax
-from neuron_minimax.backends import compile_model, load
-from neuron_minimax.convert.run import convert
+from neuron_minimax.backends import load
+from neuron_minimax.serving.demo import demo_model
 from tests.served import ask, open_client, serving
-
-DEMO = Path(neuron_minimax.__file__).parent / "demo"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("demo")
-    convert(DEMO, directory / "converted")
-    options = {"slots": 3, "engine": "eager"}
-    compile_model(directory / "converted", directory / "traced", options=options)
-    with serving(load(directory / "traced")) as served:
+def traced(tmp_path_factory):
+    return demo_model(tmp_path_factory.mktemp("demo"), options={"slots": 3, "engine": "eager"})
+
+
+@pytest.fixture(scope="module")
+def client(traced):
+    with serving(load(traced)) as served:
         yield open_client(served)
 
 
@@ -37,3 +33,9 @@ def test_the_demo_model_is_streamed_word_by_word(client):
     assert len(content) > 1
     assert "Paris" in "".join(content)
     assert isinstance(chunks[0], openai.types.chat.ChatCompletionChunk)
+
+
+def test_a_demo_that_was_made_before_is_recognized(traced):
+    before = (traced / "manifest.json").stat().st_mtime_ns
+    assert demo_model(traced.parent, options={"slots": 3, "engine": "eager"}) == traced
+    assert (traced / "manifest.json").stat().st_mtime_ns == before

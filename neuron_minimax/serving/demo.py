@@ -1,22 +1,28 @@
 """The embedded demo model, made ready to be served: converted and compiled once, recognized afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from neuron_minimax.backends import compile_model
 from neuron_minimax.convert.run import convert
 
-SLOTS = 8
+OPTIONS: Mapping[str, Any] = {"slots": 8}
 
 
-def demo_model(parent: Path = Path("traced_model"), progress: Callable[[str], None] = lambda line: None) -> Path:
-    """The compiled demo for SLOTS requests at a time, in `parent`/demo-serving; made now unless it is there already.
+def demo_model(
+    parent: Path = Path("traced_model"),
+    options: Mapping[str, Any] = OPTIONS,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """The compiled demo in `parent`/demo-serving, for eight requests at a time unless the CPU `options` say otherwise;
+    made now, or recognized when it is there already.
 
     Raises ConversionError or BackendError.
     """
     traced, converted = parent / "demo-serving", parent / "demo-serving-converted"
     with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
         convert(checkpoint, converted)
-    compile_model(converted, traced, options={"slots": SLOTS}, progress=progress)
+    compile_model(converted, traced, options=options, progress=progress)
     return traced
