@@ -23,6 +23,6 @@ def demo_model(
     """
     traced, converted = parent / "demo-serving", parent / "demo-serving-converted"
     with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
-        convert(checkpoint, converted)
+        convert(checkpoint, converted, overwrite=True)  # of another version's demo
     compile_model(converted, traced, options=options, progress=progress)
     return traced
