@@ -15,7 +15,7 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.generate import check_tokens, room_for_answer
 from neuron_minimax.generation.minimax_format import opens_reasoning
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.constraints import ANY_OBJECT, Grammars
+from neuron_minimax.serving.constraints import ANY_OBJECT, Constraint, Grammars
 from neuron_minimax.serving.engine import DrainingError, Engine, Job, Output, QueueFullError
 from neuron_minimax.serving.metrics import Metrics
 from neuron_minimax.serving.pipeline import Pipeline
@@ -157,18 +157,18 @@ class Service:
         self.check_model_name(request.model)
         tools = None if request.tool_choice == "none" else request.tools
         tool_objects = tool_dicts(tools)
-        grammar = await asyncio.to_thread(self._grammar, request, tool_objects)
+        constraints = await asyncio.to_thread(self._constraints, request, tool_objects)
         prompt = await asyncio.to_thread(chat_prompt, model.tokenizer, request.messages, tools)
         ids = await asyncio.to_thread(self._encode, prompt)
         chat = {"in_reasoning": opens_reasoning(prompt), "tools": tool_objects}
         one_call = request.parallel_tool_calls is False
-        return self._submit(request, ids, grammar, chat, one_call)
+        return self._submit(request, ids, constraints, chat, one_call)
 
     async def start_completion(self, request: CompletionRequest) -> Running:
         """Queue a plain completion of one prompt. Raises RequestError."""
         self.check_model_name(request.model)
         ids = await asyncio.to_thread(self._prompt_ids, request.prompt)
-        return self._submit(request, ids, None, None, False)
+        return self._submit(request, ids, [None] * request.n, None, False)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -185,6 +185,11 @@ class Service:
         if len(text) > limit:
             raise RequestError(f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages")
         return self.model.tokenizer.encode(text)
+
+    def _constraints(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> list[Constraint | None]:
+        """One state of the request's grammar, if it asks for one, per choice."""
+        grammar = self._grammar(request, tools)
+        return [self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)]
 
     def _grammar(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> str | None:
         """The grammar that the request asks for, if any."""
@@ -221,7 +226,7 @@ class Service:
         self,
         request: ChatRequest | CompletionRequest,
         ids: Sequence[int],
-        grammar: str | None,
+        constraints: Sequence[Constraint | None],
         chat: dict[str, Any] | None,
         one_call: bool,
     ) -> Running:
@@ -233,7 +238,7 @@ class Service:
             param = "messages" if chat is not None else "prompt"
             raise RequestError(str(error), param=param, code="context_length_exceeded") from None
         running = Running(model.engine)
-        for index in range(request.n):
+        for index, constraint in enumerate(constraints):
             running.jobs.append(
                 Job(
                     prompt_ids=ids,
@@ -243,7 +248,7 @@ class Service:
                     pipeline=Pipeline(model.tokenizer, stops=request.stops(), chat=chat, one_call=one_call),
                     receive=running.receiver(index),
                     deadline=time.monotonic() + self.settings.request_timeout,
-                    constraint=model.grammars.constraint(grammar) if grammar else None,
+                    constraint=constraint,
                     top_logprobs=request.top(),
                 )
             )
