@@ -242,12 +242,67 @@ def vllm(model: str) -> None:
         found.save_quantized_state_dict(model, config)
 
 
+def trace(model: str, dtype: str) -> None:
+    """Both submodels as XLA graphs, by the real torch_xla on its CPU device: the values are those of eager torch, the
+    router is float32, and no tensor enters a graph but weights, caches and NxDI's inputs."""
+    import torch
+    import torch_xla
+    from neuronx_distributed.parallel_layers import parallel_state
+    from neuronx_distributed.trace.mock_torchdist import mock_distributed
+    from neuronx_distributed.trace.trace import get_sharded_checkpoint
+
+    from neuron_minimax.backends.neuron import nxdi
+    from neuron_minimax.backends.neuron.application import make_application
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+
+    os.environ.pop("NXD_CPU_MODE", None)
+    # The layer markers are calls of the closed compiler.
+    nxdi.ModuleMarkerStartWrapper = nxdi.ModuleMarkerEndWrapper = torch.nn.Identity
+    # Four slots choose as many experts as there are, which is NxD's path without an index into FP8 tensors.
+    options = NeuronOptions(**(OPTIONS | {"slots": 4}))
+    compute = getattr(torch, dtype)
+    application = make_application(Path(model), options, torch_dtype=compute, attn_kernel_enabled=False)
+    with mock_distributed(world_size=1), torch.no_grad():
+        torch.distributed.init_process_group(backend="xla", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
+        for wrapper in application.models:
+            parallel_state.set_aot_mode(True)
+            instance = wrapper.get_model_instance()
+            instance.load_module()
+            module = instance.module
+            state = application.checkpoint_loader_fn()
+            get_sharded_checkpoint(state, module, 0, 1)
+            module.load_state_dict(state)
+            instance.get(0)
+            inputs = list(wrapper.input_generator()[0])
+            batch, tokens = inputs[0].shape
+            inputs[0] = torch.randint(0, 150, (batch, tokens), dtype=inputs[0].dtype)
+            places = torch.arange(tokens) if tokens > 1 else torch.tensor([5])
+            inputs[2] = places.to(inputs[2].dtype).expand(batch, tokens).contiguous()
+            eager = module(*inputs)[0].float()
+            device = torch_xla.device()
+            traced = module.to(device)(*[value.to(device) for value in inputs])[0]
+            graph = torch_xla._XLAC._get_xla_tensors_hlo([traced])
+            difference = float((traced.cpu().float() - eager).abs().max())
+            assert difference < (TOLERANCE if compute == torch.float32 else 0.1), difference
+            known = {tuple(tensor.shape) for tensor in (*module.parameters(), *inputs)}
+            entered = re.findall(r"= \w+\[([\d,]*)\]\S* parameter\(", graph[graph.index("ENTRY") :])
+            shapes = {tuple(map(int, shape.split(","))) for shape in entered if shape}
+            assert shapes
+            assert shapes <= known, shapes - known
+            experts = module.config.num_local_experts
+            assert re.search(rf"f32\[\d+,{experts}\]\S* logistic\(f32", graph)
+            print(f"{wrapper.tag}: largest difference {difference:.1e}, {len(entered)} graph inputs")
+
+
 def main() -> None:
     from tests.neuron import standins
 
     os.environ["NXD_CPU_MODE"] = "1"
     standins.install()
-    checks = {check.__name__: check for check in (slots, adapter, on_device_sampling, rank_files, settings, vllm)}
+    checks = {
+        check.__name__: check for check in (trace, slots, adapter, on_device_sampling, rank_files, settings, vllm)
+    }
     checks[sys.argv[1]](*sys.argv[2:])
 
 

@@ -10,6 +10,7 @@ import pytest
 from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.ranks import ROOT
+from tests.neuron.standins import is_real
 from tests.tiny import write_tiny
 
 
@@ -20,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "converted"
 
 
-def check(name: str, *arguments: Path) -> str:
+def check(name: str, *arguments: object) -> str:
     """Run one check of `checks.py`; its output, or an AssertionError with it."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.neuron.checks", name, *map(str, arguments)]
@@ -52,3 +53,9 @@ def test_unserved_settings_are_refused_with_the_reason(model: Path) -> None:
 
 def test_vllm_neuron_finds_and_configures_the_class(model: Path) -> None:
     check("vllm", model)
+
+
+@pytest.mark.skipif(not is_real("torch_xla"), reason="the real torch_xla is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_submodels_are_xla_graphs_with_the_values_of_eager_torch(model: Path, dtype: str) -> None:
+    assert check("trace", model, dtype).count("largest difference") == 2

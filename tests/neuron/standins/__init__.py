@@ -5,9 +5,11 @@ module is a `Standin`: it can be named, subclassed, passed on and used as a deco
 What CPU mode really calls is written out in `operations.py`.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -94,11 +96,21 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             setattr(module, name, value)
 
 
+def is_real(package: str) -> bool:
+    """Whether the package is installed, stand-ins not counted."""
+    found = importlib.util.find_spec(package)
+    return found is not None and not isinstance(found.loader, _Finder)
+
+
 def install() -> None:
     """Make the closed packages importable; once per process."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
+    if is_real("torch_xla") and not is_real("libneuronxla"):
+        # It asks libneuronxla for a device when it is imported; it must not meet the stand-in.
+        os.environ.setdefault("PJRT_DEVICE", "CPU")
+        importlib.import_module("torch_xla")
     sys.meta_path.append(_Finder())
-    if importlib.util.find_spec("torch_neuronx").loader.__class__ is _Finder:  # type: ignore[union-attr]
+    if not is_real("torch_neuronx"):
         # TorchScript classes that torch_neuronx's shared library registers; NxD names them in annotations.
         torch.classes.neuron = Standin("torch.classes.neuron")
