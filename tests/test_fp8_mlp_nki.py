@@ -202,6 +202,15 @@ def test_every_chosen_block_moves_once_and_ahead_of_its_products_at_the_real_siz
     assert machine.counts["dma_into_busy"] == 0, "a load waits for the products of the previous one"
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_128_tokens_fit_the_memories_at_the_real_size(kernel, dtype, tolerance):
+    """The tolerance in bfloat16 is for two roundings, of silu(gate) * up and of the result: 2^-9 each, at random."""
+    case = Case(tokens=128, top_k=1, experts=2, hidden=3072, intermediate=1536, dtype=dtype)
+    hidden, *others = case.arguments()
+    out = kernel[0].expert_mlp(hidden, *others, cores=2)
+    assert relative_error(out, fp8_mlp.expert_mlp(hidden.double(), *others).numpy()) < tolerance
+
+
 def test_the_kernel_is_chosen_explicitly_and_only_where_it_can_run():
     from neuron_minimax.backends.neuron.options import check
     from neuron_minimax.config import ModelConfig

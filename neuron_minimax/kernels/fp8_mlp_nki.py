@@ -189,9 +189,10 @@ def block_scaled_product(moving, weight, scale, expert, ring, scales, turn):
         first = load * ROWS_PER_LOAD
         rows = min(ROWS_PER_LOAD, row_blocks - first)
         codes = load_codes(ring[(turn * loads + load) % len(ring)], weight, expert, first, rows)
-        if moving.dtype == nl.float32:
-            codes = widened(codes, rows)
         for row in range(rows):
+            blocks = codes[:, row, :]
+            if moving.dtype == nl.float32:
+                blocks = widened(blocks)
             for column in range(0, column_blocks, group):
                 width = min(group, column_blocks - column)
                 partial = nl.ndarray((PARTITIONS, width, tokens), dtype=nl.float32, buffer=nl.psum)
@@ -199,7 +200,7 @@ def block_scaled_product(moving, weight, scale, expert, ring, scales, turn):
                     start = (column + step) * PARTITIONS
                     nisa.nc_matmul(
                         dst=partial[:, step, :],
-                        stationary=codes[:, row, start : start + PARTITIONS],
+                        stationary=blocks[:, start : start + PARTITIONS],
                         moving=moving[:, first + row, :],
                         accumulate=False,
                     )
@@ -236,10 +237,10 @@ def load_codes(tile, weight, expert, first, rows):
     return tile
 
 
-def widened(codes, rows):
-    """The codes as float32: the tensor engine takes float32 only on both sides."""
-    wide = nl.ndarray((PARTITIONS, rows, codes.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=wide, src=codes[:, 0:rows, :])
+def widened(blocks):
+    """One row of blocks [P, columns] as float32: the tensor engine takes float32 only on both sides."""
+    wide = nl.ndarray(blocks.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_copy(dst=wide, src=blocks)
     return wide
 
 
