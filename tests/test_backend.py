@@ -322,5 +322,5 @@ def test_without_a_compiler_the_eager_engine_runs_and_says_so(eager, tmp_path, m
     ids = some_ids(6)
     assert torch.equal(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids))
     monkeypatch.undo()
-    with pytest.raises(BackendError, match="machine compiler was None"):
-        load(tmp_path / "traced")
+    wanted = check_options(ModelConfig.from_dir(eager / "converted"), options(engine="compiled"))
+    assert (report.manifest.options["engine"], wanted["engine"]) == ("eager", "compiled")

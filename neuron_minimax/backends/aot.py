@@ -3,8 +3,14 @@
 Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
 """
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +20,7 @@ from torch import nn
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
+from neuron_minimax.errors import BackendError
 from neuron_minimax.kernels.fp8 import linear
 from neuron_minimax.kernels.static_mlp import (
     blocked_expert_mlp,
@@ -26,6 +33,7 @@ from neuron_minimax.model.kv_cache import KVCache
 from neuron_minimax.model.layers import Kernels
 from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
 
+MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation.pt2"
 # Tokens of one expert per loop: eight tokens choose an expert 1.5 times on average, rarely more than three times.
 DECODE_BLOCK = 3
@@ -105,20 +113,43 @@ class ContextEncoding(Graph):
 def build_graphs(
     model_directory: Path, graphs: Path, options: CPUOptions, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Export and compile every graph into `graphs`; returns file name to seconds."""
+    """Export and compile every graph into `graphs`, each in a process of its own, as many at a time as there are cores.
+
+    Returns file name to seconds. Raises BackendError with the last line of what a failing compile said.
+    """
+    names = [TOKEN_GENERATION, *(context_name(bucket) for bucket in options.buckets)]
+    seconds: dict[str, float] = {}
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
+        running = {pool.submit(_build_in_process, model_directory, graphs, options, name): name for name in names}
+        progress(f"compiling {len(names)} graphs")
+        for future in as_completed(running):
+            name = running[future]
+            seconds[name] = future.result()
+            progress(f"compiled {name} in {seconds[name]:.1f} s ({len(seconds)} of {len(names)})")
+    return {name: seconds[name] for name in names}
+
+
+def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> float:
+    arguments = [str(model_directory), str(graphs), json.dumps(asdict(options)), name]
+    started = time.monotonic()
+    finished = subprocess.run([sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True)
+    if finished.returncode:
+        said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise BackendError(f"compiling {name} failed: {said[-1]}")
+    return time.monotonic() - started
+
+
+def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> None:
+    """Export and compile one graph."""
     model = with_byte_codes(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
     cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
-    seconds = {}
-    for number, (name, graph, inputs) in enumerate(all_graphs(model, cache, options), start=1):
-        progress(f"compiling {name} ({number} of {len(options.buckets) + 1})")
-        started = time.monotonic()
-        with torch.no_grad():
-            exported = torch.export.export(graph, inputs)
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(graphs / name), inductor_configs=INDUCTOR_OPTIONS
-            )
-        seconds[name] = time.monotonic() - started
-    return seconds
+    graphs_by_name = {each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)}
+    graph, inputs = graphs_by_name[name]
+    with torch.no_grad():
+        exported = torch.export.export(graph, inputs)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(graphs / name), inductor_configs=INDUCTOR_OPTIONS
+        )
 
 
 def all_graphs(
@@ -187,3 +218,10 @@ def _load_graph(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., tor
     wanted = graph.get_constant_fqns()
     graph.load_constants({name: state[name] for name in wanted}, check_full_update=True, user_managed=True)
     return graph
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[3])
+    build_graph(
+        Path(sys.argv[1]), Path(sys.argv[2]), CPUOptions(**{**fields, "buckets": tuple(fields["buckets"])}), sys.argv[4]
+    )

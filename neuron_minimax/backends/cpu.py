@@ -1,5 +1,7 @@
 """The CPU backend: its options, and which engine builds and loads it. Torch is imported only when it is needed."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,6 +20,8 @@ ENGINES = ("compiled", "eager")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_BUCKETS = (64, 512)
 TESTED_TORCH = (2, 13)
+EAGER_AS_ASKED = "eager engine, as asked: nothing was compiled"
+NO_COMPILER = "no C++ compiler (g++, or $CXX) was found: the eager engine runs instead"
 SOURCES = (
     "backends/aot.py",
     "kernels/fp8.py",
@@ -60,6 +64,8 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     default = tuple(size for size in DEFAULT_BUCKETS if size <= seq_len) or (seq_len,)
     given["buckets"] = tuple(given.get("buckets", default))
+    if given.get("engine", "compiled") == "compiled" and not _compiler_is_there():
+        given["engine"] = "eager"
     if seq_len > config.max_position_embeddings:
         raise BackendError(
             f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} of config.json"
@@ -84,9 +90,7 @@ def build(
     instead, and a note says so. Raises BackendError when the tested torch fails.
     """
     if options["engine"] == "eager":
-        return {}, ["eager engine, as asked: nothing was compiled"]
-    if cpu_here()["compiler"] is None:
-        return {}, ["no C++ compiler (g++, or $CXX) was found: the eager engine runs instead"]
+        return {}, [EAGER_AS_ASKED if _compiler_is_there() else NO_COMPILER]
     from neuron_minimax.backends.aot import build_graphs
 
     try:
@@ -113,6 +117,10 @@ def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
     from neuron_minimax.backends.aot import CompiledBackend
 
     return CompiledBackend(model, graphs, options)
+
+
+def _compiler_is_there() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _parse(options: Mapping[str, Any]) -> CPUOptions:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -109,16 +108,11 @@ def versions_of(packages: Sequence[str], sources: Sequence[str]) -> dict[str, st
 
 
 def cpu_here() -> dict[str, Any]:
-    """What compiled CPU code depends on: architecture, instruction sets, and whether a C++ compiler is there."""
+    """What compiled CPU code depends on: architecture and instruction sets."""
     features: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
         features = set(flags.partition(":")[2].split())
-    compiler = os.environ.get("CXX", "g++")
-    return {
-        "architecture": platform.machine(),
-        "features": [name for name in CPU_FEATURES if name in features],
-        "compiler": compiler if shutil.which(compiler) else None,
-    }
+    return {"architecture": platform.machine(), "features": [name for name in CPU_FEATURES if name in features]}
