@@ -1,0 +1,1 @@
+"""MiniMax-M2 in torch over the converted checkpoint."""
