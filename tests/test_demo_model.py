@@ -124,7 +124,7 @@ def test_the_embedded_checkpoint_is_whole_in_fp8_and_small() -> None:
 def test_the_embedded_checkpoint_answers_held_out_questions_as_well_as_its_model_card_says(model, tokenizer) -> None:
     graded = answer_all(model, tokenizer, held_out(130, HELD_OUT_SEED + 1))
     assert {g.conversation.kind for g in graded} == set(KINDS)
-    assert sum(g.right for g in graded) / len(graded) >= 0.9
+    assert sum(g.right for g in graded) / len(graded) >= 0.95
 
 
 def test_the_halved_conversion_answers_as_the_stored_checkpoint_and_the_literal_reciprocal_not_at_all() -> None:

@@ -30,8 +30,8 @@ def answer_all(
     model: MiniMaxM2,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
-    max_new_tokens: int = 160,
-    batch_size: int = 64,
+    max_new_tokens: int = 96,
+    batch_size: int = 128,
 ) -> list[Graded]:
     """Greedy replies to all prompts, in the order given, each checked against the conversation's own reply."""
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
