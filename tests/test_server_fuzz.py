@@ -47,7 +47,7 @@ def client(tmp_path_factory):
     backend = ScriptedBackend(
         write_tokenizer(tmp_path_factory.mktemp("tokenizer")), lambda prompt: "x\n</think>\n\nyes"
     )
-    with serving(backend, request_timeout=5) as served, httpx.Client(base_url=served.url, timeout=30) as client:
+    with serving(backend, request_timeout=60) as served, httpx.Client(base_url=served.url, timeout=30) as client:
         yield client
 
 
