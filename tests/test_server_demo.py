@@ -1,11 +1,13 @@
 """The embedded demo model behind the server: it answers in words, with reasoning apart, to the official client."""
 
+import json
+
 import openai
 import pytest
 
 from neuron_minimax.backends import load
 from neuron_minimax.serving.demo import demo_model
-from tests.served import ask, open_client, serving
+from tests.served import MODEL, ask, open_client, serving
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +41,22 @@ def test_a_demo_that_was_made_before_is_recognized(traced):
     before = (traced / "manifest.json").stat().st_mtime_ns
     assert demo_model(traced.parent, options={"slots": 3, "engine": "eager"}) == traced
     assert (traced / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_the_demo_model_calls_a_tool_and_answers_from_its_result(client):
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Get the weather", "parameters": city},
+    }
+    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
+    options = {"model": MODEL, "tools": [tool], "temperature": 0, "max_tokens": 200}
+    first = client.chat.completions.create(messages=messages, **options).choices[0]
+    assert first.finish_reason == "tool_calls"
+    (call,) = first.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    messages.append(first.message.model_dump(exclude_none=True))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "condition": "sunny"}'})
+    second = client.chat.completions.create(messages=messages, **options).choices[0]
+    assert second.finish_reason == "stop"
+    assert "21" in second.message.content
