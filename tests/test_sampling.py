@@ -65,6 +65,17 @@ def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answe
     assert len(counts) > 5
 
 
+def test_the_repetition_penalty_covers_prompt_and_answer():
+    said, logits = [3, 700], random_logits(6)
+    sampler = Sampler(SamplingOptions(temperature=0.0, repetition_penalty=3.0), said)
+    processor = RepetitionPenaltyLogitsProcessor(penalty=3.0)
+    for _ in range(20):
+        wanted = int(processor(torch.tensor([said]), logits[None].clone()).argmax())
+        assert sampler.choose(logits) == wanted
+        said.append(wanted)
+    assert len(set(said)) > 5
+
+
 def test_greedy_takes_the_first_of_the_largest_logits():
     logits = torch.tensor([0.0, 2.0, 1.0, 2.0])
     assert Sampler(GREEDY).choose(logits) == 1

@@ -64,7 +64,8 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
         self.options = options
-        self._prompt = frozenset(prompt_ids) if options.repetition_penalty != 1.0 else frozenset()
+        self._prompt = prompt_ids
+        self._mask: torch.Tensor | None = None
         self._counts: Counter[int] = Counter()
         self._random = torch.Generator()
         if options.seed is None:
@@ -94,17 +95,23 @@ class Sampler:
 
     def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
         options = self.options
-        if options.repetition_penalty != 1.0 and (seen := self._prompt | self._counts.keys()):
-            index = torch.tensor(sorted(seen))
-            values = scores[index]
-            factor = torch.where(values > 0, 1 / options.repetition_penalty, options.repetition_penalty)
-            scores = scores.index_put((index,), values * factor)
+        if options.repetition_penalty != 1.0:
+            divided, multiplied = scores / options.repetition_penalty, scores * options.repetition_penalty
+            scores = torch.where(self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores)
         if self._counts and (options.presence_penalty or options.frequency_penalty):
             index = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
             penalty = options.presence_penalty + options.frequency_penalty * counts
             scores = scores.index_put((index,), scores[index] - penalty)
         return scores
+
+    def _seen(self, vocab_size: int) -> torch.Tensor:
+        """Which tokens [V] the prompt and the answer have had."""
+        if self._mask is None:
+            self._mask = torch.zeros(vocab_size, dtype=torch.bool)
+            self._mask[torch.tensor(self._prompt, dtype=torch.int64)] = True
+        self._mask[list(self._counts)] = True
+        return self._mask
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
