@@ -1,5 +1,6 @@
 """The engine: joining and leaving between steps, fairness, limits, and answers that do not depend on neighbours."""
 
+import dataclasses
 import queue
 import threading
 import time
@@ -115,6 +116,18 @@ def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answ
     engine.submit(again.job)
     again.wait()
     assert again.job.cached_tokens == len(prompt) - 1  # the last token is computed again: its logits are needed
+
+
+def test_a_backend_that_cannot_continue_a_slot_gets_every_prompt_whole(make_engine, tokenizer):
+    backend = scripted(tokenizer, "hi", slots=1)
+    backend.capabilities = dataclasses.replace(backend.capabilities, chunked_encoding=False)
+    engine = make_engine(backend)
+    for _ in range(2):
+        client = Client(tokenizer, [7] * 50)
+        engine.submit(client.job)
+        assert client.wait()[0] == "hi"
+        assert client.job.cached_tokens == 0
+    assert [call for call in backend.calls if "encode" in call] == ["encode 50"] * 2
 
 
 def test_running_requests_advance_after_every_chunk_of_long_prompts(make_engine, tokenizer):
