@@ -31,11 +31,7 @@ from neuron_minimax.generation.sampling import GREEDY, SamplingOptions, distinct
 from neuron_minimax.generation.tokenizer import TextTokenizer
 
 DEMO_CHECKPOINT = Path(__file__).parent / "neuron_minimax" / "demo"
-PROMPTS = (
-    "What is the capital of France?",
-    "What is 47 + 38?",
-    "Sort these numbers in ascending order: 7, 2, 9, 4.",
-)
+PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
 SMOKE_TOKENS = 50
 # Fewer distinct tokens than this among 50 means that the model repeats itself.
 SMOKE_RATIO = 0.2
