@@ -16,7 +16,6 @@ from neuron_minimax.errors import CheckpointError
 OCP_MAX = 448.0
 NEURON_MAX = 240.0
 CODE_NAN = 0x7F
-CACHE_PIECE = 1 << 17  # bytes
 # Largest absolute value in a block of a trained weight, under the right reading of its scale (see decide_convention).
 TRAINED_BLOCK_MAX = (1e-4, 1e2)
 
@@ -74,27 +73,16 @@ def quantize(weight: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np
 def halve(codes: np.ndarray) -> np.ndarray:
     """Codes of half the values, so that none exceeds 240 and a doubled scale gives the same weight.
 
-    Rounds to nearest even; exact for every |code| above 15 * 2^-9 (count_rounded counts the others). Byte arithmetic
-    in pieces that stay in the second-level cache: twice as fast as a table. NaN codes must have been refused before.
+    Rounds to nearest even; exact for every |code| above 15 * 2^-9 (count_rounded counts the others). From magnitude
+    0x10 on, halving lowers the exponent field by one, a step of 8; below, a code is its value in units of 2^-9, and the
+    step is half of it, odd ones up to the next odd number. NaN codes must have been refused before.
     """
-    flat, halved = np.ascontiguousarray(codes).reshape(-1), np.empty(codes.size, dtype=np.uint8)
-    magnitudes, buffer = np.empty((2, CACHE_PIECE), dtype=np.uint8)
-    for start in range(0, flat.size, CACHE_PIECE):
-        piece, out = flat[start : start + CACHE_PIECE], halved[start : start + CACHE_PIECE]
-        magnitude, small = magnitudes[: piece.size], buffer[: piece.size]
-        np.bitwise_and(piece, 0x7F, out=magnitude)
-        # Up to 0x0f a code is its value in units of 2^-9: (m + (m >> 1 & 1)) >> 1 halves it, ties to even.
-        np.right_shift(magnitude, 1, out=small)
-        np.bitwise_and(small, 1, out=small)
-        np.add(small, magnitude, out=small)
-        np.right_shift(small, 1, out=small)
-        # From 0x10 on, halving lowers the exponent field by one: m - 8. On either side the larger one is right.
-        np.maximum(magnitude, 8, out=magnitude)
-        np.subtract(magnitude, 8, out=magnitude)
-        np.maximum(magnitude, small, out=magnitude)
-        np.bitwise_and(piece, 0x80, out=small)
-        np.bitwise_or(magnitude, small, out=out)
-    return halved.reshape(codes.shape)
+    step = codes >> 1
+    step &= 0x3F
+    step |= codes & 1
+    # An array of eights, because numpy compares with a scalar thirty times as slowly.
+    np.minimum(step, np.full_like(step, 8), out=step)
+    return np.subtract(codes, step, out=step)
 
 
 def count_rounded(codes: np.ndarray) -> int:
