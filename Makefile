@@ -23,6 +23,11 @@ lint: .venv/stamp
 
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks.conversion
+	$(BIN)/python -m benchmarks.inspection
+	$(BIN)/python -m benchmarks.cache --transformers
+	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.kernel_model
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -39,7 +39,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 4,
 }
-SEQ_LEN, BUCKETS = 512, (64, 256)
+SEQ_LEN, BUCKETS = 512, (64, 128, 192, 256)
 WORDS = ["the", "harbour", "keeps", "seven", "red", "lamps", "above", "an", "old", "market", "and", "counts", "them"]
 
 
