@@ -42,6 +42,7 @@ def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
         "buckets": [128, 256, 512, 1024],
         "expert_kernel": "torch",
         "expert_placement": None,
+        "expert_placement_sha256": None,
     }
     assert backend.check_options(PUBLISHED, checked) == checked
 
@@ -67,6 +68,18 @@ def test_the_planner_stops_a_compile_that_cannot_work_and_force_goes_on() -> Non
 def test_bad_options_are_named(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(NeuronMiniMaxError, match=message):
         backend.check_options(PUBLISHED, bad)
+
+
+def test_a_placement_is_known_by_its_contents(tmp_path: Path) -> None:
+    config, placement = PUBLISHED, tmp_path / "placement.json"
+    request = {"slots": 32, "expert_placement": str(placement)}
+    with pytest.raises(BackendError, match=r"placement\.json cannot be read"):
+        backend.check_options(config, request)
+    checked = []
+    for text in ("{}", "{ }", "{}"):
+        placement.write_text(text)
+        checked.append(backend.check_options(config, request))
+    assert checked[0] == checked[2] != checked[1]
 
 
 def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Options of a Neuron compile: checked by the planner first, and turned into NxDI's settings and environment."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class NeuronOptions:
     buckets: tuple[int, ...]
     expert_kernel: str = EXPERT_KERNELS[0]
     expert_placement: str | None = None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
+    expert_placement_sha256: str | None = None  # of that file's contents, filled in by `check`
 
     def __post_init__(self) -> None:
         if self.expert_kernel not in EXPERT_KERNELS:
@@ -71,6 +73,8 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
     given.setdefault("slots", 1)
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     given["buckets"] = tuple(given.get("buckets") or default_buckets(seq_len))
+    if "expert_placement" in given:
+        given["expert_placement_sha256"] = _digest(Path(given["expert_placement"]))
     checked = parse(given)
     plan = plan_deployment(
         deployment_case(
@@ -87,6 +91,17 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
     if plan.refused and not force:
         raise BackendError(f"{plan.render()}\nthis cannot work; change the settings, or compile with --force")
     return {**asdict(checked), "buckets": list(checked.buckets)}
+
+
+def _digest(placement: Path) -> str:
+    """So that a compile with other contents under the same name is not taken for the same."""
+    try:
+        return hashlib.sha256(placement.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BackendError(
+            f"--expert-placement {placement} cannot be read ({error.strerror}); expected a file that "
+            "`neuron-minimax experts --placement` wrote"
+        ) from None
 
 
 def default_buckets(seq_len: int) -> tuple[int, ...]:
