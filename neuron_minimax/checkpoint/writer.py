@@ -47,7 +47,6 @@ class ShardWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
-        self.data_bytes = position
         self._remaining = position
         self._file = self.partial.open("wb", buffering=0)
         self._write_all(memoryview(len(text).to_bytes(8, "little") + text))
