@@ -240,6 +240,24 @@ def test_every_source_is_used_exactly_once(tmp_path):
         plan(tensors, source.config, Layout())
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.layers.0.block_sparse_moe.gate.weight", lambda t: t.bfloat16(), "is BF16; expected F32"),
+        ("model.layers.1.block_sparse_moe.e_score_correction_bias", lambda t: t.bfloat16(), "is BF16; expected F32"),
+        (W1, lambda t: t[:, :1].contiguous(), r"has shape \[128, 1\]"),
+        (W1 + "_scale_inv", lambda t: t[:1, :1].contiguous(), r"has shape \[1, 1\]; config.json implies \[1, 2\]"),
+    ],
+)
+def test_a_state_dict_in_memory_is_held_to_the_table(tmp_path, name, change, words):
+    stored = read_all(write_tiny(tmp_path / "c"))
+    stored[name] = change(stored[name])
+    with pytest.raises(ConversionError, match=f"{name} {words}"):
+        convert_hf_to_neuron_state_dict(
+            stored, ModelConfig.from_dir(tmp_path / "c"), Layout(scale_convention="multiplier")
+        )
+
+
 def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):
     source = write_tiny(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")

@@ -21,6 +21,7 @@ from neuron_minimax.errors import ConversionError
 Sources = Mapping[str, tuple[str, tuple[int, ...]]]
 # Source names of each piece of an output: one group per expert when stacked.
 Groups = tuple[tuple[str, ...], ...]
+SCHEMA = {weight.template: weight for weight in schema.WEIGHTS}
 FLOAT32_ONLY = {weight.template for weight in schema.WEIGHTS if weight.float32_only}
 
 
@@ -199,6 +200,9 @@ def _bind(
     groups = tuple(tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts)
     target = rule.target.format(l=layer)
     dtype = _common_dtype(target, groups, sources)
+    if rule.sources[0] in FLOAT32_ONLY and dtype != "F32":
+        raise ConversionError(f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts")
+    _check_shapes(rule, groups, sources, config)
     to_bf16 = rule.sources[0] not in FLOAT32_ONLY and _kept_in_bf16(rule, layer, groups, layout)
 
     def output(name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()) -> Output:
@@ -228,6 +232,20 @@ def _bind(
     halved = layout.fp8_range is FP8Range.NEURON
     yield output(target, dtype, Treatment.HALVE if halved else Treatment.KEEP, groups)
     yield output(target_scale_name(target), "F32", SCALE_TREATMENTS[convention, halved], scale_groups)
+
+
+def _check_shapes(rule: Rule, groups: Groups, sources: Sources, config: ModelConfig) -> None:
+    """Raise ConversionError for a weight whose shape config.json does not imply, or FP8 scales that miss its blocks."""
+    for group in groups:
+        for template, name in zip(rule.sources, group, strict=True):
+            shape = schema.shape_of(SCHEMA[template], config)
+            wanted = {name: shape}
+            if len(shape) == 2:
+                wanted[schema.scale_name(name)] = schema.block_grid(shape, config.weight_block_size)
+            for tensor, expected in wanted.items():
+                if tensor in sources and tuple(sources[tensor][1]) != expected:
+                    found = list(sources[tensor][1])
+                    raise ConversionError(f"{tensor} has shape {found}; config.json implies {list(expected)}")
 
 
 def _common_dtype(target: str, groups: Groups, sources: Sources) -> str:
