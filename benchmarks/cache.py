@@ -3,21 +3,20 @@
 python -m benchmarks.cache [--directory DIR] [--rounds N] [--transformers]
 """
 
-import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.conversion import CHILD, read_into_cache
-from benchmarks.synthetic import real_layers, write_synthetic
+from benchmarks.shared import checkpoint, empty_scratch, parser_of
+from benchmarks.synthetic import real_layers
 from neuron_minimax.checkpoint.fp32_cache import build_cache, open_cache
 from neuron_minimax.checkpoint.reader import Checkpoint
 
@@ -82,17 +81,16 @@ def time_opening(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "neuron-minimax-bench")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", action="store_true", help="also time transformers (14 GB of memory)")
     arguments = parser.parse_args()
-    target = arguments.directory / "cache"
-    shutil.rmtree(target, ignore_errors=True)
-    source = write_synthetic(arguments.directory / "2-layers-64-experts", real_layers())
+    scratch = empty_scratch(arguments.directory)
+    target = scratch / "cache"
+    source = checkpoint(arguments.directory, "2-layers-64-experts", real_layers())
     print(f"{'':9}" + "".join(f"{name:>12}" for name in ("build s", "write s", "% of write", "GB", "anon MB")))
     for dtype in ("float32", "bfloat16"):
-        measure(source, arguments.directory, dtype, arguments.rounds)
+        measure(source, scratch, dtype, arguments.rounds)
     build_cache(source, target)
     print(f"opening the finished float32 cache: {time_opening(source, target):.2f} s")
     shutil.rmtree(target)

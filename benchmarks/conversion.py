@@ -3,18 +3,17 @@
 python -m benchmarks.conversion [--directory DIR] [--rounds N] [--full-layer]
 """
 
-import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.synthetic import real_layers, write_synthetic
+from benchmarks.shared import checkpoint, empty_scratch, parser_of
+from benchmarks.synthetic import real_layers
 
 # Runs the conversion after its imports, watching its own anonymous memory.
 CHILD = """
@@ -87,8 +86,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "neuron-minimax-bench")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full-layer", action="store_true", help="also one layer of 256 experts, 3.7 GB")
     arguments = parser.parse_args()
@@ -96,8 +94,8 @@ def main() -> None:
     if arguments.full_layer:
         cases.append(("1-layer-256-experts", real_layers(layers=1, experts=256)))
     for name, config in cases:
-        source = write_synthetic(arguments.directory / name, config)
-        measure(source, arguments.directory, arguments.rounds)
+        source = checkpoint(arguments.directory, name, config)
+        measure(source, empty_scratch(arguments.directory), arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ Each row is measured in a process of its own, rounds alternate between them, and
 transformers in float32.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from benchmarks.synthetic import real_layers, write_synthetic
-from neuron_minimax.backends import compile_model
+from benchmarks.shared import checkpoint, compiled, converted, parser_of
+from benchmarks.synthetic import real_layers
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.run import convert
 
 OURS = """
 import json, sys, time, torch
@@ -81,14 +78,12 @@ def bytes_per_token(config: ModelConfig) -> int:
 
 
 def prepare(directory: Path, batch_size: int) -> tuple[Path, dict[int, Path]]:
-    source = write_synthetic(directory / "checkpoint", real_layers())
-    convert(source, directory / "converted")
-    traced = {slots: directory / f"traced-{slots}" for slots in (1, batch_size)}
-    for slots, path in traced.items():
-        options = {"slots": slots, "seq_len": 1024, "buckets": (512,)}
-        report = compile_model(directory / "converted", path, options=options, progress=print)
-        print(report.render())
-    return source, traced
+    model = "2-layers-64-experts", real_layers()
+    traced = {
+        slots: compiled(directory, *model, f"{slots}-slots", slots=slots, seq_len=1024, buckets=(512,))
+        for slots in (1, batch_size)
+    }
+    return checkpoint(directory, *model), traced
 
 
 def measure(directory: Path, steps: int, rounds: int, batch_size: int) -> None:
@@ -105,7 +100,12 @@ def measure(directory: Path, steps: int, rounds: int, batch_size: int) -> None:
     medians = {
         name: {key: statistics.median(each[key] for each in rows) for key in rows[0]} for name, rows in results.items()
     }
-    print_table(medians, ModelConfig.from_dir(source), batch_size, stored_bytes(directory / "converted"))
+    print_table(
+        medians,
+        ModelConfig.from_dir(source),
+        batch_size,
+        stored_bytes(converted(directory, "2-layers-64-experts", real_layers())),
+    )
 
 
 def stored_bytes(converted: Path) -> int:
@@ -134,15 +134,12 @@ def print_table(medians: dict[str, dict[str, float]], config: ModelConfig, batch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, help="keep checkpoint and compiled models here")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = arguments.directory or Path(scratch)
-        measure(directory, arguments.steps, arguments.rounds, arguments.batch_size)
+    measure(arguments.directory, arguments.steps, arguments.rounds, arguments.batch_size)
 
 
 if __name__ == "__main__":

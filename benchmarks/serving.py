@@ -15,7 +15,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +23,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.synthetic import real_layers, write_synthetic
-from neuron_minimax.backends import compile_model
+from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
+from benchmarks.synthetic import real_layers
 from neuron_minimax.checkpoint.fp32_cache import build_cache
-from neuron_minimax.convert.run import convert
 
 DEMO = Path(__file__).resolve().parent.parent / "neuron_minimax" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -43,20 +41,16 @@ SEQ_LEN, BUCKETS = 512, (64, 128, 192, 256)
 WORDS = ["the", "harbour", "keeps", "seven", "red", "lamps", "above", "an", "old", "market", "and", "counts", "them"]
 
 
-def make_models(work: Path, engine: str, slots: int) -> tuple[Path, Path]:
+def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
     """(compiled directory, the peer's float32 checkpoint) of one seeded model."""
-    checkpoint, cache = work / "checkpoint", work / "float32"
-    write_synthetic(checkpoint, real_layers(layers=4, experts=16, vocabulary=1280) | SMALL)
+    model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
+    source, cache = checkpoint(directory, *model), directory / "caches" / "serving-float32"
+    build_cache(source, cache, "float32")
     for name in TOKENIZER_FILES:
-        shutil.copyfile(DEMO / name, checkpoint / name)
-    convert(checkpoint, work / "converted")
-    options = {"slots": slots, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
-    report = compile_model(work / "converted", work / "traced", options=options)
-    print(report.render(), flush=True)
-    build_cache(checkpoint, cache, "float32")
-    for name in TOKENIZER_FILES:
+        shutil.copyfile(DEMO / name, source / name)
         shutil.copyfile(DEMO / name, cache / name)
-    return work / "traced", cache
+    options = {"slots": slots, "seq_len": SEQ_LEN, "buckets": BUCKETS, "engine": engine}
+    return compiled(directory, *model, f"{slots}-slots-{engine}", **options), cache
 
 
 @contextmanager
@@ -133,9 +127,10 @@ async def load(url: str, model: str, clients: int, requests: int, new_tokens: in
     }
 
 
-def compare(work: Path, arguments: argparse.Namespace) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Print one table, the peer's rows under ours."""
-    traced, cache = make_models(work, arguments.engine, arguments.slots)
+    traced, cache = make_models(arguments.directory, arguments.engine, arguments.slots)
+    work = empty_scratch(arguments.directory)
     ours = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
     ours += ["--served-model-name", "model"]
     peer = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache), "--device", "cpu"]
@@ -233,7 +228,7 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=32, help="in total, at every number of clients")
     parser.add_argument("--new-tokens", type=int, default=48)
@@ -241,18 +236,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="compiled", choices=("compiled", "eager"))
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
-    parser.add_argument("--directory", type=Path, help="where the models are made; default: a temporary one")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.directory or Path(temporary)
-        if not arguments.soak_minutes:
-            compare(work, arguments)
-            return 0
-        traced, _ = make_models(work, arguments.engine, arguments.slots)
-        command = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
-        command += ["--served-model-name", "model"]
-        with process(command, r"listening on (http://\S+)", work / "soak.log") as (url, pid):
-            return 0 if asyncio.run(soak(url, pid, arguments.soak_minutes)) else 1
+    if not arguments.soak_minutes:
+        compare(arguments)
+        return 0
+    traced, _ = make_models(arguments.directory, arguments.engine, arguments.slots)
+    command = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
+    command += ["--served-model-name", "model"]
+    with process(command, r"listening on (http://\S+)", empty_scratch(arguments.directory) / "soak.log") as (url, pid):
+        return 0 if asyncio.run(soak(url, pid, arguments.soak_minutes)) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""The one directory of all benchmarks: seeded checkpoints, their conversions and compiled models, each made once.
+
+DIR/checkpoints/NAME   written by synthetic.py
+DIR/converted/NAME     its conversion
+DIR/traced/NAME-...    compiled models
+DIR/scratch            whatever a benchmark writes and removes again
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.synthetic import write_synthetic
+
+DEFAULT = Path(tempfile.gettempdir()) / "neuron-minimax-bench"
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A benchmark's parser: every one takes the same --directory."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--directory", type=Path, default=DEFAULT, help=f"what is made once is kept here (default: {DEFAULT})"
+    )
+    return parser
+
+
+def checkpoint(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
+    return write_synthetic(directory / "checkpoints" / name, config_json)
+
+
+def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
+    """The conversion of a checkpoint; converting again recognizes what is there."""
+    from neuron_minimax.convert.run import convert
+
+    output = directory / "converted" / name
+    convert(checkpoint(directory, name, config_json), output)
+    return output
+
+
+def compiled(directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any) -> Path:
+    """A compiled model with these options of the CPU backend; compiled again only when its code has changed."""
+    from neuron_minimax.backends import compile_model
+
+    traced = directory / "traced" / f"{name}-{suffix}"
+    compile_model(converted(directory, name, config_json), traced, options=options)
+    return traced
+
+
+def empty_scratch(directory: Path) -> Path:
+    scratch = directory / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
