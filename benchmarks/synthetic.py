@@ -81,10 +81,11 @@ def _elements(wanted: schema.Expected, pool: np.ndarray, generator: np.random.Ge
         rows, columns = wanted.shape
         return np.resize(np.roll(pool, int(generator.integers(pool.size))), (rows, columns))
     if wanted.weight.kind == "e_score_correction_bias":
-        values = 7 + generator.normal(0, 0.5, wanted.shape)
+        # Of the real size, and nearly equal, so that random tokens spread over the experts as a balanced model's do.
+        values = 7 + generator.normal(0, 0.02, wanted.shape)
     elif wanted.weight.module_group == "norm":
         values = np.ones(wanted.shape)
-    else:
-        values = generator.normal(0, 0.02, wanted.shape)
+    else:  # embeddings outweigh what attention averages over the tokens, else all tokens would choose the same experts
+        values = generator.normal(0, 4 if wanted.weight.kind == "embed_tokens" else 0.02, wanted.shape)
     values = values.astype(np.float32)
     return values if wanted.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
