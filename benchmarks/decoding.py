@@ -1,145 +1,141 @@
-"""Decoding with the compiled CPU backend against transformers and the machine's read bandwidth, in one run.
+"""The compiled CPU backend against transformers and the machine's limits: decoding, and encoding of 512 tokens.
 
 python -m benchmarks.decoding [--directory DIR] [--steps N] [--rounds N] [--batch-size N]
 
-Each row is measured in a process of its own, rounds alternate between them, and the median is reported. Needs 14 GB for
-transformers in float32.
+Every side loads once in a process of its own and then takes its turn in each round. Needs 20 GB of memory.
 """
 
-import json
-import statistics
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from benchmarks.shared import checkpoint, compiled, converted, parser_of
-from benchmarks.synthetic import real_layers
+import numpy as np
+
+from benchmarks.processes import Side
+from benchmarks.shared import REAL, checkpoint, compiled, parser_of
+from benchmarks.sides import ours, transformers
+from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
 
-OURS = """
-import json, sys, time, torch
-from neuron_minimax.backends import load
-started = time.perf_counter()
-backend, steps = load(sys.argv[1]), int(sys.argv[2])
-loaded = time.perf_counter() - started
-slots, vocabulary = backend.capabilities.slots, backend.capabilities.vocab_size
-generator = torch.Generator().manual_seed(0)
-ids = torch.randint(0, vocabulary, (steps + 64, slots), generator=generator)
-active = torch.ones(slots, dtype=torch.bool)
-for position in range(64):
-    backend.step(ids[position], torch.full((slots,), position), active)
-times = []
-for position in range(64, 64 + steps):
-    start = time.perf_counter()
-    backend.step(ids[position], torch.full((slots,), position), active)
-    times.append(time.perf_counter() - start)
-status = [line.split() for line in open("/proc/self/status") if line.startswith("Rss")]
-memory = {fields[0].rstrip(":"): 1024 * int(fields[1]) for fields in status}
-data = torch.ones(1 << 27, dtype=torch.int64)
-reads = []
-for _ in range(5):
-    start = time.perf_counter()
-    data.sum()
-    reads.append(time.perf_counter() - start)
-print(json.dumps({"seconds": sorted(times)[steps // 2], "load": loaded, "read": data.nbytes / min(reads), **memory}))
-"""
-PEER = """
-import json, sys, time, torch
-from transformers import AutoModelForCausalLM
-dtype, steps = getattr(torch, sys.argv[2]), int(sys.argv[3])
-started = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).to(dtype)
-loaded = time.perf_counter() - started
-ids = torch.randint(0, model.config.vocab_size, (steps + 8, 1), generator=torch.Generator().manual_seed(0))
-times = []
-with torch.inference_mode():
-    cache = model(ids[:4].T, use_cache=True).past_key_values
-    for position in range(4, steps + 8):
-        start = time.perf_counter()
-        model(ids[position : position + 1], past_key_values=cache, use_cache=True)
-        times.append(time.perf_counter() - start)
-print(json.dumps({"seconds": sorted(times[4:])[steps // 2], "load": loaded}))
-"""
+PROMPT = 512
+SEQ_LEN = 1024
+Rounds = dict[str, dict[str, list[float]]]
 
 
-def run(program: str, *arguments: object) -> dict[str, float]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        sys.exit(finished.stderr)
-    return json.loads(finished.stdout.splitlines()[-1])
+def prepare(directory: Path, batch_size: int) -> dict[str, Path]:
+    """The compiled models; the first is that of benchmarks/loading.py too."""
+    return {
+        "float32": compiled(directory, *REAL, "1-slots", slots=1, seq_len=SEQ_LEN, buckets=(64, PROMPT)),
+        "bfloat16": compiled(directory, *REAL, "bf16", slots=1, seq_len=SEQ_LEN, buckets=(PROMPT,), compute="bf16"),
+        "batch": compiled(directory, *REAL, f"{batch_size}-slots", slots=batch_size, seq_len=SEQ_LEN, buckets=(64,)),
+    }
 
 
-def bytes_per_token(config: ModelConfig) -> int:
-    """Stored bytes that one token has to touch: FP8 attention and chosen experts, the BF16 head."""
+def take_turns(directory: Path, steps: int, rounds: int, batch_size: int) -> tuple[Rounds, dict[str, Any]]:
+    """(side to figure to one value per round, logits by side)."""
+    traced, source = prepare(directory, batch_size), checkpoint(directory, *REAL)
+    with ExitStack() as stack:
+        # The widest first: while it dequantizes it takes half as much memory again.
+        sides = {
+            "transformers float32": stack.enter_context(Side(transformers, source, "float32", steps, PROMPT)),
+            "transformers bfloat16": stack.enter_context(Side(transformers, source, "bfloat16", steps, PROMPT)),
+            "float32": stack.enter_context(Side(ours, traced["float32"], steps, PROMPT, "float32")),
+            "bfloat16": stack.enter_context(Side(ours, traced["bfloat16"], steps, PROMPT, "bfloat16")),
+            "batch": stack.enter_context(Side(ours, traced["batch"], steps)),
+        }
+        logits = {name: side.ready["logits"] for name, side in sides.items()}
+        turns = [{name: side.measure() for name, side in sides.items()} for _ in range(rounds)]
+    found = {name: {key: [turn[name][key] for turn in turns] for key in turns[0][name]} for name in sides}
+    return found, logits
+
+
+def bytes_per_step(config: ModelConfig, batch: int = 1) -> float:
+    """Stored bytes that one step has to touch: FP8 attention, the distinct experts that `batch` tokens choose when all
+    are as likely, and the BF16 head.
+    """
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
-    experts = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
-    return config.num_hidden_layers * (attention + experts) + 2 * config.vocab_size * config.hidden_size
+    experts = config.num_local_experts
+    distinct = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
+    mlp = 3 * config.hidden_size * config.intermediate_size * distinct
+    return config.num_hidden_layers * (attention + mlp) + 2 * config.vocab_size * config.hidden_size
 
 
-def prepare(directory: Path, batch_size: int) -> tuple[Path, dict[int, Path]]:
-    model = "2-layers-64-experts", real_layers()
-    traced = {
-        slots: compiled(directory, *model, f"{slots}-slots", slots=slots, seq_len=1024, buckets=(512,))
-        for slots in (1, batch_size)
-    }
-    return checkpoint(directory, *model), traced
+def flops_of_prompt(config: ModelConfig, tokens: int) -> float:
+    """Two per weight and token of attention's projections and the chosen experts, and the head once."""
+    attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
+    mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
+    return 2 * (tokens * config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size)
 
 
-def measure(directory: Path, steps: int, rounds: int, batch_size: int) -> None:
-    source, traced = prepare(directory, batch_size)
-    results: dict[str, list[dict[str, float]]] = {}
-    for _ in range(rounds):
-        for name, arguments in (
-            ("ours, batch 1", (OURS, traced[1], steps)),
-            ("transformers bfloat16", (PEER, source, "bfloat16", steps)),
-            (f"ours, batch {batch_size}", (OURS, traced[batch_size], steps)),
-            ("transformers float32", (PEER, source, "float32", steps)),
-        ):
-            results.setdefault(name, []).append(run(*arguments))
-    medians = {
-        name: {key: statistics.median(each[key] for each in rows) for key in rows[0]} for name, rows in results.items()
-    }
-    print_table(
-        medians,
-        ModelConfig.from_dir(source),
-        batch_size,
-        stored_bytes(converted(directory, "2-layers-64-experts", real_layers())),
-    )
+def decode_rows(found: Rounds, config: ModelConfig, batch_size: int) -> list[Row]:
+    def rates(name: str, tokens: int = 1) -> list[float]:
+        return [tokens / seconds for seconds in found[name]["step"]]
+
+    reads = found["float32"]["read"]
+    single, peers = rates("float32"), ("transformers bfloat16", "transformers float32")
+    goals = (Goal(figure="ratio", value=1.4), Goal(figure="ratio", value=3))
+    touched, in_batch = bytes_per_step(config), bytes_per_step(config, batch_size)
+    weights = [touched * rate / 1e9 for rate in single]
+    return [
+        *(
+            row("decode, batch 1", single, "tokens/s", peer=(peer, rates(peer)), goal=goal)
+            for peer, goal in zip(peers, goals, strict=True)
+        ),
+        row("decode, batch 1, compute bf16", rates("bfloat16"), "tokens/s", peer=(peers[0], rates(peers[0]))),
+        row(
+            "decode, batch 1, weights read",
+            weights,
+            "GB/s",
+            limit=("reading memory", [rate / 1e9 for rate in reads]),
+            goal=Goal(figure="share", value=0.8),
+        ),
+        row(
+            f"decode, batch {batch_size}",
+            rates("batch", batch_size),
+            "tokens/s",
+            peer=("batch 1", single),
+            limit=("reading the distinct experts", [batch_size * rate / in_batch for rate in reads]),
+            goal=Goal(figure="ratio", value=2),
+        ),
+    ]
 
 
-def stored_bytes(converted: Path) -> int:
-    return sum(path.stat().st_size for path in converted.glob("*.safetensors"))
+def encode_rows(found: Rounds, logits: dict[str, Any], config: ModelConfig) -> list[Row]:
+    rows = []
+    per_token = flops_of_prompt(config, PROMPT) / PROMPT
+    for name, goal in (("float32", 1.2), ("bfloat16", 1.0)):
+        peer = f"transformers {name}"
+        rates = {side: [PROMPT / seconds for seconds in found[side]["encode"]] for side in (name, peer)}
+        limit = (f"GEMM {name}", [rate / per_token for rate in found[name]["flops"]])
+        what, aim = f"encode {PROMPT} tokens, {name}", Goal(figure="ratio", value=goal)
+        rows.append(row(what, rates[name], "tokens/s", peer=(peer, rates[peer]), limit=limit, goal=aim))
+        rows.append(logits_row(name, logits))
+    return rows
 
 
-def print_table(medians: dict[str, dict[str, float]], config: ModelConfig, batch_size: int, stored: int) -> None:
-    single = medians["ours, batch 1"]
-    print(f"{'':24} tokens/s  ms/step  load s")
-    for name, row in medians.items():
-        tokens = batch_size if name == f"ours, batch {batch_size}" else 1
-        print(f"{name:24} {tokens / row['seconds']:8.1f} {1000 * row['seconds']:8.1f} {row['load']:7.1f}")
-    rate = bytes_per_token(config) / single["seconds"]
-    ratios = {
-        "over transformers bfloat16 (at least 1.4)": medians["transformers bfloat16"]["seconds"] / single["seconds"],
-        "over transformers float32 (at least 3)": medians["transformers float32"]["seconds"] / single["seconds"],
-        f"batch {batch_size} over batch 1 (at least 2)": batch_size
-        * single["seconds"]
-        / medians[f"ours, batch {batch_size}"]["seconds"],
-        "share of read bandwidth (at least 0.8)": rate / single["read"],
-        "resident over stored bytes (under 1.15)": (single["RssAnon"] + single["RssFile"]) / stored,
-    }
-    print(f"{rate / 1e9:.1f} GB/s of stored bytes; reading runs at {single['read'] / 1e9:.1f} GB/s")
-    for name, ratio in ratios.items():
-        print(f"{name:44} {ratio:6.2f}")
+def logits_row(name: str, logits: dict[str, Any]) -> Row:
+    """How far the last position's logits are from transformers' in float32; the peer of our bf16 is its bfloat16."""
+    oracle = logits["transformers float32"]
+    off = [float(np.abs(logits[side] - oracle).max()) for side in (name, "transformers bfloat16")]
+    what = f"encode {PROMPT} tokens, {name}, logits off by"
+    if name == "float32":
+        return row(what, off[:1], "", less_is_better=True, goal=Goal(figure="ours", value=1e-4, at_most=True))
+    return row(what, off[:1], "", less_is_better=True, peer=("transformers bfloat16", off[1:]))
+
+
+def rows(directory: Path, steps: int = 24, rounds: int = 5, batch_size: int = 8) -> list[Row]:
+    found, logits = take_turns(directory, steps, rounds, batch_size)
+    config = ModelConfig.from_dict(REAL[1])
+    return decode_rows(found, config, batch_size) + encode_rows(found, logits, config)
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    measure(arguments.directory, arguments.steps, arguments.rounds, arguments.batch_size)
+    print(render(rows(arguments.directory, arguments.steps, arguments.rounds, arguments.batch_size)))
 
 
 if __name__ == "__main__":

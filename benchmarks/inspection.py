@@ -4,31 +4,61 @@ python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds 
 """
 
 import shutil
-import statistics
-import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.conversion import drop_from_cache, read_into_cache
-from benchmarks.shared import checkpoint, empty_scratch, parser_of
-from benchmarks.synthetic import real_layers
-from neuron_minimax.checkpoint.precision import inspect
-from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.values import check_values
-from tests.full_size import write_sparse
+from benchmarks.files import STATES, shards_bytes, time_cat
+from benchmarks.processes import run_apart
+from benchmarks.shared import REAL, checkpoint, empty_scratch, parser_of
+from benchmarks.table import Goal, Row, render, row
+
+HALF = Goal(figure="ratio", value=0.5)
+FIVE_SECONDS = Goal(figure="ours", value=5, at_most=True)
 
 
 def time_values(source: Path) -> float:
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.checkpoint.values import check_values
+
     start = time.perf_counter()
     check_values(Checkpoint(source))
     return time.perf_counter() - start
 
 
-def time_cat(source: Path) -> float:
+def time_headers(directory: Path) -> float:
+    from neuron_minimax.checkpoint.precision import inspect
+
     start = time.perf_counter()
-    with open("/dev/null", "wb") as nowhere:
-        subprocess.run(["cat", *sorted(source.glob("*.safetensors"))], check=True, stdout=nowhere)
+    inspect(directory)
     return time.perf_counter() - start
+
+
+def rows_of(source: Path, rounds: int) -> list[Row]:
+    """Gigabytes per second, one row per state of the cache."""
+    gigabytes = shards_bytes(source) / 1e9
+    name = f"{gigabytes:.1f} GB"
+    found = []
+    for state, prepare in STATES:
+        ours, peer = [], []
+        for _ in range(rounds):
+            prepare(source)
+            ours.append(gigabytes / run_apart(time_values, source))
+            prepare(source)
+            peer.append(gigabytes / time_cat(source))
+        found.append(row(f"inspect --check-values {name}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))
+    return found
+
+
+def rows(directory: Path, rounds: int = 3, source: Path | None = None) -> list[Row]:
+    from tests.full_size import write_sparse
+
+    source = source or checkpoint(directory, *REAL)
+    found = rows_of(source, rounds)
+    full = write_sparse(empty_scratch(directory) / "full_size")
+    seconds = [run_apart(time_headers, full) for _ in range(rounds)]
+    shutil.rmtree(full)
+    what = "inspect, headers of 230 GB (96,103 tensors)"
+    return [*found, row(what, seconds, "s", less_is_better=True, goal=FIVE_SECONDS)]
 
 
 def main() -> None:
@@ -36,25 +66,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    source = arguments.checkpoint or checkpoint(arguments.directory, "2-layers-64-experts", real_layers())
-    gigabytes = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
-    print(f"{source.name}: {gigabytes:.2f} GB")
-    print(f"{'':6}{'values s':>10}{'cat s':>8}{'GB/s':>7}{'of cat':>8}")
-    for state, prepare in (("warm", read_into_cache), ("cold", drop_from_cache)):
-        pairs = []
-        for _ in range(arguments.rounds):
-            row = []
-            for run in (time_values, time_cat):
-                prepare(source)
-                row.append(run(source))
-            pairs.append(row)
-        values, cat = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(f"{state:6}{values:10.2f}{cat:8.2f}{gigabytes / values:7.2f}{cat / values:8.2f}")
-    full = write_sparse(empty_scratch(arguments.directory) / "full_size")
-    start = time.perf_counter()
-    report = inspect(full)
-    print(f"headers of {report.bytes / 1e9:.0f} GB, {report.tensors:,} tensors: {time.perf_counter() - start:.2f} s")
-    shutil.rmtree(full)
+    print(render(rows(arguments.directory, arguments.rounds, arguments.checkpoint)))
 
 
 if __name__ == "__main__":

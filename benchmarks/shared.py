@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic import write_synthetic
+from benchmarks.synthetic import real_layers, write_synthetic
 
 DEFAULT = Path(tempfile.gettempdir()) / "neuron-minimax-bench"
+# The checkpoint of most benchmarks: real layer dimensions, 2.1 GB in FP8.
+REAL = ("2-layers-64-experts", real_layers())
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

@@ -1,0 +1,84 @@
+"""Measuring in processes of their own: a function that runs once, and sides that take turns in one run."""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+SPAWN = get_context("spawn")
+# Every process computes with all cores, and no peer writes progress bars between the rows.
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a fresh process; its exceptions are raised here."""
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class Side:
+    """A process that gets ready once and measures when it is asked.
+
+    `function(*arguments)` is a generator: its first value is what getting ready found, each further one a measurement.
+    """
+
+    def __init__(self, function: Callable[..., Iterator[dict[str, Any]]], *arguments: Any) -> None:
+        self.name = function.__name__
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        try:
+            self.ready = self.measure()
+        except RuntimeError:
+            self.close()
+            raise
+
+    def measure(self) -> dict[str, Any]:
+        """The next value. Raises RuntimeError with the traceback of the process, or saying that it died."""
+        self.connection.send(True)
+        try:
+            failed, found = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"the process of {self.name} died with exit code {self.process.exitcode}") from None
+        if failed:
+            raise RuntimeError(f"{self.name} failed:\n{found}")
+        return found
+
+    def close(self) -> None:
+        self.connection.close()  # its process sees the end and ends
+        self.process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _answer(connection: Connection, function: Callable[..., Iterator[Any]], arguments: Sequence[Any]) -> None:
+    try:
+        values = function(*arguments)
+        while connection.recv():
+            connection.send((False, next(values)))
+    except EOFError:
+        return
+    except Exception:
+        connection.send((True, traceback.format_exc()))
+
+
+def memory() -> dict[str, int]:
+    """This process's resident bytes: "RssAnon" (its own) and "RssFile" (mapped files, shared with the page cache)."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss")]
+    return {fields[0].rstrip(":"): 1024 * int(fields[1]) for fields in lines}

@@ -1,0 +1,112 @@
+"""What takes turns in the decoding benchmarks: a compiled model of ours, and transformers on the same checkpoint.
+
+Each side is a generator for processes.Side: after loading and warming up, every turn decodes some tokens and, if asked,
+encodes a prompt. Random tokens from one seed, the same for both.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILLED = 64  # positions in front of the decoded ones
+MATRIX = (512, 3072)  # of the GEMM whose rate limits context encoding: tokens by hidden size
+
+
+def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Iterator[dict[str, Any]]:
+    """Seconds per step of all slots ("step") and per prompt of that many tokens ("encode"); ready: "load" seconds,
+    "logits" of the prompt's last position. With a dtype also bytes per second of reading and FLOP/s of a GEMM.
+    """
+    import torch
+
+    from neuron_minimax.backends import load
+
+    started = time.perf_counter()
+    backend = load(traced)
+    loaded = time.perf_counter() - started
+    slots, vocabulary = backend.capabilities.slots, backend.capabilities.vocab_size
+    ids = random_ids(vocabulary, FILLED + steps, slots)
+    active = torch.ones(slots, dtype=torch.bool)
+
+    def step(position: int) -> None:
+        backend.step(ids[position], torch.full((slots,), position), active)
+
+    for position in range(FILLED):
+        step(position)
+    logits = backend.encode(0, prompt_ids(vocabulary, prompt)).numpy() if prompt else None
+    yield {"load": loaded, "logits": logits}
+    while True:
+        found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
+        if prompt:
+            found["encode"] = seconds_of(lambda: backend.encode(0, prompt_ids(vocabulary, prompt)))
+        if dtype_name:
+            found |= {"read": read_rate(), "flops": gemm_rate(getattr(torch, dtype_name))}
+        yield found
+
+
+def transformers(checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0) -> Iterator[dict[str, Any]]:
+    """The same from transformers' model, dequantized to that dtype as it loads; one sequence."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, dtype_name)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(dtype)
+    loaded = time.perf_counter() - started
+    vocabulary = model.config.vocab_size
+    ids = random_ids(vocabulary, FILLED + steps, 1)
+
+    @torch.inference_mode()
+    def turn() -> float:
+        cache = model(ids[:FILLED].T, use_cache=True).past_key_values
+        return median_seconds(
+            lambda at: model(ids[at : at + 1], past_key_values=cache, use_cache=True), range(FILLED, FILLED + steps)
+        )
+
+    @torch.inference_mode()
+    def encode() -> Any:
+        answer = model(torch.tensor([prompt_ids(vocabulary, prompt)]), use_cache=True, logits_to_keep=1)
+        return answer.logits[0, -1].float().numpy()
+
+    logits = encode() if prompt else None
+    turn()
+    yield {"load": loaded, "logits": logits}
+    while True:
+        yield {"step": turn(), **({"encode": seconds_of(encode)} if prompt else {})}
+
+
+def random_ids(vocabulary: int, count: int, slots: int) -> Any:
+    import torch
+
+    return torch.randint(0, vocabulary, (count, slots), generator=torch.Generator().manual_seed(0))
+
+
+def prompt_ids(vocabulary: int, count: int) -> list[int]:
+    return random_ids(vocabulary, count, 1)[:, 0].tolist()
+
+
+def seconds_of(work: Any, *arguments: Any) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def median_seconds(work: Any, arguments: range) -> float:
+    return sorted(seconds_of(work, argument) for argument in arguments)[len(arguments) // 2]
+
+
+def read_rate() -> float:
+    """Bytes per second of summing 1 GB of memory: the best of three."""
+    import torch
+
+    data = torch.ones(1 << 27, dtype=torch.int64)
+    return data.nbytes / min(seconds_of(data.sum) for _ in range(3))
+
+
+def gemm_rate(dtype: Any) -> float:
+    """FLOP/s of one matrix product: the best of five."""
+    import torch
+
+    tokens, hidden = MATRIX
+    left, right = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden, hidden).to(dtype)
+    return 2 * tokens * hidden * hidden / min(seconds_of(torch.mm, left, right) for _ in range(5))

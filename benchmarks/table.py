@@ -1,0 +1,181 @@
+"""A row of the benchmarks' table, what it is compared with and its goal; rendering as text and Markdown."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HEADINGS = ("what", "ours", "peer", "ratio", "limit", "share", "goal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """What a figure is held against: a peer, or a limit of the machine; `times` is how often its figure ours is."""
+
+    name: str
+    value: float
+    times: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """`figure` ("ours", "ratio" or "share") at least or at most `value`."""
+
+    figure: str
+    value: float
+    at_most: bool = False
+
+    def render(self) -> str:
+        return f"{self.figure} {'at most' if self.at_most else 'at least'} {self.value:,.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure. Ratio and share say how many times as good it is as its peer and as its limit: more is better.
+
+    A benchmark that failed is a row too: `failure` says why, and it has no figure.
+    """
+
+    what: str
+    ours: float | None = None
+    unit: str = ""
+    less_is_better: bool = False
+    peer: Against | None = None
+    limit: Against | None = None
+    goal: Goal | None = None
+    failure: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return self.peer.times if self.peer else None
+
+    @property
+    def share(self) -> float | None:
+        return self.limit.times if self.limit else None
+
+    @property
+    def reached(self) -> bool | None:
+        """None without a goal."""
+        if self.goal is None:
+            return None
+        found = getattr(self, self.goal.figure)
+        if found is None:
+            return False
+        return found <= self.goal.value if self.goal.at_most else found >= self.goal.value
+
+    def cells(self) -> tuple[str, ...]:
+        """Texts under HEADINGS."""
+        if self.failure:
+            return (self.what, f"FAILED: {self.failure}", "", "", "", "", "")
+        assert self.ours is not None
+        reached = "" if self.reached is None else ": reached" if self.reached else ": NOT REACHED"
+        return (
+            self.what,
+            f"{_number(self.ours)} {self.unit}".rstrip(),
+            f"{_number(self.peer.value)} {self.peer.name}" if self.peer else "",
+            f"{_number(self.peer.times)} ({_number(self.peer.lowest)} to {_number(self.peer.highest)})"
+            if self.peer
+            else "",
+            f"{_number(self.limit.value)} {self.limit.name}" if self.limit else "",
+            f"{self.limit.times:.0%}" if self.limit else "",
+            f"{self.goal.render()}{reached}" if self.goal else "",
+        )
+
+
+def row(
+    what: str,
+    ours: Sequence[float],
+    unit: str,
+    *,
+    less_is_better: bool = False,
+    peer: tuple[str, Sequence[float]] | None = None,
+    limit: tuple[str, Sequence[float]] | None = None,
+    goal: Goal | None = None,
+) -> Row:
+    """Medians of what the rounds of one run gave; a ratio is the median of the rounds' own ratios.
+
+    The peer's and the limit's figures are in the same unit, one per round or one for all.
+    """
+
+    def against(other: tuple[str, Sequence[float]] | None) -> Against | None:
+        if other is None:
+            return None
+        name, values = other
+        values = list(values) * len(ours) if len(values) == 1 else values
+        pairs = zip(ours, values, strict=True)
+        times = [theirs / mine if less_is_better else mine / theirs for mine, theirs in pairs]
+        return Against(
+            name=name,
+            value=statistics.median(values),
+            times=statistics.median(times),
+            lowest=min(times),
+            highest=max(times),
+        )
+
+    return Row(
+        what=what,
+        ours=statistics.median(ours),
+        unit=unit,
+        less_is_better=less_is_better,
+        peer=against(peer),
+        limit=against(limit),
+        goal=goal,
+    )
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Columns of text."""
+    lines = [HEADINGS, *(each.cells() for each in rows)]
+    # A failure's message would widen its column for all.
+    measured = [HEADINGS, *(each.cells() for each in rows if not each.failure)]
+    widths = [max(len(line[column]) for line in measured) for column in range(len(HEADINGS))]
+    widths[0] = max(len(line[0]) for line in lines)
+    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in rendered)
+
+
+def render_markdown(rows: Sequence[Row]) -> str:
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(each.cells() for each in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line: how many goals were reached, and what failed."""
+    goals = [each.reached for each in rows if each.reached is not None]
+    failed = sum(bool(each.failure) for each in rows)
+    return f"{sum(goals)} of {len(goals)} goals reached" + (f"; {failed} benchmarks FAILED" if failed else "")
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{**asdict(each), "reached": each.reached} for each in rows]
+
+
+def from_json(found: Sequence[dict[str, Any]]) -> list[Row]:
+    def part(kind: Any, fields: dict[str, Any] | None) -> Any:
+        return None if fields is None else kind(**fields)
+
+    return [
+        Row(
+            **{key: value for key, value in each.items() if key not in ("reached", "peer", "limit", "goal")},
+            peer=part(Against, each["peer"]),
+            limit=part(Against, each["limit"]),
+            goal=part(Goal, each["goal"]),
+        )
+        for each in found
+    ]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return from_json(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+def _number(value: float) -> str:
+    """Three digits that count; thousands in groups."""
+    if value == 0 or not abs(value) >= 0.001:
+        return f"{value:.1e}" if value else "0"
+    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
