@@ -18,14 +18,17 @@ from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
 
 PROMPT = 512
-SEQ_LEN = 1024
+SEQ_LEN, BUCKETS = 1024, (64, PROMPT)
 Rounds = dict[str, dict[str, list[float]]]
 
 
+def compile_single(directory: Path) -> Path:
+    return compiled(directory, *REAL, "1-slots", slots=1, seq_len=SEQ_LEN, buckets=BUCKETS)
+
+
 def prepare(directory: Path, batch_size: int) -> dict[str, Path]:
-    """The compiled models; the first is that of benchmarks/loading.py too."""
     return {
-        "float32": compiled(directory, *REAL, "1-slots", slots=1, seq_len=SEQ_LEN, buckets=(64, PROMPT)),
+        "float32": compile_single(directory),
         "bfloat16": compiled(directory, *REAL, "bf16", slots=1, seq_len=SEQ_LEN, buckets=(PROMPT,), compute="bf16"),
         "batch": compiled(directory, *REAL, f"{batch_size}-slots", slots=batch_size, seq_len=SEQ_LEN, buckets=(64,)),
     }
