@@ -6,7 +6,7 @@ python -m benchmarks.conversion [--directory DIR] [--rounds N] [--full-layer]
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,18 @@ def run_conversion(source: Path, destination: Path) -> tuple[float, float]:
     return watched(convert, source, destination)
 
 
-def rows_of(source: Path, scratch: Path, rounds: int) -> list[Row]:
+def rows_of(source: Path, scratch: Path, rounds: int, states: Sequence[str] = tuple(STATES)) -> list[Row]:
     """Gigabytes of the checkpoint per second, one row per state of the cache, and the peak memory."""
     gigabytes = shards_bytes(source) / 1e9
     name = f"{gigabytes:.1f} GB"
     rows, peaks = [], []
-    for state, prepare in STATES:
+    for state in states:
         ours, peer = [], []
         for _ in range(rounds):
-            prepare(source)
+            STATES[state](source)
             seconds, peak = run_apart(run_conversion, source, scratch / "out")
             shutil.rmtree(scratch / "out")
-            prepare(source)
+            STATES[state](source)
             ours.append(gigabytes / seconds)
             peer.append(gigabytes / time_copy(source, scratch / "copy"))
             peaks.append(peak)

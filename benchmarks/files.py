@@ -27,7 +27,7 @@ def drop_from_cache(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-STATES: tuple[tuple[str, Callable[[Path], None]], ...] = (("warm", read_into_cache), ("cold", drop_from_cache))
+STATES: dict[str, Callable[[Path], None]] = {"warm": read_into_cache, "cold": drop_from_cache}
 
 
 def shards_bytes(directory: Path) -> int:

@@ -5,6 +5,7 @@ python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds 
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.files import STATES, shards_bytes, time_cat
@@ -33,17 +34,17 @@ def time_headers(directory: Path) -> float:
     return time.perf_counter() - start
 
 
-def rows_of(source: Path, rounds: int) -> list[Row]:
+def rows_of(source: Path, rounds: int, states: Sequence[str] = tuple(STATES)) -> list[Row]:
     """Gigabytes per second, one row per state of the cache."""
     gigabytes = shards_bytes(source) / 1e9
     name = f"{gigabytes:.1f} GB"
     found = []
-    for state, prepare in STATES:
+    for state in states:
         ours, peer = [], []
         for _ in range(rounds):
-            prepare(source)
+            STATES[state](source)
             ours.append(gigabytes / run_apart(time_values, source))
-            prepare(source)
+            STATES[state](source)
             peer.append(gigabytes / time_cat(source))
         found.append(row(f"inspect --check-values {name}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))
     return found

@@ -1,15 +1,20 @@
 """What the NKI expert kernel would cost on Trainium2, from counted work and documented rates; nothing here ran on one.
 
-Run: python -m benchmarks.kernel_model. One row per token count: one visit (one expert's weights through one physical
-core) at the real size, averaged over 8 visits in the interpreter of tests/nki_interpreter.
+python -m benchmarks.kernel_model [--tokens N ...]
+
+One line per token count: one visit (one expert's weights through one physical core) at the real size, averaged over 8
+visits in the interpreter of tests/nki_interpreter.
 """
 
-import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shared import parser_of
+from benchmarks.table import Row, row
 from neuron_minimax.kernels import fp8_mlp
 from tests import nki_interpreter
 
@@ -48,12 +53,18 @@ def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
     return weights + tokens * HIDDEN * (2 + 4) / TOP_K
 
 
-def row(tokens: int) -> list[str]:
-    counts = count(tokens)
+def engine_times(counts: dict[str, float]) -> dict[str, float]:
+    """Microseconds of one visit per engine; they work side by side, so the slowest is the visit's time."""
     moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
     microseconds = {"DMA": moved / HBM_BYTES_PER_SECOND * 1e6}
     for engine, (hertz, names) in ENGINES.items():
         microseconds[engine] = sum(counts.get(f"{name}_cycles", 0) for name in names) / hertz * 1e6
+    return microseconds
+
+
+def cells(tokens: int) -> list[str]:
+    counts = count(tokens)
+    moved, microseconds = counts["hbm_read_bytes"] + counts["hbm_written_bytes"], engine_times(counts)
     bound = max(microseconds, key=microseconds.__getitem__)
     # Dequantizing in front of the kernel reads FP8, writes BF16 and reads BF16 back; at best the BF16 copy is kept.
     every_step, kept = (floor_bytes(tokens, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (5, 2))
@@ -62,8 +73,20 @@ def row(tokens: int) -> list[str]:
     return [str(tokens), f"{moved / 1e6:.2f}", f"{moved / floor_bytes(tokens):.3f}", *times, bound, *ratios]
 
 
+def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
+    """Modelled microseconds per visit; the peer reads a BF16 copy, the limit is moving the floor's bytes."""
+    table = []
+    for number in tokens:
+        seconds = [max(engine_times(count(number)).values())]
+        kept, floor = (floor_bytes(number, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (2, 1))
+        peer, limit = ("reading BF16", [kept]), ("moving the floor", [floor])
+        what = f"trn2 kernel, {number} token{'s' * (number > 1)} (model, not measured)"
+        table.append(row(what, seconds, "us", less_is_better=True, peer=peer, limit=limit))
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128])
     arguments = parser.parse_args(argv)
     table = Table(title=f"One visit of an expert {HIDDEN} x {INTERMEDIATE}, one trn2 core (model, not a measurement)")
@@ -71,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     for heading in [*headings.split("|"), "BF16 kept / this", "BF16 each step / this"]:
         table.add_column(heading, justify="right")
     for tokens in arguments.tokens:
-        table.add_row(*row(tokens))
+        table.add_row(*cells(tokens))
     Console().print(table)
     return 0
 

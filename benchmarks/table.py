@@ -20,6 +20,11 @@ class Against:
     lowest: float
     highest: float
 
+    def spread(self) -> str:
+        """The ratio, and of several rounds the lowest and the highest."""
+        one = self.lowest == self.highest
+        return _number(self.times) + ("" if one else f" ({_number(self.lowest)} to {_number(self.highest)})")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
@@ -77,9 +82,7 @@ class Row:
             self.what,
             f"{_number(self.ours)} {self.unit}".rstrip(),
             f"{_number(self.peer.value)} {self.peer.name}" if self.peer else "",
-            f"{_number(self.peer.times)} ({_number(self.peer.lowest)} to {_number(self.peer.highest)})"
-            if self.peer
-            else "",
+            self.peer.spread() if self.peer else "",
             f"{_number(self.limit.value)} {self.limit.name}" if self.limit else "",
             f"{self.limit.times:.0%}" if self.limit else "",
             f"{self.goal.render()}{reached}" if self.goal else "",

@@ -1,0 +1,208 @@
+"""How cost grows with context, batch, experts, experts per token and layers, each beside the law it should follow.
+
+python -m benchmarks.scaling [--directory DIR] [--reduced]
+
+The full grid writes benchmarks/results/scaling.md and scaling.svg; `python -m benchmarks` runs the reduced one.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.curves import Curve, fitted, plot
+from benchmarks.decoding import bytes_per_step
+from benchmarks.machine import this_machine
+from benchmarks.processes import run_apart
+from benchmarks.shared import compiled, parser_of
+from benchmarks.sides import median_seconds, prompt_ids, random_ids, seconds_of
+from benchmarks.suite import RESULTS
+from benchmarks.synthetic import real_layers
+from benchmarks.table import Goal, Row, render, row
+from neuron_minimax.config import ModelConfig
+
+# Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's cache.
+HALF_WIDTH = {"hidden_size": 1536, "intermediate_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
+LONG, CHUNK, SHORT, BUCKET = 8192, 512, 256, 64
+STEPS, ROUNDS = 15, 3
+WORST = Goal(figure="ours", value=1.25, at_most=True)
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Shape:
+    """A model of the grid and the slots it is compiled for."""
+
+    layers: int = 2
+    experts: int = 32
+    per_token: int = 4
+    slots: int = 1
+
+    def config(self) -> dict[str, Any]:
+        config = real_layers(layers=self.layers, experts=self.experts, vocabulary=1280)
+        return config | HALF_WIDTH | {"num_experts_per_tok": self.per_token}
+
+    def compiled(self, directory: Path, seq_len: int = SHORT, bucket: int = BUCKET) -> Path:
+        name = f"scaling-{self.layers}-layers-{self.experts}-experts-{self.per_token}-per-token"
+        options: dict[str, Any] = {"slots": self.slots, "seq_len": seq_len, "buckets": (bucket,)}
+        return compiled(directory, name, self.config(), f"{self.slots}-slots-{seq_len}", **options)
+
+    def bytes(self) -> float:
+        """What a step reads: attention, distinct experts, the router's float32 rows, the head."""
+        router = 4 * self.layers * self.experts * HALF_WIDTH["hidden_size"]
+        return bytes_per_step(ModelConfig.from_dict(self.config()), self.slots) + router
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    context: tuple[int, ...]
+    batch: tuple[int, ...]
+    experts: tuple[int, ...]
+    per_token: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+FULL = Grid(
+    context=(128, 256, 512, 1024, 2048, 4096, 8192),
+    batch=(1, 2, 4, 8, 16, 32),
+    experts=(8, 16, 32, 64, 128, 256),
+    per_token=(1, 2, 4, 8, 16),
+    layers=(1, 2, 4, 8),
+)
+REDUCED = Grid(
+    context=(512, 2048, 8192), batch=(1, 8, 32), experts=(8, 32, 256), per_token=(1, 4, 16), layers=(1, 2, 4)
+)
+BASE = Shape()
+
+
+def step_milliseconds(traced: Path, positions: Sequence[int]) -> list[float]:
+    """Milliseconds per step with that many positions filled in every slot: the median of all rounds' steps."""
+    import torch
+
+    from neuron_minimax.backends import load
+
+    backend = load(traced)
+    slots = backend.capabilities.slots
+    ids = random_ids(backend.capabilities.vocab_size, (1 + ROUNDS) * STEPS, slots)
+    active = torch.ones(slots, dtype=torch.bool)
+    found = []
+    for filled in positions:
+
+        def step(number: int, position: int = filled - 1) -> None:
+            backend.step(ids[number], torch.full((slots,), position), active)
+
+        rounds = [median_seconds(step, range(start, start + STEPS)) for start in range(0, len(ids), STEPS)]
+        found.append(1000 * sorted(rounds[1:])[ROUNDS // 2])  # the first round warms up
+    return found
+
+
+def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
+    """Milliseconds for whole prompts, by chunks of the one bucket; one warm-up chunk."""
+    from neuron_minimax.backends import load
+
+    backend = load(traced)
+    ids = prompt_ids(backend.capabilities.vocab_size, max(lengths))
+    backend.encode(0, ids[:CHUNK])
+    return [1000 * seconds_of(backend.encode, 0, ids[:length]) for length in lengths]
+
+
+def encode_flops(tokens: int) -> float:
+    """Projections and chosen experts of every chunk as it is padded, and every query with the keys up to its own."""
+    config = ModelConfig.from_dict(BASE.config())
+    padded = -(-tokens // CHUNK) * CHUNK
+    attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
+    mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
+    scores = 2 * config.query_size * tokens * tokens / 2
+    return 2 * config.num_hidden_layers * (padded * (attention + mlp) + scores)
+
+
+def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:
+    traced = BASE.compiled(directory, LONG, CHUNK)
+    decode = run_apart(step_milliseconds, traced, lengths)
+    prompts = [length for length in lengths if length >= CHUNK]
+    encode = run_apart(encode_milliseconds, traced, prompts)
+    law = "constant plus the filled positions' keys and values"
+    flops = [encode_flops(length) for length in prompts]
+    encode_law = "constant plus FLOPs (linear in tokens, attention's scores quadratic)"
+    return [
+        fitted("decode over context", "filled positions", "ms per step", law, lengths, decode, lengths),
+        fitted("encode over prompt", "tokens", "ms per prompt", encode_law, prompts, encode, flops),
+    ]
+
+
+def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
+    """One curve per row of the table below; the shapes that rows share are measured once."""
+    bytes_law = "constant plus the bytes of"
+    table = (
+        ("batch", "slots", f"{bytes_law} the distinct experts E(1-(1-k/E)^B)", "slots", grid.batch, BASE),
+        ("experts, batch 1", "experts", f"{bytes_law} k experts and the router's rows", "experts", grid.experts, BASE),
+        (
+            "experts, batch 8",
+            "experts",
+            f"{bytes_law} the distinct experts E(1-(1-k/E)^8)",
+            "experts",
+            grid.experts,
+            replace(BASE, slots=8),
+        ),
+        ("experts per token", "experts per token", f"{bytes_law} k experts", "per_token", grid.per_token, BASE),
+        ("layers", "layers", f"{bytes_law} the layers", "layers", grid.layers, BASE),
+    )
+    shapes = {name: [replace(base, **{field: at}) for at in places] for name, _, _, field, places, base in table}
+    measured = {
+        shape: run_apart(step_milliseconds, shape.compiled(directory), [BUCKET])[0]
+        for shape in sorted({shape for line in shapes.values() for shape in line})
+    }
+    return [
+        fitted(
+            f"decode over {name}",
+            axis,
+            "ms per step",
+            law,
+            places,
+            [measured[shape] for shape in shapes[name]],
+            [shape.bytes() for shape in shapes[name]],
+        )
+        for name, axis, law, _, places, _ in table
+    ]
+
+
+def rows(directory: Path, full: bool = False) -> list[Row]:
+    """One row per curve; the full grid's tables and plot go to benchmarks/results/."""
+    grid = FULL if full else REDUCED
+    started = time.monotonic()
+    curves = context_curves(directory, grid.context) + shape_curves(directory, grid)
+    if full:
+        write(curves, time.monotonic() - started)
+    return [
+        row(
+            f"{curve.name}, worst measured / expected ({'superlinear' if curve.superlinear else 'not superlinear'})",
+            [curve.worst],
+            "",
+            less_is_better=True,
+            goal=WORST,
+        )
+        for curve in curves
+    ]
+
+
+def write(curves: Sequence[Curve], seconds: float) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    plot(curves, RESULTS / "scaling.svg")
+    heading = (
+        "# How cost grows\n\n`python -m benchmarks.scaling`: 2 layers x 32 experts, 4 per token, half the real width "
+        "where nothing else is said; one token per slot and step. The expectation is a + b * law, fitted.\n\n"
+        f"{this_machine().render()}; took {seconds:.0f} s\n\n![curves](scaling.svg)"
+    )
+    parts = [heading, *(curve.render_markdown() for curve in curves)]
+    (RESULTS / "scaling.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--reduced", action="store_true", help="three points per curve; writes nothing")
+    arguments = parser.parse_args()
+    print(render(rows(arguments.directory, full=not arguments.reduced)))
+
+
+if __name__ == "__main__":
+    main()

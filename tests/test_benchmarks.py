@@ -1,0 +1,91 @@
+"""The benchmarks' table and guard, on rows made here; nothing is timed."""
+
+import pytest
+
+from benchmarks.curves import Curve, Point
+from benchmarks.quick import falls
+from benchmarks.suite import collect
+from benchmarks.table import Goal, Row, from_json, render, render_markdown, row, summary, to_json
+
+
+def rated(what: str, ours: float, peer: float = 10.0) -> Row:
+    return row(what, [ours], "GB/s", peer=("cp", [peer]))
+
+
+def test_a_ratio_says_how_many_times_as_good_ours_is_whichever_way_the_unit_goes():
+    assert row("rate", [20.0], "GB/s", peer=("cp", [10.0])).ratio == 2
+    assert row("time", [20.0], "s", less_is_better=True, peer=("cp", [10.0])).ratio == 0.5
+    assert row("rate", [20.0], "GB/s", limit=("memory", [80.0])).share == 0.25
+
+
+def test_a_ratio_is_the_median_of_the_pairs_of_a_run():
+    found = row("rate", [1.0, 4.0, 9.0], "GB/s", peer=("cp", [1.0, 1.0, 9.0]))
+    assert found.peer is not None
+    assert (found.ours, found.peer.value, found.ratio) == (4.0, 1.0, 1.0)
+    assert (found.peer.lowest, found.peer.highest) == (1.0, 4.0)
+    with pytest.raises(ValueError, match="shorter"):
+        row("rate", [1.0, 2.0, 3.0], "GB/s", peer=("cp", [1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("goal", "reached"),
+    [
+        (Goal(figure="ratio", value=2.0), True),
+        (Goal(figure="ratio", value=2.1), False),
+        (Goal(figure="ours", value=19.0, at_most=True), False),
+        (Goal(figure="ours", value=20.0, at_most=True), True),
+        (Goal(figure="share", value=0.1), False),  # this row has no limit, so no share
+    ],
+)
+def test_a_goal_is_reached_or_the_table_says_that_it_is_not(goal, reached):
+    found = row("rate", [20.0], "GB/s", peer=("cp", [10.0]), goal=goal)
+    assert found.reached is reached
+    assert ("NOT REACHED" in render([found])) is not reached
+
+
+def test_the_guard_names_what_lost_more_than_a_third_and_what_is_gone():
+    kept = [rated("kept", 10), rated("lower", 10), rated("lost", 10), rated("gone", 10), row("memory", [1.0], "MB")]
+    found = [rated("kept", 6.7), rated("lower", 30, peer=44), rated("lost", 6.6), rated("new", 1)]
+    fallen = falls(kept, found)
+    assert [(each.what, each.kept, each.found) for each in fallen] == [("lost", 1.0, 0.66), ("gone", 1.0, None)]
+    assert fallen[0].render().startswith("lost: ratio 1.000 was kept, 0.660 found (34% lost")
+    assert falls(kept, kept) == []
+
+
+def test_rows_come_back_from_json_as_they_were():
+    rows = [
+        row("all", [1.0, 2.0], "s", less_is_better=True, peer=("cp", [3.0, 4.0]), limit=("memory", [0.5])),
+        row("goal", [1.0], "MB", goal=Goal(figure="ours", value=2, at_most=True)),
+        Row(what="broken", failure="RuntimeError: why"),
+    ]
+    assert from_json(to_json(rows)) == rows
+
+
+def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
+    def broken() -> list[Row]:
+        raise RuntimeError("first line\nno compiler was found")
+
+    said: list[str] = []
+    rows, seconds = collect(
+        [("good", lambda: [rated("a", 1)]), ("bad", broken), ("last", lambda: [rated("b", 1)])], said.append
+    )
+    assert [each.what for each in rows] == ["a", "bad", "b"]
+    assert rows[1].failure == "RuntimeError: no compiler was found"
+    assert list(seconds) == ["good", "bad", "last"]
+    for text in (render(rows), render_markdown(rows)):
+        assert "FAILED: RuntimeError: no compiler was found" in text
+    assert summary(rows) == "0 of 0 goals reached; 1 benchmarks FAILED"
+
+
+def test_a_curve_is_superlinear_when_its_last_part_is_steeper_than_its_law():
+    def curve(seconds: list[float]) -> Curve:
+        points = tuple(
+            Point(at=at, measured=value, expected=at) for at, value in zip((1, 2, 4, 8), seconds, strict=True)
+        )
+        return Curve(name="layers", axis="layers", unit="ms", law="proportional to the layers", points=points)
+
+    linear, steep = curve([1.0, 2.0, 4.0, 8.0]), curve([1.0, 2.0, 5.0, 16.0])
+    assert not linear.superlinear
+    assert linear.worst == pytest.approx(1.0)
+    assert steep.superlinear
+    assert steep.worst == pytest.approx(2.0)
