@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-quick clean
 
 .venv/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,13 +21,13 @@ lint: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Under 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
-	$(BIN)/python -m benchmarks.conversion
-	$(BIN)/python -m benchmarks.inspection
-	$(BIN)/python -m benchmarks.cache --transformers
-	$(BIN)/python -m benchmarks.decoding
-	$(BIN)/python -m benchmarks.serving
-	$(BIN)/python -m benchmarks.kernel_model
+	$(BIN)/python -m benchmarks
+
+# Fails when a ratio fell by more than a third against benchmarks/results/quick.json.
+bench-quick: .venv/stamp
+	$(BIN)/python -m benchmarks.quick
 
 clean:
 	rm -rf .venv build *.egg-info
