@@ -18,9 +18,10 @@ from neuron_minimax import __version__
 from neuron_minimax.checkpoint import dense, fp8, schema
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.output import OutputDirectory, reopen
 from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
 from neuron_minimax.checkpoint.records import damaged_tensors, read_records
-from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor, reopen
+from neuron_minimax.checkpoint.stream import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.writer import copy_companions
 from neuron_minimax.errors import CheckpointError
 
@@ -181,34 +182,38 @@ def _stored_dtype(weight: schema.Expected, dtype: str) -> str:
     return "F32" if weight.weight.float32_only else DTYPES[dtype]
 
 
-def _pieces(
-    source: Checkpoint, name: str, stored: str, convention: ScaleConvention
-) -> Iterator[Callable[[], tuple[np.ndarray, int]]]:
+def _pieces(source: Checkpoint, name: str, stored: str, convention: ScaleConvention) -> Iterator[Piece]:
     shape = source.entry(name).shape
-    block_rows = source.config.weight_block_size[0]
-    row_bytes = 4 * prod(shape[1:])
-    step = max(1, PIECE_BYTES // (row_bytes * block_rows)) * block_rows
+    block_rows, row_elements = source.config.weight_block_size[0], prod(shape[1:])
+    step = max(1, PIECE_BYTES // (4 * row_elements * block_rows)) * block_rows
     for start in range(0, shape[0], step):
-        yield partial(_dense_rows, source, name, slice(start, min(start + step, shape[0])), stored, convention)
+        rows = slice(start, min(start + step, shape[0]))
+        nbytes = (rows.stop - rows.start) * row_elements * STORED_DTYPES[stored].itemsize
+        yield Piece(nbytes, partial(_fill_rows, source, name, rows, stored, convention))
 
 
-def _dense_rows(
-    source: Checkpoint, name: str, rows: slice, stored: str, convention: ScaleConvention
-) -> tuple[np.ndarray, int]:
-    """Some rows of a weight as float32 elements or BF16 bits; values are checked on the way."""
+def _fill_rows(
+    source: Checkpoint, name: str, rows: slice, stored: str, convention: ScaleConvention, memory: np.ndarray
+) -> int:
+    """Some rows of a weight as float32 elements or BF16 bits; values are checked on the way. No codes are rounded."""
     elements = source.array(name)[rows]
+    values = memory.view(STORED_DTYPES[stored]).reshape(elements.shape)
     if source.is_fp8(name):
-        return _dequantized(source, name, elements, rows.start, stored, convention), 0
+        _dequantize(source, name, elements, rows.start, convention, values)
+        return 0
     dense.check_finite(name, elements)
     if stored == "F32":
-        return dense.to_float32(elements), 0
-    return (elements if elements.dtype == np.uint16 else dense.round_to_bfloat16(elements)), 0
+        values[...] = dense.to_float32(elements)
+    else:
+        values[...] = elements if elements.dtype == np.uint16 else dense.round_to_bfloat16(elements)
+    return 0
 
 
-def _dequantized(
-    source: Checkpoint, name: str, codes: np.ndarray, first_row: int, stored: str, convention: ScaleConvention
-) -> np.ndarray:
-    """code * scale of its block, one row of blocks at a time so that temporaries stay in the processor's cache."""
+def _dequantize(
+    source: Checkpoint, name: str, codes: np.ndarray, first_row: int, convention: ScaleConvention, values: np.ndarray
+) -> None:
+    """values = code * scale of its block, one row of blocks at a time so that temporaries stay in the processor's
+    cache."""
     block_rows, block_columns = source.config.weight_block_size
     scale_name = schema.scale_name(name)
     scales = source.array(scale_name)[first_row // block_rows :][: -(-len(codes) // block_rows)]
@@ -217,14 +222,12 @@ def _dequantized(
     if convention is ScaleConvention.RECIPROCAL:
         scales = np.float32(1) / scales
     dense.check_finite(f"{scale_name} times 448", scales * np.float32(fp8.OCP_MAX))
-    values = np.empty(codes.shape, dtype=STORED_DTYPES[stored])
     for start, scale in zip(range(0, len(codes), block_rows), scales, strict=True):
         part = values[start : start + block_rows]
-        strip = part if stored == "F32" else np.empty(part.shape, dtype=np.float32)
+        strip = part if part.dtype == np.float32 else np.empty(part.shape, dtype=np.float32)
         _decode_scaled(codes[start : start + block_rows], np.repeat(scale, block_columns)[: codes.shape[1]], strip)
-        if stored != "F32":
+        if strip is not part:
             part[:] = dense.round_to_bfloat16(strip)
-    return values
 
 
 def _decode_scaled(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:

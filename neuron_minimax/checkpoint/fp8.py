@@ -73,16 +73,30 @@ def quantize(weight: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np
 def halve(codes: np.ndarray) -> np.ndarray:
     """Codes of half the values, so that none exceeds 240 and a doubled scale gives the same weight.
 
-    Rounds to nearest even; exact for every |code| above 15 * 2^-9 (count_rounded counts the others). From magnitude
-    0x10 on, halving lowers the exponent field by one, a step of 8; below, a code is its value in units of 2^-9, and the
-    step is half of it, odd ones up to the next odd number. NaN codes must have been refused before.
+    Rounds to nearest even; exact for every |code| above 15 * 2^-9 (count_rounded counts the others). NaN codes must
+    have been refused before.
     """
-    step = codes >> 1
-    step &= 0x3F
-    step |= codes & 1
-    # An array of eights, because numpy compares with a scalar thirty times as slowly.
-    np.minimum(step, np.full_like(step, 8), out=step)
-    return np.subtract(codes, step, out=step)
+    halved = np.empty(codes.shape, np.uint8)
+    halve_into(halved, codes, np.empty(codes.shape, np.uint8))
+    return halved
+
+
+def halve_into(out: np.ndarray, codes: np.ndarray, spare: np.ndarray) -> tuple[int, bool]:
+    """`halve` without allocating: how many codes were rounded, and whether any is NaN; `spare` is overwritten.
+
+    From magnitude 0x10 on, halving lowers the exponent field by one, a step of 8; below, a code is its value in units
+    of 2^-9, and the step is half of it, odd ones up to the next odd number.
+    """
+    magnitude = np.bitwise_and(codes, 0x7F, out=spare)
+    nan = magnitude.max(initial=0) == CODE_NAN
+    # A row of sixteens, because numpy takes the minimum with a scalar fifteen times as slowly.
+    np.minimum(magnitude, np.full(codes.shape[-1:], 16, np.uint8), out=magnitude)
+    odd = np.bitwise_and(magnitude, 1, out=out)
+    rounded = int(np.count_nonzero(odd))
+    magnitude >>= 1
+    magnitude |= odd
+    np.subtract(codes, magnitude, out=out)
+    return rounded, bool(nan)
 
 
 def count_rounded(codes: np.ndarray) -> int:

@@ -63,7 +63,8 @@ class TensorDirectory:
     def array(self, name: str) -> np.ndarray:
         """The stored elements, zero-copy: uint8 codes for FP8, uint16 for BF16, else the dtype's own."""
         entry = self.entry(name)
-        raw = self._map(entry.shard)[entry.start : entry.end]
+        # A plain view: every operation on a memmap costs Python time.
+        raw = np.asarray(self._map(entry.shard))[entry.start : entry.end]
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def tensor(self, name: str) -> "torch.Tensor":

@@ -1,21 +1,21 @@
 """What a manifest says of each written tensor, and whether the bytes on disk still agree."""
 
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neuron_minimax.checkpoint.parallel import WORKERS
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.errors import NeuronMiniMaxError
 
 CHECK_PIECE = 8 << 20
-# Threads that compute; one thread digests and writes, and eight keep it busy. Pieces in flight stay under 250 MB.
-WORKERS = min(8, os.cpu_count() or 1)
+CRC_POLYNOMIAL = 0xEDB88320  # of crc32, lowest bit first
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,34 @@ def crc32_of(array: np.ndarray) -> str:
     for start in range(0, data.size, CHECK_PIECE):
         value = zlib.crc32(data[start : start + CHECK_PIECE].data, value)
     return f"{value:08x}"
+
+
+def joined_crc32(first: int, second: int, nbytes: int) -> int:
+    """crc32 of two stretches of bytes from the crc32 of each, the second being `nbytes` long.
+
+    Appending n bytes multiplies the polynomial of the first by x^(8n), modulo that of crc32.
+    """
+    return _multiply(_shift(nbytes), first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of polynomials over GF(2) modulo that of crc32; the highest bit is the coefficient of x^0."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (CRC_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+@cache
+def _shift(nbytes: int) -> int:
+    """x^(8 * nbytes), by squaring."""
+    power, square = 1 << 31, 1 << 23  # x^0, x^8
+    while nbytes:
+        power = _multiply(power, square) if nbytes & 1 else power
+        square, nbytes = _multiply(square, square), nbytes >> 1
+    return power
 
 
 def damaged_tensors(

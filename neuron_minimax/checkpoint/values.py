@@ -126,7 +126,7 @@ def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
 
 def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = ()) -> Measurement:
     """One pass over one tensor."""
-    stored = np.asarray(checkpoint.array(weight.name))  # a plain view: operations on a memmap cost Python time
+    stored = checkpoint.array(weight.name)
     if not checkpoint.is_fp8(weight.name):
         return _measure_plain(weight, stored)
     scale_name = schema.scale_name(weight.name)

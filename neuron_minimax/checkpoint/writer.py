@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +31,11 @@ COMPANION_FILES = (
 
 
 class ShardWriter:
-    """One safetensors file, declared first and then filled in order.
+    """One safetensors file, declared first and then filled: in order by `write`, or anywhere by `write_at`.
 
-    `tensors` maps each name to (dtype as safetensors spells it, shape). `write` appends the next bytes. Leaving the
-    `with` block syncs the file and gives it its final name; an exception leaves only the partial file.
+    `tensors` maps each name to (dtype as safetensors spells it, shape). `finish`, or leaving the `with` block, syncs
+    the file and gives it its final name; an exception leaves only the partial file. The file is opened when it is first
+    written to, in each process that does.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -47,38 +49,58 @@ class ShardWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
-        self._remaining = position
-        self._file = self.partial.open("wb", buffering=0)
-        self._write_all(memoryview(len(text).to_bytes(8, "little") + text))
+        self._header = len(text).to_bytes(8, "little") + text
+        self.nbytes = position
+        self.written = 0  # bytes behind the header; who writes by `write_at` counts them
 
     def write(self, data: np.ndarray) -> None:
         """Append the elements of a contiguous array."""
-        self._remaining -= data.nbytes
-        assert self._remaining >= 0, f"more bytes than {self.path.name} declares"
-        self._write_all(data.reshape(-1).view(np.uint8).data)
+        self.write_at(self.written, data)
+        self.written += data.nbytes
+
+    def write_at(self, position: int, data: np.ndarray) -> None:
+        """Put the elements of a contiguous array at a byte position behind the header."""
+        assert position + data.nbytes <= self.nbytes, f"more bytes than {self.path.name} declares"
+        self._write_all(len(self._header) + position, data.reshape(-1).view(np.uint8).data)
 
     def sync(self) -> None:
-        """Push what is written so far to the disk, so that the last sync is short. Any thread may call it."""
-        os.fdatasync(self._file.fileno())
+        """Push what any process has written so far to the disk, so that the last sync is short."""
+        os.fdatasync(self._descriptor)
 
-    def _write_all(self, data: memoryview) -> None:
+    def finish(self) -> None:
+        """Write the header, sync the file, which must be whole, and give it its name."""
+        assert self.written == self.nbytes, f"{self.path.name} lacks {self.nbytes - self.written} of its declared bytes"
+        self._write_all(0, memoryview(self._header))
+        os.fsync(self._descriptor)
+        self.close()
+        os.replace(self.partial, self.path)
+        sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Close the file in this process, as it is."""
+        if "_descriptor" in self.__dict__:
+            os.close(self.__dict__.pop("_descriptor"))
+
+    @cached_property
+    def _descriptor(self) -> int:
+        return os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _write_all(self, position: int, data: memoryview) -> None:
         while data:
-            data = data[self._file.write(data) :]
+            count = os.pwrite(self._descriptor, data, position)
+            data, position = data[count:], position + count
 
     def __enter__(self) -> "ShardWriter":
+        self.partial.unlink(missing_ok=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._file.close()
-            return
-        assert self._remaining == 0, f"{self.path.name} lacks {self._remaining} of its declared bytes"
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self.partial, self.path)
-        sync_directory(self.path.parent)
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,6 @@
 """The elements of an output, piece by piece; a conversion to disk and one in memory both go through here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
@@ -9,10 +9,10 @@ import numpy as np
 from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.stream import Piece
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
 from neuron_minimax.convert.plan import ConversionPlan, Output
-from neuron_minimax.convert.rules import Operation
 
 PIECE_BYTES = 4 << 20
 STRIP_ROWS = 64  # of a weight with 3072 columns 192 KiB, which stay in the second-level cache from check to target
@@ -24,33 +24,47 @@ class ArraySource(Protocol):
     def array(self, name: str) -> np.ndarray: ...
 
 
-def pieces(
-    conversion: ConversionPlan, output: Output, source: ArraySource
-) -> Iterator[Callable[[], tuple[np.ndarray, int]]]:
+def pieces(conversion: ConversionPlan, output: Output, source: ArraySource) -> Iterator[Piece]:
     """Computations of the output's elements in order: one per expert, or row ranges of whole blocks for a copy."""
-    for group in range(len(output.groups)):
-        rows = output.shape[0] if output.rule.operation is Operation.COPY else None
-        if rows is None or output.is_scale or len(output.shape) < 2:
-            yield partial(convert_piece, conversion, output, source, group, slice(None))
-            continue
-        block = conversion.config.weight_block_size[0]
-        step = max(1, PIECE_BYTES * rows // max(1, output.nbytes) // block) * block
-        for start in range(0, rows, step):
-            yield partial(convert_piece, conversion, output, source, group, slice(start, start + step))
+    if output.rule.per_expert:
+        for group in range(len(output.groups)):
+            fill = partial(_fill, conversion, output, source, group, slice(None))
+            yield Piece(output.nbytes // len(output.groups), fill)
+        return
+    rows, block = output.shape[0], conversion.config.weight_block_size[0]
+    whole = output.is_scale or len(output.shape) < 2
+    step = rows if whole else max(1, PIECE_BYTES * rows // output.nbytes // block) * block
+    for start in range(0, rows, step):
+        taken = slice(start, min(start + step, rows))
+        fill = partial(_fill, conversion, output, source, 0, taken)
+        yield Piece(output.nbytes // rows * (taken.stop - taken.start), fill)
+
+
+def _fill(
+    conversion: ConversionPlan, output: Output, source: ArraySource, group: int, rows: slice, memory: np.ndarray
+) -> int:
+    return convert_piece(conversion, output, source, group, rows, memory)[1]
 
 
 def convert_piece(
-    conversion: ConversionPlan, output: Output, source: ArraySource, group: int, rows: slice
+    conversion: ConversionPlan,
+    output: Output,
+    source: ArraySource,
+    group: int,
+    rows: slice,
+    memory: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """The elements of one expert, or of a range of rows, and how many of their codes halving rounded.
 
-    Values are checked on the way: CheckpointError names the tensor with NaN codes, bad scales or NaN elements.
+    They are put into `memory` (uint8, of their size) when it is given. Values are checked on the way: CheckpointError
+    names the tensor with NaN codes, bad scales or NaN elements.
     """
     operation, names = output.rule.operation, output.groups[group]
     sources = [source.array(name)[rows] for name in names]
-    shape = ops.piece_shape(operation, [stored.shape for stored in sources])
-    piece = np.empty(shape, dtype=STORED_DTYPES[output.dtype])
+    shape, dtype = ops.piece_shape(operation, [stored.shape for stored in sources]), STORED_DTYPES[output.dtype]
+    piece = np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
     before = rounded = 0
+    strips = np.empty((2, STRIP_ROWS, max(stored.shape[-1] for stored in sources)), np.uint8)
     for index, (name, stored) in enumerate(zip(names, sources, strict=True)):
         if output.treatment is Treatment.DEQUANTIZE:
             stored = _dequantized(conversion, name, stored, output.scale_groups[group][index], source, rows)
@@ -59,13 +73,17 @@ def convert_piece(
         elif output.dtype != "F8_E4M3":
             dense.check_finite(name, stored)
             stored = dense.round_to_bfloat16(stored) if output.treatment is Treatment.ROUND else stored
+        if output.dtype == "F8_E4M3" and output.treatment is not Treatment.HALVE:
+            fp8.check_codes(name, stored)
         for row in range(0, len(stored), STRIP_ROWS):
             strip = stored[row : row + STRIP_ROWS]
-            if output.dtype == "F8_E4M3" and fp8.has_nan(strip):
-                fp8.check_codes(name, stored)
             if output.treatment is Treatment.HALVE:
-                rounded += fp8.count_rounded(strip)
-                strip = fp8.halve(strip)
+                halved, spare = strips[:, : len(strip), : strip.shape[1]]
+                count, nan = fp8.halve_into(halved, strip, spare)
+                if nan:
+                    fp8.check_codes(name, stored)
+                rounded += count
+                strip = halved
             ops.place(operation, piece, before + row, strip)
         before += len(stored)
     return piece, rounded

@@ -4,20 +4,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neuron_minimax import __version__
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.records import TensorRecord
-from neuron_minimax.checkpoint.stream import OutputDirectory, StreamedShard, StreamedTensor
+from neuron_minimax.checkpoint.stream import StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.writer import copy_companions
 from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.convert.plan import ConventionChoice, ConversionPlan, Layout, Sources, plan
 from neuron_minimax.errors import ConversionError
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST_NAME = "conversion.json"
 FORMAT_VERSION = 1

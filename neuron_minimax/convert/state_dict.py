@@ -56,9 +56,12 @@ def convert_hf_to_neuron_state_dict(
     conversion = plan(sources, config, layout, _convention_in_memory(source, sources, config, layout), tolerated)
     converted: dict[str, torch.Tensor] = {}
     for output in conversion.outputs:
-        elements = [piece()[0] for piece in pieces(conversion, output, source)]
-        joined = np.concatenate([part.reshape(-1) for part in elements]).reshape(output.shape)
-        converted[output.name] = torch.from_numpy(joined).view(getattr(torch, TORCH_DTYPES[output.dtype]))
+        memory, filled = np.empty(output.nbytes, np.uint8), 0
+        for piece in pieces(conversion, output, source):
+            piece.fill(memory[filled : filled + piece.nbytes])
+            filled += piece.nbytes
+        elements = torch.from_numpy(memory).view(getattr(torch, TORCH_DTYPES[output.dtype]))
+        converted[output.name] = elements.view(output.shape)
     if layout.tp_degree is not None:
         for template in RANK_TENSORS:
             for layer in range(config.num_hidden_layers) if "{l}" in template else (None,):

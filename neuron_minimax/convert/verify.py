@@ -5,16 +5,17 @@ compared there is what a reader of the checkpoint sees. Nothing is taken from th
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint.parallel import in_processes
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.records import WORKERS, damaged_tensors, read_records
+from neuron_minimax.checkpoint.records import damaged_tensors, read_records
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
@@ -68,11 +69,12 @@ def verify(
     damaged = damaged_tensors(converted.directory, read_records(manifest["tensors"]), progress=progress)
     differences += [f"{name} does not match the digest in its manifest" for name in damaged]
     rounded = 0
-    compare = _Comparison(conversion, source, converted, progress)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for found, count in pool.map(compare, conversion.outputs):
-            differences += found
-            rounded += count
+    compare = _Comparison(conversion, source, converted)
+    tasks = [partial(compare, output) for output in conversion.outputs]
+    for output, (found, count) in zip(conversion.outputs, in_processes(tasks, conversion.nbytes), strict=True):
+        differences += found
+        rounded += count
+        progress(output.nbytes)
     if rounded != manifest["rounded_codes"]:
         differences.append(f"{rounded} codes are rounded, the manifest says {manifest['rounded_codes']}")
     return Verification(
@@ -90,7 +92,6 @@ class _Comparison:
     conversion: ConversionPlan
     source: Checkpoint
     converted: TensorDirectory
-    progress: Callable[[int], None]
 
     def __call__(self, output: Output) -> tuple[list[str], int]:
         entry = self.converted.entries.get(output.name)
@@ -110,7 +111,6 @@ class _Comparison:
                 rounded += halved
                 if wrong:
                     differences.append(f"{output.name}: {wrong} of {part.size} elements differ from {name}")
-        self.progress(entry.nbytes)
         return differences, rounded
 
     def _count_wrong(self, output: Output, name: str, part: np.ndarray, scale_name: str | None) -> tuple[int, int]:

@@ -1,0 +1,106 @@
+"""Tasks on all cores, in forked processes: numpy's short calls make threads wait for the interpreter's lock.
+
+Tasks are inherited, not sent, so anything may be in them; what they return is pickled. The children run numpy and
+system calls alone, which is safe after a fork whatever the caller has loaded.
+"""
+
+import gc
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from neuron_minimax.errors import NeuronMiniMaxError
+
+Result = TypeVar("Result")
+WORKERS = min(8, os.cpu_count() or 1)  # eight stream faster than disks
+PARALLEL_FROM = 64 << 20  # bytes; less is streamed before processes have started
+NUMBER_BYTES = 8
+
+
+def in_processes(tasks: Sequence[Callable[[], Result]], nbytes: int) -> Generator[Result, None, None]:
+    """What the tasks return, in their order; each process takes the next one when it is free.
+
+    When they stream few bytes, all happens in the caller's process. A task's exception is raised here, in its turn;
+    NeuronMiniMaxError when a process is killed. Leaving the iterator ends the processes.
+    """
+    workers = min(WORKERS, len(tasks))
+    if workers == 1 or nbytes < PARALLEL_FROM:
+        for task in tasks:
+            yield task()
+        return
+    queue = os.memfd_create("tasks")  # all processes read it through one file position
+    with open(queue, "wb", closefd=False) as file:
+        file.write(b"".join(number.to_bytes(NUMBER_BYTES, "little") for number in range(len(tasks))))
+    os.lseek(queue, 0, os.SEEK_SET)
+    children: dict[Connection, int] = {}
+    try:
+        for _ in range(workers):
+            reader, writer = Pipe(duplex=False)
+            children[reader] = _fork(tasks, queue, writer, [*children, reader])
+            writer.close()
+        yield from _in_order(children, len(tasks))
+    finally:
+        for child in children.values():
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        for reader in children:
+            reader.close()
+        os.close(queue)
+
+
+def _fork(tasks: Sequence[Callable[[], Any]], queue: int, writer: Connection, others: list[Connection]) -> int:
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: the child of a process with threads
+        child = os.fork()
+    if child:
+        return child
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its processes
+        gc.disable()  # collecting would copy the caller's pages
+        for reader in others:
+            reader.close()
+        while os.getppid() == parent and (number := os.read(queue, NUMBER_BYTES)):
+            index = int.from_bytes(number, "little")
+            writer.send((index, *_outcome(tasks[index])))
+        writer.send(None)
+    finally:
+        os._exit(0)
+
+
+def _outcome(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return task(), None
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return None, error
+
+
+def _in_order(children: dict[Connection, int], count: int) -> Iterator[Any]:
+    found: dict[int, list[Any]] = {}  # result, exception
+    working = set(children)
+    for index in range(count):
+        while index not in found:
+            for reader in wait(list(working)):
+                assert isinstance(reader, Connection)
+                try:
+                    message = reader.recv()
+                except EOFError:
+                    raise NeuronMiniMaxError(
+                        "a worker process was ended from outside, most likely for want of memory; run again: what is "
+                        "finished is kept"
+                    ) from None
+                if message is None:
+                    working.discard(reader)
+                else:
+                    number, *outcome = message
+                    found[number] = outcome
+        result, error = found.pop(index)
+        if error is not None:
+            raise error
+        yield result
