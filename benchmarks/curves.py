@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-STEEPER = 1.3  # how much steeper than before the last stretch may be until a curve counts as superlinear in its law
+STEEPER = 1.25  # how far above its law the largest point may be until a curve counts as superlinear in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,8 @@ class Curve:
 
     @property
     def superlinear(self) -> bool:
-        """Whether the last stretch costs more per unit of its law than all before it."""
-        measured, law = ([getattr(point, key) for point in self.points] for key in ("measured", "expected"))
-        if law[-1] < 1.05 * law[0]:  # expected to stay as it is
-            return measured[-1] > STEEPER * measured[0]
-        before = (measured[-2] - measured[0]) / (law[-2] - law[0])
-        last = (measured[-1] - measured[-2]) / (law[-1] - law[-2])
-        # A flat start would make any last stretch steep: at least a tenth of the whole is taken for its slope.
-        return last > STEEPER * max(before, 0.1 * measured[-1] / law[-1])
+        """Whether the largest point costs clearly more than its law, which was fitted to all of them."""
+        return self.points[-1].measured > STEEPER * self.points[-1].expected
 
     def verdict(self) -> str:
         steep = "superlinear in its law" if self.superlinear else "not superlinear in its law"

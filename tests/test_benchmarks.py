@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.curves import Curve, Point
+from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
 from benchmarks.suite import collect
 from benchmarks.table import Goal, Row, from_json, render, render_markdown, row, summary, to_json
@@ -79,7 +79,7 @@ def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
     assert summary(rows) == "0 of 0 goals reached; 1 benchmarks FAILED"
 
 
-def test_a_curve_is_superlinear_when_its_last_part_is_steeper_than_its_law():
+def test_a_curve_is_superlinear_when_its_largest_point_is_above_its_law():
     def curve(seconds: list[float]) -> Curve:
         points = tuple(
             Point(at=at, measured=value, expected=at) for at, value in zip((1, 2, 4, 8), seconds, strict=True)
@@ -91,3 +91,12 @@ def test_a_curve_is_superlinear_when_its_last_part_is_steeper_than_its_law():
     assert linear.worst == pytest.approx(1.0)
     assert steep.superlinear
     assert steep.worst == pytest.approx(2.0)
+
+
+def test_a_law_is_fitted_with_a_constant_and_a_factor_that_are_not_negative():
+    exact = fitted("a", "x", "ms", "law", [1, 2, 4], [5.0, 7.0, 11.0], [1, 2, 4])
+    assert [point.expected for point in exact.points] == pytest.approx([5, 7, 11])
+    steeper = fitted("a", "x", "ms", "law", [1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0], [1, 2, 4, 8])
+    assert steeper.superlinear
+    falling = fitted("a", "x", "ms", "law", [1, 2, 4], [4.0, 2.0, 1.0], [1, 2, 4])
+    assert [point.expected for point in falling.points] == [2.0, 2.0, 2.0]
