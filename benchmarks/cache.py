@@ -48,23 +48,31 @@ def time_transformers(source: Path, target: Path, dtype: str) -> float:
     return time.perf_counter() - start
 
 
-def rows_of(source: Path, scratch: Path, dtype: str, rounds: int) -> tuple[list[Row], list[float]]:
-    """(rate against plain writing and peak memory, seconds of each build)."""
-    target, ours, plain, peaks = scratch / "cache", [], [], []
+def measure(
+    source: Path, scratch: Path, dtype: str, rounds: int
+) -> tuple[list[float], list[float], list[float], float]:
+    """(gigabytes of the cache written per second, plain writing's, seconds of each build, peak anonymous megabytes)."""
+    ours, plain, builds, peaks = [], [], [], []
     for _ in range(rounds):
         read_into_cache(source)
-        seconds, peak = run_apart(run_build, source, target, dtype)
-        sizes = [path.stat().st_size for path in target.glob("*.safetensors")]
-        shutil.rmtree(target)
-        ours.append(seconds)
-        plain.append(time_plain_write(sizes, scratch / "plain"))
+        seconds, peak = run_apart(run_build, source, scratch / "cache", dtype)
+        sizes = [path.stat().st_size for path in (scratch / "cache").glob("*.safetensors")]
+        shutil.rmtree(scratch / "cache")
+        ours.append(sum(sizes) / 1e9 / seconds)
+        plain.append(sum(sizes) / 1e9 / time_plain_write(sizes, scratch / "plain"))
+        builds.append(seconds)
         peaks.append(peak)
-    rates = [[sum(sizes) / 1e9 / seconds for seconds in side] for side in (ours, plain)]
+    return ours, plain, builds, max(peaks)
+
+
+def rows_of(source: Path, scratch: Path, dtype: str, rounds: int) -> tuple[list[Row], list[float]]:
+    """(rate against plain writing and peak memory, seconds of each build)."""
+    ours, plain, builds, peak = measure(source, scratch, dtype, rounds)
     what = f"cache of {shards_bytes(source) / 1e9:.1f} GB, {dtype}"
     return [
-        row(f"{what}, written", rates[0], "GB/s", peer=("plain writing + sync", rates[1]), goal=SIXTY_PERCENT),
-        row(f"{what}, peak anonymous memory", [max(peaks)], "MB", less_is_better=True),
-    ], ours
+        row(f"{what}, written", ours, "GB/s", peer=("plain writing + sync", plain), goal=SIXTY_PERCENT),
+        row(f"{what}, peak anonymous memory", [peak], "MB", less_is_better=True),
+    ], builds
 
 
 def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Row]:

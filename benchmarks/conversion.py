@@ -6,7 +6,7 @@ python -m benchmarks.conversion [--directory DIR] [--rounds N] [--full-layer]
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,28 @@ def run_conversion(source: Path, destination: Path) -> tuple[float, float]:
     return watched(convert, source, destination)
 
 
-def rows_of(source: Path, scratch: Path, rounds: int, states: Sequence[str] = tuple(STATES)) -> list[Row]:
-    """Gigabytes of the checkpoint per second, one row per state of the cache, and the peak memory."""
-    gigabytes = shards_bytes(source) / 1e9
-    name = f"{gigabytes:.1f} GB"
-    rows, peaks = [], []
-    for state in states:
-        ours, peer = [], []
-        for _ in range(rounds):
-            STATES[state](source)
-            seconds, peak = run_apart(run_conversion, source, scratch / "out")
-            shutil.rmtree(scratch / "out")
-            STATES[state](source)
-            ours.append(gigabytes / seconds)
-            peer.append(gigabytes / time_copy(source, scratch / "copy"))
-            peaks.append(peak)
-        rows.append(row(f"convert {name}, {state}", ours, "GB/s", peer=("cp + sync", peer), goal=GOALS[state]))
-    what = f"convert {name}, peak anonymous memory"
+def measure(source: Path, scratch: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float], float]:
+    """(gigabytes per second of conversion, of cp + sync, peak anonymous megabytes); one figure per round."""
+    gigabytes, ours, peer, peaks = shards_bytes(source) / 1e9, [], [], []
+    for _ in range(rounds):
+        STATES[state](source)
+        seconds, peak = run_apart(run_conversion, source, scratch / "out")
+        shutil.rmtree(scratch / "out")
+        STATES[state](source)
+        ours.append(gigabytes / seconds)
+        peer.append(gigabytes / time_copy(source, scratch / "copy"))
+        peaks.append(peak)
+    return ours, peer, max(peaks)
+
+
+def rows_of(source: Path, scratch: Path, rounds: int) -> list[Row]:
+    """One row per state of the page cache, and the peak memory."""
+    what, rows, peaks = f"convert {shards_bytes(source) / 1e9:.1f} GB", [], []
+    for state in STATES:
+        ours, peer, peak = measure(source, scratch, rounds, state)
+        peaks.append(peak)
+        rows.append(row(f"{what}, {state}", ours, "GB/s", peer=("cp + sync", peer), goal=GOALS[state]))
+    what += ", peak anonymous memory"
     return [*rows, row(what, [max(peaks)], "MB", less_is_better=True, goal=ONE_GIGABYTE)]
 
 

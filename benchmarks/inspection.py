@@ -5,7 +5,6 @@ python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds 
 
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.files import STATES, shards_bytes, time_cat
@@ -34,19 +33,23 @@ def time_headers(directory: Path) -> float:
     return time.perf_counter() - start
 
 
-def rows_of(source: Path, rounds: int, states: Sequence[str] = tuple(STATES)) -> list[Row]:
-    """Gigabytes per second, one row per state of the cache."""
-    gigabytes = shards_bytes(source) / 1e9
-    name = f"{gigabytes:.1f} GB"
-    found = []
-    for state in states:
-        ours, peer = [], []
-        for _ in range(rounds):
-            STATES[state](source)
-            ours.append(gigabytes / run_apart(time_values, source))
-            STATES[state](source)
-            peer.append(gigabytes / time_cat(source))
-        found.append(row(f"inspect --check-values {name}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))
+def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float]]:
+    """(gigabytes per second of check_values, of cat), one figure per round."""
+    gigabytes, ours, peer = shards_bytes(source) / 1e9, [], []
+    for _ in range(rounds):
+        STATES[state](source)
+        ours.append(gigabytes / run_apart(time_values, source))
+        STATES[state](source)
+        peer.append(gigabytes / time_cat(source))
+    return ours, peer
+
+
+def rows_of(source: Path, rounds: int) -> list[Row]:
+    """One row per state of the page cache."""
+    what, found = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB", []
+    for state in STATES:
+        ours, peer = measure(source, rounds, state)
+        found.append(row(f"{what}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))
     return found
 
 

@@ -77,7 +77,7 @@ BASE = Shape()
 
 
 def step_milliseconds(traced: Path, positions: Sequence[int]) -> list[float]:
-    """Milliseconds per step with that many positions filled in every slot: of the rounds' medians the least disturbed."""
+    """Milliseconds per step with that many positions filled in every slot: the least disturbed round's median."""
     import torch
 
     from neuron_minimax.backends import load
