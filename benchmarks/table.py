@@ -150,7 +150,9 @@ def summary(rows: Sequence[Row]) -> str:
     """One line: how many goals were reached, and what failed."""
     goals = [each.reached for each in rows if each.reached is not None]
     failed = sum(bool(each.failure) for each in rows)
-    return f"{sum(goals)} of {len(goals)} goals reached" + (f"; {failed} benchmarks FAILED" if failed else "")
+    parts = [f"{sum(goals)} of {len(goals)} goals reached"] if goals else []
+    parts += [f"{failed} {'benchmark' if failed == 1 else 'benchmarks'} FAILED"] if failed else []
+    return "; ".join(parts) or f"{len(rows)} rows, no goals"
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
