@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from neuron_minimax.checkpoint import parallel
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import ShardWriter
@@ -311,10 +312,12 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# Converts, and kills itself without warning once this many bytes are written.
+# Converts in several processes, and kills itself without warning once this many bytes are written.
 CONVERT_AND_DIE = """
 import os, signal, sys
+from neuron_minimax.checkpoint import parallel
 from neuron_minimax.convert.run import convert
+parallel.PARALLEL_FROM = 0
 left = int(sys.argv[3])
 def progress(nbytes):
     global left
@@ -336,6 +339,26 @@ def test_after_kill_9_the_next_run_ends_bit_identical(tmp_path, moment, reused):
     # The last finished shard may not have been synced yet.
     assert reused - 1 <= convert(source, tmp_path / "out").reused_shards <= reused
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(attention="bf16")], ids=["fp8", "bf16"])
+def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, layout):
+    source = write_tiny(tmp_path / "source", **RAGGED)
+    convert(source, tmp_path / "one", layout)
+    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    convert(source, tmp_path / "several", layout)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    assert verify(source, tmp_path / "several").equal
+
+
+def test_a_bad_value_found_by_another_process_has_its_name(tmp_path, monkeypatch):
+    source, bad = write_tiny(tmp_path / "source"), FAULTS["nan code"]
+    tensors = load_file(source / "model.safetensors")
+    bad.change(tensors[bad.tensor])
+    save_file(tensors, source / "model.safetensors")
+    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    with pytest.raises(CheckpointError, match=f"{bad.tensor} has 1 NaN codes"):
+        convert(source, tmp_path / "out")
 
 
 def test_resuming_rechecks_what_it_trusts_and_rebuilds_what_is_damaged(tmp_path):

@@ -163,8 +163,9 @@ class ScaleEvidence:
 def block_maxima(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Largest absolute value of each non-zero block, [blocks], read as multiplier and as reciprocal."""
     rows, columns = codes.shape
-    magnitude = (codes & 0x7F).astype(np.uint8)
-    rows_reduced = np.maximum.reduceat(magnitude, np.arange(0, rows, block[0]), axis=0)
+    magnitude = codes & 0x7F
+    # The maximum over an axis is many times as fast as reduceat.
+    rows_reduced = np.stack([magnitude[row : row + block[0]].max(axis=0) for row in range(0, rows, block[0])])
     largest = decode(np.maximum.reduceat(rows_reduced, np.arange(0, columns, block[1]), axis=1))
     used = largest > 0
     largest, scales = largest[used].astype(np.float64), scales[used].astype(np.float64)

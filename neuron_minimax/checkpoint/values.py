@@ -4,11 +4,11 @@ Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil
 columns)]. Every code is checked; the histogram and the norms come from one row of 64, which is said where shown.
 """
 
-import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ import numpy as np
 from neuron_minimax.checkpoint import fp8, schema
 from neuron_minimax.checkpoint.findings import Finding
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint.parallel import in_processes
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.errors import CheckpointError
 
+AHEAD = 8  # tensors that are read into the page cache before they are measured
 SAMPLED_ROW = 64  # one row of this many goes into the histogram and the norms
 LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]  # a block below wastes two bits of range
 STRIP_BYTES = 1 << 20
@@ -98,25 +100,22 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambd
     ]
     wanted.sort(key=lambda weight: (checkpoint.entry(weight.name).shard, checkpoint.entry(weight.name).start))
     tally = _Tally(checkpoint)
-    for measurement, nbytes in _in_parallel(checkpoint, wanted, broken):
+    tasks = [
+        partial(_measure_ahead, checkpoint, weight, ahead, broken)
+        for weight, ahead in zip_longest(wanted, wanted[AHEAD:])
+    ]
+    for measurement in in_processes(tasks, sum(_nbytes(checkpoint, weight) for weight in wanted)):
         tally.add(measurement)
-        progress(nbytes)
+        progress(_nbytes(checkpoint, measurement.weight))
     return tally.report()
 
 
-def _in_parallel(checkpoint: Checkpoint, wanted: list[Expected], broken: set[str]) -> Iterator[tuple[Measurement, int]]:
-    """Measurements in file order, a few tensors ahead."""
-    workers = os.cpu_count() or 1
-    pending: deque[tuple[Expected, Future[Measurement]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for weight in wanted:
-            checkpoint.will_need(weight.name)
-            pending.append((weight, pool.submit(measure, checkpoint, weight, broken)))
-            if len(pending) > 4 * workers:
-                done, future = pending.popleft()
-                yield future.result(), _nbytes(checkpoint, done)
-        for done, future in pending:
-            yield future.result(), _nbytes(checkpoint, done)
+def _measure_ahead(
+    checkpoint: Checkpoint, weight: Expected, ahead: Expected | None, broken: Collection[str]
+) -> Measurement:
+    if ahead is not None:
+        checkpoint.will_need(ahead.name)
+    return measure(checkpoint, weight, broken)
 
 
 def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:

@@ -1,0 +1,87 @@
+"""Forked tasks: results in order, failures in their turn, and no process outlives its caller."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neuron_minimax.checkpoint.parallel import PARALLEL_FROM, in_processes
+from neuron_minimax.checkpoint.records import joined_crc32
+from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
+
+
+def work(number):
+    time.sleep(0.001 * (number % 3))
+    return number, os.getpid()
+
+
+def test_results_come_in_order_and_from_other_processes():
+    results = list(in_processes([partial(work, number) for number in range(50)], PARALLEL_FROM))
+    assert [number for number, _ in results] == list(range(50))
+    assert os.getpid() not in {process for _, process in results}
+
+
+def test_few_bytes_are_streamed_in_the_callers_process():
+    assert list(in_processes([partial(work, 0), partial(work, 1)], 1000)) == [(0, os.getpid()), (1, os.getpid())]
+
+
+def test_an_error_is_raised_in_its_turn_with_the_place_where_it_happened():
+    def fail():
+        raise CheckpointError("model.norm.weight is bad")
+
+    results = in_processes([partial(work, 0), partial(work, 1), fail, fail, partial(work, 4)], PARALLEL_FROM)
+    assert [next(results)[0] for _ in range(2)] == [0, 1]
+    with pytest.raises(CheckpointError, match=r"norm\.weight is bad") as raised:
+        next(results)
+    assert "in fail" in raised.value.__notes__[0]
+
+
+def test_a_killed_process_is_an_error_and_not_a_hang():
+    tasks = [partial(work, 0), lambda: os.kill(os.getpid(), signal.SIGKILL), *[partial(work, n) for n in range(9)]]
+    with pytest.raises(NeuronMiniMaxError, match="ended from outside"):
+        list(in_processes(tasks, PARALLEL_FROM))
+
+
+def test_leaving_early_ends_the_processes():
+    results = in_processes([os.getpid, os.getpid, partial(time.sleep, 60)], PARALLEL_FROM)
+    process = next(results)
+    results.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+ORPHANS = """
+import os, signal, time
+from neuron_minimax.checkpoint.parallel import PARALLEL_FROM, in_processes
+def work():
+    time.sleep(0.05)
+    return os.getpid()
+results = in_processes([work] * 1000, PARALLEL_FROM)
+print(next(results), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_of_a_killed_caller_end_with_their_task():
+    killed = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    orphan = int(killed.stdout)
+    for _ in range(100):
+        stat = Path(f"/proc/{orphan}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {orphan} still runs")
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (7, 0), (1, 1), (12345, 678), (3, 1 << 20)])
+def test_digests_of_two_stretches_join_into_that_of_both(sizes):
+    first, second = (np.random.default_rng(size).bytes(size) for size in sizes)
+    assert joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
