@@ -81,7 +81,7 @@ def build_cache(
                 reopen(output, records)
         if output.finished:
             return CacheResult(nbytes=nbytes, was_finished=True)
-        records = output.write_shards(shards, progress)
+        records = output.write_shards(shards, source, progress)
         copy_companions(source.directory, path)
         output.finish(_config(source, dtype), records, {})
     return CacheResult(nbytes=nbytes, reused_shards=output.reused_shards, damaged=tuple(damaged))

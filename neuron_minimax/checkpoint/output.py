@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.parallel import in_processes
-from neuron_minimax.checkpoint.reader import INDEX_NAME
+from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
 from neuron_minimax.checkpoint.records import TensorRecord, damaged_tensors, read_records, records_as_json
 from neuron_minimax.checkpoint.stream import ShardStream, StreamedShard
 from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, sync_directory, write_index, write_json
@@ -71,7 +72,7 @@ class OutputDirectory:
         return self.manifest_path.exists()
 
     def write_shards(
-        self, shards: Sequence[StreamedShard], progress: Callable[[int], None] = lambda nbytes: None
+        self, shards: Sequence[StreamedShard], source: TensorDirectory, progress: Callable[[int], None]
     ) -> dict[str, TensorRecord]:
         """Write the shards that are not there yet, after re-reading those that are; `progress` gets bytes done.
 
@@ -90,7 +91,7 @@ class OutputDirectory:
                 progress(shard.nbytes)
         self._require_space(sum(shard.nbytes for shard in missing))
         if missing:
-            records |= self._write(missing, progress)
+            records |= self._write(missing, source, progress)
         return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
 
     def finish(
@@ -171,13 +172,16 @@ class OutputDirectory:
         good = not damaged_tensors(self.path, records, shard.name)
         return records if good and set(records) == {tensor.name for tensor in shard.tensors} else None
 
-    def _write(self, shards: Sequence[StreamedShard], progress: Callable[[int], None]) -> dict[str, TensorRecord]:
+    def _write(
+        self, shards: Sequence[StreamedShard], source: TensorDirectory, progress: Callable[[int], None]
+    ) -> dict[str, TensorRecord]:
         for path in self.path.glob("*" + PARTIAL_SUFFIX):
             path.unlink()
-        streams = [ShardStream(shard, self.path) for shard in shards]
+        nbytes = sum(shard.nbytes for shard in shards)
+        trail = Trail((source,), max(nbytes, source.nbytes))
+        streams = [ShardStream(shard, self.path, trail) for shard in shards]
         memory = np.empty(max(stream.largest_piece for stream in streams), np.uint8)
         tasks = [task for stream in streams for task in stream.tasks(memory)]
-        nbytes = sum(shard.nbytes for shard in shards)
         records: dict[str, TensorRecord] = {}
         finishing: Future[None] | None = None
         with closing(in_processes(tasks, nbytes)) as results, ThreadPoolExecutor(1) as syncer:
@@ -194,7 +198,7 @@ class OutputDirectory:
 
     def _finish_shard(self, stream: ShardStream, records: Mapping[str, TensorRecord]) -> None:
         with self._named_disk_errors(stream):
-            stream.writer.finish()
+            stream.writer.finish(stream.trail.drops)
             write_json(self.unfinished / f"{stream.shard.name}.json", records_as_json(records))
 
     @contextmanager

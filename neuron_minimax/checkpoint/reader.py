@@ -13,6 +13,7 @@ import numpy as np
 
 from neuron_minimax.checkpoint import fp8, schema
 from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorEntry, read_header
+from neuron_minimax.checkpoint.page_cache import drop_pages
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import CheckpointError
 
@@ -85,6 +86,21 @@ class TensorDirectory:
         entry = self.entry(name)
         with open(self.directory / entry.shard, "rb") as file:
             os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def unmap(self) -> None:
+        """Let go of the mapped files; arrays that are still in use keep theirs."""
+        self._maps.clear()
+
+    def forget(self) -> None:
+        """Drop the files' pages from the page cache, as far as no array of any process has them mapped."""
+        self.unmap()
+        for shard in self.shards:
+            with open(self.directory / shard, "rb") as file:
+                drop_pages(file.fileno())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.parallel import WORKERS
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.errors import NeuronMiniMaxError
@@ -88,12 +89,15 @@ def damaged_tensors(
     except NeuronMiniMaxError:
         return list(wanted)
 
+    trail = Trail((stored,), stored.nbytes)
+
     def is_damaged(name: str) -> bool:
         record, entry = wanted[name], stored.entries.get(name)
         if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
             return True
         damaged = crc32_of(stored.array(name)) != record.crc32
         progress(entry.nbytes)
+        trail.advance(entry.nbytes)
         return damaged
 
     with ThreadPoolExecutor(WORKERS) as pool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.records import TensorRecord, joined_crc32
 from neuron_minimax.checkpoint.writer import ShardWriter
 
@@ -63,8 +64,8 @@ class Written:
 class ShardStream:
     """A shard on its way to its file: the tasks that write its pieces, and what their results add up to."""
 
-    def __init__(self, shard: StreamedShard, directory: Path) -> None:
-        self.shard = shard
+    def __init__(self, shard: StreamedShard, directory: Path, trail: Trail) -> None:
+        self.shard, self.trail = shard, trail
         layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
         self.writer = ShardWriter(directory / shard.name, layout)
         self.largest_piece = max((piece.nbytes for tensor in shard.tensors for piece in tensor.pieces), default=0)
@@ -75,7 +76,7 @@ class ShardStream:
         for tensor in self.shard.tensors:
             position = start
             for piece in tensor.pieces:
-                yield partial(_write_piece, self.writer, position, piece, memory[: piece.nbytes])
+                yield partial(self._write_piece, position, piece, memory[: piece.nbytes])
                 position += piece.nbytes
             start += tensor.nbytes
             assert position == start, f"the pieces of {tensor.name} end at byte {position}, its elements at {start}"
@@ -95,16 +96,17 @@ class ShardStream:
                 rounded += written.rounded
                 self.writer.written += piece.nbytes
                 progress(piece.nbytes)
+                self.trail.advance(piece.nbytes)
                 if self.writer.written - synced >= SYNC_EVERY and (syncing is None or syncing.done()):
-                    syncing, synced = syncer.submit(self.writer.sync), self.writer.written
+                    syncing, synced = syncer.submit(self.writer.sync, self.trail.drops), self.writer.written
             records[tensor.name] = TensorRecord(self.shard.name, tensor.dtype, tensor.shape, f"{crc:08x}", rounded)
         if syncing is not None:
             syncing.result()
         return records
 
-
-def _write_piece(writer: ShardWriter, position: int, piece: Piece, memory: np.ndarray) -> Written:
-    rounded = piece.fill(memory)
-    crc32 = zlib.crc32(memory.data)
-    writer.write_at(position, memory)
-    return Written(crc32, rounded)
+    def _write_piece(self, position: int, piece: Piece, memory: np.ndarray) -> Written:
+        rounded = piece.fill(memory)
+        crc32 = zlib.crc32(memory.data)
+        self.writer.write_at(position, memory)
+        self.trail.unmap()
+        return Written(crc32, rounded)

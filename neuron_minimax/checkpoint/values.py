@@ -16,6 +16,7 @@ import numpy as np
 from neuron_minimax.checkpoint import fp8, schema
 from neuron_minimax.checkpoint.findings import Finding
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.parallel import in_processes
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
@@ -100,22 +101,26 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambd
     ]
     wanted.sort(key=lambda weight: (checkpoint.entry(weight.name).shard, checkpoint.entry(weight.name).start))
     tally = _Tally(checkpoint)
+    trail = Trail((checkpoint,), checkpoint.nbytes)
     tasks = [
-        partial(_measure_ahead, checkpoint, weight, ahead, broken)
+        partial(_measure_ahead, checkpoint, weight, ahead, broken, trail)
         for weight, ahead in zip_longest(wanted, wanted[AHEAD:])
     ]
     for measurement in in_processes(tasks, sum(_nbytes(checkpoint, weight) for weight in wanted)):
         tally.add(measurement)
         progress(_nbytes(checkpoint, measurement.weight))
+        trail.advance(_nbytes(checkpoint, measurement.weight))
     return tally.report()
 
 
 def _measure_ahead(
-    checkpoint: Checkpoint, weight: Expected, ahead: Expected | None, broken: Collection[str]
+    checkpoint: Checkpoint, weight: Expected, ahead: Expected | None, broken: Collection[str], trail: Trail
 ) -> Measurement:
     if ahead is not None:
         checkpoint.will_need(ahead.name)
-    return measure(checkpoint, weight, broken)
+    found = measure(checkpoint, weight, broken)
+    trail.unmap()
+    return found
 
 
 def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.page_cache import drop_pages
 from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 
 PARTIAL_SUFFIX = ".partial"
@@ -63,15 +64,19 @@ class ShardWriter:
         assert position + data.nbytes <= self.nbytes, f"more bytes than {self.path.name} declares"
         self._write_all(len(self._header) + position, data.reshape(-1).view(np.uint8).data)
 
-    def sync(self) -> None:
-        """Push what any process has written so far to the disk, so that the last sync is short."""
+    def sync(self, drop: bool = False) -> None:
+        """Push what any process has written so far to the disk, and `drop` it from the page cache."""
         os.fdatasync(self._descriptor)
+        if drop:
+            drop_pages(self._descriptor)
 
-    def finish(self) -> None:
-        """Write the header, sync the file, which must be whole, and give it its name."""
+    def finish(self, drop: bool = False) -> None:
+        """Write the header, sync the file, which must be whole, and give it its name; `drop` as in `sync`."""
         assert self.written == self.nbytes, f"{self.path.name} lacks {self.nbytes - self.written} of its declared bytes"
         self._write_all(0, memoryview(self._header))
         os.fsync(self._descriptor)
+        if drop:
+            drop_pages(self._descriptor)
         self.close()
         os.replace(self.partial, self.path)
         sync_directory(self.path.parent)

@@ -94,7 +94,7 @@ def convert(
     with OutputDirectory(output_path, MANIFEST_NAME, identity, overwrite) as output:
         if output.finished:
             return ConversionResult(plan=conversion, was_finished=True)
-        records = output.write_shards(list(_shards(conversion, source)), progress)
+        records = output.write_shards(list(_shards(conversion, source)), source, progress)
         copy_companions(source.directory, output_path)
         output.finish(converted_config(conversion), records, _manifest(conversion, convention_record, records))
     rounded = sum(record.rounded_codes for record in records.values())

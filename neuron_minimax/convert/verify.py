@@ -13,6 +13,7 @@ import numpy as np
 
 from neuron_minimax.checkpoint import dense, fp8
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.parallel import in_processes
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.records import damaged_tensors, read_records
@@ -69,12 +70,14 @@ def verify(
     damaged = damaged_tensors(converted.directory, read_records(manifest["tensors"]), progress=progress)
     differences += [f"{name} does not match the digest in its manifest" for name in damaged]
     rounded = 0
-    compare = _Comparison(conversion, source, converted)
+    trail = Trail((source, converted), max(source.nbytes, converted.nbytes))
+    compare = _Comparison(conversion, source, converted, trail)
     tasks = [partial(compare, output) for output in conversion.outputs]
     for output, (found, count) in zip(conversion.outputs, in_processes(tasks, conversion.nbytes), strict=True):
         differences += found
         rounded += count
         progress(output.nbytes)
+        trail.advance(output.nbytes)
     if rounded != manifest["rounded_codes"]:
         differences.append(f"{rounded} codes are rounded, the manifest says {manifest['rounded_codes']}")
     return Verification(
@@ -92,6 +95,7 @@ class _Comparison:
     conversion: ConversionPlan
     source: Checkpoint
     converted: TensorDirectory
+    trail: Trail
 
     def __call__(self, output: Output) -> tuple[list[str], int]:
         entry = self.converted.entries.get(output.name)
@@ -111,6 +115,8 @@ class _Comparison:
                 rounded += halved
                 if wrong:
                     differences.append(f"{output.name}: {wrong} of {part.size} elements differ from {name}")
+        del stored, piece, parts, part
+        self.trail.unmap()
         return differences, rounded
 
     def _count_wrong(self, output: Output, name: str, part: np.ndarray, scale_name: str | None) -> tuple[int, int]:

@@ -1,0 +1,88 @@
+"""Streams larger than half of memory leave no pages behind, and smaller ones stay; mincore(2) is the witness."""
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from neuron_minimax.checkpoint import page_cache, parallel
+from neuron_minimax.checkpoint.fp32_cache import build_cache
+from neuron_minimax.checkpoint.page_cache import available_memory, too_large_to_keep
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.values import check_values
+from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.verify import verify
+from tests.tiny import write_tiny
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def cached_share(directory: Path) -> float:
+    """The share of a directory's weights that is in the page cache."""
+    resident = pages = 0
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        states = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), states) == 0
+        resident += sum(state & 1 for state in states)
+        pages += len(states)
+    return resident / pages
+
+
+def read_all(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.read_bytes()
+
+
+def test_more_than_half_of_memory_is_too_large_to_keep():
+    assert not too_large_to_keep(8 << 30, 16 << 30)
+    assert too_large_to_keep((8 << 30) + 1, 16 << 30)
+    assert available_memory() > 1 << 20
+
+
+COMMANDS = {
+    "convert": lambda source, out: convert(source, out / "converted"),
+    "cache": lambda source, out: build_cache(source, out / "cached"),
+    "values": lambda source, out: check_values(Checkpoint(source)),
+}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A few megabytes, streamed by several processes and dropped every 64 KiB."""
+    directory = write_tiny(tmp_path / "source", num_hidden_layers=3)
+    read_all(directory)
+    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(page_cache, "WINDOW", 1 << 16)
+    return directory
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(source, tmp_path, monkeypatch, command):
+    if cached_share(source) < 1:
+        pytest.skip("this file system keeps no pages")
+    COMMANDS[command](source, tmp_path / "fits")
+    assert cached_share(source) == 1
+    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    COMMANDS[command](source, tmp_path / "larger")
+    assert cached_share(source) < 0.2
+    if command != "values":
+        (small,), (large,) = (tmp_path / "fits").iterdir(), (tmp_path / "larger").iterdir()
+        assert cached_share(small) == 1
+        assert cached_share(large) < 0.2
+
+
+def test_verifying_what_is_larger_than_memory_drops_both_sides(source, tmp_path, monkeypatch):
+    convert(source, tmp_path / "out")
+    if cached_share(source) < 1:
+        pytest.skip("this file system keeps no pages")
+    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    assert verify(source, tmp_path / "out").equal
+    assert cached_share(source) < 0.2
+    assert cached_share(tmp_path / "out") < 0.2
