@@ -17,7 +17,7 @@ BENCHMARKS = (
     Benchmark(module="inspection", options={"rounds": 3}),
     Benchmark(module="cache", options={"rounds": 3}),
     Benchmark(module="loading", options={"rounds": 3}),
-    Benchmark(module="decoding", options={"rounds": 4}),
+    Benchmark(module="decoding", options={"rounds": 3}),
     Benchmark(module="serving", options={"requests": 16, "new_tokens": 48}),
     Benchmark(module="scaling", options={"full": False}),
     Benchmark(module="kernel_model", options={}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import STATES, shards_bytes, time_copy
-from benchmarks.processes import memory, run_apart
+from benchmarks.processes import anonymous_bytes_of_tree, run_apart
 from benchmarks.shared import REAL, checkpoint, empty_scratch, parser_of
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
@@ -23,13 +23,13 @@ ONE_GIGABYTE = Goal(figure="ours", value=1000, at_most=True)
 
 
 def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """(seconds, peak anonymous megabytes of this process, imports included) of one call."""
+    """(seconds, peak anonymous megabytes of this process and its children, imports included) of one call."""
     peak, stop = 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not stop.wait(0.01):
-            peak = max(peak, memory()["RssAnon"])
+            peak = max(peak, anonymous_bytes_of_tree())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -38,7 +38,7 @@ def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
     seconds = time.perf_counter() - start
     stop.set()
     thread.join()
-    return seconds, max(peak, memory()["RssAnon"]) / 1e6
+    return seconds, max(peak, anonymous_bytes_of_tree()) / 1e6
 
 
 def run_conversion(source: Path, destination: Path) -> tuple[float, float]:

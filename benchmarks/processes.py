@@ -82,3 +82,16 @@ def memory() -> dict[str, int]:
     """This process's resident bytes: "RssAnon" (its own) and "RssFile" (mapped files, shared with the page cache)."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss")]
     return {fields[0].rstrip(":"): 1024 * int(fields[1]) for fields in lines}
+
+
+def anonymous_bytes_of_tree(pid: str = "self") -> int:
+    """Anonymous memory of a process and its children; pages that they share after a fork count for each."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        children = [
+            child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return 0
+    own = sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return own + sum(map(anonymous_bytes_of_tree, children))

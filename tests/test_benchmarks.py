@@ -1,7 +1,11 @@
 """The benchmarks' table and guard, on rows made here; nothing is timed."""
 
+import subprocess
+import sys
+
 import pytest
 
+from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
 from benchmarks.suite import collect
@@ -100,3 +104,10 @@ def test_a_law_is_fitted_with_a_constant_and_a_factor_that_are_not_negative():
     assert steeper.superlinear
     falling = fitted("a", "x", "ms", "law", [1, 2, 4], [4.0, 2.0, 1.0], [1, 2, 4])
     assert [point.expected for point in falling.points] == [2.0, 2.0, 2.0]
+
+
+def test_the_peak_memory_of_a_call_counts_its_child_processes():
+    program = "data = bytearray(b'x' * 300_000_000); import time; time.sleep(0.3)"
+    small = watched(subprocess.run, [sys.executable, "-c", "import time; time.sleep(0.3)"])[1]
+    large = watched(subprocess.run, [sys.executable, "-c", program])[1]
+    assert large - small > 250
