@@ -11,9 +11,8 @@ from neuron_minimax.kernels import fp8
 from neuron_minimax.kernels.fp8_mlp import expert_mlp, gathered_expert_mlp
 from neuron_minimax.kernels.static_mlp import (
     blocked_expert_mlp,
-    expanded_products,
+    expert_by_expert_mlp,
     single_token_expert_mlp,
-    streamed_products,
 )
 from neuron_minimax.kernels.streamed import streamed_linear
 
@@ -30,8 +29,8 @@ def plain_loop(condition, body, values):
 IMPLEMENTATIONS = {
     "eager": expert_mlp,
     "gathered": gathered_expert_mlp,
-    "blocked, streamed": partial(blocked_expert_mlp, tokens_per_block=2, products=streamed_products, loop=plain_loop),
-    "blocked, expanded": partial(blocked_expert_mlp, tokens_per_block=4, products=expanded_products, loop=plain_loop),
+    "blocked": partial(blocked_expert_mlp, tokens_per_block=2, loop=plain_loop),
+    "expert by expert": partial(expert_by_expert_mlp, loop=plain_loop),
 }
 
 
@@ -105,7 +104,7 @@ def test_extreme_scales_neither_underflow_nor_overflow(scale):
     index, affinity = routing(3, 4, 2)
     activations = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)) / scale
     down_scale = down_scale / scale
-    for implementation in (expert_mlp, IMPLEMENTATIONS["blocked, streamed"]):
+    for implementation in (expert_mlp, IMPLEMENTATIONS["blocked"]):
         found = implementation(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
         wanted = slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
         assert error(found, wanted) < 3e-6
@@ -159,6 +158,23 @@ def test_dequantization_equals_the_byte_table(shape, block):
     wanted = numpy_fp8.dequantize(codes, scale.astype(np.float32), block)
     found = fp8.dequantize(torch.from_numpy(codes), torch.from_numpy(scale.astype(np.float32)), block)
     assert np.array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.parametrize("scratch", [1, 3 * 128 * 128, 10**6])
+@pytest.mark.parametrize("dense", [False, True])
+def test_weights_expanded_part_by_part_give_the_product_with_the_whole(monkeypatch, scratch, dense):
+    monkeypatch.setattr(fp8, "SCRATCH_ELEMENTS", scratch)
+    generator = np.random.default_rng(0)
+    codes = torch.from_numpy(generator.integers(0, 0x7F, (300, 257), dtype=np.uint8))
+    scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (3, 3)).astype(np.float32))
+    weight = fp8.dequantize(codes, scale, (128, 128))
+    arguments = (weight.bfloat16(), None) if dense else (codes, scale)
+    exact = arguments[0].double() if dense else weight.double()
+    generator = torch.Generator().manual_seed(0)
+    across, down = torch.randn(4, 257, generator=generator), torch.randn(4, 300, generator=generator)
+    linear = fp8.expanded_linear(across[None], *arguments, (128, 128))[0]
+    assert error(linear, (across.double() @ exact.T).numpy()) < 3e-6
+    assert error(fp8.expanded_matmul(down, *arguments, (128, 128)), (down.double() @ exact).numpy()) < 3e-6
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,12 +22,11 @@ from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
 from neuron_minimax.errors import BackendError
-from neuron_minimax.kernels.fp8 import linear
+from neuron_minimax.kernels.fp8 import expanded_linear
 from neuron_minimax.kernels.static_mlp import (
     blocked_expert_mlp,
-    expanded_products,
+    expert_by_expert_mlp,
     single_token_expert_mlp,
-    streamed_products,
 )
 from neuron_minimax.kernels.streamed import streamed_linear
 from neuron_minimax.model.kv_cache import KVCache
@@ -37,7 +37,6 @@ MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation.pt2"
 # Tokens of one expert per loop: eight tokens choose an expert 1.5 times on average, rarely more than three times.
 DECODE_BLOCK = 3
-CONTEXT_BLOCK = 64
 INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "assert_indirect_indexing": False,
@@ -69,6 +68,13 @@ class Graph(nn.Module):
         super().__init__()
         self.model, self.cache, self.seq_len, self.kernels = model, SlotCache(cache), seq_len, kernels
 
+    def filled(self, positions: torch.Tensor) -> int:
+        """How many cache positions attention reads, out of a tensor of one element; a size that varies by call."""
+        filled = cast(int, positions.item())  # int() would fix it when the graph is exported
+        torch._check(filled >= 1)
+        torch._check(filled <= self.seq_len)
+        return filled
+
 
 class TokenGeneration(Graph):
     """One token for every slot."""
@@ -76,11 +82,12 @@ class TokenGeneration(Graph):
     def forward(self, tokens_S: torch.Tensor, positions_S: torch.Tensor, active_S: torch.Tensor) -> torch.Tensor:
         """Logits [S,V] float32; slots that are not active write to the spare position and reach no expert."""
         positions_S1 = torch.where(active_S, positions_S, self.seq_len)[:, None]
+        filled = self.filled(torch.where(active_S, positions_S, 0).max() + 1)
         hidden_S1H, _ = self.model.hidden_states(
             tokens_S[:, None],
             positions_S1,
             cache=self.cache.view(),
-            filled=self.seq_len + 1,
+            filled=filled,
             real_BT=active_S[:, None] if len(active_S) > 1 else None,
             kernels=self.kernels,
         )
@@ -102,7 +109,7 @@ class ContextEncoding(Graph):
             positions_T[None],
             cache=self.cache.view(),
             rows_B=slot_1,
-            filled=self.seq_len + 1,
+            filled=self.filled(start_1 + count_1),
             real_BT=real_T[None],
             kernels=self.kernels,
         )
@@ -157,15 +164,14 @@ def all_graphs(
 ) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
     """(file name, module, example inputs) of token generation and of context encoding per bucket."""
     slots = options.slots
-    by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots), products=streamed_products)
+    by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots))
     few = Kernels(linear=streamed_linear, expert_mlp=single_token_expert_mlp if slots == 1 else by_block)
     step = (torch.zeros(slots, dtype=torch.int64), torch.arange(slots), torch.ones(slots, dtype=torch.bool))
     graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
         (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
     ]
     for bucket in options.buckets:
-        expanded = partial(blocked_expert_mlp, tokens_per_block=min(CONTEXT_BLOCK, bucket), products=expanded_products)
-        many = Kernels(linear=linear, expert_mlp=expanded)
+        many = Kernels(linear=expanded_linear, expert_mlp=expert_by_expert_mlp)
         inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
         graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, many), inputs))
     return graphs

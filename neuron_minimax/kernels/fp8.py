@@ -3,6 +3,8 @@
 Shapes: N rows of input, O output and I input features; a scale covers one block of its weight.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 _FLOAT32_BITS = 20
 _SIGN_AND_MAGNITUDE = 0x87F00000 - 2**32
 _REBIAS = 2.0**120
+# Elements of a weight that are expanded at a time: 19 MB in float32, within a last-level cache, and below the 32 MB
+# from which malloc would give fresh pages to every scratch.
+SCRATCH_ELEMENTS = 3072 * 1536
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
@@ -59,3 +64,46 @@ def linear(
     if weight_OI.dtype == hidden_NI.dtype:
         return F.linear(hidden_NI, weight_OI)
     return F.linear(hidden_NI, dequantize(weight_OI, scale, block).to(hidden_NI.dtype))
+
+
+@torch.library.custom_op("neuron_minimax::library_linear", mutates_args=())
+def library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(hidden_NI, weight_OI, None, "none", [], "")
+    return F.linear(hidden_NI, weight_OI)
+
+
+@library_linear.register_fake
+def _(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    return hidden_NI.new_empty(hidden_NI.shape[0], weight_OI.shape[0])
+
+
+def expanded_linear(
+    hidden: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
+) -> torch.Tensor:
+    """`linear` for compiled graphs and many rows: the weight is expanded part by part into a scratch."""
+    hidden_NI = hidden.reshape(-1, hidden.shape[-1])
+    products = []
+    for rows, scale_rows in _parts(weight_OI.shape[0], weight_OI.shape[1], block[0]):
+        wide_OI = dequantize(weight_OI[rows], None if scale is None else scale[scale_rows], block)
+        products.append(library_linear(hidden_NI, wide_OI.to(hidden.dtype)))
+    return torch.cat(products, dim=1).reshape(*hidden.shape[:-1], -1)
+
+
+def expanded_matmul(
+    hidden_NI: torch.Tensor, weight_IO: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
+) -> torch.Tensor:
+    """`hidden @ weight` [N,O] the same way, for a weight that lies input row by input row."""
+    products = []
+    for columns, scale_columns in _parts(weight_IO.shape[1], weight_IO.shape[0], block[1]):
+        wide_IO = dequantize(weight_IO[:, columns], None if scale is None else scale[:, scale_columns], block)
+        products.append(library_linear(hidden_NI, wide_IO.to(hidden_NI.dtype).t()))
+    return torch.cat(products, dim=1)
+
+
+def _parts(outputs: int, inputs: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of whole blocks of outputs that fit the scratch, each with its slice of the scales."""
+    blocks = max(1, SCRATCH_ELEMENTS // inputs // step)
+    for first in range(0, -(-outputs // step), blocks):
+        yield slice(first * step, (first + blocks) * step), slice(first, first + blocks)

@@ -1,4 +1,4 @@
-"""The expert MLP with static shapes, for compiled graphs: one token gathers, many tokens go block by block.
+"""The expert MLP for compiled graphs: one token gathers, a few go block by block, many go expert by expert.
 
 Shapes: T tokens, K chosen experts per token, P = T*K pairs, E experts, H hidden, I intermediate, B tokens per block.
 The interface is ExpertMLP of fp8_mlp.py.
@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch._higher_order_ops import while_loop
 
-from neuron_minimax.kernels.fp8 import dequantize
+from neuron_minimax.kernels.fp8 import expanded_matmul
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
 from neuron_minimax.kernels.streamed import streamed_columns
 
-# [K,B,H] through the K experts' weights [K,H,2I] and [K,I,H] (scales and block follow each) to [K,B,H] float32.
-Products = Callable[..., torch.Tensor]
 Loop = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -27,24 +25,9 @@ def streamed_products(
     down_scale: torch.Tensor | None,
     block: tuple[int, int],
 ) -> torch.Tensor:
-    """For few tokens: the codes are expanded inside of the products' own loops."""
+    """[K,B,H] through the weights of K experts to [K,B,H] float32, codes expanded inside of the products' own loops."""
     gate_KBI, up_KBI = streamed_columns(hidden_KBH, gate_up, gate_up_scale, block, parts=2).chunk(2, dim=-1)
     return streamed_columns(F.silu(gate_KBI) * up_KBI, down, down_scale, block)
-
-
-def expanded_products(
-    hidden_KBH: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int],
-) -> torch.Tensor:
-    """For many tokens: each weight is expanded once, then multiplied by a library."""
-    weight_KHI = dequantize(gate_up, gate_up_scale, block, parts=2).to(hidden_KBH.dtype)
-    gate_KBI, up_KBI = torch.bmm(hidden_KBH, weight_KHI).chunk(2, dim=-1)
-    weight_KIH = dequantize(down, down_scale, block).to(hidden_KBH.dtype)
-    return torch.bmm(F.silu(gate_KBI) * up_KBI, weight_KIH).float()
 
 
 def single_token_expert_mlp(
@@ -82,10 +65,9 @@ def blocked_expert_mlp(
     block: tuple[int, int] = BLOCK,
     *,
     tokens_per_block: int,
-    products: Products,
     loop: Loop = while_loop,
 ) -> torch.Tensor:
-    """Any number of tokens: pairs of token and expert are sorted by expert and cut into blocks of one expert each.
+    """A few tokens: pairs of token and expert are sorted by expert and cut into blocks of one expert each.
 
     `loop(condition, body, values)` runs over the blocks that exist, so that an expert nobody chose costs nothing.
     """
@@ -114,12 +96,67 @@ def blocked_expert_mlp(
         hidden_KBH = hidden_TH[token_B][None]
         first = (gate_up.index_select(0, expert), _at(gate_up_scale, expert))
         second = (down.index_select(0, expert), _at(down_scale, expert))
-        product_BH = products(hidden_KBH, *first, *second, block)[0]
+        product_BH = streamed_products(hidden_KBH, *first, *second, block)[0]
         weighted_BH = product_BH * torch.where(real_B, affinity_P[pair_B], 0.0)[:, None]
         return number + 1, out_TH.index_add(0, token_B, weighted_BH)
 
     start = torch.zeros((), dtype=torch.int64), torch.zeros_like(hidden_TH, dtype=torch.float32)
     return loop(unfinished, one_block, start)[1].to(hidden_TH.dtype)
+
+
+def expert_by_expert_mlp(
+    hidden_TH: torch.Tensor,
+    expert_index_TK: torch.Tensor,
+    affinity_TK: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    block: tuple[int, int] = BLOCK,
+    *,
+    loop: Loop = while_loop,
+) -> torch.Tensor:
+    """Many tokens: each chosen expert is expanded once, and a library multiplies it with just the tokens that chose it.
+
+    `loop(condition, body, values)` runs over the experts that were chosen.
+    """
+    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    tokens, chosen = expert_index_TK.shape
+    experts = gate_up.shape[0]
+    index_TK = torch.where((expert_index_TK >= 0) & (expert_index_TK < experts), expert_index_TK, experts)
+    order_P = index_TK.reshape(-1).argsort(stable=True)
+    place_TK = order_P.argsort().view_as(index_TK)
+    count_E = (index_TK.reshape(-1, 1) == torch.arange(experts)).sum(dim=0)
+    first_pair_E = count_E.cumsum(0) - count_E
+    expert_N = (count_E == 0).to(torch.int8).argsort(stable=True)
+    chosen_experts = (count_E > 0).sum()
+
+    def unfinished(number: torch.Tensor, out_TH: torch.Tensor) -> torch.Tensor:
+        return number < chosen_experts
+
+    def one_expert(number: torch.Tensor, out_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        expert = expert_N.index_select(0, number[None])
+        first_pair = first_pair_E.index_select(0, expert)
+        start, rows = int(first_pair.item()), int(count_E.index_select(0, expert).item())
+        torch._check(start >= 0)
+        torch._check(rows >= 1)
+        torch._check(start + rows <= tokens * chosen)
+        hidden_BH = hidden_TH[order_P.narrow(0, start, rows) // chosen]
+        gate_HI, up_HI = gate_up.index_select(0, expert)[0].chunk(2, dim=1)
+        gate_scale, up_scale = (
+            (None, None) if gate_up_scale is None else gate_up_scale.index_select(0, expert)[0].chunk(2, dim=1)
+        )
+        gate_BI = expanded_matmul(hidden_BH, gate_HI, gate_scale, block)
+        activated_BI = F.silu(gate_BI) * expanded_matmul(hidden_BH, up_HI, up_scale, block)
+        second_scale = None if down_scale is None else down_scale.index_select(0, expert)[0]
+        product_BH = expanded_matmul(activated_BI, down.index_select(0, expert)[0], second_scale, block)
+        mine_TK = index_TK == expert
+        row_T = torch.where(mine_TK, place_TK - first_pair, 0).sum(dim=1)
+        share_T1 = torch.where(mine_TK, affinity_TK, 0.0).sum(dim=1, keepdim=True)
+        return number + 1, out_TH + product_BH[row_T].float() * share_T1
+
+    begin = torch.zeros((), dtype=torch.int64), torch.zeros_like(hidden_TH, dtype=torch.float32)
+    return loop(unfinished, one_expert, begin)[1].to(hidden_TH.dtype)
 
 
 def _at(scale: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
