@@ -194,6 +194,7 @@ class OutputDirectory:
                 finishing = syncer.submit(self._finish_shard, stream, found)
             if finishing is not None:
                 finishing.result()
+        trail.finish()
         return records
 
     def _finish_shard(self, stream: ShardStream, records: Mapping[str, TensorRecord]) -> None:

@@ -51,5 +51,9 @@ class Trail:
         self.passed += nbytes
         if self.passed >= WINDOW:
             self.passed = 0
-            for directory in self.directories:
-                directory.forget()
+            self.finish()
+
+    def finish(self) -> None:
+        """When all is streamed."""
+        for directory in self.directories:
+            directory.forget()

@@ -100,16 +100,14 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambd
         if not weight.is_scale and weight.name in checkpoint.entries and weight.name not in broken
     ]
     wanted.sort(key=lambda weight: (checkpoint.entry(weight.name).shard, checkpoint.entry(weight.name).start))
-    tally = _Tally(checkpoint)
-    trail = Trail((checkpoint,), checkpoint.nbytes)
-    tasks = [
-        partial(_measure_ahead, checkpoint, weight, ahead, broken, trail)
-        for weight, ahead in zip_longest(wanted, wanted[AHEAD:])
-    ]
+    tally, trail = _Tally(checkpoint), Trail((checkpoint,), checkpoint.nbytes)
+    pairs = zip_longest(wanted, wanted[AHEAD:])
+    tasks = [partial(_measure_ahead, checkpoint, weight, ahead, broken, trail) for weight, ahead in pairs]
     for measurement in in_processes(tasks, sum(_nbytes(checkpoint, weight) for weight in wanted)):
         tally.add(measurement)
         progress(_nbytes(checkpoint, measurement.weight))
         trail.advance(_nbytes(checkpoint, measurement.weight))
+    trail.finish()
     return tally.report()
 
 

@@ -1,6 +1,5 @@
 """The conversion as data: the rules bound to one checkpoint, refused unless every source is used exactly once."""
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.modules import Framework, Module, needed
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.kept_modules import check_module_names, kept_in_bf16
 from neuron_minimax.convert.ops import SCALE_TREATMENTS, Treatment, arranged_shape
 from neuron_minimax.convert.rules import RULES, Rule, ScalePolicy, module_of, target_scale_name
 from neuron_minimax.errors import ConversionError
@@ -203,7 +203,7 @@ def _bind(
     if rule.sources[0] in FLOAT32_ONLY and dtype != "F32":
         raise ConversionError(f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts")
     _check_shapes(rule, groups, sources, config)
-    to_bf16 = rule.sources[0] not in FLOAT32_ONLY and _kept_in_bf16(rule, layer, groups, layout)
+    to_bf16 = rule.sources[0] not in FLOAT32_ONLY and kept_in_bf16(rule, layer, groups, layout.bf16_modules)
 
     def output(name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()) -> Output:
         shapes = [sources[source][1] for source in groups[0]]
@@ -262,53 +262,6 @@ def _common_dtype(target: str, groups: Groups, sources: Sources) -> str:
             f"{target} is made of weights of different dtypes ({found}; {odd} is {rarest}); expected one"
         )
     return next(iter(dtypes))
-
-
-def _module_paths(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]]) -> list[tuple[str, list[str]]]:
-    """The target's module path, and those of the sources, each with its dotted parts."""
-    paths = [module_of(rule.target.format(l=layer)), *(module_of(name) for group in groups for name in group)]
-    return [(path, path.split(".")) for path in paths]
-
-
-def _names_module(module: str, path: list[str]) -> bool:
-    """Whether a dotted name matches whole consecutive parts of a path (`self_attn` yes, `attn` no)."""
-    parts = module.split(".")
-    return any(path[start : start + len(parts)] == parts for start in range(len(path) - len(parts) + 1))
-
-
-def _kept_in_bf16(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]], layout: Layout) -> bool:
-    (target, target_parts), *sources = _module_paths(rule, layer, groups)
-    for module in layout.bf16_modules:
-        if _names_module(module, target_parts):
-            return True
-        hits = [_names_module(module, parts) for _, parts in sources]
-        if any(hits) and not all(hits):
-            raise ConversionError(
-                f"--keep-in-bf16 {module} names {sum(hits)} of the {len(hits)} weights that become {target}; name "
-                "`expert_mlps` (all experts) or one layer's, since its experts are stored together"
-            )
-        if all(hits):
-            return True
-    return False
-
-
-def check_module_names(modules: Sequence[str], config: ModelConfig) -> None:
-    """Raise ConversionError with near matches when a name matches no module, or one that must stay float32."""
-    known: set[str] = set()
-    for rule in RULES:
-        for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
-            for template in (rule.target, *rule.sources):
-                parts = module_of(template.format(l=layer, e=0)).split(".")
-                known |= {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-    for module in modules:
-        if module not in known:
-            near = difflib.get_close_matches(module, sorted(known), n=3, cutoff=0.5)
-            hint = (
-                f"near matches: {', '.join(near)}" if near else "give a whole module name such as lm_head or self_attn"
-            )
-            raise ConversionError(f"--keep-in-bf16 {module} is no module of this model; {hint}")
-        if module.split(".")[-1] in ("gate", "router", "linear_router"):
-            raise ConversionError(f"--keep-in-bf16 {module}: routing stays in float32; BF16 flips experts")
 
 
 def unquantized_modules(outputs: Sequence[Output]) -> tuple[str, ...]:

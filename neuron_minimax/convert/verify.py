@@ -78,6 +78,7 @@ def verify(
         rounded += count
         progress(output.nbytes)
         trail.advance(output.nbytes)
+    trail.finish()
     if rounded != manifest["rounded_codes"]:
         differences.append(f"{rounded} codes are rounded, the manifest says {manifest['rounded_codes']}")
     return Verification(
