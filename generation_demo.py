@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--converted-dir", type=Path, help="default: beside the traced model, with -converted appended")
     parser.add_argument("--attention", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument("--backend", choices=("cpu", "neuron"), default="cpu")
-    parser.add_argument("--engine", choices=("compiled", "eager"), help="cpu; default: compiled")
+    parser.add_argument("--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled")
     parser.add_argument("--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ...")
     for name in ("tp", "moe-tp", "moe-ep"):
         parser.add_argument(f"--{name}-degree", type=int, help="neuron")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neuron_minimax.backends import compile_model, compiled, load
+from neuron_minimax.backends import compile_model, compiled, cpu, load
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.cpu import check_options
 from neuron_minimax.config import ModelConfig
@@ -24,9 +24,10 @@ TOLERANCE = 3e-5
 SEQ_LEN = 48
 BUCKETS = (8, 16)
 RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1}
-# The eager case costs nothing; each compiled one costs the compile of a graph per bucket and one more.
+# The eager case costs nothing, the exported one seconds; a compiled one the compile of a graph per bucket and one more.
 CASES = {
     "eager": ({}, 3, "eager", BUCKETS),
+    "exported, ragged sizes": (RAGGED, 3, "exported", BUCKETS),
     "compiled, one slot": ({}, 1, "compiled", BUCKETS),
     "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled", BUCKETS[1:]),
 }
@@ -315,12 +316,41 @@ def test_an_unknown_backend_is_refused(eager, tmp_path):
         compile_model(eager / "converted", tmp_path / "traced", backend="tpu")
 
 
-def test_without_a_compiler_the_eager_engine_runs_and_says_so(eager, tmp_path, monkeypatch):
+def test_without_a_compiler_the_exported_graphs_run_and_say_so(eager, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     report = compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled"))
     assert "no C++ compiler" in report.render()
+    assert {name.partition(".")[2] for name in report.manifest.graphs} == {"exported.pt2"}
     ids = some_ids(6)
-    assert torch.equal(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids))
+    assert torch.allclose(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5)
     monkeypatch.undo()
     wanted = check_options(ModelConfig.from_dir(eager / "converted"), options(engine="compiled"))
-    assert (report.manifest.options["engine"], wanted["engine"]) == ("eager", "compiled")
+    assert (report.manifest.options["engine"], wanted["engine"]) == ("exported", "compiled")
+
+
+@pytest.fixture
+def compiler_that_fails(monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+
+
+def test_where_an_older_torch_cannot_compile_the_exported_graphs_run_and_say_so(
+    eager, tmp_path, monkeypatch, compiler_that_fails
+):
+    monkeypatch.setattr(cpu, "TESTED_TORCH", (99, 0))
+    report = compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,)))
+    assert "could not compile this model" in report.render()
+    assert "the exported graphs run instead" in report.render()
+    ids = some_ids(6)
+    assert torch.allclose(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5)
+
+
+def test_where_the_tested_torch_cannot_compile_the_compile_fails(eager, tmp_path, compiler_that_fails):
+    with pytest.raises(BackendError, match=r"compiling for the CPU failed .* or use --engine eager"):
+        compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,)))
+
+
+def test_exported_graphs_hold_no_weights(tmp_path):
+    made = make(tmp_path, {}, 1, "exported", BUCKETS[:1])
+    weights = sum(path.stat().st_size for path in (made / "converted").glob("*.safetensors"))
+    graphs = [path.stat().st_size for path in (made / "traced" / "graphs").iterdir()]
+    assert max(graphs) < weights / 2

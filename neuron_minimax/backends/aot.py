@@ -1,4 +1,4 @@
-"""The compiled engine of the CPU backend: static-shape graphs by torch.export and AOTInductor, weights outside.
+"""The compiled and the exported engine of the CPU backend: graphs by torch.export and AOTInductor, weights outside.
 
 Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
 """
@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from neuron_minimax.backends import exported
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
@@ -34,7 +35,8 @@ from neuron_minimax.model.layers import Kernels
 from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
 
 MODULE = "neuron_minimax.backends.aot"
-TOKEN_GENERATION = "token_generation.pt2"
+TOKEN_GENERATION = "token_generation"
+SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
 # Tokens of one expert per loop: eight tokens choose an expert 1.5 times on average, rarely more than three times.
 DECODE_BLOCK = 3
 INDUCTOR_OPTIONS = {
@@ -120,7 +122,7 @@ class ContextEncoding(Graph):
 def build_graphs(
     model_directory: Path, graphs: Path, options: CPUOptions, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Export and compile every graph into `graphs`, each in a process of its own, as many at a time as there are cores.
+    """Make the file of every graph in `graphs`, each in a process of its own, as many at a time as there are cores.
 
     Returns file name to seconds. Raises BackendError with the last line of what a failing compile said.
     """
@@ -132,8 +134,8 @@ def build_graphs(
         for future in as_completed(running):
             name = running[future]
             seconds[name] = future.result()
-            progress(f"compiled {name} in {seconds[name]:.1f} s ({len(seconds)} of {len(names)})")
-    return {name: seconds[name] for name in names}
+            progress(f"{options.engine} {name} in {seconds[name]:.1f} s ({len(seconds)} of {len(names)})")
+    return {name + SUFFIXES[options.engine]: seconds[name] for name in names}
 
 
 def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> float:
@@ -147,38 +149,42 @@ def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, 
 
 
 def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> None:
-    """Export and compile one graph."""
+    """Export one graph, and compile it unless the exported graph is what was asked for."""
     model = with_byte_codes(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
     cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
     graphs_by_name = {each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)}
     graph, inputs = graphs_by_name[name]
+    path = graphs / (name + SUFFIXES[options.engine])
+    if options.engine == "exported":
+        exported.save(graph, inputs, path)
+        return
     with torch.no_grad():
-        exported = torch.export.export(graph, inputs)
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(graphs / name), inductor_configs=INDUCTOR_OPTIONS
-        )
+        program = torch.export.export(graph, inputs)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=INDUCTOR_OPTIONS)
 
 
 def all_graphs(
     model: MiniMaxM2, cache: KVCache, options: CPUOptions
 ) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
-    """(file name, module, example inputs) of token generation and of context encoding per bucket."""
+    """(name, module, example inputs) of token generation and of context encoding per bucket."""
     slots = options.slots
+    many = Kernels(linear=expanded_linear, expert_mlp=expert_by_expert_mlp)
     by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots))
     few = Kernels(linear=streamed_linear, expert_mlp=single_token_expert_mlp if slots == 1 else by_block)
+    if options.engine == "exported":
+        few = many  # what is streamed pays when compiled only
     step = (torch.zeros(slots, dtype=torch.int64), torch.arange(slots), torch.ones(slots, dtype=torch.bool))
     graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
         (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
     ]
     for bucket in options.buckets:
-        many = Kernels(linear=expanded_linear, expert_mlp=expert_by_expert_mlp)
         inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
         graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, many), inputs))
     return graphs
 
 
 def context_name(bucket: int) -> str:
-    return f"context_encoding_{bucket}.pt2"
+    return f"context_encoding_{bucket}"
 
 
 def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
@@ -189,7 +195,7 @@ def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
 
 
 class CompiledBackend(Backend):
-    """Slots over compiled graphs; all graphs share one cache and the mapped weights."""
+    """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
 
     def __init__(self, model_directory: Path, graphs: Path, options: CPUOptions) -> None:
         self.model_directory = model_directory
@@ -198,8 +204,8 @@ class CompiledBackend(Backend):
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
         state = Graph(self.model, self.cache, options.seq_len, Kernels()).state_dict()
-        self.token_generation = _load_graph(graphs / TOKEN_GENERATION, state)
-        self.context_encoding = {size: _load_graph(graphs / context_name(size), state) for size in options.buckets}
+        self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
+        self.context_encoding = {size: _load_graph(graphs, context_name(size), state) for size in options.buckets}
 
     def reset(self, slot: int) -> None:
         """Nothing to do: a position is written before it is read, whatever a slot held before."""
@@ -218,9 +224,12 @@ class CompiledBackend(Backend):
         return self.token_generation(tokens, positions, active)
 
 
-def _load_graph(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The compiled graph over these tensors themselves: no copy of the weights, the cache written in place."""
-    graph = torch._inductor.aoti_load_package(str(path))
+def _load_graph(graphs: Path, name: str, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """The graph over these tensors themselves: no copy of the weights, the cache written in place."""
+    compiled = graphs / (name + SUFFIXES["compiled"])
+    if not compiled.exists():
+        return exported.load(graphs / (name + SUFFIXES["exported"]), state)
+    graph = torch._inductor.aoti_load_package(str(compiled))
     wanted = graph.get_constant_fqns()
     graph.load_constants({name: state[name] for name in wanted}, check_full_update=True, user_managed=True)
     return graph

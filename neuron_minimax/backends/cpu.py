@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
 
 COMPUTE = ("float32", "bf16")
-ENGINES = ("compiled", "eager")
+ENGINES = ("compiled", "exported", "eager")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_BUCKETS = (64, 512)
 TESTED_TORCH = (2, 13)
 EAGER_AS_ASKED = "eager engine, as asked: nothing was compiled"
-NO_COMPILER = "no C++ compiler (g++, or $CXX) was found: the eager engine runs instead"
+EXPORTED_AS_ASKED = "exported graphs, as asked: they run uncompiled"
+NO_COMPILER = "no C++ compiler (g++, or $CXX) was found: the exported graphs run instead of compiled ones"
 SOURCES = (
     "backends/aot.py",
+    "backends/exported.py",
     "kernels/fp8.py",
     "kernels/fp8_mlp.py",
     "kernels/static_mlp.py",
@@ -65,7 +67,7 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
     default = tuple(size for size in DEFAULT_BUCKETS if size <= seq_len) or (seq_len,)
     given["buckets"] = tuple(given.get("buckets", default))
     if given.get("engine", "compiled") == "compiled" and not _compiler_is_there():
-        given["engine"] = "eager"
+        given["engine"] = "exported"
     if seq_len > config.max_position_embeddings:
         raise BackendError(
             f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} of config.json"
@@ -86,25 +88,30 @@ def build(
 ) -> tuple[dict[str, float], list[str]]:
     """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest.
 
-    Without a C++ compiler, or where a torch older than the tested one fails, there are no graphs: the eager engine runs
+    Without a C++ compiler, or where a torch older than the tested one fails to compile, the exported graphs run
     instead, and a note says so. Raises BackendError when the tested torch fails.
     """
-    if options["engine"] == "eager":
-        return {}, [EAGER_AS_ASKED if _compiler_is_there() else NO_COMPILER]
+    parsed = _parse(options)
+    if parsed.engine == "eager":
+        return {}, [EAGER_AS_ASKED]
     from neuron_minimax.backends.aot import build_graphs
 
+    notes = []
     try:
-        return build_graphs(model, graphs, _parse(options), progress), []
+        if parsed.engine == "exported":
+            notes = [EXPORTED_AS_ASKED if _compiler_is_there() else NO_COMPILER]
+        return build_graphs(model, graphs, parsed, progress), notes
     except Exception as error:  # whatever an export or a compiler may raise
         problem = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         )
         version = metadata.version("torch")
-        if tuple(int(part) for part in version.split(".")[:2]) >= TESTED_TORCH:
+        if parsed.engine == "exported" or tuple(int(part) for part in version.split(".")[:2]) >= TESTED_TORCH:
             raise BackendError(
                 f"compiling for the CPU failed ({problem}); check that $CXX or g++ works, or use --engine eager"
             ) from error
-        return {}, [f"torch {version} could not compile this model ({problem}): the eager engine runs instead"]
+        note = f"torch {version} could not compile this model ({problem}): the exported graphs run instead"
+        return build_graphs(model, graphs, replace(parsed, engine="exported"), progress), [note]
 
 
 def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":

@@ -57,7 +57,7 @@ def compile_(
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
     buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
     compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
-    engine: Annotated[str | None, typer.Option(help="cpu: compiled or eager")] = None,
+    engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
     instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
     tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks")] = None,
     moe_tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks that share an expert's channels")] = None,

@@ -137,11 +137,10 @@ def expert_by_expert_mlp(
     def one_expert(number: torch.Tensor, out_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         expert = expert_N.index_select(0, number[None])
         first_pair = first_pair_E.index_select(0, expert)
-        start, rows = int(first_pair.item()), int(count_E.index_select(0, expert).item())
-        torch._check(start >= 0)
+        rows = int(count_E.index_select(0, expert).item())
         torch._check(rows >= 1)
-        torch._check(start + rows <= tokens * chosen)
-        hidden_BH = hidden_TH[order_P.narrow(0, start, rows) // chosen]
+        torch._check(rows <= tokens * chosen)
+        hidden_BH = hidden_TH[order_P[first_pair + torch.arange(rows)] // chosen]
         gate_HI, up_HI = gate_up.index_select(0, expert)[0].chunk(2, dim=1)
         gate_scale, up_scale = (
             (None, None) if gate_up_scale is None else gate_up_scale.index_select(0, expert)[0].chunk(2, dim=1)
