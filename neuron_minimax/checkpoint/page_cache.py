@@ -1,6 +1,7 @@
 """What a stream leaves in the page cache: all of it when it fits, so that the next command is fast, else nothing."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +23,11 @@ def too_large_to_keep(nbytes: int, available: int) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping, page cache included (MemAvailable of /proc/meminfo)."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    """Bytes that can be had without swapping, page cache included (MemAvailable); no limit where it is not known."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return sys.maxsize
+    lines = meminfo.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 

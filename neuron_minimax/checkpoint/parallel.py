@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from neuron_minimax.errors import NeuronMiniMaxError
@@ -33,24 +34,22 @@ def in_processes(tasks: Sequence[Callable[[], Result]], nbytes: int) -> Generato
         for task in tasks:
             yield task()
         return
-    queue = os.memfd_create("tasks")  # all processes read it through one file position
-    with open(queue, "wb", closefd=False) as file:
-        file.write(b"".join(number.to_bytes(NUMBER_BYTES, "little") for number in range(len(tasks))))
-    os.lseek(queue, 0, os.SEEK_SET)
     children: dict[Connection, int] = {}
-    try:
-        for _ in range(workers):
-            reader, writer = Pipe(duplex=False)
-            children[reader] = _fork(tasks, queue, writer, [*children, reader])
-            writer.close()
-        yield from _in_order(children, len(tasks))
-    finally:
-        for child in children.values():
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        for reader in children:
-            reader.close()
-        os.close(queue)
+    with TemporaryFile(buffering=0) as queue:  # all processes read it through one file position
+        queue.write(b"".join(number.to_bytes(NUMBER_BYTES, "little") for number in range(len(tasks))))
+        queue.seek(0)
+        try:
+            for _ in range(workers):
+                reader, writer = Pipe(duplex=False)
+                children[reader] = _fork(tasks, queue.fileno(), writer, [*children, reader])
+                writer.close()
+            yield from _in_order(children, len(tasks))
+        finally:
+            for child in children.values():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            for reader in children:
+                reader.close()
 
 
 def _fork(tasks: Sequence[Callable[[], Any]], queue: int, writer: Connection, others: list[Connection]) -> int:

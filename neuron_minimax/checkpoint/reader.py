@@ -82,7 +82,9 @@ class TensorDirectory:
             raise CheckpointError(f"{self.directory} has no tensor {name}") from None
 
     def will_need(self, name: str) -> None:
-        """Ask the kernel to read the tensor's bytes ahead."""
+        """Ask the kernel to read the tensor's bytes ahead, where it takes such advice."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         entry = self.entry(name)
         with open(self.directory / entry.shard, "rb") as file:
             os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
