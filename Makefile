@@ -21,7 +21,7 @@ lint: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Under 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
+# About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks
 
