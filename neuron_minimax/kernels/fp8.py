@@ -10,7 +10,8 @@ import torch.nn.functional as F
 # As the top bits of a float32 (8 exponent bits, bias 127) the same bits mean value * 2^(7 - 127), subnormals included.
 _FLOAT32_BITS = 20
 _SIGN_AND_MAGNITUDE = 0x87F00000 - 2**32
-_REBIAS = 2.0**120
+# What is wanting is split in two, so that neither an activation nor a scale leaves float32's range.
+HALF_REBIAS = 2.0**60
 # Elements of a weight that are expanded at a time: 3 MB in float32, so that the product reads them from the cache.
 SCRATCH_ELEMENTS = 3072 * 256
 
@@ -20,8 +21,13 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
     The two NaN codes, 0x7f and 0xff, must not occur (conversion refuses them): they would decode to +-480.
     """
+    return bits_as_float(codes) * HALF_REBIAS**2
+
+
+def bits_as_float(codes: torch.Tensor) -> torch.Tensor:
+    """E4M3 codes to float32 times 2^-120, exactly; HALF_REBIAS on both factors of a product makes up for it."""
     bits = codes.view(torch.int8).to(torch.int32)
-    return ((bits << _FLOAT32_BITS) & _SIGN_AND_MAGNITUDE).view(torch.float32) * _REBIAS
+    return ((bits << _FLOAT32_BITS) & _SIGN_AND_MAGNITUDE).view(torch.float32)
 
 
 def expand_scale(scale: torch.Tensor, rows: int, columns: int, block: tuple[int, int], parts: int = 1) -> torch.Tensor:

@@ -68,32 +68,6 @@ def expert_mlp(
     return out_TH.to(hidden_TH.dtype)
 
 
-def gathered_expert_mlp(
-    hidden_TH: torch.Tensor,
-    expert_index_TK: torch.Tensor,
-    affinity_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int] = BLOCK,
-) -> torch.Tensor:
-    """Static shapes for token generation: the chosen experts' weights are gathered by index, [T,K,H,2I] and [T,K,I,H].
-
-    Any tracer takes it. Unfused it holds the gathered weights in float32, so it is for few tokens.
-    """
-    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
-    here_TK = (expert_index_TK >= 0) & (expert_index_TK < gate_up.shape[0])
-    index_TK = torch.where(here_TK, expert_index_TK, 0)
-    weight_TKHI = dequantize(gate_up[index_TK], _one(gate_up_scale, index_TK), block, parts=2).to(hidden_TH.dtype)
-    gate_up_TKI = torch.einsum("th,tkhi->tki", hidden_TH, weight_TKHI)
-    gate_TKI, up_TKI = gate_up_TKI.chunk(2, dim=-1)
-    weight_TKIH = dequantize(down[index_TK], _one(down_scale, index_TK), block).to(hidden_TH.dtype)
-    product_TKH = torch.einsum("tki,tkih->tkh", F.silu(gate_TKI) * up_TKI, weight_TKIH)
-    weighted_TKH = product_TKH.float() * torch.where(here_TK, affinity_TK, 0.0)[..., None]
-    return weighted_TKH.sum(dim=1).to(hidden_TH.dtype)
-
-
 def one_expert(
     hidden_TH: torch.Tensor,
     gate_up: torch.Tensor,

@@ -150,7 +150,7 @@ def expert_by_expert_mlp(
         second_scale = None if down_scale is None else down_scale.index_select(0, expert)[0]
         product_BH = expanded_matmul(activated_BI, down.index_select(0, expert)[0], second_scale, block)
         mine_TK = index_TK == expert
-        row_T = torch.where(mine_TK, place_TK - first_pair, 0).sum(dim=1)
+        row_T = torch.where(mine_TK, place_TK - first_pair, 0).amax(dim=1)
         share_T1 = torch.where(mine_TK, affinity_TK, 0.0).sum(dim=1, keepdim=True)
         return number + 1, out_TH + product_BH[row_T].float() * share_T1
 
