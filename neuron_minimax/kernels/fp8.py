@@ -12,8 +12,9 @@ _FLOAT32_BITS = 20
 _SIGN_AND_MAGNITUDE = 0x87F00000 - 2**32
 # What is wanting is split in two, so that neither an activation nor a scale leaves float32's range.
 HALF_REBIAS = 2.0**60
-# Elements of a weight that are expanded at a time: 3 MB in float32, so that the product reads them from the cache.
-SCRATCH_ELEMENTS = 3072 * 256
+# Elements of a weight that are expanded at a time, 6 MB in float32: few calls of the library, whose product still reads
+# them from the cache. Larger ones are fresh memory each time, whose first touch costs more than it saves.
+SCRATCH_ELEMENTS = 3072 * 512
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,12 @@ def linear(
 
 @torch.library.custom_op("neuron_minimax::library_linear", mutates_args=())
 def library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL."""
+    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL.
+
+    The weight is rounded to the input's dtype here: Inductor would expand codes 32 at a time to write bfloat16, byte by
+    byte, which takes longer than this second pass.
+    """
+    weight_OI = weight_OI.to(hidden_NI.dtype)
     if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(hidden_NI, weight_OI, None, "none", [], "")
     return F.linear(hidden_NI, weight_OI)
@@ -90,7 +96,7 @@ def expanded_linear(
     products = []
     for rows, scale_rows in _parts(weight_OI.shape[0], weight_OI.shape[1], block[0]):
         wide_OI = dequantize(weight_OI[rows], None if scale is None else scale[scale_rows], block)
-        products.append(library_linear(hidden_NI, wide_OI.to(hidden.dtype)))
+        products.append(library_linear(hidden_NI, wide_OI))
     return torch.cat(products, dim=1).reshape(*hidden.shape[:-1], -1)
 
 
@@ -101,7 +107,7 @@ def expanded_matmul(
     products = []
     for columns, scale_columns in _parts(weight_IO.shape[1], weight_IO.shape[0], block[1]):
         wide_IO = dequantize(weight_IO[:, columns], None if scale is None else scale[:, scale_columns], block)
-        products.append(library_linear(hidden_NI, wide_IO.to(hidden_NI.dtype).t()))
+        products.append(library_linear(hidden_NI, wide_IO.t()))
     return torch.cat(products, dim=1)
 
 
