@@ -70,22 +70,30 @@ def linear(
     return F.linear(hidden_NI, dequantize(weight_OI, scale, block).to(hidden_NI.dtype))
 
 
-@torch.library.custom_op("neuron_minimax::library_linear", mutates_args=())
-def library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL.
+# Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
+torch.library.define("neuron_minimax::library_linear", "(Tensor hidden_NI, Tensor weight_OI) -> Tensor")
 
-    The weight is rounded to the input's dtype here: Inductor would expand codes 32 at a time to write bfloat16, byte by
-    byte, which takes longer than this second pass.
-    """
+
+@torch.library.impl("neuron_minimax::library_linear", "CPU")
+def _(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     weight_OI = weight_OI.to(hidden_NI.dtype)
     if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(hidden_NI, weight_OI, None, "none", [], "")
     return F.linear(hidden_NI, weight_OI)
 
 
-@library_linear.register_fake
+@torch.library.register_fake("neuron_minimax::library_linear")
 def _(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     return hidden_NI.new_empty(hidden_NI.shape[0], weight_OI.shape[0])
+
+
+def library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL.
+
+    The weight is rounded to the input's dtype in there: Inductor would expand codes 32 at a time to write bfloat16,
+    byte by byte, which takes longer than this second pass.
+    """
+    return torch.ops.neuron_minimax.library_linear(hidden_NI, weight_OI)
 
 
 def expanded_linear(
