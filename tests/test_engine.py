@@ -12,7 +12,8 @@ from neuron_minimax.generation.events import Content
 from neuron_minimax.generation.generate import answer
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.engine import DrainingError, Engine, Job, QueueFullError
+from neuron_minimax.serving.engine import Engine
+from neuron_minimax.serving.jobs import DrainingError, Job, QueueFullError
 from neuron_minimax.serving.metrics import Metrics
 from neuron_minimax.serving.pipeline import Pipeline
 from tests.served import ScriptedBackend

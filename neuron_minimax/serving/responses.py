@@ -19,7 +19,7 @@ from neuron_minimax.generation.events import (
 )
 from neuron_minimax.generation.minimax_format import END_THINK, THINK
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.engine import Job, Output, TokenLogprobs
+from neuron_minimax.serving.jobs import Job, Output, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 

@@ -16,7 +16,8 @@ from neuron_minimax.generation.generate import check_tokens, room_for_answer
 from neuron_minimax.generation.minimax_format import opens_reasoning
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.constraints import ANY_OBJECT, Constraint, Grammars
-from neuron_minimax.serving.engine import DrainingError, Engine, Job, Output, QueueFullError
+from neuron_minimax.serving.engine import Engine
+from neuron_minimax.serving.jobs import DrainingError, Job, Output, QueueFullError
 from neuron_minimax.serving.metrics import Metrics
 from neuron_minimax.serving.pipeline import Pipeline
 from neuron_minimax.serving.prompts import chat_prompt, tool_dicts
