@@ -91,8 +91,8 @@ def _in_order(children: dict[Connection, int], count: int) -> Iterator[Any]:
                     message = reader.recv()
                 except EOFError:
                     raise NeuronMiniMaxError(
-                        "a worker process was ended from outside, most likely for want of memory; run again: what is "
-                        "finished is kept"
+                        "a worker process was ended from outside, most likely for want of memory; run again (a "
+                        "conversion or a cache goes on from what is finished)"
                     ) from None
                 if message is None:
                     working.discard(reader)
