@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil, comb
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,22 @@ class Shape:
         options: dict[str, Any] = {"slots": self.slots, "seq_len": seq_len, "buckets": (bucket,)}
         return compiled(directory, name, self.config(), f"{self.slots}-slots-{seq_len}", **options)
 
+    def passes(self) -> float:
+        """How often a layer's step goes through an expert's weights, when all are as likely: once for every block of
+        DECODE_BLOCK tokens that chose it. Bytes read and numbers multiplied both grow with it.
+        """
+        from neuron_minimax.backends.aot import DECODE_BLOCK
+
+        share = self.per_token / self.experts
+        chance = [comb(self.slots, n) * share**n * (1 - share) ** (self.slots - n) for n in range(self.slots + 1)]
+        return self.experts * sum(chance[n] * ceil(n / DECODE_BLOCK) for n in range(self.slots + 1))
+
     def bytes(self) -> float:
-        """What a step reads: attention, distinct experts, the router's float32 rows, the head."""
-        router = 4 * self.layers * self.experts * HALF_WIDTH["hidden_size"]
-        return bytes_per_step(ModelConfig.from_dict(self.config()), self.slots) + router
+        """What a step reads: attention, experts once per pass, the router's float32 rows, the head."""
+        config = ModelConfig.from_dict(self.config())
+        expert = 3 * config.hidden_size * config.intermediate_size
+        router = 4 * self.experts * config.hidden_size
+        return bytes_per_step(config, batch=0) + self.layers * (expert * self.passes() + router)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +153,19 @@ def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
     """One curve per row of the table below; the shapes that rows share are measured once."""
     bytes_law = "constant plus the bytes of"
     table = (
-        ("batch", "slots", f"{bytes_law} the distinct experts E(1-(1-k/E)^B)", "slots", grid.batch, BASE),
+        (
+            "batch",
+            "slots",
+            f"{bytes_law} the experts, once for every block of tokens that chose one",
+            "slots",
+            grid.batch,
+            BASE,
+        ),
         ("experts, batch 1", "experts", f"{bytes_law} k experts and the router's rows", "experts", grid.experts, BASE),
         (
             "experts, batch 8",
             "experts",
-            f"{bytes_law} the distinct experts E(1-(1-k/E)^8)",
+            f"{bytes_law} the experts, once for every block of tokens that chose one",
             "experts",
             grid.experts,
             replace(BASE, slots=8),

@@ -39,6 +39,9 @@ TOKEN_GENERATION = "token_generation"
 SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
 # Tokens of one expert per loop: eight tokens choose an expert 1.5 times on average, rarely more than three times.
 DECODE_BLOCK = 3
+# Buckets that give each expert fewer tokens than this on average stream its weights once per block of tokens; with more
+# it pays to expand them for the library, whose products of few rows are slow (64 tokens, 8 each: 0.49 s against 3.7).
+STREAMED_PER_EXPERT = 16
 INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "assert_indirect_indexing": False,
@@ -177,9 +180,15 @@ def all_graphs(
     graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
         (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
     ]
+    few_per_expert = Kernels(
+        linear=expanded_linear, expert_mlp=partial(blocked_expert_mlp, tokens_per_block=DECODE_BLOCK)
+    )
     for bucket in options.buckets:
+        pairs = bucket * model.config.num_experts_per_tok
+        scarce = options.engine == "compiled" and pairs < STREAMED_PER_EXPERT * model.config.num_local_experts
+        kernels = few_per_expert if scarce else many
         inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
-        graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, many), inputs))
+        graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, kernels), inputs))
     return graphs
 
 

@@ -71,7 +71,11 @@ def linear(
 
 
 # Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
-torch.library.define("neuron_minimax::library_linear", "(Tensor hidden_NI, Tensor weight_OI) -> Tensor")
+torch.library.define(
+    "neuron_minimax::library_linear",
+    "(Tensor hidden_NI, Tensor weight_OI) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
 
 
 @torch.library.impl("neuron_minimax::library_linear", "CPU")
