@@ -52,14 +52,16 @@ def take_turns(directory: Path, steps: int, rounds: int, batch_size: int) -> tup
     return found, logits
 
 
-def bytes_per_step(config: ModelConfig, batch: int = 1) -> float:
-    """Stored bytes that one step has to touch: FP8 attention, the distinct experts that `batch` tokens choose when all
-    are as likely, and the BF16 head.
-    """
-    attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
+def distinct_experts(config: ModelConfig, batch: int) -> float:
+    """How many experts of a layer `batch` tokens choose when all are as likely."""
     experts = config.num_local_experts
-    distinct = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
-    mlp = 3 * config.hidden_size * config.intermediate_size * distinct
+    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
+
+
+def bytes_per_step(config: ModelConfig, experts: float) -> float:
+    """Stored bytes of a step that reads so many experts per layer: with them FP8 attention and the BF16 head."""
+    attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
+    mlp = 3 * config.hidden_size * config.intermediate_size * experts
     return config.num_hidden_layers * (attention + mlp) + 2 * config.vocab_size * config.hidden_size
 
 
@@ -77,7 +79,7 @@ def decode_rows(found: Rounds, config: ModelConfig, batch_size: int) -> list[Row
     reads = found["float32"]["read"]
     single, peers = rates("float32"), ("transformers bfloat16", "transformers float32")
     goals = (Goal(figure="ratio", value=1.4), Goal(figure="ratio", value=3))
-    touched, in_batch = bytes_per_step(config), bytes_per_step(config, batch_size)
+    touched, in_batch = (bytes_per_step(config, distinct_experts(config, batch)) for batch in (1, batch_size))
     weights = [touched * rate / 1e9 for rate in single]
     return [
         *(

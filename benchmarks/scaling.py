@@ -62,9 +62,8 @@ class Shape:
     def bytes(self) -> float:
         """What a step reads: attention, experts once per pass, the router's float32 rows, the head."""
         config = ModelConfig.from_dict(self.config())
-        expert = 3 * config.hidden_size * config.intermediate_size
-        router = 4 * self.experts * config.hidden_size
-        return bytes_per_step(config, batch=0) + self.layers * (expert * self.passes() + router)
+        router = 4 * self.layers * self.experts * config.hidden_size
+        return bytes_per_step(config, self.passes()) + router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,24 +151,11 @@ def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:
 def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
     """One curve per row of the table below; the shapes that rows share are measured once."""
     bytes_law = "constant plus the bytes of"
+    passes_law = f"{bytes_law} the experts, once for every block of tokens that chose one"
     table = (
-        (
-            "batch",
-            "slots",
-            f"{bytes_law} the experts, once for every block of tokens that chose one",
-            "slots",
-            grid.batch,
-            BASE,
-        ),
+        ("batch", "slots", passes_law, "slots", grid.batch, BASE),
         ("experts, batch 1", "experts", f"{bytes_law} k experts and the router's rows", "experts", grid.experts, BASE),
-        (
-            "experts, batch 8",
-            "experts",
-            f"{bytes_law} the experts, once for every block of tokens that chose one",
-            "experts",
-            grid.experts,
-            replace(BASE, slots=8),
-        ),
+        ("experts, batch 8", "experts", passes_law, "experts", grid.experts, replace(BASE, slots=8)),
         ("experts per token", "experts per token", f"{bytes_law} k experts", "per_token", grid.per_token, BASE),
         ("layers", "layers", f"{bytes_law} the layers", "layers", grid.layers, BASE),
     )

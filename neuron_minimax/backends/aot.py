@@ -170,23 +170,19 @@ def all_graphs(
     model: MiniMaxM2, cache: KVCache, options: CPUOptions
 ) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
     """(name, module, example inputs) of token generation and of context encoding per bucket."""
-    slots = options.slots
+    slots, experts, chosen = options.slots, model.config.num_local_experts, model.config.num_experts_per_tok
     many = Kernels(linear=expanded_linear, expert_mlp=expert_by_expert_mlp)
     by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots))
     few = Kernels(linear=streamed_linear, expert_mlp=single_token_expert_mlp if slots == 1 else by_block)
+    scarce = Kernels(linear=expanded_linear, expert_mlp=partial(blocked_expert_mlp, tokens_per_block=DECODE_BLOCK))
     if options.engine == "exported":
-        few = many  # what is streamed pays when compiled only
+        few = scarce = many  # what is streamed pays when compiled only
     step = (torch.zeros(slots, dtype=torch.int64), torch.arange(slots), torch.ones(slots, dtype=torch.bool))
     graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
         (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
     ]
-    few_per_expert = Kernels(
-        linear=expanded_linear, expert_mlp=partial(blocked_expert_mlp, tokens_per_block=DECODE_BLOCK)
-    )
     for bucket in options.buckets:
-        pairs = bucket * model.config.num_experts_per_tok
-        scarce = options.engine == "compiled" and pairs < STREAMED_PER_EXPERT * model.config.num_local_experts
-        kernels = few_per_expert if scarce else many
+        kernels = scarce if bucket * chosen < STREAMED_PER_EXPERT * experts else many
         inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
         graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, kernels), inputs))
     return graphs

@@ -25,7 +25,10 @@ def streamed_products(
     down_scale: torch.Tensor | None,
     block: tuple[int, int],
 ) -> torch.Tensor:
-    """[K,B,H] through the weights of K experts to [K,B,H] float32, codes expanded inside of the products' own loops."""
+    """[K,B,H] through the weights of K experts to [K,B,H] float32, codes expanded inside of the products' own loops.
+
+    Neither weights nor products are rounded in between, whatever the dtype of hidden: ExpertMLP's order in float32.
+    """
     gate_KBI, up_KBI = streamed_columns(hidden_KBH, gate_up, gate_up_scale, block, parts=2).chunk(2, dim=-1)
     return streamed_columns(F.silu(gate_KBI) * up_KBI, down, down_scale, block)
 

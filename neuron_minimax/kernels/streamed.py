@@ -45,8 +45,9 @@ def streamed_columns(
     """
     rows, width = weight_KHW.shape[-2:]
     tokens = hidden_KNH.shape[1]
-    height = rows if rows % block[0] else block[0]
-    if scale is None or rows % block[0]:
+    whole_blocks = rows % block[0] == 0
+    height = block[0] if whole_blocks else rows
+    if scale is None or not whole_blocks:
         wide_KHW, scale_KRW = dequantize(weight_KHW, scale, block, parts), None
     else:
         wide_KHW = bits_as_float(weight_KHW)
