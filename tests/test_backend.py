@@ -28,8 +28,8 @@ RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1
 CASES = {
     "eager": ({}, 3, "eager", BUCKETS),
     "exported, ragged sizes": (RAGGED, 3, "exported", BUCKETS),
-    # All experts are chosen: 8 tokens each are streamed, 16 go to the library.
-    "compiled, one slot": ({"num_local_experts": 4, "num_experts_per_tok": 4}, 1, "compiled", BUCKETS),
+    # All experts are chosen: 8 tokens each are streamed, 32 expanded for the library.
+    "compiled, one slot": ({"num_local_experts": 4, "num_experts_per_tok": 4}, 1, "compiled", (8, 32)),
     "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled", BUCKETS[1:]),
 }
 

@@ -1,35 +1,46 @@
-"""The torch expert MLPs, eager and static, against float64 sums over one number at a time."""
+"""The expert MLPs, eager and as an operator of graphs, against float64 sums over one number at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from neuron_minimax.checkpoint import fp8 as numpy_fp8
-from neuron_minimax.kernels import fp8
+from neuron_minimax.kernels import fp8, operators
 from neuron_minimax.kernels.fp8_mlp import expert_mlp
-from neuron_minimax.kernels.static_mlp import (
-    blocked_expert_mlp,
-    expert_by_expert_mlp,
-    single_token_expert_mlp,
-)
-from neuron_minimax.kernels.streamed import streamed_linear
 
 BLOCK = 128
 
 
-def plain_loop(condition, body, values):
-    """What while_loop means, without its tracing; the compiled backend's tests run the real one."""
-    while bool(condition(*values)):
-        values = body(*values)
-    return values
+@contextmanager
+def setting(**values: Any) -> Iterator[None]:
+    """The operators with other limits; EXPANDED_FROM is one for all dtypes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "EXPANDED_FROM" in values:
+            values["EXPANDED_FROM"] = dict.fromkeys(operators.EXPANDED_FROM, values["EXPANDED_FROM"])
+        for name, value in values.items():
+            patch.setattr(operators, name, value)
+        yield
+
+
+def operator(*arguments, **limits):
+    with setting(**limits):
+        return operators.expert_mlp(*arguments)
 
 
 IMPLEMENTATIONS = {
     "eager": expert_mlp,
-    "blocked": partial(blocked_expert_mlp, tokens_per_block=2, loop=plain_loop),
-    "expert by expert": partial(expert_by_expert_mlp, loop=plain_loop),
+    "streamed": partial(operator, EXPANDED_FROM=10**6),
+    "streamed in small passes, cut finely": partial(
+        operator, EXPANDED_FROM=10**6, TOKENS_PER_PASS=2, ITEMS_PER_THREAD=64
+    ),
+    "expanded": partial(operator, EXPANDED_FROM=0),
+    "expanded in strips": partial(operator, EXPANDED_FROM=0, SCRATCH_ELEMENTS=1),
+    "some streamed, some expanded": partial(operator, EXPANDED_FROM=4),
 }
 
 
@@ -79,7 +90,9 @@ def error(found: torch.Tensor, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(1, 256, 128), (9, 192, 320), (9, 129, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate"), [(1, 256, 128), (9, 192, 320), (9, 129, 64), (40, 1030, 600)]
+)
 def test_every_implementation_computes_the_definition(implementation, tokens, hidden, intermediate):
     stacked = weights(6, hidden, intermediate)
     index, affinity = routing(tokens, 6, 3)
@@ -90,21 +103,13 @@ def test_every_implementation_computes_the_definition(implementation, tokens, hi
     assert error(found, slow(activations, index, affinity, *stacked)) < 3e-6
 
 
-def test_the_single_token_form_computes_the_definition():
-    stacked = weights(6, 256, 320)
-    index, affinity = routing(1, 6, 4)
-    activations = torch.randn(1, 256, generator=torch.Generator().manual_seed(2))
-    found = single_token_expert_mlp(activations, index, affinity, *stacked)
-    assert error(found, slow(activations, index, affinity, *stacked)) < 3e-6
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_extreme_scales_neither_underflow_nor_overflow(scale):
     gate_up, gate_up_scale, down, down_scale = weights(4, 128, 128, scale=scale)
     index, affinity = routing(3, 4, 2)
     activations = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)) / scale
     down_scale = down_scale / scale
-    for implementation in (expert_mlp, IMPLEMENTATIONS["blocked"]):
+    for implementation in IMPLEMENTATIONS.values():
         found = implementation(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
         wanted = slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
         assert error(found, wanted) < 3e-6
@@ -136,10 +141,41 @@ def test_bf16_activations_round_where_the_interface_says():
             gate, up = (activations[token].double() @ first).bfloat16().chunk(2)
             inner = torch.nn.functional.silu(gate) * up
             wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[token, place].double()
-    found = expert_mlp(activations, index, affinity, *stacked)
-    assert found.dtype == torch.bfloat16
-    # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
-    assert error(found, wanted.numpy()) < 2**-8
+    for implementation in (expert_mlp, IMPLEMENTATIONS["expanded"]):
+        found = implementation(activations, index, affinity, *stacked)
+        assert found.dtype == torch.bfloat16
+        # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
+        assert error(found, wanted.numpy()) < 2**-8
+
+
+def test_streamed_experts_round_bf16_once():
+    stacked = weights(4, 256, 128)
+    index, affinity = routing(5, 4, 2)
+    activations = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = IMPLEMENTATIONS["streamed"](activations, index, affinity, *stacked)
+    assert torch.equal(found, IMPLEMENTATIONS["streamed"](activations.float(), index, affinity, *stacked).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "intermediate"), [(256, 128), (129, 70)])
+def test_expanded_weights_equal_the_dequantized_ones_bit_by_bit(dtype, rows, intermediate):
+    gate_up, gate_up_scale, _, _ = weights(1, rows, intermediate)
+    wanted = fp8.dequantize(gate_up[0], gate_up_scale[0], (BLOCK, BLOCK), parts=2).to(dtype)
+    with setting(SCRATCH_ELEMENTS=1):
+        scratch = operators._scratch(gate_up[0], BLOCK, dtype)
+        strips = operators._expanded_strips(gate_up[0], gate_up_scale[0], (BLOCK, BLOCK), scratch, parts=2)
+        for strip, wide in strips:
+            assert torch.equal(wide, wanted[strip])
+
+
+def test_dense_experts_beside_operators_are_multiplied_as_they_are():
+    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
+    first = fp8.dequantize(gate_up, gate_up_scale, (BLOCK, BLOCK), parts=2)
+    second = fp8.dequantize(down, down_scale, (BLOCK, BLOCK))
+    index, affinity = routing(5, 4, 2)
+    activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
+    found = operators.expert_mlp(activations, index, affinity, first, None, second, None)
+    assert error(found, slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)) < 3e-6
 
 
 def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
@@ -162,8 +198,7 @@ def test_dequantization_equals_the_byte_table(shape, block):
 
 @pytest.mark.parametrize("scratch", [1, 3 * 128 * 128, 10**6])
 @pytest.mark.parametrize("dense", [False, True])
-def test_weights_expanded_part_by_part_give_the_product_with_the_whole(monkeypatch, scratch, dense):
-    monkeypatch.setattr(fp8, "SCRATCH_ELEMENTS", scratch)
+def test_weights_expanded_part_by_part_give_the_product_with_the_whole(scratch, dense):
     generator = np.random.default_rng(0)
     codes = torch.from_numpy(generator.integers(0, 0x7F, (300, 257), dtype=np.uint8))
     scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (3, 3)).astype(np.float32))
@@ -171,13 +206,13 @@ def test_weights_expanded_part_by_part_give_the_product_with_the_whole(monkeypat
     arguments = (weight.bfloat16(), None) if dense else (codes, scale)
     exact = arguments[0].double() if dense else weight.double()
     generator = torch.Generator().manual_seed(0)
-    across, down = torch.randn(4, 257, generator=generator), torch.randn(4, 300, generator=generator)
-    linear = fp8.expanded_linear(across[None], *arguments, (128, 128))[0]
-    assert error(linear, (across.double() @ exact.T).numpy()) < 3e-6
-    assert error(fp8.expanded_matmul(down, *arguments, (128, 128)), (down.double() @ exact).numpy()) < 3e-6
+    hidden = torch.randn(4, 257, generator=generator)
+    with setting(SCRATCH_ELEMENTS=scratch, STREAMED_ROWS=0):
+        found = operators.linear(hidden[None], *arguments, (128, 128))[0]
+    assert error(found, (hidden.double() @ exact.T).numpy()) < 3e-6
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_streamed_linear_layer_equals_the_product_with_the_expanded_weight(rows, dense):
     generator = np.random.default_rng(0)
@@ -187,7 +222,7 @@ def test_the_streamed_linear_layer_equals_the_product_with_the_expanded_weight(r
     hidden = torch.randn(rows, 257, generator=torch.Generator().manual_seed(0))
     arguments = (weight.bfloat16(), None) if dense else (codes, scale)
     wanted = hidden.double() @ (weight.bfloat16() if dense else weight).double().T
-    assert error(streamed_linear(hidden, *arguments, (128, 128)), wanted.numpy()) < 3e-6
+    assert error(operators.linear(hidden, *arguments, (128, 128)), wanted.numpy()) < 3e-6
 
 
 def test_a_shape_that_does_not_belong_is_named():

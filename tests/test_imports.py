@@ -65,7 +65,7 @@ def test_only_one_door_leads_to_the_neuron_packages(path):
         ("import neuron_minimax.cli; neuron_minimax.cli.main(['--help'])", {"torch", "numpy", "transformers", "rich"}),
         ("import neuron_minimax.checkpoint.precision", {"torch", "transformers"}),
         ("import neuron_minimax.convert.verify", {"torch", "transformers"}),
-        ("import neuron_minimax.model.minimax", {"transformers"} | NEURON_PACKAGES),
+        ("import neuron_minimax.model.minimax", {"transformers", "numba"} | NEURON_PACKAGES),
         ("import neuron_minimax.backends", {"torch", "transformers"} | NEURON_PACKAGES),
     ],
 )

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +22,7 @@ from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
 from neuron_minimax.errors import BackendError
-from neuron_minimax.kernels.fp8 import expanded_linear
-from neuron_minimax.kernels.static_mlp import (
-    blocked_expert_mlp,
-    expert_by_expert_mlp,
-    single_token_expert_mlp,
-)
-from neuron_minimax.kernels.streamed import streamed_linear
+from neuron_minimax.kernels.operators import compile_loops, expert_mlp, linear
 from neuron_minimax.model.kv_cache import KVCache
 from neuron_minimax.model.layers import Kernels
 from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
@@ -37,11 +30,7 @@ from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
 MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation"
 SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
-# Tokens of one expert per loop: eight tokens choose an expert 1.5 times on average, rarely more than three times.
-DECODE_BLOCK = 3
-# Buckets that give each expert fewer tokens than this on average stream its weights once per block of tokens; with more
-# it pays to expand them for the library, whose products of few rows are slow (64 tokens, 8 each: 0.49 s against 3.7).
-STREAMED_PER_EXPERT = 16
+OPERATORS = Kernels(linear=linear, expert_mlp=expert_mlp)
 INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "assert_indirect_indexing": False,
@@ -69,9 +58,9 @@ class SlotCache(nn.Module):
 class Graph(nn.Module):
     """A model with its slots' cache; `seq_len` positions per slot."""
 
-    def __init__(self, model: MiniMaxM2, cache: KVCache, seq_len: int, kernels: Kernels) -> None:
+    def __init__(self, model: MiniMaxM2, cache: KVCache, seq_len: int) -> None:
         super().__init__()
-        self.model, self.cache, self.seq_len, self.kernels = model, SlotCache(cache), seq_len, kernels
+        self.model, self.cache, self.seq_len = model, SlotCache(cache), seq_len
 
     def filled(self, positions: torch.Tensor) -> int:
         """How many cache positions attention reads, out of a tensor of one element; a size that varies by call."""
@@ -94,9 +83,9 @@ class TokenGeneration(Graph):
             cache=self.cache.view(),
             filled=filled,
             real_BT=active_S[:, None] if len(active_S) > 1 else None,
-            kernels=self.kernels,
+            kernels=OPERATORS,
         )
-        return self.model.lm_head(hidden_S1H[:, 0], self.kernels).float()
+        return self.model.lm_head(hidden_S1H[:, 0], OPERATORS).float()
 
 
 class ContextEncoding(Graph):
@@ -116,10 +105,10 @@ class ContextEncoding(Graph):
             rows_B=slot_1,
             filled=self.filled(start_1 + count_1),
             real_BT=real_T[None],
-            kernels=self.kernels,
+            kernels=OPERATORS,
         )
         last_1H = hidden_1TH[0][count_1 - 1]
-        return self.model.lm_head(last_1H, Kernels(linear=streamed_linear))[0].float(), hidden_1TH[0]
+        return self.model.lm_head(last_1H, OPERATORS)[0].float(), hidden_1TH[0]
 
 
 def build_graphs(
@@ -134,6 +123,9 @@ def build_graphs(
     with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
         running = {pool.submit(_build_in_process, model_directory, graphs, options, name): name for name in names}
         progress(f"compiling {len(names)} graphs")
+        started = time.monotonic()
+        compile_loops(COMPUTE_DTYPES[options.compute])
+        progress(f"compiled the loops over FP8 codes in {time.monotonic() - started:.1f} s")
         for future in as_completed(running):
             name = running[future]
             seconds[name] = future.result()
@@ -170,21 +162,14 @@ def all_graphs(
     model: MiniMaxM2, cache: KVCache, options: CPUOptions
 ) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
     """(name, module, example inputs) of token generation and of context encoding per bucket."""
-    slots, experts, chosen = options.slots, model.config.num_local_experts, model.config.num_experts_per_tok
-    many = Kernels(linear=expanded_linear, expert_mlp=expert_by_expert_mlp)
-    by_block = partial(blocked_expert_mlp, tokens_per_block=min(DECODE_BLOCK, slots))
-    few = Kernels(linear=streamed_linear, expert_mlp=single_token_expert_mlp if slots == 1 else by_block)
-    scarce = Kernels(linear=expanded_linear, expert_mlp=partial(blocked_expert_mlp, tokens_per_block=DECODE_BLOCK))
-    if options.engine == "exported":
-        few = scarce = many  # what is streamed pays when compiled only
+    slots = options.slots
     step = (torch.zeros(slots, dtype=torch.int64), torch.arange(slots), torch.ones(slots, dtype=torch.bool))
     graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
-        (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len, few), step)
+        (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len), step)
     ]
     for bucket in options.buckets:
-        kernels = scarce if bucket * chosen < STREAMED_PER_EXPERT * experts else many
         inputs = (torch.zeros(bucket, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), torch.tensor([bucket]))
-        graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len, kernels), inputs))
+        graphs.append((context_name(bucket), ContextEncoding(model, cache, options.seq_len), inputs))
     return graphs
 
 
@@ -208,8 +193,9 @@ class CompiledBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
-        state = Graph(self.model, self.cache, options.seq_len, Kernels()).state_dict()
+        state = Graph(self.model, self.cache, options.seq_len).state_dict()
         self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
+        compile_loops(self.model.compute)  # or take them from disk, instead of at the first token
         self.context_encoding = {size: _load_graph(graphs, context_name(size), state) for size in options.buckets}
 
     def reset(self, slot: int) -> None:
@@ -222,7 +208,7 @@ class CompiledBackend(Backend):
         ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
         place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
         logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
-        return self.model.lm_head(hidden_TH[: len(ids)], Kernels()).float() if all_positions else logits_V
+        return self.model.lm_head(hidden_TH[: len(ids)], OPERATORS).float() if all_positions else logits_V
 
     @torch.inference_mode()
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,11 @@ SOURCES = (
     "backends/exported.py",
     "kernels/fp8.py",
     "kernels/fp8_mlp.py",
-    "kernels/static_mlp.py",
-    "kernels/streamed.py",
+    "kernels/codes.py",
+    "kernels/expert_loops.py",
+    "kernels/linear_loops.py",
+    "kernels/operators.py",
+    "kernels/team.py",
     "model/*.py",
 )
 
@@ -80,7 +83,7 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
 
 def environment() -> tuple[dict[str, str], dict[str, Any]]:
     """Versions and machine features that compiled graphs depend on."""
-    return versions_of(["torch"], SOURCES), cpu_here()
+    return versions_of(["torch", "numba"], SOURCES), cpu_here()
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Exported graphs run as they are, where no compiler can make them fast: torch.export's file without the weights.
+"""Exported graphs run as they are, where there is no compiler for their small operations: torch.export's file alone.
 
 The weights and the cache are an input of such a graph, by name, so that its file holds neither.
 """
@@ -31,6 +31,6 @@ def save(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> Non
 
 
 def load(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves; `kernels.fp8` must be imported, whose operator is in it."""
+    """The graph over these tensors themselves; `kernels.operators` must be imported, whose operators are in it."""
     graph = torch.export.load(path).module()
     return lambda *inputs: graph(state, inputs)

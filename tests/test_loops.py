@@ -1,0 +1,39 @@
+"""Numba's loops where a machine lacks what they use elsewhere."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import ctypes
+
+import numba
+import torch
+
+library = ctypes.CDLL
+
+
+def without_openmp(name, *arguments, **options):
+    if "gomp" in str(name):
+        raise OSError(f"{name}: no such file")
+    return library(name, *arguments, **options)
+
+
+ctypes.CDLL = without_openmp
+from neuron_minimax.kernels import expert_loops, fp8_mlp, operators
+from tests.test_fp8_mlp import routing, weights
+
+stacked, chosen = weights(6, 192, 320), routing(3, 6, 2)
+activations = torch.randn(3, 192, generator=torch.Generator().manual_seed(2))
+found = operators.expert_mlp(activations, *chosen, *stacked)
+wanted = fp8_mlp.expert_mlp(activations, *chosen, *stacked)
+assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
+assert not expert_loops.add_expert_products.stats.cache_path
+"""
+
+
+def test_one_thread_without_openmp_and_without_a_place_for_compiled_code_computes_the_same():
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    finished = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
