@@ -1,8 +1,14 @@
-"""Numba's loops where a machine lacks what they use elsewhere."""
+"""Numba's loops on torch's threads, and where a machine lacks what they use elsewhere."""
 
 import os
 import subprocess
 import sys
+
+import numba
+import numpy as np
+import pytest
+
+from neuron_minimax.kernels.team import run_in_team
 
 PROGRAM = """
 import ctypes
@@ -37,3 +43,24 @@ def test_one_thread_without_openmp_and_without_a_place_for_compiled_code_compute
     environment.pop("NUMBA_CACHE_DIR", None)
     finished = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+@numba.njit
+def mark(thread, threads, marks, fails_on):
+    marks[thread] = threads
+    if thread == fails_on:
+        raise MemoryError
+
+
+@numba.njit
+def mark_all(team, marks, fails_on):
+    run_in_team(mark, team, (marks, fails_on))
+
+
+def test_every_thread_of_a_team_runs_and_a_failing_one_is_not_silent():
+    marks = np.zeros(3, np.int64)
+    mark_all(3, marks, -1)
+    assert marks.tolist() == [3, 3, 3]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mark_all(3, marks, 2)
+    mark_all(3, marks, -1)
