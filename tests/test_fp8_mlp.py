@@ -225,6 +225,13 @@ def test_the_streamed_linear_layer_equals_the_product_with_the_expanded_weight(r
     assert error(operators.linear(hidden, *arguments, (128, 128)), wanted.numpy()) < 3e-6
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_a_weight_without_a_scale_that_needs_one_is_refused(rows, dtype):
+    with pytest.raises(TypeError, match=r"a weight \[8, 4\] in .* has no scale"):
+        operators.linear(torch.zeros(rows, 4), torch.zeros(8, 4, dtype=dtype), None, (BLOCK, BLOCK))
+
+
 def test_a_shape_that_does_not_belong_is_named():
     gate_up, gate_up_scale, down, down_scale = weights(4, 256, 128)
     index, affinity = routing(2, 4, 2)

@@ -1,13 +1,16 @@
 """Numba's loops on torch's threads, and where a machine lacks what they use elsewhere."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
 
+import neuron_minimax
 from neuron_minimax.kernels.team import run_in_team
 
 PROGRAM = """
@@ -43,6 +46,25 @@ def test_one_thread_without_openmp_and_without_a_place_for_compiled_code_compute
     environment.pop("NUMBA_CACHE_DIR", None)
     finished = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_code_kept_from_before_a_change_in_another_file_is_not_used(tmp_path):
+    package = Path(neuron_minimax.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__", "demo")
+    shutil.copytree(package, tmp_path / "neuron_minimax", ignore=ignore)
+    program = (
+        "import numpy as np; from neuron_minimax.kernels import linear_loops\n"
+        "one = np.ones((1, 1), np.float32); out = np.zeros((1, 1), np.float32)\n"
+        "linear_loops.linear(1, one, one, one, (1, 1), out); print(out[0, 0])"
+    )
+
+    def run() -> float:
+        return float(subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path))
+
+    assert run() == 1
+    codes = tmp_path / "neuron_minimax" / "kernels" / "codes.py"
+    codes.write_text(codes.read_text().replace("else 1 / REBIAS", "else 2 / REBIAS"))
+    assert run() == 2
 
 
 @numba.njit

@@ -31,12 +31,7 @@ MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation"
 SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
 OPERATORS = Kernels(linear=linear, expert_mlp=expert_mlp)
-INDUCTOR_OPTIONS = {
-    "aot_inductor.package_constants_in_so": False,
-    "assert_indirect_indexing": False,
-    # Multiply and add in one rounding; not fast-math, which would flush the subnormals that FP8 expansion needs.
-    "cpp.enable_floating_point_contract_flag": "fast",
-}
+INDUCTOR_OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 
 class SlotCache(nn.Module):
@@ -193,9 +188,9 @@ class CompiledBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
+        compile_loops(self.model.compute)  # or take them from disk, instead of at the first token
         state = Graph(self.model, self.cache, options.seq_len).state_dict()
         self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
-        compile_loops(self.model.compute)  # or take them from disk, instead of at the first token
         self.context_encoding = {size: _load_graph(graphs, context_name(size), state) for size in options.buckets}
 
     def reset(self, slot: int) -> None:

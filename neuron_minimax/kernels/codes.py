@@ -3,7 +3,9 @@
 FP8 codes are int8 views of E4M3, bfloat16 an int16 view, float32 itself.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,18 @@ ELEMENTWISE = {"contract"}
 SUMS = {"contract", "reassoc"}
 
 
+# Numba takes kept code for current by the file of the function alone, whatever has changed in files that it uses.
+STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
 def compiled(fastmath: set[str] = ELEMENTWISE) -> Callable[[Callable[..., Any]], Any]:
     """Have a function compiled at its first call, and what comes of it kept on disk where there is a place for it."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
+            dispatcher = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
+            dispatcher._cache._cache_file._source_stamp = STAMP
+            return dispatcher
         except RuntimeError:  # neither beside the source nor in the user's cache directory may files be made
             return njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 

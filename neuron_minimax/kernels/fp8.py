@@ -10,7 +10,7 @@ import torch.nn.functional as F
 # As the top bits of a float32 (8 exponent bits, bias 127) the same bits mean value * 2^(7 - 127), subnormals included.
 FLOAT32_BITS = 20
 SIGN_AND_MAGNITUDE = 0x87F00000 - 2**32
-# What is wanting is split in two, so that neither an activation nor a scale leaves float32's range.
+# What is wanting, split in two for the loops, so that neither an activation nor a scale leaves float32's range.
 HALF_REBIAS = 2.0**60
 
 
@@ -19,13 +19,8 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
     The two NaN codes, 0x7f and 0xff, must not occur (conversion refuses them): they would decode to +-480.
     """
-    return bits_as_float(codes) * HALF_REBIAS**2
-
-
-def bits_as_float(codes: torch.Tensor) -> torch.Tensor:
-    """E4M3 codes to float32 times 2^-120, exactly; HALF_REBIAS on both factors of a product makes up for it."""
     bits = codes.view(torch.int8).to(torch.int32)
-    return ((bits << FLOAT32_BITS) & SIGN_AND_MAGNITUDE).view(torch.float32)
+    return ((bits << FLOAT32_BITS) & SIGN_AND_MAGNITUDE).view(torch.float32) * HALF_REBIAS**2
 
 
 def expand_scale(scale: torch.Tensor, rows: int, columns: int, block: tuple[int, int], parts: int = 1) -> torch.Tensor:
@@ -34,19 +29,9 @@ def expand_scale(scale: torch.Tensor, rows: int, columns: int, block: tuple[int,
     `parts` weights may lie side by side in the columns, each with block columns of its own (gate and up: 2), so that
     the last block of each may be partial.
     """
-    return _repeat(_repeat(scale, -2, rows, block[0], 1), -1, columns, block[1], parts)
-
-
-def _repeat(scale: torch.Tensor, dimension: int, size: int, step: int, parts: int) -> torch.Tensor:
-    whole, rest = size // parts // step, size // parts % step
-    if not rest:
-        return scale.repeat_interleave(step, dim=dimension)
-    # Not one longer expansion, cut: Inductor (torch 2.13) simplifies `i % size // step` as if step divided size.
-    pieces = []
-    for part in scale.chunk(parts, dim=dimension):
-        pieces.append(part.narrow(dimension, 0, whole).repeat_interleave(step, dim=dimension))
-        pieces.append(part.narrow(dimension, whole, 1).repeat_interleave(rest, dim=dimension))
-    return torch.cat(pieces, dim=dimension)
+    tall = scale.repeat_interleave(block[0], dim=-2)[..., :rows, :]
+    wide = [part.repeat_interleave(block[1], dim=-1)[..., : columns // parts] for part in tall.chunk(parts, dim=-1)]
+    return torch.cat(wide, dim=-1)
 
 
 def dequantize(

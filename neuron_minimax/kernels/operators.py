@@ -98,10 +98,12 @@ def _streamed_linear(
 ) -> torch.Tensor:
     """[N,O] in the dtype of hidden, a dense weight as one block of scale 1."""
     if scale is None:
+        stored = _dense(weight_OI).view(torch.int16) if weight_OI.dtype == torch.bfloat16 else _dense(weight_OI)
         scale, block = torch.ones(1, 1), (weight_OI.shape[0], weight_OI.shape[1])
-    stored = {1: torch.int8, 2: torch.int16, 4: torch.float32}[weight_OI.itemsize]
+    else:
+        stored = weight_OI.view(torch.int8)
     out_NO = torch.zeros(len(hidden_NI), weight_OI.shape[0])
-    arrays = (tensor.contiguous().numpy() for tensor in (hidden_NI.float(), weight_OI.view(stored), scale))
+    arrays = (tensor.contiguous().numpy() for tensor in (hidden_NI.float(), stored, scale))
     linear_loops.linear(torch.get_num_threads(), *arrays, block, out_NO.numpy())
     return out_NO.to(hidden_NI.dtype)
 
@@ -173,7 +175,7 @@ def _expanded_strips(
     """(which rows, these rows of the weight in the dtype of `scratch`, and in its memory until the next)."""
     rows, width = weight.shape
     if scale is None:
-        yield slice(0, rows), weight.to(scratch.dtype)
+        yield slice(0, rows), _dense(weight).to(scratch.dtype)
         return
     size = min(max(len(scratch) // width // block[0], 1) * block[0], rows)
     wide = scratch[: size * width].view(size, width)
@@ -185,6 +187,13 @@ def _expanded_strips(
         strip = codes[first:last], scales[scale_rows], block, parts, out[: last - first]
         linear_loops.expand(torch.get_num_threads(), *strip)
         yield slice(first, last), wide[: last - first]
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that has no scale. Raises TypeError when it is not one whose bits are numbers by themselves."""
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has no scale; expected float32 or bfloat16")
+    return weight
 
 
 def _library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
