@@ -1,7 +1,5 @@
 """The expert MLPs, eager and as an operator of graphs, against float64 sums over one number at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,36 +9,26 @@ import torch
 
 from neuron_minimax.checkpoint import fp8 as numpy_fp8
 from neuron_minimax.kernels import fp8, operators
+from neuron_minimax.kernels.codes import compiled, exponential
 from neuron_minimax.kernels.fp8_mlp import expert_mlp
+from neuron_minimax.kernels.tiles import HAS_PAIRS, NARROW_STRIP, expand_rows
 
 BLOCK = 128
 
 
-@contextmanager
-def setting(**values: Any) -> Iterator[None]:
-    """The operators with other limits; EXPANDED_FROM is one for all dtypes."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "EXPANDED_FROM" in values:
-            values["EXPANDED_FROM"] = dict.fromkeys(operators.EXPANDED_FROM, values["EXPANDED_FROM"])
-        for name, value in values.items():
-            patch.setattr(operators, name, value)
-        yield
-
-
-def operator(*arguments, **limits):
-    with setting(**limits):
+def on_threads(team: int, *arguments: Any) -> torch.Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(team)
+    try:
         return operators.expert_mlp(*arguments)
+    finally:
+        torch.set_num_threads(before)
 
 
 IMPLEMENTATIONS = {
     "eager": expert_mlp,
-    "streamed": partial(operator, EXPANDED_FROM=10**6),
-    "streamed in small passes, cut finely": partial(
-        operator, EXPANDED_FROM=10**6, TOKENS_PER_PASS=2, ITEMS_PER_THREAD=64
-    ),
-    "expanded": partial(operator, EXPANDED_FROM=0),
-    "expanded in strips": partial(operator, EXPANDED_FROM=0, SCRATCH_ELEMENTS=1),
-    "some streamed, some expanded": partial(operator, EXPANDED_FROM=4),
+    "operator": partial(on_threads, 1),
+    "operator on five threads": partial(on_threads, 5),  # few experts' weights are cut into pieces
 }
 
 
@@ -91,7 +79,8 @@ def error(found: torch.Tensor, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "intermediate"), [(1, 256, 128), (9, 192, 320), (9, 129, 64), (40, 1030, 600)]
+    ("tokens", "hidden", "intermediate"),
+    [(1, 256, 128), (9, 192, 320), (9, 129, 64), (40, 1030, 600), (700, 130, 70)],
 )
 def test_every_implementation_computes_the_definition(implementation, tokens, hidden, intermediate):
     stacked = weights(6, hidden, intermediate)
@@ -141,41 +130,83 @@ def test_bf16_activations_round_where_the_interface_says():
             gate, up = (activations[token].double() @ first).bfloat16().chunk(2)
             inner = torch.nn.functional.silu(gate) * up
             wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[token, place].double()
-    for implementation in (expert_mlp, IMPLEMENTATIONS["expanded"]):
-        found = implementation(activations, index, affinity, *stacked)
-        assert found.dtype == torch.bfloat16
-        # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
-        assert error(found, wanted.numpy()) < 2**-8
+    found = expert_mlp(activations, index, affinity, *stacked)
+    assert found.dtype == torch.bfloat16
+    # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
+    assert error(found, wanted.numpy()) < 2**-8
 
 
-def test_streamed_experts_round_bf16_once():
+def test_experts_with_few_tokens_round_bf16_once():
     stacked = weights(4, 256, 128)
     index, affinity = routing(5, 4, 2)
     activations = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = IMPLEMENTATIONS["streamed"](activations, index, affinity, *stacked)
-    assert torch.equal(found, IMPLEMENTATIONS["streamed"](activations.float(), index, affinity, *stacked).bfloat16())
+    found = operators.expert_mlp(activations, index, affinity, *stacked)
+    assert torch.equal(found, operators.expert_mlp(activations.float(), index, affinity, *stacked).bfloat16())
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (129, 70)])
+def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermediate):
+    """Weights as they are, sums in float32, silu(gate) * up rounded where pairs are multiplied, then the sum over k."""
+    stacked = weights(3, hidden, intermediate)
+    index, affinity = routing(60, 3, 2)
+    activations = torch.randn(60, hidden, generator=torch.Generator().manual_seed(2)).bfloat16()
+    first = fp8.dequantize(stacked[0], stacked[1], (BLOCK, BLOCK), parts=2).double()
+    second = fp8.dequantize(stacked[2], stacked[3], (BLOCK, BLOCK)).double()
+    wanted = torch.zeros(60, hidden, dtype=torch.float64)
+    for token in range(60):
+        for place, expert in enumerate(index[token].tolist()):
+            gate, up = (activations[token].double() @ first[expert]).chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            inner = inner.float().bfloat16().double() if HAS_PAIRS else inner
+            wanted[token] += inner @ second[expert] * affinity[token, place].double()
+    found = operators.expert_mlp(activations, index, affinity, *stacked)
+    assert error(found, wanted.numpy()) < 2**-8  # the result's own rounding
+
+
+@compiled
+def expanded(codes_RW, panel):
+    expand_rows((codes_RW, 0, codes_RW.shape[1]), len(panel) // NARROW_STRIP, panel)
+
+
+def test_panels_hold_every_code_exactly():
+    codes = np.arange(256, dtype=np.uint8).view(np.int8).repeat(NARROW_STRIP).reshape(256, NARROW_STRIP)
+    floats, pairs = np.empty(256 * NARROW_STRIP, np.float32), np.empty(128 * NARROW_STRIP, np.int32)
+    expanded(codes, floats)
+    wanted = fp8.decode(torch.arange(256, dtype=torch.uint8)).numpy()
+    found = floats.reshape(256, NARROW_STRIP) * np.float32(fp8.HALF_REBIAS) * np.float32(fp8.HALF_REBIAS)
+    assert np.array_equal(found, np.broadcast_to(wanted[:, None], found.shape))
+    expanded(codes, pairs)
+    lower, upper = (pairs << 16).view(np.float32), (pairs & -(2**16)).view(np.float32)
+    found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1).reshape(256, NARROW_STRIP)
+    assert np.array_equal(found, np.broadcast_to(wanted[:, None], found.shape))
+
+
+def test_the_exponential_is_within_a_ten_millionth():
+    numbers = np.linspace(-87, 88, 100_001).astype(np.float32)
+    found = np.array([exponential(number) for number in numbers])
+    wanted = np.exp(numbers.astype(np.float64))
+    assert (np.abs(found - wanted) / wanted).max() < 1e-7
+    assert exponential(np.float32(-1000)) == exponential(np.float32(-87))
+    assert np.isnan(exponential(np.float32("nan")))
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "intermediate"), [(256, 128), (129, 70)])
-def test_expanded_weights_equal_the_dequantized_ones_bit_by_bit(dtype, rows, intermediate):
-    gate_up, gate_up_scale, _, _ = weights(1, rows, intermediate)
-    wanted = fp8.dequantize(gate_up[0], gate_up_scale[0], (BLOCK, BLOCK), parts=2).to(dtype)
-    with setting(SCRATCH_ELEMENTS=1):
-        scratch = operators._scratch(gate_up[0], BLOCK, dtype)
-        strips = operators._expanded_strips(gate_up[0], gate_up_scale[0], (BLOCK, BLOCK), scratch, parts=2)
-        for strip, wide in strips:
-            assert torch.equal(wide, wanted[strip])
-
-
-def test_dense_experts_beside_operators_are_multiplied_as_they_are():
+def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
     gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
     first = fp8.dequantize(gate_up, gate_up_scale, (BLOCK, BLOCK), parts=2)
     second = fp8.dequantize(down, down_scale, (BLOCK, BLOCK))
-    index, affinity = routing(5, 4, 2)
-    activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
-    found = operators.expert_mlp(activations, index, affinity, first, None, second, None)
-    assert error(found, slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)) < 3e-6
+    index, affinity = routing(tokens, 4, 2)
+    activations = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = operators.expert_mlp(activations.float(), index, affinity, first, None, second, None)
+    wanted = slow(activations.float(), index, affinity, gate_up, gate_up_scale, down, down_scale)
+    assert error(found, wanted) < 3e-6
+    # Float32 weights lose nothing beside bfloat16 activations.
+    assert torch.equal(operators.expert_mlp(activations, index, affinity, first, None, second, None), found.to(dtype))
+    rounded = first.bfloat16(), second.bfloat16()
+    found = operators.expert_mlp(activations, index, affinity, rounded[0], None, rounded[1], None)
+    wanted = expert_mlp(activations.float(), index, affinity, rounded[0].float(), None, rounded[1].float(), None)
+    assert error(found, wanted.numpy()) < (3e-6 if dtype == torch.float32 else 2**-8)
 
 
 def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
@@ -196,36 +227,23 @@ def test_dequantization_equals_the_byte_table(shape, block):
     assert np.array_equal(found.numpy(), wanted)
 
 
-@pytest.mark.parametrize("scratch", [1, 3 * 128 * 128, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 13, 70, 600])
 @pytest.mark.parametrize("dense", [False, True])
-def test_weights_expanded_part_by_part_give_the_product_with_the_whole(scratch, dense):
+def test_a_linear_layer_equals_the_product_with_the_expanded_weight(dtype, rows, dense):
     generator = np.random.default_rng(0)
-    codes = torch.from_numpy(generator.integers(0, 0x7F, (300, 257), dtype=np.uint8))
+    codes = torch.from_numpy(generator.integers(0, 0x7F, (301, 257), dtype=np.uint8))
     scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (3, 3)).astype(np.float32))
     weight = fp8.dequantize(codes, scale, (128, 128))
-    arguments = (weight.bfloat16(), None) if dense else (codes, scale)
-    exact = arguments[0].double() if dense else weight.double()
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, 257, generator=generator)
-    with setting(SCRATCH_ELEMENTS=scratch, STREAMED_ROWS=0):
-        found = operators.linear(hidden[None], *arguments, (128, 128))[0]
-    assert error(found, (hidden.double() @ exact.T).numpy()) < 3e-6
-
-
-@pytest.mark.parametrize("rows", [1, 3, 6])
-@pytest.mark.parametrize("dense", [False, True])
-def test_the_streamed_linear_layer_equals_the_product_with_the_expanded_weight(rows, dense):
-    generator = np.random.default_rng(0)
-    codes = torch.from_numpy(generator.integers(0, 0x7F, (200, 257), dtype=np.uint8))
-    scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (2, 3)).astype(np.float32))
-    weight = fp8.dequantize(codes, scale, (128, 128))
-    hidden = torch.randn(rows, 257, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(rows, 257, generator=torch.Generator().manual_seed(0)).to(dtype)
     arguments = (weight.bfloat16(), None) if dense else (codes, scale)
     wanted = hidden.double() @ (weight.bfloat16() if dense else weight).double().T
-    assert error(operators.linear(hidden, *arguments, (128, 128)), wanted.numpy()) < 3e-6
+    found = operators.linear(hidden[None], *arguments, (128, 128))[0]
+    assert found.dtype == dtype
+    assert error(found, wanted.numpy()) < (3e-6 if dtype == torch.float32 else 2**-8)
 
 
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 80])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
 def test_a_weight_without_a_scale_that_needs_one_is_refused(rows, dtype):
     with pytest.raises(TypeError, match=r"a weight \[8, 4\] in .* has no scale"):

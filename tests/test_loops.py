@@ -32,8 +32,8 @@ ctypes.CDLL = without_openmp
 from neuron_minimax.kernels import expert_loops, fp8_mlp, operators
 from tests.test_fp8_mlp import routing, weights
 
-stacked, chosen = weights(6, 192, 320), routing(3, 6, 2)
-activations = torch.randn(3, 192, generator=torch.Generator().manual_seed(2))
+stacked, chosen = weights(6, 192, 320), routing(40, 6, 2)
+activations = torch.randn(40, 192, generator=torch.Generator().manual_seed(2))
 found = operators.expert_mlp(activations, *chosen, *stacked)
 wanted = fp8_mlp.expert_mlp(activations, *chosen, *stacked)
 assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
@@ -41,8 +41,13 @@ assert not expert_loops.add_expert_products.stats.cache_path
 """
 
 
-def test_one_thread_without_openmp_and_without_a_place_for_compiled_code_computes_the_same():
-    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+def test_a_plain_processor_without_openmp_and_without_a_place_for_compiled_code_computes_the_same():
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+    }
     environment.pop("NUMBA_CACHE_DIR", None)
     finished = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
@@ -55,7 +60,7 @@ def test_code_kept_from_before_a_change_in_another_file_is_not_used(tmp_path):
     program = (
         "import numpy as np; from neuron_minimax.kernels import linear_loops\n"
         "one = np.ones((1, 1), np.float32); out = np.zeros((1, 1), np.float32)\n"
-        "linear_loops.linear(1, one, one, one, (1, 1), out); print(out[0, 0])"
+        "linear_loops.linear_of_few(1, one, one, one, (1, 1), out); print(out[0, 0])"
     )
 
     def run() -> float:
@@ -63,8 +68,8 @@ def test_code_kept_from_before_a_change_in_another_file_is_not_used(tmp_path):
 
     assert run() == 1
     codes = tmp_path / "neuron_minimax" / "kernels" / "codes.py"
-    codes.write_text(codes.read_text().replace("else 1 / REBIAS", "else 2 / REBIAS"))
-    assert run() == 2
+    codes.write_text(codes.read_text().replace("else np.float32(1)", "else np.float32(2)"))
+    assert run() == 4  # of the input, and of the sum
 
 
 @numba.njit

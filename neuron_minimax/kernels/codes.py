@@ -18,29 +18,22 @@ from neuron_minimax.kernels.fp8 import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNI
 SHIFT, MASK = np.int32(FLOAT32_BITS), np.int32(SIGN_AND_MAGNITUDE)
 REBIAS = np.float32(HALF_REBIAS)
 CACHE_LINE = 64  # bytes
-COLUMNS = 512  # of a few rows that are asked for ahead at a time; what belongs to them stays in the first cache
 # Multiply and add in one rounding; not the rest of fast-math, which would flush the subnormals of FP8 expansion.
-ELEMENTWISE = {"contract"}
-# Sums along a row in any order too, else they could not be computed side by side.
-SUMS = {"contract", "reassoc"}
+FASTMATH = {"contract"}
 
 
 # Numba takes kept code for current by the file of the function alone, whatever has changed in files that it uses.
 STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-def compiled(fastmath: set[str] = ELEMENTWISE) -> Callable[[Callable[..., Any]], Any]:
+def compiled(function: Callable[..., Any]) -> Any:
     """Have a function compiled at its first call, and what comes of it kept on disk where there is a place for it."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            dispatcher = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
-            dispatcher._cache._cache_file._source_stamp = STAMP
-            return dispatcher
-        except RuntimeError:  # neither beside the source nor in the user's cache directory may files be made
-            return njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
-
-    return decorate
+    try:
+        dispatcher = njit(cache=True, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+        dispatcher._cache._cache_file._source_stamp = STAMP
+        return dispatcher
+    except RuntimeError:  # neither beside the source nor in the user's cache directory may files be made
+        return njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
 
 
 @njit(inline="always")
@@ -106,18 +99,33 @@ def rebias(weight: Any) -> Any:
 
 @overload(rebias)
 def _rebias_for(weight):
-    """What values lack beside the half that scales bring: scale_of_columns is for FP8."""
-    factor = REBIAS if weight.dtype == types.int8 else 1 / REBIAS
+    """One of two factors that `number_of` lacks."""
+    factor = REBIAS if weight.dtype == types.int8 else np.float32(1)
     return lambda weight: factor
 
 
-@compiled()
-def scale_of_columns(scale_B: Any, width: int, step: int, parts: int) -> Any:
-    """One block row's scales, times HALF_REBIAS, for each column; the last block of each part may be partial."""
-    factor_W = np.empty(width, np.float32)
-    blocks, part_width = len(scale_B) // parts, width // parts
-    for part in range(parts):
-        for number in range(blocks):
-            left = part * part_width + number * step
-            factor_W[left : min(left + step, (part + 1) * part_width)] = REBIAS * scale_B[part * blocks + number]
-    return factor_W
+@compiled
+def round_to_bfloat16(number: Any) -> Any:
+    """The nearest bfloat16, ties to even, as the upper half of an int32 whose lower half is 0."""
+    bits = as_bits(number)
+    odd = (bits >> np.int32(16)) & np.int32(1)
+    return (bits + np.int32(0x7FFF) + odd) & np.int32(-(2**16))
+
+
+@compiled
+def exponential(number: Any) -> Any:
+    """e^number in float32 within 1e-7 of it, as Cephes' expf does it, for vectors where the library's takes one number.
+
+    Below -87 and above 88 it stays what it is there.
+    """
+    bounded = min(max(number, np.float32(-87)), np.float32(88))
+    twos = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
+    rest = bounded - twos * np.float32(0.693359375) + twos * np.float32(2.12194440e-4)
+    power = np.float32(1.9875691500e-4)
+    power = power * rest + np.float32(1.3981999507e-3)
+    power = power * rest + np.float32(8.3334519073e-3)
+    power = power * rest + np.float32(4.1665795894e-2)
+    power = power * rest + np.float32(1.6666665459e-1)
+    power = power * rest + np.float32(5.0000001201e-1)
+    power = power * rest * rest + rest + np.float32(1)
+    return power * as_float((np.int32(twos) + np.int32(127)) << np.int32(23))

@@ -1,8 +1,7 @@
-"""The experts' loops over FP8 codes, compiled by Numba: each chosen expert is read once, at the speed of memory.
+"""The experts' products, straight from FP8 codes: each chosen expert is read once for up to 96 of its tokens.
 
-An expert's weight lies row by input row, so sums over a column jump from page to page, where no processor fetches ahead
-by itself, nor can a compiler of graphs be asked to. Here rows are read in their order and the next ones are asked for
-meanwhile: 30 GB/s of codes where the same sums by Inductor get 12 to 17 (2 cores that read 31 GB/s).
+With one or two tokens that takes as long as reading memory, provided that rows, which lie further apart than a page,
+are asked for ahead; with a dozen or more as long as the multiplications.
 
 Shapes: R rows and W columns of a weight; P pairs of token and chosen expert, sorted by expert; X groups of
 pairs, each of one expert; H hidden, I intermediate.
@@ -12,22 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.codes import (
-    CACHE_LINE,
-    COLUMNS,
-    REBIAS,
-    compiled,
-    fetch_ahead,
-    number_of,
-    scale_of_columns,
-    unsigned,
-)
-from neuron_minimax.kernels.team import run_in_team
+from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_block, add_sums, copy_block, factor_of_columns, halves, pack
+from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, rebias, unsigned
+from neuron_minimax.kernels.team import run_in_team, take
+from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
 
-ROWS = 8  # of a weight that are added to the running sums at a time
+SHALLOW = 16  # rows of a weight that are read at a time for few pairs: whole rows, one after the other
+FEW_PAIRS = 2 * WIDE_ROWS  # up to so many a weight is read as it lies, in float32; more are faster with panels
+PAIRS_PER_THREAD = 384  # of one pass, whose sums are kept between the two products,
+PAIRS_PER_PASS = 2048  # but at most: 63 MB of the model's
+ITEMS_PER_THREAD = 4  # so that none waits long for the others
 
 
-@compiled()
+@compiled
 def sort_by_expert(expert_P: Any, experts: int) -> Any:
     """Pairs by expert, in their order otherwise, and where each expert's begin [E+1]; others' pairs are left out."""
     first_E = np.zeros(experts + 1, np.int64)
@@ -44,149 +40,180 @@ def sort_by_expert(expert_P: Any, experts: int) -> Any:
     return pair_P, first_E
 
 
-@compiled()
-def groups_below(first_E: Any, limit: int, size: int) -> Any:
-    """(expert, first place, place after the last) [X,3]: groups of at most `size` pairs, of experts with < `limit`."""
-    groups = []
+@compiled
+def groups_of(first_E: Any) -> Any:
+    """Experts [X] of groups of at most GROUP pairs, and where each group's pairs begin [X+1]."""
+    experts, places = [0][:0], [0]
     for expert in range(len(first_E) - 1):
-        begin, end = first_E[expert], first_E[expert + 1]
-        if end - begin < limit:
-            for first in range(begin, end, size):
-                groups.append((expert, first, min(first + size, end)))
-    groups_X3 = np.empty((len(groups), 3), np.int64)
-    for number, group in enumerate(groups):
-        groups_X3[number, 0], groups_X3[number, 1], groups_X3[number, 2] = group
-    return groups_X3
+        count = first_E[expert + 1] - first_E[expert]
+        parts = -(-count // GROUP)
+        for part in range(parts):
+            experts.append(expert)
+            places.append(first_E[expert] + count * (part + 1) // parts)
+    return np.array(experts, np.int64), np.array(places, np.int64)
 
 
-@compiled()
+@compiled
 def add_expert_products(
     team: int,
     hidden_TH: Any,
-    pair_P: Any,
-    groups_X3: Any,
+    expert_TK: Any,
     affinity_TK: Any,
-    gate_up: Any,
-    gate_up_scale: Any,
-    down: Any,
-    down_scale: Any,
-    block: Any,
-    pieces: int,
+    of_gate_up: Any,
+    of_down: Any,
+    panels: Any,
     out_TH: Any,
 ) -> None:
-    """out[t] += affinity[t,k] * MLP of the pair's expert (hidden[t]), for the pairs t * K + k of the groups.
+    """out[t] += affinity[t,k] * MLP of the expert[t,k] (hidden[t]). `team` is the number of threads.
 
-    `team` is the number of threads; the rows of each weight are cut into `pieces` that run side by side.
+    Weights come with scales [E,.,.] and the size of blocks. `panels` is of the dtype that groups of many pairs are
+    multiplied in: float32, or int32 for pairs of bfloat16 numbers, to which inputs are rounded, but weights are not.
     """
-    groups, chosen = len(groups_X3), affinity_TK.shape[1]
-    place_X = np.zeros(groups + 1, np.int64)  # where a group's pairs begin among those of all groups
-    place_X[1:] = (groups_X3[:, 2] - groups_X3[:, 1]).cumsum()
-    pairs = place_X[groups]
-    pair_Q = np.empty(pairs, np.int64)  # the groups' own
-    for group in range(groups):
-        pair_Q[place_X[group] : place_X[group + 1]] = pair_P[groups_X3[group, 1] : groups_X3[group, 2]]
-    work = groups_X3[:, 0].copy(), place_X, block, pieces
-    gate_up_FPW = np.zeros((pieces, pairs, gate_up.shape[2]), np.float32)
-    activated_PI = np.empty((pairs, down.shape[1]), np.float32)
-    product_FPH = np.zeros((pieces, pairs, gate_up.shape[1]), np.float32)
-    run_in_team(
-        _add_products, team, (work, hidden_TH * REBIAS, pair_Q // chosen, gate_up, gate_up_scale, 2, gate_up_FPW)
-    )
-    run_in_team(_activate, team, (gate_up_FPW, activated_PI))
-    run_in_team(_add_products, team, (work, activated_PI, np.arange(pairs), down, down_scale, 1, product_FPH))
-    for place, pair in enumerate(pair_Q):
-        share = affinity_TK[pair // chosen, pair % chosen]
-        out_TH[pair // chosen] += share * product_FPH[:, place].sum(axis=0)
+    gate_up, (down, down_scale, _) = of_gate_up[0], of_down
+    chosen = expert_TK.shape[1]
+    pair_P, first_E = sort_by_expert(expert_TK.ravel(), len(gate_up))
+    expert_X, place_X = groups_of(first_E)
+    limit = min(PAIRS_PER_THREAD * team, PAIRS_PER_PASS)
+    group = 0
+    while group < len(expert_X):
+        end = group + 1
+        while end < len(expert_X) and place_X[end + 1] - place_X[group] <= limit:
+            end += 1
+        first, last = place_X[group], place_X[end]
+        pair_Q = pair_P[first:last].copy()
+        pieces = min(-(-ITEMS_PER_THREAD * team // (end - group)), down_scale.shape[1])
+        work = expert_X[group:end].copy(), place_X[group : end + 1] - first, panels, pieces
+        gate_up_FQW = np.zeros(pieces * (last - first) * gate_up.shape[2], np.float32)
+        activated_QI = np.empty((last - first, down.shape[1]), np.float32)
+        product_FQH = np.zeros(pieces * (last - first) * down.shape[2], np.float32)
+        taken = np.zeros(2, np.int64), np.zeros(2, np.int64)
+        row_Q, place_Q = pair_Q // chosen, np.arange(last - first)
+        run_in_team(_multiply, team, (work, hidden_TH, row_Q, of_gate_up, 2, taken[0], gate_up_FQW))
+        run_in_team(_activate, team, (gate_up_FQW, pieces, activated_QI))
+        run_in_team(_multiply, team, (work, activated_QI, place_Q, of_down, 1, taken[1], product_FQH))
+        run_in_team(_add_up, team, (product_FQH, pieces, pair_Q, affinity_TK, out_TH))
+        group = end
 
 
-@compiled()
-def _add_products(
-    thread: int, threads: int, work: Any, inputs: Any, row_P: Any, weight: Any, scale: Any, parts: int, sums_FPW: Any
+@compiled
+def _multiply(
+    thread: int, threads: int, work: Any, inputs: Any, row_P: Any, of_weight: Any, parts: int, taken: Any, out_FPW: Any
 ) -> None:
-    """One thread's share of sums[f,p] += inputs[row_P[p], rows of piece f] @ weight of the pair's expert."""
-    expert_X, place_X, block, pieces = work
-    rows = weight.shape[1]
-    size = -(-rows // (pieces * block[0])) * block[0]  # of a piece: whole blocks
-    for item in range(thread, len(expert_X) * pieces, threads):
+    """One thread's share of out[f,p] = inputs[row_P[p], rows of piece f] @ weight of the pair's expert; `out` is flat.
+
+    `parts` weights lie side by side, each with block columns of its own. `taken` counts items of work.
+    """
+    expert_X, place_X, panels, pieces = work
+    weight, scale, block = of_weight
+    width = weight.shape[2]
+    size = -(-scale.shape[1] // pieces)  # of a piece, in blocks
+    chunks = -(-width // CHUNK)
+    item = take(taken, 0)
+    while item < len(expert_X) * chunks:
+        group, left = item // chunks, item % chunks * CHUNK
+        count = place_X[group + 1] - place_X[group]
+        if count > FEW_PAIRS:
+            row_N, to = row_P[place_X[group] : place_X[group + 1]], place_X[group] * width
+            where = expert_X[group], left, min(left + CHUNK, width), block, parts
+            packed, panel = np.empty(count * DEPTH, panels.dtype), np.empty(DEPTH * NARROW_STRIP, panels.dtype)
+            _add_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
+        item = take(taken, 0)
+    item = take(taken, 1)
+    while item < len(expert_X) * pieces:
         group, piece = item // pieces, item % pieces
-        places = slice(place_X[group], place_X[group + 1])
-        codes, scales = weight[expert_X[group]], scale[expert_X[group]]
-        first, last = piece * size, min(piece * size + size, rows)
-        _add_product(inputs, row_P[places], codes, scales, block, parts, first, last, sums_FPW[piece, places])
+        row_N, to = row_P[place_X[group] : place_X[group + 1]], (piece * place_X[-1] + place_X[group]) * width
+        if len(row_N) <= FEW_PAIRS:
+            where_few = expert_X[group], piece * size, min((piece + 1) * size, scale.shape[1]), block, parts
+            _add_few(inputs, row_N, weight, scale, where_few, out_FPW, to)
+        item = take(taken, 1)
 
 
-@compiled()
-def _activate(thread: int, threads: int, gate_up_FPW: Any, activated_PI: Any) -> None:
-    """One thread's share of silu(gate) * up, times HALF_REBIAS."""
-    intermediate = activated_PI.shape[1]
-    for place in range(thread, len(activated_PI), threads):
-        sums_W = gate_up_FPW[:, place].sum(axis=0)
-        gate = sums_W[:intermediate]
-        activated_PI[place] = gate / (1 + np.exp(-gate)) * sums_W[intermediate:] * REBIAS
+@compiled
+def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: Any, to: int) -> None:
+    """out += inputs[row_N] @ block rows of a weight, which is read once, row by row: at the speed of memory."""
+    expert, first, last, block, parts = where
+    rows, width = weight.shape[1:]
+    count, flat = len(row_N), weight.reshape(-1)
+    whole, tiles = width // WIDE_STRIP * WIDE_STRIP, -(-count // WIDE_ROWS)
+    packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
+    panel, edge = np.empty(SHALLOW * NARROW_STRIP, np.float32), np.zeros(SHALLOW * CHUNK, weight.dtype)
+    sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
+    for block_row in range(first, last):
+        factor_of_columns(scale, expert, block_row, block[1], parts, rebias(weight), 0, width, width, factor)
+        edge_factor[: width - whole] = factor[whole:]
+        bottom = min((block_row + 1) * block[0], rows)
+        for top in range(block_row * block[0], bottom, SHALLOW):
+            depth = min(SHALLOW, bottom - top)
+            start = (expert * rows + top) * width
+            pack(inputs, row_N, top, depth, rebias(weight), packed)
+            for tile in range(tiles):
+                n = count * tile // tiles
+                height = count * (tile + 1) // tiles - n
+                of_inputs, of_weight, of_out = (packed, n * DEPTH), (weight, start, width), (out, to + n * width, width)
+                ahead = start if tile else start + 2 * SHALLOW * width
+                add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, (factor, 0), of_out)
+            if whole < width:
+                copy_block(flat, start + whole, width, depth, width - whole, edge)
+                for left in range(0, width - whole, NARROW_STRIP):
+                    add_block(count, depth, packed, edge, left, panel, edge_factor, sums)
+    add_sums(count, sums, width - whole, out, to + whole, width)
 
 
-@compiled()
-def _add_rows(inputs: Any, n: int, codes: Any, row: int, columns: Any, sums: Any, to: int) -> None:
-    """sums[to] += inputs[n] @ codes over ROWS rows, a number known when this is compiled, so that no loop is left."""
-    n_, row_, to_ = unsigned(n), unsigned(row), unsigned(to)
-    for j in range(columns[0], columns[1]):
-        total = np.float32(0)
-        for q in range(ROWS):
-            q_ = row_ + unsigned(q)
-            total += inputs[n_, q_] * number_of(codes[q_, j])
-        sums[to_, j] += total
-
-
-@compiled()
-def _add_rows_for_two(inputs: Any, n: int, m: int, codes: Any, row: int, columns: Any, sums: Any, to: int) -> None:
-    """The same for sums[to] and sums[to + 1], which share the expansion of codes: 1.45 times the sums per second."""
-    n_, m_, row_, to_n, to_m = unsigned(n), unsigned(m), unsigned(row), unsigned(to), unsigned(to + 1)
-    for j in range(columns[0], columns[1]):
-        total, other = np.float32(0), np.float32(0)
-        for q in range(ROWS):
-            q_ = row_ + unsigned(q)
-            value = number_of(codes[q_, j])
-            total += inputs[n_, q_] * value
-            other += inputs[m_, q_] * value
-        sums[to_n, j] += total
-        sums[to_m, j] += other
-
-
-@compiled()
-def _add_product(
-    inputs: Any, row_N: Any, codes_RW: Any, scale: Any, block: Any, parts: int, first: int, last: int, sums_NW: Any
+@compiled
+def _add_many(
+    inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, packed: Any, panel: Any, out: Any, to: int
 ) -> None:
-    """sums_NW += inputs[row_N, first:last] @ weight[first:last]; of 2^-120 that codes lack, inputs bring one half.
-
-    `first` begins a block. `parts` weights lie side by side, each with block columns of its own.
-    """
-    width = codes_RW.shape[1]
-    count = len(row_N)
-    block_NW = np.empty((count, width), np.float32)
-    for top in range(first, last, block[0]):
-        bottom = min(top + block[0], last)
-        block_NW[:] = 0
-        whole = top + (bottom - top) // ROWS * ROWS
-        for row in range(top, whole, ROWS):
-            for left in range(0, width, COLUMNS):
-                columns = unsigned(left), unsigned(min(left + COLUMNS, width))
-                for ahead in range(row + ROWS, row + 2 * ROWS):
-                    for column in range(left, min(left + COLUMNS, width), CACHE_LINE):
-                        fetch_ahead(codes_RW, ahead * width + column)
-                for n in range(0, count - 1, 2):
-                    _add_rows_for_two(inputs, row_N[n], row_N[n + 1], codes_RW, row, columns, block_NW, n)
-                if count % 2:
-                    _add_rows(inputs, row_N[count - 1], codes_RW, row, columns, block_NW, count - 1)
-        for row in range(whole, bottom):
-            for n in range(count):
-                for j in range(width):
-                    block_NW[n, j] += inputs[row_N[n], row] * number_of(codes_RW[row, j])
-        factor_W = scale_of_columns(scale[top // block[0]], width, block[1], parts)
-        for n in range(count):
-            _add_scaled(block_NW[n], factor_W, sums_NW[n])
+    """out += inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel."""
+    expert, left, right, block, parts = where
+    rows, width = weight.shape[1:]
+    count, columns, flat = len(row_N), right - left, weight.reshape(-1)
+    codes, factor = np.zeros(DEPTH * CHUNK, weight.dtype), np.zeros(CHUNK, np.float32)
+    strips = -(-columns // NARROW_STRIP)
+    sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
+    half = halves(weight, panel)
+    for block_row in range(scale.shape[1]):
+        factor_of_columns(scale, expert, block_row, block[1], parts, half, left, right, width, factor)
+        bottom = min((block_row + 1) * block[0], rows)
+        for top in range(block_row * block[0], bottom, DEPTH):
+            depth = min(DEPTH, bottom - top)
+            start = (expert * rows + top) * width + left
+            pack(inputs, row_N, top, depth, half, packed)
+            copy_block(flat, start, width, depth, columns, codes)
+            for strip in range(strips):
+                for ahead in range(depth * strip // strips, depth * (strip + 1) // strips):
+                    for column in range(0, columns, CACHE_LINE // weight.itemsize):
+                        fetch_ahead(weight, start + (depth + ahead) * width + column)
+                add_block(count, depth, packed, codes, strip * NARROW_STRIP, panel, factor, sums)
+    add_sums(count, sums, columns, out, to + left, width)
 
 
-@compiled()
-def _add_scaled(products_W: Any, factor_W: Any, sums_W: Any) -> None:
-    for j in range(len(sums_W)):
-        sums_W[j] += products_W[j] * factor_W[j]
+@compiled
+def _activate(thread: int, threads: int, gate_up_FPW: Any, pieces: int, activated_PI: Any) -> None:
+    """One thread's share of silu(gate) * up, whose pieces are added up."""
+    pairs, intermediate = activated_PI.shape
+    for place in range(thread, pairs, threads):
+        first = 2 * place * intermediate
+        for piece in range(1, pieces):
+            other = first + 2 * piece * pairs * intermediate
+            for j in range(2 * intermediate):
+                gate_up_FPW[unsigned(first + j)] += gate_up_FPW[unsigned(other + j)]
+        for j in range(intermediate):
+            gate = gate_up_FPW[unsigned(first + j)]
+            up = gate_up_FPW[unsigned(first + intermediate + j)]
+            activated_PI[unsigned(place), unsigned(j)] = gate / (np.float32(1) + exponential(-gate)) * up
+
+
+@compiled
+def _add_up(
+    thread: int, threads: int, product_FPH: Any, pieces: int, pair_P: Any, affinity_TK: Any, out_TH: Any
+) -> None:
+    """One thread's columns of out[t] += affinity[t,k] * product of the pair t * K + k, whose pieces are added up."""
+    pairs, chosen, width = len(pair_P), affinity_TK.shape[1], out_TH.shape[1]
+    left, right = width * thread // threads, width * (thread + 1) // threads
+    for place in range(pairs):
+        token = pair_P[place] // chosen
+        share = affinity_TK[token, pair_P[place] % chosen]
+        for piece in range(pieces):
+            first = (piece * pairs + place) * width
+            for column in range(left, right):
+                out_TH[unsigned(token), unsigned(column)] += share * product_FPH[unsigned(first + column)]

@@ -1,151 +1,154 @@
-"""A linear layer's loops, compiled by Numba: products of few rows at the speed of memory, and expansion for a library.
+"""A linear layer's loops, compiled by Numba: products of few rows at the speed of memory, of many at the cores' speed.
 
-Shapes: N rows of input, O output and I input features; R rows and W columns of a stored weight.
+Shapes: N rows of input, O output and I input features.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from neuron_minimax.kernels.codes import (
-    CACHE_LINE,
-    COLUMNS,
-    ELEMENTWISE,
-    REBIAS,
-    SUMS,
-    as_bits,
-    compiled,
-    fetch_ahead,
-    number_of,
-    rebias,
-    scale_of_columns,
-    unsigned,
-)
-from neuron_minimax.kernels.team import run_in_team
+from neuron_minimax.kernels.blocks import CHUNK, add_block, add_sums, factor_of_columns, halves, pack
+from neuron_minimax.kernels.codes import CACHE_LINE, compiled, fetch_ahead, number_of, rebias, unsigned
+from neuron_minimax.kernels.team import run_in_team, take
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, LANES, NARROW_STRIP, STREAMS, add_dots, transpose_codes
 
+DOT_COLUMNS = 512  # of rows that are read beside each other: those of the input stay in the first cache
 LINEAR_ROWS = 128  # of a weight that a thread takes at a time
-ROWS_AHEAD = 8  # are asked for while one is expanded
+MANY_ROWS = 512  # of input that are multiplied together where there are many
+ITEMS_PER_THREAD = 4  # so that none waits long for the others
+SQUARE = 16  # bytes that are transposed at a time, in both directions
 
 
-@compiled()
-def linear(team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, out_NO: Any) -> None:
+@compiled
+def linear_of_few(team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, out_NO: Any) -> None:
     """out += hidden @ weight.T in float32, for FP8 codes, or for a dense weight: float32, or bfloat16's bits as int16.
 
     A dense weight takes one scale of 1 for all. `team` is the number of threads.
     """
-    run_in_team(_linear, team, (hidden_NI, weight_OI, scale, block, out_NO))
+    taken = np.zeros(1, np.int64)
+    run_in_team(_linear_of_few, team, (hidden_NI, weight_OI, scale, block, taken, out_NO))
 
 
-@compiled()
-def _linear(thread: int, threads: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, out_NO: Any) -> None:
-    """One thread's share. Four rows that are far apart are read at a time: four long streams."""
+@compiled
+def _linear_of_few(
+    thread: int, threads: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, taken: Any, out_NO: Any
+) -> None:
+    """One thread's share. Rows that are far apart are read beside each other: long streams."""
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
     height = min(block[0], LINEAR_ROWS)
     per_block = -(-block[0] // height)
-    line = CACHE_LINE // weight_OI.itemsize
-    for item in range(thread, -(-outputs // block[0]) * per_block, threads):
+    whole, line = features // LANES * LANES, CACHE_LINE // weight_OI.itemsize
+    scaled_NI, half = np.empty((rows, features), np.float32), rebias(weight_OI)
+    tiles = -(-rows // DOT_ROWS)
+    item = take(taken, 0)
+    while item < -(-outputs // block[0]) * per_block:
         first = item // per_block * block[0] + item % per_block * height
         last = min(first + height, item // per_block * block[0] + block[0], outputs)
-        apart = max(last - first, 0) // 4
-        scaled_NI = hidden_NI * (scale_of_columns(scale[first // block[0]], features, block[1], 1) * rebias(weight_OI))
+        apart = max(last - first, 0) // STREAMS
+        _scale_inputs(hidden_NI, scale, first // block[0], block[1], half, scaled_NI)
         for row in range(first, first + apart):
-            for left in range(0, features, COLUMNS):
-                columns = unsigned(left), unsigned(min(left + COLUMNS, features))
-                for stream in range(4):
-                    for column in range(left, min(left + COLUMNS, features), line):
+            for left in range(0, features, DOT_COLUMNS):
+                right = min(left + DOT_COLUMNS, features)
+                for stream in range(STREAMS):
+                    for column in range(left, right, line):
                         fetch_ahead(weight_OI, (row + 1 + stream * apart) * features + column)
-                for n in range(0, rows - 3, 4):
-                    for stream in range(0, 4, 2):
-                        _add_products_of_four(scaled_NI, n, weight_OI, row + stream * apart, apart, columns, out_NO)
-                for n in range(rows // 4 * 4, rows):
-                    _add_products(scaled_NI, n, weight_OI, row, apart, columns, out_NO)
-        for row in range(first + 4 * apart, last):
-            for n in range(rows):
-                for column in range(features):
-                    out_NO[n, row] += scaled_NI[n, column] * number_of(weight_OI[row, column])
+                of_weight = weight_OI, row * features + left, apart * features
+                for tile in range(tiles):
+                    n = rows * tile // tiles
+                    count = rows * (tile + 1) // tiles - n
+                    of_inputs, of_sums = (
+                        (scaled_NI, n * features + left, features),
+                        (out_NO, n * outputs + row, outputs, apart),
+                    )
+                    add_dots(count, min(right, whole) - left, of_inputs, of_weight, half, of_sums)
+            for stream in range(STREAMS if whole < features else 0):
+                _add_products(scaled_NI, weight_OI, row + stream * apart, whole, half, out_NO)
+        for row in range(first + STREAMS * apart, last):
+            _add_products(scaled_NI, weight_OI, row, 0, half, out_NO)
+        item = take(taken, 0)
 
 
-@compiled(SUMS)
-def _add_products(inputs: Any, n: int, weight: Any, row: int, apart: int, columns: Any, out: Any) -> None:
-    """out += one row of input with four rows of a weight, over these columns."""
-    n_, one, two = unsigned(n), unsigned(row), unsigned(row + apart)
-    three, four = unsigned(row + 2 * apart), unsigned(row + 3 * apart)
-    sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
-    for i in range(columns[0], columns[1]):
-        sum_0 += inputs[n_, i] * number_of(weight[one, i])
-        sum_1 += inputs[n_, i] * number_of(weight[two, i])
-        sum_2 += inputs[n_, i] * number_of(weight[three, i])
-        sum_3 += inputs[n_, i] * number_of(weight[four, i])
-    out[n, row] += sum_0
-    out[n, row + apart] += sum_1
-    out[n, row + 2 * apart] += sum_2
-    out[n, row + 3 * apart] += sum_3
+@compiled
+def _scale_inputs(hidden_NI: Any, scale: Any, block_row: int, step: int, half: float, scaled_NI: Any) -> None:
+    rows, features = hidden_NI.shape
+    for n in range(rows):
+        for number in range(scale.shape[1]):
+            factor = scale[block_row, number] * half
+            for column in range(number * step, min((number + 1) * step, features)):
+                scaled_NI[unsigned(n), unsigned(column)] = hidden_NI[unsigned(n), unsigned(column)] * factor
 
 
-@compiled(SUMS)
-def _add_products_of_four(inputs: Any, n: int, weight: Any, row: int, apart: int, columns: Any, out: Any) -> None:
-    """out += four rows of input with two rows of a weight, over these columns."""
-    n_0, n_1, n_2, n_3 = unsigned(n), unsigned(n + 1), unsigned(n + 2), unsigned(n + 3)
-    one, two = unsigned(row), unsigned(row + apart)
-    sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
-    other_0 = other_1 = other_2 = other_3 = np.float32(0)
-    for i in range(columns[0], columns[1]):
-        value, other = number_of(weight[one, i]), number_of(weight[two, i])
-        sum_0 += inputs[n_0, i] * value
-        sum_1 += inputs[n_1, i] * value
-        sum_2 += inputs[n_2, i] * value
-        sum_3 += inputs[n_3, i] * value
-        other_0 += inputs[n_0, i] * other
-        other_1 += inputs[n_1, i] * other
-        other_2 += inputs[n_2, i] * other
-        other_3 += inputs[n_3, i] * other
-    out[n, row] += sum_0
-    out[n + 1, row] += sum_1
-    out[n + 2, row] += sum_2
-    out[n + 3, row] += sum_3
-    out[n, row + apart] += other_0
-    out[n + 1, row + apart] += other_1
-    out[n + 2, row + apart] += other_2
-    out[n + 3, row + apart] += other_3
+@compiled
+def _add_products(inputs_NI: Any, weight_OI: Any, row: int, left: int, factor: float, out_NO: Any) -> None:
+    """What is left at the edges, one number after the other."""
+    for n in range(inputs_NI.shape[0]):
+        total = np.float32(0)
+        for column in range(left, inputs_NI.shape[1]):
+            total += inputs_NI[n, column] * number_of(weight_OI[row, column])
+        out_NO[n, row] += total * factor
 
 
-@compiled()
-def expand(team: int, codes_RW: Any, scale: Any, block: Any, parts: int, out_RW: Any) -> None:
-    """out [R,W] = codes times block scales; the first row begins a block. `team` is the number of threads.
-
-    `out` is float32, or int16 for the bits of bfloat16, to which is rounded to nearest, ties to even.
-    """
-    run_in_team(_expand, team, (codes_RW, scale, block, parts, out_RW))
-
-
-@compiled()
-def _expand(thread: int, threads: int, codes_RW: Any, scale: Any, block: Any, parts: int, out_RW: Any) -> None:
-    rows, width = codes_RW.shape
-    for row_block in range(thread, scale.shape[0], threads):
-        factor_W = scale_of_columns(scale[row_block], width, block[1], parts)
-        for row in range(row_block * block[0], min((row_block + 1) * block[0], rows)):
-            for column in range(0, width, CACHE_LINE):
-                fetch_ahead(codes_RW, (row + ROWS_AHEAD) * width + column)
-            _expand_row(codes_RW[row], factor_W, out_RW[row])
+@compiled
+def linear_of_many(team: int, hidden_NI: Any, codes_OI: Any, scale: Any, block: Any, panels: Any, out_NO: Any) -> None:
+    """The same for FP8 codes, in the dtype of `panels` as for experts; `out` is flat."""
+    rows, outputs = hidden_NI.shape[0], codes_OI.shape[0]
+    groups = -(-rows // MANY_ROWS)
+    size = -(-outputs * groups // (ITEMS_PER_THREAD * team))
+    size = min(max(-(-size // NARROW_STRIP) * NARROW_STRIP, NARROW_STRIP), CHUNK)
+    turned = np.ascontiguousarray(scale.T).reshape((1, scale.shape[1], scale.shape[0]))
+    work = groups, size, block, panels
+    run_in_team(_linear_of_many, team, (work, hidden_NI, codes_OI, turned, np.zeros(1, np.int64), out_NO))
 
 
-def _expand_row(codes_W: Any, factor_W: Any, out_W: Any) -> None:
-    raise NotImplementedError("runs inside of compiled loops only")
+@compiled
+def _linear_of_many(
+    thread: int, threads: int, work: Any, hidden_NI: Any, codes_OI: Any, scale: Any, taken: Any, out_NO: Any
+) -> None:
+    groups, size, block, panels = work
+    rows, outputs = hidden_NI.shape[0], codes_OI.shape[0]
+    item = take(taken, 0)
+    while item < groups * -(-outputs // size):
+        group, left = item % groups, item // groups * size
+        row_N = np.arange(rows * group // groups, rows * (group + 1) // groups)
+        where = left, min(left + size, outputs), block
+        packed, panel = np.empty(len(row_N) * DEPTH, panels.dtype), np.empty(DEPTH * NARROW_STRIP, panels.dtype)
+        _add_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
+        item = take(taken, 0)
 
 
-@overload(_expand_row, jit_options={"fastmath": ELEMENTWISE})
-def _expand_row_to(codes_W: Any, factor_W: Any, out_W: Any) -> Any:
-    def to_float32(codes_W: Any, factor_W: Any, out_W: Any) -> None:
-        for j in range(len(out_W)):
-            out_W[j] = number_of(codes_W[j]) * REBIAS * factor_W[j]
+@compiled
+def _add_outputs(
+    hidden_NI: Any, row_N: Any, codes_OI: Any, scale: Any, where: Any, packed: Any, panel: Any, out_NO: Any
+) -> None:
+    """out[row_N] += hidden[row_N] @ these rows of a weight, transposed block by block, in the panel's precision."""
+    first, last, block = where
+    outputs, features = codes_OI.shape
+    count, columns, flat = len(row_N), last - first, codes_OI.reshape(-1)
+    codes, factor = np.zeros(DEPTH * CHUNK, np.int8), np.zeros(CHUNK, np.float32)
+    strips = -(-columns // NARROW_STRIP)
+    sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
+    half = halves(codes_OI, panel)
+    for block_column in range(scale.shape[1]):
+        factor_of_columns(scale, 0, block_column, block[0], 1, half, first, last, outputs, factor)
+        right = min((block_column + 1) * block[1], features)
+        for left in range(block_column * block[1], right, DEPTH):
+            depth = min(DEPTH, right - left)
+            pack(hidden_NI, row_N, left, depth, half, packed)
+            _transpose_block(flat, first * features + left, features, columns, depth, codes)
+            for strip in range(strips):
+                add_block(count, depth, packed, codes, strip * NARROW_STRIP, panel, factor, sums)
+    add_sums(count, sums, columns, out_NO, row_N[0] * outputs + first, outputs)
 
-    def to_bfloat16(codes_W: Any, factor_W: Any, out_W: Any) -> None:
-        for j in range(len(out_W)):
-            bits = as_bits(number_of(codes_W[j]) * REBIAS * factor_W[j])
-            odd = (bits >> np.int32(16)) & np.int32(1)
-            out_W[j] = np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
 
-    return to_float32 if out_W.dtype == types.float32 else to_bfloat16
+@compiled
+def _transpose_block(weight: Any, start: int, width: int, rows: int, depth: int, block: Any) -> None:
+    """block[k,j] = the code in row j and column k of a flat weight from here."""
+    for j in range(0, rows, SQUARE):
+        for k in range(0, depth, SQUARE):
+            if j + SQUARE <= rows and k + SQUARE <= depth:
+                transpose_codes((weight, start + j * width + k, width), (block, k * CHUNK + j, CHUNK))
+                continue
+            for row in range(j, min(j + SQUARE, rows)):
+                for column in range(k, min(k + SQUARE, depth)):
+                    block[column * CHUNK + row] = weight[start + row * width + column]

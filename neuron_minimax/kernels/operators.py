@@ -4,25 +4,17 @@ Shapes: N rows, O output and I input features of a linear layer; T tokens, K cho
 and expert, H hidden.
 """
 
-from collections.abc import Iterator
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from neuron_minimax.kernels import expert_loops, linear_loops
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
+from neuron_minimax.kernels.tiles import HAS_PAIRS
 
-# With fewer tokens an expert is streamed through the loops, once for all of them; with more it is expanded. Here they
-# are equally fast: 26 tokens in float32, 12 in bfloat16, whose library products are twice as fast.
-EXPANDED_FROM = {torch.float32: 26, torch.bfloat16: 12}
-# With fewer rows a linear layer is streamed.
-STREAMED_ROWS = 16
-# Tokens of an expert that one pass of the loops takes: their sums stay in the second cache.
-TOKENS_PER_PASS = 8
-# Elements of a weight that are expanded at a time: few calls of the library, which reads them from the cache.
-SCRATCH_ELEMENTS = 3072 * 768
-# Items of work per thread, so that none waits long for the others.
-ITEMS_PER_THREAD = 4
+# Up to so many rows a linear layer's weight is read as it lies, in float32; for more it is transposed on the way, or,
+# if it is dense, left to the library. Here they are equally fast.
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}
 
 # Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -54,7 +46,7 @@ def _(hidden: torch.Tensor, *others: object) -> torch.Tensor:
 def linear(
     hidden: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
 ) -> torch.Tensor:
-    """`fp8.linear` for graphs: for few rows the weight is streamed, in float32; for many expanded for a library."""
+    """`fp8.linear` for graphs. FP8 weights are not rounded; sums are float32's, and rounded to hidden's dtype once."""
     return torch.ops.neuron_minimax.linear(hidden, weight_OI, scale, *block)
 
 
@@ -68,10 +60,10 @@ def expert_mlp(
     down_scale: torch.Tensor | None,
     block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """ExpertMLP of fp8_mlp.py for graphs: an expert with few tokens is streamed, one with many expanded for a library.
+    """ExpertMLP of fp8_mlp.py for graphs, in another order: weights are not rounded, sums and silu are float32's.
 
-    Of a streamed expert neither weights nor products are rounded in between: ExpertMLP's order in float32, whatever the
-    dtype of hidden. An expanded weight goes to the library in strips of rows, whose products are added in float32.
+    With bfloat16 hidden, on processors that multiply it, experts with many tokens round silu(gate) * up to bfloat16;
+    otherwise nothing is rounded before the sum over k.
     """
     check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
     return torch.ops.neuron_minimax.expert_mlp(
@@ -83,29 +75,19 @@ def expert_mlp(
 def _linear(
     hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, block_rows: int, block_columns: int
 ) -> torch.Tensor:
-    hidden_NI = hidden.reshape(-1, weight.shape[1])
-    if len(hidden_NI) < STREAMED_ROWS:
-        return _streamed_linear(hidden_NI, weight, scale, (block_rows, block_columns)).reshape(*hidden.shape[:-1], -1)
-    scratch = _scratch(weight, block_rows, hidden.dtype)
-    strips = _expanded_strips(weight, scale, (block_rows, block_columns), scratch)
-    return torch.cat([_library_linear(hidden_NI, wide_OI) for _, wide_OI in strips], dim=1).reshape(
-        *hidden.shape[:-1], -1
-    )
-
-
-def _streamed_linear(
-    hidden_NI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
-) -> torch.Tensor:
-    """[N,O] in the dtype of hidden, a dense weight as one block of scale 1."""
-    if scale is None:
-        stored = _dense(weight_OI).view(torch.int16) if weight_OI.dtype == torch.bfloat16 else _dense(weight_OI)
-        scale, block = torch.ones(1, 1), (weight_OI.shape[0], weight_OI.shape[1])
+    stored, scales, block = _stored(weight, scale, (block_rows, block_columns))
+    few = FEW_ROWS[hidden.dtype]
+    hidden_NI = hidden.reshape(-1, weight.shape[1]).float().contiguous()
+    if weight.dtype == hidden.dtype and len(hidden_NI) > few:
+        return F.linear(hidden, weight)
+    team, out_NO = torch.get_num_threads(), torch.zeros(len(hidden_NI), weight.shape[0])
+    weights = stored.contiguous().numpy(), scales.contiguous().numpy(), block
+    if scale is None or len(hidden_NI) <= few:
+        for rows, out in zip(hidden_NI.split(few), out_NO.split(few), strict=True):
+            linear_loops.linear_of_few(team, rows.numpy(), *weights, out.numpy())
     else:
-        stored = weight_OI.view(torch.int8)
-    out_NO = torch.zeros(len(hidden_NI), weight_OI.shape[0])
-    arrays = (tensor.contiguous().numpy() for tensor in (hidden_NI.float(), stored, scale))
-    linear_loops.linear(torch.get_num_threads(), *arrays, block, out_NO.numpy())
-    return out_NO.to(hidden_NI.dtype)
+        linear_loops.linear_of_many(team, hidden_NI.numpy(), *weights, _panels(hidden), out_NO.view(-1).numpy())
+    return out_NO.to(hidden.dtype).reshape(*hidden.shape[:-1], -1)
 
 
 @torch.library.impl("neuron_minimax::expert_mlp", "CPU")
@@ -120,96 +102,52 @@ def _expert_mlp(
     block_rows: int,
     block_columns: int,
 ) -> torch.Tensor:
-    block, chosen = (block_rows, block_columns), expert_index.shape[1]
-    is_dense = gate_up_scale is None or down_scale is None
-    expanded_from = 0 if is_dense else EXPANDED_FROM[hidden.dtype]
     out_TH = torch.zeros_like(hidden, dtype=torch.float32)
-    pair_P, first_E = expert_loops.sort_by_expert(expert_index.flatten().numpy(), gate_up.shape[0])
-    groups_X3 = expert_loops.groups_below(first_E, expanded_from, TOKENS_PER_PASS)
-    if gate_up_scale is not None and down_scale is not None and len(groups_X3):
-        team = torch.get_num_threads()
-        pieces = min(-(-ITEMS_PER_THREAD * team // len(groups_X3)), down_scale.shape[1])
-        weights = gate_up.view(torch.int8), gate_up_scale, down.view(torch.int8), down_scale
-        arrays = (tensor.contiguous().numpy() for tensor in (affinity, *weights))
-        hidden_TH = hidden.float().contiguous().numpy()
-        expert_loops.add_expert_products(team, hidden_TH, pair_P, groups_X3, *arrays, block, pieces, out_TH.numpy())
-    counts = torch.from_numpy(first_E).diff()
-    experts = ((counts > 0) & (counts >= expanded_from)).nonzero().flatten().tolist()
-    scratch = _scratch(gate_up[0], block_rows, hidden.dtype) if experts else hidden
-    for expert in experts:
-        pairs = torch.from_numpy(pair_P[first_E[expert] : first_E[expert + 1]])
-        tokens = pairs // chosen
-        first_scale, second_scale = (None if scale is None else scale[expert] for scale in (gate_up_scale, down_scale))
-        gate_up_NW = _expanded_matmul(hidden[tokens], gate_up[expert], first_scale, block, scratch, parts=2)
-        gate_NI, up_NI = gate_up_NW.chunk(2, dim=1)
-        product_NH = _expanded_matmul(F.silu(gate_NI) * up_NI, down[expert], second_scale, block, scratch)
-        out_TH.index_add_(0, tokens, product_NH.float() * affinity.flatten()[pairs, None])
+    of_gate_up = _stored(gate_up, gate_up_scale, (block_rows, block_columns), parts=2)
+    of_down = _stored(down, down_scale, (block_rows, block_columns))
+    arrays = (tensor.contiguous().numpy() for tensor in (hidden.float(), expert_index, affinity))
+    weights = [
+        (stored.contiguous().numpy(), scale.contiguous().numpy(), block)
+        for stored, scale, block in (of_gate_up, of_down)
+    ]
+    expert_loops.add_expert_products(
+        torch.get_num_threads(),
+        *arrays,
+        *weights,
+        _panels(hidden, gate_up, down),
+        out_TH.numpy(),
+    )
     return out_TH.to(hidden.dtype)
 
 
-def _expanded_matmul(
-    hidden_NI: torch.Tensor,
-    weight_IO: torch.Tensor,
-    scale: torch.Tensor | None,
-    block: tuple[int, int],
-    scratch: torch.Tensor,
-    parts: int = 1,
-) -> torch.Tensor:
-    """`hidden @ weight` [N,O] in the dtype of hidden, for a weight that lies input row by input row."""
-    out_NO = hidden_NI.new_zeros(hidden_NI.shape[0], weight_IO.shape[1], dtype=torch.float32)
-    for rows, wide_IO in _expanded_strips(weight_IO, scale, block, scratch, parts):
-        out_NO += _library_linear(hidden_NI[:, rows], wide_IO.t())
-    return out_NO.to(hidden_NI.dtype)
+def _stored(
+    weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int], parts: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """A weight's stored numbers as the loops take them, its scales and blocks; a dense one is a block of scale 1.
 
-
-def _scratch(weight: torch.Tensor, block_rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for strips of this weight, and of those with as many elements or fewer. New memory is slow to touch: made
-    once per operator's call, not once per expert.
+    Raises TypeError when a weight has no scale but is not one whose bits are numbers by themselves.
     """
-    return torch.empty(min(max(SCRATCH_ELEMENTS, block_rows * max(weight.shape)), weight.numel()), dtype=dtype)
-
-
-def _expanded_strips(
-    weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int], scratch: torch.Tensor, parts: int = 1
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(which rows, these rows of the weight in the dtype of `scratch`, and in its memory until the next)."""
-    rows, width = weight.shape
-    if scale is None:
-        yield slice(0, rows), _dense(weight).to(scratch.dtype)
-        return
-    size = min(max(len(scratch) // width // block[0], 1) * block[0], rows)
-    wide = scratch[: size * width].view(size, width)
-    out = (wide.view(torch.int16) if wide.dtype == torch.bfloat16 else wide).numpy()
-    codes, scales = weight.view(torch.int8).contiguous().numpy(), scale.contiguous().numpy()
-    for first in range(0, rows, size):
-        last = min(first + size, rows)
-        scale_rows = slice(first // block[0], -(-last // block[0]))
-        strip = codes[first:last], scales[scale_rows], block, parts, out[: last - first]
-        linear_loops.expand(torch.get_num_threads(), *strip)
-        yield slice(first, last), wide[: last - first]
-
-
-def _dense(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that has no scale. Raises TypeError when it is not one whose bits are numbers by themselves."""
+    if scale is not None:
+        return weight.view(torch.int8), scale, block
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has no scale; expected float32 or bfloat16")
-    return weight
+    ones = torch.ones(*weight.shape[:-2], 1, parts)
+    block = weight.shape[-2], weight.shape[-1] // parts
+    return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight, ones, block
 
 
-def _library_linear(hidden_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """`hidden @ weight.T` by oneDNN where torch has it: for few rows of float32 up to twice as fast as MKL."""
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(hidden_NI, weight_OI, None, "none", [], "")
-    return F.linear(hidden_NI, weight_OI)
+def _panels(hidden: torch.Tensor, *weights: torch.Tensor) -> np.ndarray:
+    """An array of the dtype in which many rows are multiplied: words of bfloat16 pairs only where nothing is lost."""
+    by_pairs = HAS_PAIRS and hidden.dtype == torch.bfloat16 and all(weight.dtype != torch.float32 for weight in weights)
+    return np.empty(0, np.int32 if by_pairs else np.float32)
 
 
 def compile_loops(dtype: torch.dtype) -> None:
     """Have Numba compile what the operators call, for activations in `dtype`; it keeps the result on disk."""
     codes, scale = torch.zeros(1, 8, 16, dtype=torch.uint8), torch.ones(1, 1, 2)
     square, one_scale = codes[..., :8].contiguous(), scale[..., :1].contiguous()
-    for tokens in (1, EXPANDED_FROM[dtype]):
-        hidden = torch.zeros(tokens, 8, dtype=dtype)
-        pairs = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
-        expert_mlp(hidden, *pairs, codes, scale, square, one_scale)
+    hidden = torch.zeros(FEW_ROWS[dtype] + 1, 8, dtype=dtype)
+    expert_mlp(hidden[:1], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), codes, scale, square, one_scale)
     linear(hidden[:1], square[0], one_scale[0], BLOCK)
+    linear(hidden, square[0], one_scale[0], BLOCK)
     linear(hidden[:1], torch.zeros(8, 8, dtype=torch.bfloat16), None, BLOCK)

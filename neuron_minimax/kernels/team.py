@@ -83,3 +83,14 @@ def run_in_team(typing_context: Any, function: Any, size: Any, arguments: Any) -
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def take(typing_context: Any, counters: Any, number: Any) -> Any:
+    """The next item of work: what an int64 counter holds, which is one more afterwards, whoever else takes one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [arguments[1]]), ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counters, types.intp), generate
