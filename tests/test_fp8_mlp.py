@@ -11,7 +11,8 @@ from neuron_minimax.checkpoint import fp8 as numpy_fp8
 from neuron_minimax.kernels import fp8, operators
 from neuron_minimax.kernels.codes import compiled, exponential
 from neuron_minimax.kernels.fp8_mlp import expert_mlp
-from neuron_minimax.kernels.tiles import HAS_PAIRS, NARROW_STRIP, expand_rows
+from neuron_minimax.kernels.tiles import NARROW_STRIP, expand_rows
+from neuron_minimax.kernels.vectors import HAS_PAIRS
 
 BLOCK = 128
 

@@ -14,6 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from neuron_minimax.kernels.fp8 import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
+from neuron_minimax.kernels.vectors import fetch
 
 SHIFT, MASK = np.int32(FLOAT32_BITS), np.int32(SIGN_AND_MAGNITUDE)
 REBIAS = np.float32(HALF_REBIAS)
@@ -64,16 +65,11 @@ def as_bits(typing_context: Any, number: Any) -> Any:
 
 @intrinsic
 def fetch_ahead(typing_context: Any, codes: Any, offset: Any) -> Any:
-    """Ask for the cache line at this byte, which may lie outside the codes, into the second cache: llvm.prefetch."""
+    """Ask for the cache line of this element, which may lie outside the codes: vectors.fetch."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.gep(array.data, [arguments[1]])
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
-        read, second_cache, data = number(0), number(2), number(1)
-        builder.call(function, [address, read, second_cache, data])
+        fetch(builder, array.data, arguments[1])
         return context.get_dummy_value()
 
     return types.void(codes, types.intp), generate

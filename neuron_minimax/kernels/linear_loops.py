@@ -10,7 +10,8 @@ import numpy as np
 from neuron_minimax.kernels.blocks import CHUNK, add_block, add_sums, factor_of_columns, halves, pack
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, fetch_ahead, number_of, rebias, unsigned
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, LANES, NARROW_STRIP, STREAMS, add_dots, transpose_codes
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots, transpose_codes
+from neuron_minimax.kernels.vectors import LANES
 
 DOT_COLUMNS = 512  # of rows that are read beside each other: those of the input stay in the first cache
 LINEAR_ROWS = 128  # of a weight that a thread takes at a time

@@ -1,4 +1,4 @@
-"""Torch operators that graphs call as they are: products with FP8 weights by Numba's loops, or expanded for a library.
+"""Torch operators that graphs call as they are: products with FP8 weights by Numba's loops.
 
 Shapes: N rows, O output and I input features of a linear layer; T tokens, K chosen experts per token, P pairs of token
 and expert, H hidden.
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from neuron_minimax.kernels import expert_loops, linear_loops
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
-from neuron_minimax.kernels.tiles import HAS_PAIRS
+from neuron_minimax.kernels.vectors import HAS_PAIRS
 
 # Up to so many rows a linear layer's weight is read as it lies, in float32; for more it is transposed on the way, or,
 # if it is dense, left to the library. Here they are equally fast.
@@ -77,9 +77,10 @@ def _linear(
 ) -> torch.Tensor:
     stored, scales, block = _stored(weight, scale, (block_rows, block_columns))
     few = FEW_ROWS[hidden.dtype]
-    hidden_NI = hidden.reshape(-1, weight.shape[1]).float().contiguous()
+    hidden_NI = hidden.reshape(-1, weight.shape[1])
     if weight.dtype == hidden.dtype and len(hidden_NI) > few:
         return F.linear(hidden, weight)
+    hidden_NI = hidden_NI.float().contiguous()
     team, out_NO = torch.get_num_threads(), torch.zeros(len(hidden_NI), weight.shape[0])
     weights = stored.contiguous().numpy(), scales.contiguous().numpy(), block
     if scale is None or len(hidden_NI) <= few:
@@ -111,11 +112,7 @@ def _expert_mlp(
         for stored, scale, block in (of_gate_up, of_down)
     ]
     expert_loops.add_expert_products(
-        torch.get_num_threads(),
-        *arrays,
-        *weights,
-        _panels(hidden, gate_up, down),
-        out_TH.numpy(),
+        torch.get_num_threads(), *arrays, *weights, _panels(hidden, gate_up, down), out_TH.numpy()
     )
     return out_TH.to(hidden.dtype)
 

@@ -6,120 +6,42 @@ float32, 105 G with one of bfloat16 pairs, and 22 G straight from FP8 codes with
 of memory is read.
 """
 
-import platform
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from neuron_minimax.kernels.fp8 import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
+from neuron_minimax.kernels.fp8 import HALF_REBIAS
+from neuron_minimax.kernels.vectors import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    LANES,
+    LONG,
+    SUMS_KEPT,
+    WORD,
+    WORDS,
+    add_pairs,
+    add_product,
+    at,
+    fetch,
+    lane_sum,
+    numbers_at,
+    splat,
+    unpack_argument,
+    words_of,
+)
 
-
-def _features() -> dict[str, bool]:
-    """Of the processor that Numba compiles for."""
-    if config.CPU_NAME or config.CPU_FEATURES:
-        return {}
-    return dict(llvmlite.binding.get_host_cpu_features())
-
-
-FEATURES = _features()
-LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4  # float32 numbers of a register
-# Sums that a tile may keep; the other registers hold what is added to them.
-SUMS_KEPT = 24 if FEATURES.get("avx512f") or platform.machine() in ("aarch64", "arm64") else 12
 WIDE, NARROW = 4, 2  # registers across a tile
 WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
 WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
 STREAMS = 4  # rows of a weight that `add_dots` takes beside each other
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most
 DEPTH = 128  # rows of input side by side are this far apart: no tile goes deeper
-# Two bfloat16 products are added by one instruction; elsewhere tiles of pairs would be slower than those of float32.
-HAS_PAIRS = bool(FEATURES.get("avx512bf16"))
-
-BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-FLOAT = ir.FloatType()
-FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
-
-
-class _BFloat(ir.types._BaseFloatType):
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloat._create_instance()
-BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
-
-
-def _at(builder: Any, address: Any, place: Any, kind: Any) -> Any:
-    """The address of this element, for a value of this kind."""
-    return builder.bitcast(builder.gep(address, [place]), kind.as_pointer())
-
-
-def _fetch(builder: Any, address: Any, place: Any) -> None:
-    """Ask for the cache line of this element, which may lie outside the array, into the second cache: llvm.prefetch."""
-    element = builder.gep(address, [place])
-    kind = ir.FunctionType(ir.VoidType(), [element.type, WORD, WORD, WORD])
-    function = builder.module.declare_intrinsic("llvm.prefetch", [element.type], kind)
-    read, second_cache, data = WORD(0), WORD(2), WORD(1)
-    builder.call(function, [element, read, second_cache, data])
-
-
-def _splat(builder: Any, number: Any, kind: Any) -> Any:
-    nothing = ir.Constant(kind, ir.Undefined)
-    one = builder.insert_element(nothing, number, WORD(0))
-    return builder.shuffle_vector(one, nothing, ir.Constant(WORDS, [0] * LANES))
-
-
-def _words(number: int) -> Any:
-    return ir.Constant(WORDS, [number] * LANES)
-
-
-def _numbers(builder: Any, address: Any, place: Any, stored: Any) -> Any:
-    """Numbers of a weight from here: of FP8 codes times 2^-120, exactly; bfloat16; or float32."""
-    if stored == types.float32:
-        return builder.load(_at(builder, address, place, FLOATS), align=4)
-    kind = ir.VectorType(BYTE if stored == types.int8 else SHORT, LANES)
-    words = builder.sext(builder.load(_at(builder, address, place, kind), align=1), WORDS)
-    if stored == types.int8:
-        words = builder.and_(builder.shl(words, _words(FLOAT32_BITS)), _words(SIGN_AND_MAGNITUDE))
-    else:
-        words = builder.shl(words, _words(16))
-    return builder.bitcast(words, FLOATS)
-
-
-def _add(builder: Any, total: Any, one: Any, other: Any) -> Any:
-    """total + one * other, in one rounding where the machine has an instruction for that."""
-    return builder.fadd(total, builder.fmul(one, other, flags=("contract",)), flags=("contract",))
-
-
-def _lane_sum(builder: Any, vector: Any) -> Any:
-    """Halves of a vector are added until one lane is left."""
-    size, nothing = LANES // 2, ir.Constant(FLOATS, ir.Undefined)
-    while size:
-        moved = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, nothing, moved))
-        size //= 2
-    return builder.extract_element(vector, WORD(0))
-
-
-def _add_pairs(builder: Any, total: Any, one: Any, other: Any) -> Any:
-    """total + both products of each word's bfloat16 numbers."""
-    kind = ir.FunctionType(FLOATS, [FLOATS, BFLOATS, BFLOATS])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}")
-    return builder.call(function, [total, builder.bitcast(one, BFLOATS), builder.bitcast(other, BFLOATS)])
-
-
-def _unpack(context: Any, builder: Any, signature: Any, arguments: Any, number: int) -> Any:
-    """(where an array's elements begin, the other numbers) of an argument (array, other numbers)."""
-    array, *places = cgutils.unpack_tuple(builder, arguments[number])
-    return context.make_array(signature.args[number][0])(context, builder, array).data, *places
 
 
 def _zeros(builder: Any, rows: int, columns: int) -> list[list[Any]]:
@@ -156,12 +78,12 @@ def _products(
 ) -> list[list[Any]]:
     """Sums over a tile's depth of rows of input, `inputs` (address, first), times the numbers of a row of weight."""
     totals = _zeros(builder, rows, registers)
-    kind, kinds, add = (WORD, WORDS, _add_pairs) if pairs else (FLOAT, FLOATS, _add)
+    kind, kinds, add = (WORD, WORDS, add_pairs) if pairs else (FLOAT, FLOATS, add_product)
     with cgutils.for_range(builder, depth) as loop:
         numbers = numbers_of(loop.index)
         for n in range(rows):
             place = builder.add(builder.add(inputs[1], loop.index), LONG(n * (DEPTH // 2 if pairs else DEPTH)))
-            value = _splat(builder, builder.load(_at(builder, inputs[0], place, kind)), kinds)
+            value = splat(builder, builder.load(at(builder, inputs[0], place, kind)), kinds)
             for total, number in zip(totals[n], numbers, strict=True):
                 builder.store(add(builder, builder.load(total), value, number), total)
     return totals
@@ -172,12 +94,12 @@ def _add_to_sums(builder: Any, totals: list[list[Any]], factor: Any, sums: Any, 
     for register in range(len(totals[0])):
         column = builder.add(left, LONG(register * LANES))
         place = builder.add(factor[1], column)
-        factors = builder.load(_at(builder, factor[0], place, FLOATS), align=4)
+        factors = builder.load(at(builder, factor[0], place, FLOATS), align=4)
         for n, of_row in enumerate(totals):
             place = builder.add(builder.add(sums[1], column), builder.mul(LONG(n), sums[2]))
-            address = _at(builder, sums[0], place, FLOATS)
+            address = at(builder, sums[0], place, FLOATS)
             old, total = builder.load(address, align=4), builder.load(of_row[register])
-            builder.store(_add(builder, old, total, factors), address, align=4)
+            builder.store(add_product(builder, old, total, factors), address, align=4)
 
 
 @intrinsic
@@ -191,26 +113,26 @@ def expand_rows(typing_context: Any, weight: Any, depth: Any, panel: Any) -> Any
     stored = weight[0].dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, first, width = _unpack(context, builder, signature, arguments, 0)
+        data, first, width = unpack_argument(context, builder, signature, arguments, 0)
         to = context.make_array(signature.args[2])(context, builder, arguments[2]).data
 
         def pairs_from(place: Any) -> Any:
             """FP8 codes become bfloat16 exactly. Multiplied here: the instruction takes subnormals for zeros."""
             words = []
             for start in (place, builder.add(place, width)):
-                numbers = _numbers(builder, data, start, stored)
+                numbers = numbers_at(builder, data, start, stored)
                 if stored == types.int8:
                     numbers = builder.fmul(numbers, ir.Constant(FLOATS, [HALF_REBIAS**2] * LANES))
                 words.append(builder.bitcast(numbers, WORDS))
-            return builder.or_(builder.lshr(words[0], _words(16)), builder.and_(words[1], _words(-(2**16))))
+            return builder.or_(builder.lshr(words[0], words_of(16)), builder.and_(words[1], words_of(-(2**16))))
 
         with cgutils.for_range(builder, arguments[1]) as loop:
             above = builder.mul(builder.mul(loop.index, LONG(2 if pairs else 1)), width)
             for register in range(NARROW):
                 place = builder.add(builder.add(first, above), LONG(register * LANES))
                 target = builder.add(builder.mul(loop.index, LONG(NARROW_STRIP)), LONG(register * LANES))
-                numbers = pairs_from(place) if pairs else _numbers(builder, data, place, stored)
-                builder.store(numbers, _at(builder, to, target, numbers.type), align=4)
+                numbers = pairs_from(place) if pairs else numbers_at(builder, data, place, stored)
+                builder.store(numbers, at(builder, to, target, numbers.type), align=4)
         return context.get_dummy_value()
 
     return types.void(weight, depth, panel), generate
@@ -243,7 +165,7 @@ def add_wide_tiles(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        unpack = partial(_unpack, context, builder, signature, arguments)
+        unpack = partial(unpack_argument, context, builder, signature, arguments)
         data, first, width = unpack(4)
 
         def tiles(rows: int) -> None:
@@ -251,10 +173,10 @@ def add_wide_tiles(
 
                 def numbers(row: Any) -> list[Any]:
                     place = builder.add(builder.mul(row, width), left)
-                    _fetch(builder, data, builder.add(arguments[5], place))
+                    fetch(builder, data, builder.add(arguments[5], place))
                     place = builder.add(first, place)
                     places = [builder.add(place, LONG(register * LANES)) for register in range(WIDE)]
-                    return [_numbers(builder, data, place, signature.args[4][0].dtype) for place in places]
+                    return [numbers_at(builder, data, place, signature.args[4][0].dtype) for place in places]
 
                 totals = _products(builder, rows, WIDE, arguments[1], unpack(3), numbers, pairs=False)
                 _add_to_sums(builder, totals, unpack(6), unpack(7), left)
@@ -281,13 +203,13 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
     pairs = panel.dtype == types.int32
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        unpack = partial(_unpack, context, builder, signature, arguments)
+        unpack = partial(unpack_argument, context, builder, signature, arguments)
         data = context.make_array(signature.args[3])(context, builder, arguments[3]).data
 
         def numbers(row: Any) -> list[Any]:
             place = builder.mul(row, LONG(NARROW_STRIP))
             places = [builder.add(place, LONG(register * LANES)) for register in range(NARROW)]
-            return [builder.load(_at(builder, data, place, WORDS if pairs else FLOATS), align=4) for place in places]
+            return [builder.load(at(builder, data, place, WORDS if pairs else FLOATS), align=4) for place in places]
 
         def tile(rows: int) -> None:
             totals = _products(builder, rows, NARROW, arguments[1], unpack(2), numbers, pairs)
@@ -313,7 +235,7 @@ def add_dots(typing_context: Any, height: Any, length: Any, inputs: Any, weight:
     stored = weight[0].dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        unpack = partial(_unpack, context, builder, signature, arguments)
+        unpack = partial(unpack_argument, context, builder, signature, arguments)
         input_data, input_first, input_width = unpack(2)
         weight_data, weight_first, width = unpack(3)
         sums_data, sums_first, sums_width, apart = unpack(5)
@@ -324,20 +246,20 @@ def add_dots(typing_context: Any, height: Any, length: Any, inputs: Any, weight:
                 values = []
                 for n in range(rows):
                     place = builder.add(builder.add(input_first, column), builder.mul(LONG(n), input_width))
-                    values.append(builder.load(_at(builder, input_data, place, FLOATS), align=4))
+                    values.append(builder.load(at(builder, input_data, place, FLOATS), align=4))
                 for stream in range(STREAMS):
                     place = builder.add(builder.add(weight_first, column), builder.mul(LONG(stream), width))
-                    numbers = _numbers(builder, weight_data, place, stored)
+                    numbers = numbers_at(builder, weight_data, place, stored)
                     for value, of_row in zip(values, totals, strict=True):
                         total = of_row[stream]
-                        builder.store(_add(builder, builder.load(total), value, numbers), total)
+                        builder.store(add_product(builder, builder.load(total), value, numbers), total)
             for n, of_row in enumerate(totals):
                 for stream, total in enumerate(of_row):
                     column = builder.mul(LONG(stream), apart)
                     place = builder.add(builder.add(sums_first, column), builder.mul(LONG(n), sums_width))
                     address = builder.gep(sums_data, [place])
-                    lane_sum = _lane_sum(builder, builder.load(total))
-                    builder.store(_add(builder, builder.load(address), lane_sum, arguments[4]), address)
+                    whole = lane_sum(builder, builder.load(total))
+                    builder.store(add_product(builder, builder.load(address), whole, arguments[4]), address)
 
         _for_each_height(builder, arguments[0], DOT_ROWS, dots)
         return context.get_dummy_value()
@@ -352,10 +274,10 @@ def transpose_codes(typing_context: Any, weight: Any, to: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def place(array: Any, row: int) -> Any:
             data, first, stride = array
-            return _at(builder, data, builder.add(first, builder.mul(LONG(row), stride)), kind)
+            return at(builder, data, builder.add(first, builder.mul(LONG(row), stride)), kind)
 
         kind, size = ir.VectorType(BYTE, 16), 16
-        source, target = (_unpack(context, builder, signature, arguments, number) for number in range(2))
+        source, target = (unpack_argument(context, builder, signature, arguments, number) for number in range(2))
         rows = [builder.load(place(source, row), align=1) for row in range(size)]
         # Each row alternates with the one half of them further, four times over.
         halves = [
