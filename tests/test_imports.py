@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import neuron_minimax
+from neuron_minimax.backends import cpu
+from neuron_minimax.backends.neuron import backend as neuron
 
 PACKAGE = Path(neuron_minimax.__file__).parent
 # Left to right; a module may import from its own group and from those before it.
@@ -74,3 +76,29 @@ def test_what_does_not_need_a_heavy_package_does_not_load_it(code, absent):
     probe = probe.replace(repr(sorted(absent)), f"set({sorted(absent)!r})")
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded:", done.stdout
+
+
+def package_files(path):
+    """The files of this package that a file imports, wherever in it."""
+    for name, _ in imports_of(path):
+        file = PACKAGE.parent / (name.replace(".", "/") + ".py")
+        if name.startswith("neuron_minimax.") and file.exists():
+            yield file
+
+
+@pytest.mark.parametrize(
+    ("sources", "first"),
+    [(cpu.SOURCES, "backends/aot.py"), (neuron.SOURCES, "backends/neuron/model.py")],
+    ids=["cpu", "neuron"],
+)
+def test_a_change_to_any_file_that_graphs_are_made_of_asks_for_a_compile(sources, first):
+    digested = {path for pattern in sources for path in PACKAGE.glob(pattern)}
+    reached, waiting = set(), [PACKAGE / first]
+    while waiting:
+        path = waiting.pop()
+        if path not in reached:
+            reached.add(path)
+            waiting += package_files(path)
+    computing = {path for path in reached if path.parent.name in ("kernels", "model")}
+    assert computing, "nothing that computes is imported: the test looks in the wrong place"
+    assert computing - digested == set()

@@ -1,7 +1,7 @@
 """What the loops of experts and of linear layers share: rows of input by a block of a weight, tile by tile.
 
-A block is up to DEPTH rows, which are inputs, by up to CHUNK columns. It is copied first, as its rows lie further apart
-than a page, and then expanded to float32, or to pairs of bfloat16 numbers, strip by strip.
+A block is up to DEPTH rows, which are inputs, by up to CHUNK columns. Strip by strip it is expanded to float32, or to
+pairs of bfloat16 numbers; where it is not whole strips, or lies the other way round, it is copied first.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ from numba import types
 from numba.extending import overload
 
 from neuron_minimax.kernels.codes import compiled, rebias, round_to_bfloat16, unsigned
-from neuron_minimax.kernels.tiles import DEPTH, NARROW_ROWS, NARROW_STRIP, add_tile, expand_rows
+from neuron_minimax.kernels.panels import expand_rows
+from neuron_minimax.kernels.tiles import DEPTH, NARROW_ROWS, NARROW_STRIP, add_tile
 
 CHUNK = 768  # columns; what belongs to them stays in the second cache
 GROUP = 8 * NARROW_ROWS  # rows of input that are multiplied together
@@ -100,19 +101,20 @@ def factor_of_columns(
 
 @compiled
 def copy_block(weight: Any, start: int, width: int, depth: int, columns: int, block: Any) -> None:
-    """Rows of a flat weight to rows that are CHUNK apart."""
+    """Rows of a flat weight to rows that are CHUNK apart, where a strip may be read beyond its end."""
     for k in range(depth):
         for j in range(columns):
             block[unsigned(k * CHUNK + j)] = weight[unsigned(start + k * width + j)]
 
 
 @compiled
-def add_block(count: int, depth: int, packed: Any, block: Any, left: int, panel: Any, factor: Any, sums: Any) -> None:
-    """sums += factor * (packed @ the strip of the block that begins in this column).
+def add_strip(count: int, depth: int, packed: Any, weight: Any, left: int, panel: Any, factor: Any, sums: Any) -> None:
+    """sums += factor * (packed @ a strip of a block), whose place is `weight` (array, first, stride).
 
-    The sums of a strip lie together, those of each row NARROW_STRIP from the last.
+    The strip's sums begin behind those of `left` columns, and lie together, those of each row NARROW_STRIP from the
+    last.
     """
-    expand_rows((block, left, CHUNK), rows_of(depth, panel), panel)
+    expand_rows(weight, rows_of(depth, panel), panel)
     tiles = -(-count // NARROW_ROWS)
     for tile in range(tiles):
         first = count * tile // tiles

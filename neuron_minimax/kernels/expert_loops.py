@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_block, add_sums, copy_block, factor_of_columns, halves, pack
+from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, add_sums, copy_block, factor_of_columns, halves, pack
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, rebias, unsigned
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
@@ -155,7 +155,7 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
             if whole < width:
                 copy_block(flat, start + whole, width, depth, width - whole, edge)
                 for left in range(0, width - whole, NARROW_STRIP):
-                    add_block(count, depth, packed, edge, left, panel, edge_factor, sums)
+                    add_strip(count, depth, packed, (edge, left, CHUNK), left, panel, edge_factor, sums)
     add_sums(count, sums, width - whole, out, to + whole, width)
 
 
@@ -168,7 +168,7 @@ def _add_many(
     rows, width = weight.shape[1:]
     count, columns, flat = len(row_N), right - left, weight.reshape(-1)
     codes, factor = np.zeros(DEPTH * CHUNK, weight.dtype), np.zeros(CHUNK, np.float32)
-    strips = -(-columns // NARROW_STRIP)
+    strips, ragged = -(-columns // NARROW_STRIP), columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0
     sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
     half = halves(weight, panel)
     for block_row in range(scale.shape[1]):
@@ -178,12 +178,15 @@ def _add_many(
             depth = min(DEPTH, bottom - top)
             start = (expert * rows + top) * width + left
             pack(inputs, row_N, top, depth, half, packed)
-            copy_block(flat, start, width, depth, columns, codes)
+            if ragged:
+                copy_block(flat, start, width, depth, columns, codes)
             for strip in range(strips):
+                column = strip * NARROW_STRIP
                 for ahead in range(depth * strip // strips, depth * (strip + 1) // strips):
-                    for column in range(0, columns, CACHE_LINE // weight.itemsize):
-                        fetch_ahead(weight, start + (depth + ahead) * width + column)
-                add_block(count, depth, packed, codes, strip * NARROW_STRIP, panel, factor, sums)
+                    for line in range(0, columns, CACHE_LINE // weight.itemsize):
+                        fetch_ahead(weight, start + (depth + ahead) * width + line)
+                of_strip = (codes, column, CHUNK) if ragged else (flat, start + column, width)
+                add_strip(count, depth, packed, of_strip, column, panel, factor, sums)
     add_sums(count, sums, columns, out, to + left, width)
 
 

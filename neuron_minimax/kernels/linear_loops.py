@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.blocks import CHUNK, add_block, add_sums, factor_of_columns, halves, pack
+from neuron_minimax.kernels.blocks import CHUNK, add_strip, add_sums, factor_of_columns, halves, pack
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, fetch_ahead, number_of, rebias, unsigned
+from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots, transpose_codes
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
 from neuron_minimax.kernels.vectors import LANES
 
 DOT_COLUMNS = 512  # of rows that are read beside each other: those of the input stay in the first cache
@@ -138,7 +139,8 @@ def _add_outputs(
             pack(hidden_NI, row_N, left, depth, half, packed)
             _transpose_block(flat, first * features + left, features, columns, depth, codes)
             for strip in range(strips):
-                add_block(count, depth, packed, codes, strip * NARROW_STRIP, panel, factor, sums)
+                column = strip * NARROW_STRIP
+                add_strip(count, depth, packed, (codes, column, CHUNK), column, panel, factor, sums)
     add_sums(count, sums, columns, out_NO, row_N[0] * outputs + first, outputs)
 
 

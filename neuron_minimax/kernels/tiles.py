@@ -15,9 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from neuron_minimax.kernels.fp8 import HALF_REBIAS
 from neuron_minimax.kernels.vectors import (
-    BYTE,
     FLOAT,
     FLOATS,
     LANES,
@@ -33,7 +31,6 @@ from neuron_minimax.kernels.vectors import (
     numbers_at,
     splat,
     unpack_argument,
-    words_of,
 )
 
 WIDE, NARROW = 4, 2  # registers across a tile
@@ -100,42 +97,6 @@ def _add_to_sums(builder: Any, totals: list[list[Any]], factor: Any, sums: Any, 
             address = at(builder, sums[0], place, FLOATS)
             old, total = builder.load(address, align=4), builder.load(of_row[register])
             builder.store(add_product(builder, old, total, factors), address, align=4)
-
-
-@intrinsic
-def expand_rows(typing_context: Any, weight: Any, depth: Any, panel: Any) -> Any:
-    """Rows of a weight, NARROW_STRIP numbers of each, as a panel for `add_tile`, which says what panels are.
-
-    (weight, first, stride)   stored numbers as in `add_wide_tiles`
-    depth                     rows of the panel
-    """
-    pairs = panel.dtype == types.int32
-    stored = weight[0].dtype
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, first, width = unpack_argument(context, builder, signature, arguments, 0)
-        to = context.make_array(signature.args[2])(context, builder, arguments[2]).data
-
-        def pairs_from(place: Any) -> Any:
-            """FP8 codes become bfloat16 exactly. Multiplied here: the instruction takes subnormals for zeros."""
-            words = []
-            for start in (place, builder.add(place, width)):
-                numbers = numbers_at(builder, data, start, stored)
-                if stored == types.int8:
-                    numbers = builder.fmul(numbers, ir.Constant(FLOATS, [HALF_REBIAS**2] * LANES))
-                words.append(builder.bitcast(numbers, WORDS))
-            return builder.or_(builder.lshr(words[0], words_of(16)), builder.and_(words[1], words_of(-(2**16))))
-
-        with cgutils.for_range(builder, arguments[1]) as loop:
-            above = builder.mul(builder.mul(loop.index, LONG(2 if pairs else 1)), width)
-            for register in range(NARROW):
-                place = builder.add(builder.add(first, above), LONG(register * LANES))
-                target = builder.add(builder.mul(loop.index, LONG(NARROW_STRIP)), LONG(register * LANES))
-                numbers = pairs_from(place) if pairs else numbers_at(builder, data, place, stored)
-                builder.store(numbers, at(builder, to, target, numbers.type), align=4)
-        return context.get_dummy_value()
-
-    return types.void(weight, depth, panel), generate
 
 
 @intrinsic
@@ -265,31 +226,3 @@ def add_dots(typing_context: Any, height: Any, length: Any, inputs: Any, weight:
         return context.get_dummy_value()
 
     return types.void(height, length, inputs, weight, types.float32, sums), generate
-
-
-@intrinsic
-def transpose_codes(typing_context: Any, weight: Any, to: Any) -> Any:
-    """16 x 16 bytes of one array, transposed, into another. Each is (array, first, stride)."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def place(array: Any, row: int) -> Any:
-            data, first, stride = array
-            return at(builder, data, builder.add(first, builder.mul(LONG(row), stride)), kind)
-
-        kind, size = ir.VectorType(BYTE, 16), 16
-        source, target = (unpack_argument(context, builder, signature, arguments, number) for number in range(2))
-        rows = [builder.load(place(source, row), align=1) for row in range(size)]
-        # Each row alternates with the one half of them further, four times over.
-        halves = [
-            ir.Constant(ir.VectorType(WORD, size), [half * 8 + n // 2 + n % 2 * size for n in range(size)])
-            for half in range(2)
-        ]
-        for _ in range(4):
-            rows = [
-                builder.shuffle_vector(rows[n], rows[n + size // 2], half) for n in range(size // 2) for half in halves
-            ]
-        for number, row in enumerate(rows):
-            builder.store(row, place(target, number), align=1)
-        return context.get_dummy_value()
-
-    return types.void(weight, to), generate

@@ -22,12 +22,13 @@ FEATURES = _features()
 LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4  # float32 numbers of a register
 # Sums that a tile may keep; the other registers hold what is added to them.
 SUMS_KEPT = 24 if FEATURES.get("avx512f") or platform.machine() in ("aarch64", "arm64") else 12
-# Two bfloat16 products are added by one instruction; elsewhere tiles of pairs would be slower than those of float32.
-HAS_PAIRS = bool(FEATURES.get("avx512bf16"))
+# Two bfloat16 products are added by one instruction, and bytes are looked up 64 at a time; elsewhere tiles of pairs
+# would be slower than those of float32.
+HAS_PAIRS = bool(FEATURES.get("avx512bf16") and FEATURES.get("avx512vbmi"))
 
 BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
-FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+FLOATS, WORDS, BYTES = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES), ir.VectorType(BYTE, 4 * LANES)
 
 
 class _BFloat(ir.types._BaseFloatType):
@@ -99,6 +100,20 @@ def add_pairs(builder: Any, total: Any, one: Any, other: Any) -> Any:
     kind = ir.FunctionType(FLOATS, [FLOATS, BFLOATS, BFLOATS])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}")
     return builder.call(function, [total, builder.bitcast(one, BFLOATS), builder.bitcast(other, BFLOATS)])
+
+
+def look_up(builder: Any, places: Any, table: list[int]) -> Any:
+    """The bytes of a table of 128 at these places, whose highest bits are ignored."""
+    size = 4 * LANES
+    halves = [ir.Constant(BYTES, table[start : start + size]) for start in (0, size)]
+    kind = ir.FunctionType(BYTES, [BYTES, BYTES, BYTES])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
+    return builder.call(function, [halves[0], places, halves[1]])
+
+
+def bytes_in_order(builder: Any, one: Any, other: Any, order: list[int]) -> Any:
+    """Bytes of two vectors; those of the other are counted on."""
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(WORD, len(order)), order))
 
 
 def unpack_argument(context: Any, builder: Any, signature: Any, arguments: Any, number: int) -> Any:

@@ -1,0 +1,115 @@
+"""Panels: what a tile multiplies with, expanded from a weight's stored numbers; and blocks that are turned for them."""
+
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from neuron_minimax.kernels.fp8 import decode
+from neuron_minimax.kernels.tiles import NARROW, NARROW_STRIP
+from neuron_minimax.kernels.vectors import (
+    BYTE,
+    BYTES,
+    LANES,
+    LONG,
+    WORD,
+    WORDS,
+    at,
+    bytes_in_order,
+    look_up,
+    numbers_at,
+    unpack_argument,
+    words_of,
+)
+
+# The bfloat16 numbers of FP8 codes without their signs: lower and upper bytes.
+_BITS = decode(torch.arange(128, dtype=torch.uint8)).view(torch.int32) >> 16
+_LOWER, _UPPER = (_BITS & 0xFF).tolist(), (_BITS >> 8).tolist()
+
+
+def _pairs_of_codes(builder: Any, data: Any, places: tuple[Any, Any]) -> list[Any]:
+    """Pairs of bfloat16 numbers, of NARROW_STRIP codes at each place, exactly."""
+    quarters = range(NARROW_STRIP // 8)  # of 16 bytes, as instructions interleave bytes within them
+    of_columns = [half * LANES + quarter * 4 + n for quarter in quarters for half in range(2) for n in range(4)]
+    order = [row * NARROW_STRIP + column for column in of_columns for row in range(2)]
+    kind = ir.VectorType(BYTE, NARROW_STRIP)
+    first, second = (builder.load(at(builder, data, place, kind), align=1) for place in places)
+    codes = bytes_in_order(builder, first, second, order)
+    signs = builder.and_(codes, ir.Constant(BYTES, [-128] * BYTES.count))
+    lower, upper = look_up(builder, codes, _LOWER), builder.or_(look_up(builder, codes, _UPPER), signs)
+    words = []
+    for half in range(2):
+        order = [quarter * 16 + half * 8 + n for quarter in quarters for n in range(8)]
+        mixed = [place for byte in order for place in (byte, BYTES.count + byte)]
+        words.append(builder.bitcast(bytes_in_order(builder, lower, upper, mixed), WORDS))
+    return words
+
+
+@intrinsic
+def expand_rows(typing_context: Any, weight: Any, depth: Any, panel: Any) -> Any:
+    """Rows of a weight, NARROW_STRIP numbers of each, as a panel for `add_tile`, which says what panels are.
+
+    (weight, first, stride)   stored numbers as in `add_wide_tiles`
+    depth                     rows of the panel
+    """
+    pairs = panel.dtype == types.int32
+    stored = weight[0].dtype
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, first, width = unpack_argument(context, builder, signature, arguments, 0)
+        to = context.make_array(signature.args[2])(context, builder, arguments[2]).data
+        starts = [LONG(register * LANES) for register in range(NARROW)]
+
+        def numbers(place: Any) -> list[Any]:
+            return [numbers_at(builder, data, builder.add(place, start), stored) for start in starts]
+
+        def pairs_of_numbers(places: tuple[Any, Any]) -> list[Any]:
+            lower, upper = ([builder.bitcast(number, WORDS) for number in numbers(place)] for place in places)
+            lower = [builder.lshr(word, words_of(16)) for word in lower]
+            return [builder.or_(*words) for words in zip(lower, upper, strict=True)]
+
+        with cgutils.for_range(builder, arguments[1]) as loop:
+            row = builder.mul(loop.index, LONG(2)) if pairs else loop.index
+            place = builder.add(first, builder.mul(row, width))
+            if pairs:
+                places = place, builder.add(place, width)
+                made = _pairs_of_codes(builder, data, places) if stored == types.int8 else pairs_of_numbers(places)
+            else:
+                made = numbers(place)
+            for numbers_made, start in zip(made, starts, strict=True):
+                target = builder.add(builder.mul(loop.index, LONG(NARROW_STRIP)), start)
+                builder.store(numbers_made, at(builder, to, target, numbers_made.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(weight, depth, panel), generate
+
+
+@intrinsic
+def transpose_codes(typing_context: Any, weight: Any, to: Any) -> Any:
+    """16 x 16 bytes of one array, transposed, into another. Each is (array, first, stride)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def place(array: Any, row: int) -> Any:
+            data, first, stride = array
+            return at(builder, data, builder.add(first, builder.mul(LONG(row), stride)), kind)
+
+        kind, size = ir.VectorType(BYTE, 16), 16
+        source, target = (unpack_argument(context, builder, signature, arguments, number) for number in range(2))
+        rows = [builder.load(place(source, row), align=1) for row in range(size)]
+        # Each row alternates with the one half of them further, four times over.
+        halves = [
+            ir.Constant(ir.VectorType(WORD, size), [half * 8 + n // 2 + n % 2 * size for n in range(size)])
+            for half in range(2)
+        ]
+        for _ in range(4):
+            rows = [
+                builder.shuffle_vector(rows[n], rows[n + size // 2], half) for n in range(size // 2) for half in halves
+            ]
+        for number, row in enumerate(rows):
+            builder.store(row, place(target, number), align=1)
+        return context.get_dummy_value()
+
+    return types.void(weight, to), generate
