@@ -38,7 +38,7 @@ def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Ite
     while True:
         found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
         if prompt:
-            found["encode"] = seconds_of(lambda: backend.encode(0, prompt_ids(vocabulary, prompt)))
+            found["encode"] = median_seconds(lambda _: backend.encode(0, prompt_ids(vocabulary, prompt)), range(3))
         if dtype_name:
             found |= {"read": read_rate(), "flops": gemm_rate(getattr(torch, dtype_name))}
         yield found
@@ -72,7 +72,7 @@ def transformers(checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0)
     turn()
     yield {"load": loaded, "logits": logits}
     while True:
-        yield {"step": turn(), **({"encode": seconds_of(encode)} if prompt else {})}
+        yield {"step": turn(), **({"encode": median_seconds(lambda _: encode(), range(3))} if prompt else {})}
 
 
 def random_ids(vocabulary: int, count: int, slots: int) -> Any:
