@@ -1,5 +1,6 @@
 """`neuron-minimax serve` as a process: what it refuses, how it starts, and how SIGTERM ends it."""
 
+import asyncio
 import json
 import re
 import signal
@@ -11,7 +12,9 @@ import time
 
 import httpx
 import pytest
+import uvicorn
 
+from neuron_minimax.serving.server import _bind
 from tests.tiny_traced import write_traced
 
 COMMAND = [sys.executable, "-m", "neuron_minimax.cli", "serve"]
@@ -76,6 +79,25 @@ def test_a_directory_that_cannot_be_served_is_one_message_and_exit_code_1(tmp_pa
     assert len(errors) == 1
     assert "does not exist" in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def test_what_is_written_is_sent_at_once():
+    """Without TCP_NODELAY each answer on a connection that is kept open waits up to 40 ms for an acknowledgement."""
+
+    async def option():
+        found = asyncio.get_running_loop().create_future()
+        listener = _bind(uvicorn.Config(None, host="127.0.0.1", port=0))
+
+        def connected(_, writer):
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(option()) != 0
 
 
 def test_a_port_in_use_is_one_message_and_exit_code_1(traced):
