@@ -59,6 +59,7 @@ def measure(
         sizes = [path.stat().st_size for path in (scratch / "cache").glob("*.safetensors")]
         shutil.rmtree(scratch / "cache")
         ours.append(sum(sizes) / 1e9 / seconds)
+        read_into_cache(source)
         plain.append(sum(sizes) / 1e9 / time_plain_write(sizes, scratch / "plain"))
         builds.append(seconds)
         peaks.append(peak)
