@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 # A virtual machine gives memory that was freed back to its host within two seconds, and gets it again page by page:
 # writing into new pages then runs at 0.45 GB/s here, not at 2 to 3. Whoever writes next must not be the one who pays.
 PAUSE = 4.0  # seconds
