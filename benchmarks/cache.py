@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from benchmarks.conversion import watched
-from benchmarks.files import read_into_cache, shards_bytes, time_plain_write
+from benchmarks.files import pause, read_into_cache, shards_bytes, time_plain_write
 from benchmarks.processes import run_apart
 from benchmarks.shared import REAL, checkpoint, empty_scratch, parser_of
 from benchmarks.table import Goal, Row, render, row
@@ -55,11 +55,12 @@ def measure(
     ours, plain, builds, peaks = [], [], [], []
     for _ in range(rounds):
         read_into_cache(source)
+        pause()
         seconds, peak = run_apart(run_build, source, scratch / "cache", dtype)
         sizes = [path.stat().st_size for path in (scratch / "cache").glob("*.safetensors")]
         shutil.rmtree(scratch / "cache")
         ours.append(sum(sizes) / 1e9 / seconds)
-        read_into_cache(source)
+        pause()
         plain.append(sum(sizes) / 1e9 / time_plain_write(sizes, scratch / "plain"))
         builds.append(seconds)
         peaks.append(peak)

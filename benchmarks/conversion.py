@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import STATES, shards_bytes, time_copy
+from benchmarks.files import STATES, pause, shards_bytes, time_copy
 from benchmarks.processes import anonymous_bytes_of_tree, run_apart
 from benchmarks.shared import REAL, checkpoint, empty_scratch, parser_of
 from benchmarks.synthetic import real_layers
@@ -52,9 +52,11 @@ def measure(source: Path, scratch: Path, rounds: int, state: str = "warm") -> tu
     gigabytes, ours, peer, peaks = shards_bytes(source) / 1e9, [], [], []
     for _ in range(rounds):
         STATES[state](source)
+        pause()
         seconds, peak = run_apart(run_conversion, source, scratch / "out")
         shutil.rmtree(scratch / "out")
         STATES[state](source)
+        pause()
         ours.append(gigabytes / seconds)
         peer.append(gigabytes / time_copy(source, scratch / "copy"))
         peaks.append(peak)

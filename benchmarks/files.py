@@ -9,28 +9,30 @@ from pathlib import Path
 
 import numpy as np
 
-# A virtual machine gives memory that was freed back to its host within two seconds, and gets it again page by page:
-# writing into new pages then runs at 0.45 GB/s here, not at 2 to 3. Whoever writes next must not be the one who pays.
-PAUSE = 4.0  # seconds
-
 
 def read_into_cache(directory: Path) -> None:
-    """Read everything, after what earlier steps wrote has gone to disk; then PAUSE."""
+    """Read everything, after what earlier steps wrote has gone to disk."""
     os.sync()
     for path in directory.iterdir():
         with path.open("rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass
-    time.sleep(PAUSE)
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Push a directory's files out of the page cache, after what earlier steps wrote has gone to disk; then PAUSE."""
+    """Push a directory's files out of the page cache, after what earlier steps wrote has gone to disk."""
     os.sync()
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    time.sleep(PAUSE)
+
+
+def pause() -> None:
+    """Before each side that writes: a virtual machine gives memory that was freed back to its host within two seconds.
+
+    It gets it again page by page: writing into new pages then runs at 0.45 GB/s here, not at 2 to 3, whoever does it.
+    """
+    time.sleep(4)
 
 
 STATES: dict[str, Callable[[Path], None]] = {"warm": read_into_cache, "cold": drop_from_cache}

@@ -29,6 +29,7 @@ MOST_LOST = 1 / 3
 MODEL = ("quick-model", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL)
 FILES = ("quick-files", real_layers(layers=1, experts=8, vocabulary=1024))  # 170 MB
 ROUNDS, STEPS, PROMPT = 7, 40, 128
+FILE_ROUNDS = 3  # each with pauses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,9 @@ def model_rows(directory: Path) -> list[Row]:
 def file_rows(directory: Path) -> list[Row]:
     """Gigabytes per second of everything that reads or writes a checkpoint."""
     source, scratch = checkpoint(directory, *FILES), empty_scratch(directory)
-    converting, copying, _ = conversion.measure(source, scratch, ROUNDS)
+    converting, copying, _ = conversion.measure(source, scratch, FILE_ROUNDS)
     checking, reading = inspection.measure(source, ROUNDS)
-    building, writing, *_ = cache.measure(source, scratch, "float32", ROUNDS)
+    building, writing, *_ = cache.measure(source, scratch, "float32", FILE_ROUNDS)
     return [
         best("convert 0.2 GB, warm", "GB/s", converting, "cp + sync", copying),
         best("inspect --check-values 0.2 GB, warm", "GB/s", checking, "cat", reading),
