@@ -13,10 +13,10 @@ from benchmarks.shared import parser_of
 from benchmarks.suite import RESULTS, Benchmark, Table, collect
 
 BENCHMARKS = (
-    Benchmark(module="conversion", options={"rounds": 2}),
-    Benchmark(module="inspection", options={"rounds": 3}),
-    Benchmark(module="cache", options={"rounds": 2}),
-    Benchmark(module="loading", options={"rounds": 3}),
+    Benchmark(module="conversion", options={"rounds": 2, "full_layer": False}),
+    Benchmark(module="inspection", options={"rounds": 2}),
+    Benchmark(module="cache", options={"rounds": 2, "dtypes": ("float32",)}),
+    Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
     Benchmark(module="serving", options={"requests": 16, "new_tokens": 48}),
     Benchmark(module="scaling", options={"full": False}),
