@@ -15,7 +15,7 @@ from benchmarks.suite import RESULTS, Benchmark, Table, collect
 BENCHMARKS = (
     Benchmark(module="conversion", options={"rounds": 2, "full_layer": False}),
     Benchmark(module="inspection", options={"rounds": 2}),
-    Benchmark(module="cache", options={"rounds": 2, "dtypes": ("float32",)}),
+    Benchmark(module="cache", options={"rounds": 2, "bfloat16": False}),
     Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
     Benchmark(module="serving", options={"requests": 16, "new_tokens": 48}),

@@ -99,6 +99,6 @@ def test_a_change_to_any_file_that_graphs_are_made_of_asks_for_a_compile(sources
         if path not in reached:
             reached.add(path)
             waiting += package_files(path)
-    computing = {path for path in reached if path.parent.name in ("kernels", "model")}
+    computing = {path for path in reached if path.parent.name in ("kernels", "model", "convert")}
     assert computing, "nothing that computes is imported: the test looks in the wrong place"
     assert computing - digested == set()

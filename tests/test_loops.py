@@ -36,7 +36,7 @@ stacked, chosen = weights(6, 192, 320), routing(40, 6, 2)
 activations = torch.randn(40, 192, generator=torch.Generator().manual_seed(2))
 found = operators.expert_mlp(activations, *chosen, *stacked)
 wanted = fp8_mlp.expert_mlp(activations, *chosen, *stacked)
-assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
+assert (found - wanted).abs().max() < 1.4e-6 * wanted.abs().max()
 assert not expert_loops.add_expert_products.stats.cache_path
 """
 

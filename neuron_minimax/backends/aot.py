@@ -119,7 +119,7 @@ def build_graphs(
         running = {pool.submit(_build_in_process, model_directory, graphs, options, name): name for name in names}
         progress(f"compiling {len(names)} graphs")
         started = time.monotonic()
-        compile_loops(COMPUTE_DTYPES[options.compute])
+        _compile_loops(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
         progress(f"compiled the loops over FP8 codes in {time.monotonic() - started:.1f} s")
         for future in as_completed(running):
             name = running[future]
@@ -172,6 +172,11 @@ def context_name(bucket: int) -> str:
     return f"context_encoding_{bucket}"
 
 
+def _compile_loops(model: MiniMaxM2) -> None:
+    weights = model.state_dict().items()
+    compile_loops(model.compute, {each.dtype for name, each in weights if name.endswith("gate_up_proj.weight")})
+
+
 def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
     """The same model with its FP8 codes seen as uint8, which every compiler takes; no copy."""
     state = model.state_dict()
@@ -188,7 +193,7 @@ class CompiledBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
-        compile_loops(self.model.compute)  # or take them from disk, instead of at the first token
+        _compile_loops(self.model)  # or take them from disk, instead of at the first token
         state = Graph(self.model, self.cache, options.seq_len).state_dict()
         self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
         self.context_encoding = {size: _load_graph(graphs, context_name(size), state) for size in options.buckets}

@@ -167,8 +167,8 @@ def _add_many(
     expert, left, right, block, parts = where
     rows, width = weight.shape[1:]
     count, columns, flat = len(row_N), right - left, weight.reshape(-1)
-    codes, factor = np.zeros(DEPTH * CHUNK, weight.dtype), np.zeros(CHUNK, np.float32)
     strips, ragged = -(-columns // NARROW_STRIP), columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0
+    codes, factor = np.zeros(DEPTH * CHUNK if ragged else 0, weight.dtype), np.zeros(CHUNK, np.float32)
     sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
     half = halves(weight, panel)
     for block_row in range(scale.shape[1]):

@@ -6,6 +6,7 @@ Shapes: N rows of input, O output and I input features; a scale covers one block
 import torch
 import torch.nn.functional as F
 
+FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)  # E4M3 codes, or the same bytes
 # Format: OCP 8-bit floating point specification 1.0, E4M3: sign, 4 exponent bits (bias 7), 3 mantissa bits.
 # As the top bits of a float32 (8 exponent bits, bias 127) the same bits mean value * 2^(7 - 127), subnormals included.
 FLOAT32_BITS = 20

@@ -4,17 +4,23 @@ Shapes: N rows, O output and I input features of a linear layer; T tokens, K cho
 and expert, H hidden.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.kernels import expert_loops, linear_loops
+from neuron_minimax.kernels.fp8 import FP8_DTYPES
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
 from neuron_minimax.kernels.vectors import HAS_PAIRS
 
 # Up to so many rows a linear layer's weight is read as it lies, in float32; for more it is transposed on the way, or,
 # if it is dense, left to the library. Here they are equally fast.
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}
+
+DENSE_DTYPES = (torch.float32, torch.bfloat16)
 
 # Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -46,7 +52,13 @@ def _(hidden: torch.Tensor, *others: object) -> torch.Tensor:
 def linear(
     hidden: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int]
 ) -> torch.Tensor:
-    """`fp8.linear` for graphs. FP8 weights are not rounded; sums are float32's, and rounded to hidden's dtype once."""
+    """`fp8.linear` for graphs. FP8 weights are not rounded; sums are float32's, and rounded to hidden's dtype once.
+
+    Raises ValueError when the scales are not one per block: loops would read beside them.
+    """
+    grid = block_grid(tuple(weight_OI.shape), block)
+    if scale is not None and tuple(scale.shape) != grid:
+        raise ValueError(f"scale has shape {list(scale.shape)}; expected {list(grid)} beside {list(weight_OI.shape)}")
     return torch.ops.neuron_minimax.linear(hidden, weight_OI, scale, *block)
 
 
@@ -122,12 +134,14 @@ def _stored(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     """A weight's stored numbers as the loops take them, its scales and blocks; a dense one is a block of scale 1.
 
-    Raises TypeError when a weight has no scale but is not one whose bits are numbers by themselves.
+    Raises TypeError when a weight has no scale and is not dense, or has one and is not FP8.
     """
+    if weight.dtype not in (DENSE_DTYPES if scale is None else FP8_DTYPES):
+        what, expected = ("no scale", DENSE_DTYPES) if scale is None else ("a scale", FP8_DTYPES)
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
+        raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has {what}; expected {names}")
     if scale is not None:
         return weight.view(torch.int8), scale, block
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has no scale; expected float32 or bfloat16")
     ones = torch.ones(*weight.shape[:-2], 1, parts)
     block = weight.shape[-2], weight.shape[-1] // parts
     return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight, ones, block
@@ -139,12 +153,18 @@ def _panels(hidden: torch.Tensor, *weights: torch.Tensor) -> np.ndarray:
     return np.empty(0, np.int32 if by_pairs else np.float32)
 
 
-def compile_loops(dtype: torch.dtype) -> None:
-    """Have Numba compile what the operators call, for activations in `dtype`; it keeps the result on disk."""
-    codes, scale = torch.zeros(1, 8, 16, dtype=torch.uint8), torch.ones(1, 1, 2)
-    square, one_scale = codes[..., :8].contiguous(), scale[..., :1].contiguous()
+def compile_loops(dtype: torch.dtype, experts: Iterable[torch.dtype]) -> None:
+    """Have Numba compile what the operators call, for activations in `dtype` and experts' weights in these dtypes.
+
+    It keeps the result on disk.
+    """
+    square, one_scale = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.ones(1, 1, 1)
     hidden = torch.zeros(FEW_ROWS[dtype] + 1, 8, dtype=dtype)
-    expert_mlp(hidden[:1], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), codes, scale, square, one_scale)
+    chosen = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    for stored in experts:
+        gate_up, down = torch.zeros(1, 8, 16, dtype=stored), torch.zeros(1, 8, 8, dtype=stored)
+        scales = (torch.ones(1, 1, 2), one_scale) if stored in FP8_DTYPES else (None, None)
+        expert_mlp(hidden[:1], *chosen, gate_up, scales[0], down, scales[1])
     linear(hidden[:1], square[0], one_scale[0], BLOCK)
     linear(hidden, square[0], one_scale[0], BLOCK)
     linear(hidden[:1], torch.zeros(8, 8, dtype=torch.bfloat16), None, BLOCK)

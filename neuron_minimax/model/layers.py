@@ -8,11 +8,10 @@ from torch import nn
 
 from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.kernels.fp8 import linear
+from neuron_minimax.kernels.fp8 import FP8_DTYPES, linear
 from neuron_minimax.kernels.fp8_mlp import ExpertMLP, expert_mlp
 
 LinearKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor]
-FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from neuron_minimax.errors import BackendError
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
 
-SOURCES = ("backends/neuron/*.py", "kernels/fp8*.py", "model/rope.py", "planner/sharding.py", "convert/rules.py")
+SOURCES = ("backends/neuron/*.py", "convert/*.py", "kernels/fp8*.py", "model/rope.py", "planner/sharding.py")
 COMPILE_SECONDS = 7200.0
 LOG_NAME = "compile.log"
 OPTIONS_NAME = "options.json"
