@@ -63,6 +63,23 @@ def case(request, tmp_path_factory):
     return Case(make(tmp_path_factory.mktemp("backend"), *request.param))
 
 
+FIRST_TOKENS = """
+import sys
+
+import torch
+
+from neuron_minimax.backends import load
+from neuron_minimax.kernels import expert_loops, linear_loops
+
+backend = load(sys.argv[1])
+loops = expert_loops.add_expert_products, linear_loops.linear_of_few, linear_loops.linear_of_many
+compiled = [list(loop.signatures) for loop in loops]
+backend.encode(0, list(range(80)))
+backend.step(torch.tensor([3]), torch.tensor([80]), torch.tensor([True]))
+assert [list(loop.signatures) for loop in loops] == compiled, "compiled by a request"
+"""
+
+
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
     return make(tmp_path_factory.mktemp("eager"), {}, 2, "eager")
@@ -355,3 +372,12 @@ def test_exported_graphs_hold_no_weights(tmp_path):
     weights = sum(path.stat().st_size for path in (made / "converted").glob("*.safetensors"))
     graphs = [path.stat().st_size for path in (made / "traced" / "graphs").iterdir()]
     assert max(graphs) < weights / 2
+
+
+@pytest.mark.parametrize(("checkpoint", "compute"), [("fp8", "float32"), ("dense", "bf16")])
+def test_loops_are_compiled_at_load_and_not_by_a_request(checkpoint, compute, tmp_path):
+    source = write_tiny(tmp_path / "source", dense=checkpoint == "dense", num_hidden_layers=1, use_mtp=False)
+    convert(source, tmp_path / "converted")
+    asked = {"slots": 1, "seq_len": 96, "buckets": (80,), "engine": "exported", "compute": compute}
+    compile_model(tmp_path / "converted", tmp_path / "traced", options=asked)
+    subprocess.run([sys.executable, "-c", FIRST_TOKENS, tmp_path / "traced"], check=True)

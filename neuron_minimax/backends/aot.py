@@ -24,8 +24,9 @@ from neuron_minimax.backends.eager import capabilities_of
 from neuron_minimax.errors import BackendError
 from neuron_minimax.kernels.operators import compile_loops, expert_mlp, linear
 from neuron_minimax.model.kv_cache import KVCache
-from neuron_minimax.model.layers import Kernels
+from neuron_minimax.model.layers import Kernels, Linear
 from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
+from neuron_minimax.model.moe import ExpertWeights
 
 MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation"
@@ -173,8 +174,9 @@ def context_name(bucket: int) -> str:
 
 
 def _compile_loops(model: MiniMaxM2) -> None:
-    weights = model.state_dict().items()
-    compile_loops(model.compute, {each.dtype for name, each in weights if name.endswith("gate_up_proj.weight")})
+    linears = {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
+    experts = {module.gate_up_proj.weight.dtype for module in model.modules() if isinstance(module, ExpertWeights)}
+    compile_loops(model.compute, linears, experts)
 
 
 def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:

@@ -153,18 +153,17 @@ def _panels(hidden: torch.Tensor, *weights: torch.Tensor) -> np.ndarray:
     return np.empty(0, np.int32 if by_pairs else np.float32)
 
 
-def compile_loops(dtype: torch.dtype, experts: Iterable[torch.dtype]) -> None:
-    """Have Numba compile what the operators call, for activations in `dtype` and experts' weights in these dtypes.
-
-    It keeps the result on disk.
+def compile_loops(dtype: torch.dtype, linears: Iterable[torch.dtype], experts: Iterable[torch.dtype]) -> None:
+    """Have Numba compile what the operators call, for activations in `dtype` and weights in these; it keeps the result
+    on disk.
     """
-    square, one_scale = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.ones(1, 1, 1)
     hidden = torch.zeros(FEW_ROWS[dtype] + 1, 8, dtype=dtype)
+    for stored in linears:
+        weight, scale = torch.zeros(8, 8, dtype=stored), torch.ones(1, 1) if stored in FP8_DTYPES else None
+        linear(hidden[:1], weight, scale, BLOCK)
+        linear(hidden, weight, scale, BLOCK)
     chosen = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for stored in experts:
         gate_up, down = torch.zeros(1, 8, 16, dtype=stored), torch.zeros(1, 8, 8, dtype=stored)
-        scales = (torch.ones(1, 1, 2), one_scale) if stored in FP8_DTYPES else (None, None)
+        scales = (torch.ones(1, 1, 2), torch.ones(1, 1, 1)) if stored in FP8_DTYPES else (None, None)
         expert_mlp(hidden[:1], *chosen, gate_up, scales[0], down, scales[1])
-    linear(hidden[:1], square[0], one_scale[0], BLOCK)
-    linear(hidden, square[0], one_scale[0], BLOCK)
-    linear(hidden[:1], torch.zeros(8, 8, dtype=torch.bfloat16), None, BLOCK)
