@@ -80,16 +80,19 @@ class Backend(ABC):
         for name, values in (("tokens", tokens), ("positions", positions), ("active", active)):
             if values.shape != (can.slots,):
                 raise BackendError(f"step: {name} has shape {list(values.shape)}; expected [{can.slots}], one per slot")
-        limits = (("token", tokens, can.vocab_size, "vocab_size"), ("position", positions, can.seq_len, "seq_len"))
-        for name, values, limit, limit_name in limits:
-            outside = active & ((values < 0) | (values >= limit))
-            if bool(outside.any()):
-                slot = int(outside.nonzero()[0])
+        given = zip(active.tolist(), tokens.tolist(), positions.tolist(), strict=True)
+        for slot, (used, token, position) in enumerate(given):
+            if used and not 0 <= token < can.vocab_size:
                 raise BackendError(
-                    f"step: slot {slot} has {name} {int(values[slot])}; expected 0 to {limit - 1} ({limit_name})"
+                    f"step: slot {slot} has token {token}; expected 0 to {can.vocab_size - 1} (vocab_size)"
                 )
-        # Compiled graphs check no index, so that what an inactive slot is given must not reach them.
-        return self._step(torch.where(active, tokens, 0), torch.where(active, positions, 0), active)
+            if used and not 0 <= position < can.seq_len:
+                raise BackendError(
+                    f"step: slot {slot} has position {position}; expected 0 to {can.seq_len - 1} (seq_len)"
+                )
+        if not bool(active.all()):  # compiled graphs check no index: what an inactive slot is given must not reach them
+            tokens, positions = torch.where(active, tokens, 0), torch.where(active, positions, 0)
+        return self._step(tokens, positions, active)
 
     @abstractmethod
     def reset(self, slot: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, add_sums, copy_block, factor_of_columns, halves, pack
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, rebias, unsigned
+from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
 
@@ -137,7 +138,8 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
     whole, tiles = width // WIDE_STRIP * WIDE_STRIP, -(-count // WIDE_ROWS)
     packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
     panel, edge = np.empty(SHALLOW * NARROW_STRIP, np.float32), np.zeros(SHALLOW * CHUNK, weight.dtype)
-    sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
+    edge_sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
+    sums = np.zeros(count * whole, np.float32)
     for block_row in range(first, last):
         factor_of_columns(scale, expert, block_row, block[1], parts, rebias(weight), 0, width, width, factor)
         edge_factor[: width - whole] = factor[whole:]
@@ -149,14 +151,16 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
             for tile in range(tiles):
                 n = count * tile // tiles
                 height = count * (tile + 1) // tiles - n
-                of_inputs, of_weight, of_out = (packed, n * DEPTH), (weight, start, width), (out, to + n * width, width)
+                of_inputs, of_weight, of_sums = (packed, n * DEPTH), (weight, start, width), (sums, n * whole, whole)
                 ahead = start if tile else start + 2 * SHALLOW * width
-                add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, (factor, 0), of_out)
+                add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, of_sums)
             if whole < width:
                 copy_block(flat, start + whole, width, depth, width - whole, edge)
                 for left in range(0, width - whole, NARROW_STRIP):
-                    add_strip(count, depth, packed, (edge, left, CHUNK), left, panel, edge_factor, sums)
-    add_sums(count, sums, width - whole, out, to + whole, width)
+                    add_strip(count, depth, packed, (edge, left, CHUNK), left, panel, edge_factor, edge_sums)
+        for n in range(count):
+            add_in_order((sums, n * whole), weight, whole, (factor, 0), (out, to + n * width))
+    add_sums(count, edge_sums, width - whole, out, to + whole, width)
 
 
 @compiled

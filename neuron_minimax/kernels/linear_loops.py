@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, add_strip, add_sums, factor_of_columns, halves, pack
-from neuron_minimax.kernels.codes import CACHE_LINE, compiled, fetch_ahead, number_of, rebias, unsigned
+from neuron_minimax.kernels.codes import compiled, number_of, rebias, unsigned
 from neuron_minimax.kernels.panels import transpose_codes
+from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
 from neuron_minimax.kernels.vectors import LANES
 
-DOT_COLUMNS = 512  # of rows that are read beside each other: those of the input stay in the first cache
+DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
+DOT_COLUMNS = 512  # but at least so many of each row
+AHEAD = 4096  # bytes; how far ahead in each stream memory is asked for
 LINEAR_ROWS = 128  # of a weight that a thread takes at a time
 MANY_ROWS = 512  # of input that are multiplied together where there are many
 ITEMS_PER_THREAD = 4  # so that none waits long for the others
@@ -40,8 +43,9 @@ def _linear_of_few(
     outputs = weight_OI.shape[0]
     height = min(block[0], LINEAR_ROWS)
     per_block = -(-block[0] // height)
-    whole, line = features // LANES * LANES, CACHE_LINE // weight_OI.itemsize
-    scaled_NI, half = np.empty((rows, features), np.float32), rebias(weight_OI)
+    step, half = 4 // weight_OI.itemsize * LANES, rebias(weight_OI)
+    whole, columns = features // step * step, max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
+    scaled_NI, spread_NI = np.empty((rows, features), np.float32), np.empty((rows, features), np.float32)
     tiles = -(-rows // DOT_ROWS)
     item = take(taken, 0)
     while item < -(-outputs // block[0]) * per_block:
@@ -49,21 +53,20 @@ def _linear_of_few(
         last = min(first + height, item // per_block * block[0] + block[0], outputs)
         apart = max(last - first, 0) // STREAMS
         _scale_inputs(hidden_NI, scale, first // block[0], block[1], half, scaled_NI)
+        for n in range(rows):
+            spread_inputs((scaled_NI, n * features), weight_OI, whole, (spread_NI, n * features))
         for row in range(first, first + apart):
-            for left in range(0, features, DOT_COLUMNS):
-                right = min(left + DOT_COLUMNS, features)
-                for stream in range(STREAMS):
-                    for column in range(left, right, line):
-                        fetch_ahead(weight_OI, (row + 1 + stream * apart) * features + column)
+            for left in range(0, whole, columns):
+                length = min(columns, whole - left)
                 of_weight = weight_OI, row * features + left, apart * features
                 for tile in range(tiles):
                     n = rows * tile // tiles
-                    count = rows * (tile + 1) // tiles - n
+                    count, ahead = rows * (tile + 1) // tiles - n, 0 if tile else AHEAD // weight_OI.itemsize
                     of_inputs, of_sums = (
-                        (scaled_NI, n * features + left, features),
+                        (spread_NI, n * features + left, features),
                         (out_NO, n * outputs + row, outputs, apart),
                     )
-                    add_dots(count, min(right, whole) - left, of_inputs, of_weight, half, of_sums)
+                    add_dots(count, length, of_inputs, of_weight, ahead, half, of_sums)
             for stream in range(STREAMS if whole < features else 0):
                 _add_products(scaled_NI, weight_OI, row + stream * apart, whole, half, out_NO)
         for row in range(first + STREAMS * apart, last):

@@ -21,6 +21,8 @@ from neuron_minimax.kernels.vectors import HAS_PAIRS
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
+# Integers that the loops take bits as, for what NumPy has no dtype of.
+STORED = {torch.bfloat16: torch.int16} | dict.fromkeys(FP8_DTYPES, torch.int8)
 
 # Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -83,24 +85,26 @@ def expert_mlp(
     )
 
 
+# Between loops, which have swept the caches, every call of Python costs microseconds: the less the better.
 @torch.library.impl("neuron_minimax::linear", "CPU")
 def _linear(
     hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, block_rows: int, block_columns: int
 ) -> torch.Tensor:
-    stored, scales, block = _stored(weight, scale, (block_rows, block_columns))
-    few = FEW_ROWS[hidden.dtype]
-    hidden_NI = hidden.reshape(-1, weight.shape[1])
-    if weight.dtype == hidden.dtype and len(hidden_NI) > few:
+    weights = _stored(weight, scale, (block_rows, block_columns))
+    outputs, features = weight.shape
+    hidden_NI = _rows(hidden, features)
+    rows, few = len(hidden_NI), FEW_ROWS[hidden.dtype]
+    if rows > few and weight.dtype == hidden.dtype:
         return F.linear(hidden, weight)
-    hidden_NI = hidden_NI.float().contiguous()
-    team, out_NO = torch.get_num_threads(), torch.zeros(len(hidden_NI), weight.shape[0])
-    weights = stored.contiguous().numpy(), scales.contiguous().numpy(), block
-    if scale is None or len(hidden_NI) <= few:
-        for rows, out in zip(hidden_NI.split(few), out_NO.split(few), strict=True):
-            linear_loops.linear_of_few(team, rows.numpy(), *weights, out.numpy())
+    out = torch.zeros(*hidden.shape[:-1], outputs)
+    team, out_NO = torch.get_num_threads(), out.numpy().reshape(rows, outputs)
+    if rows > few and scale is not None:
+        linear_loops.linear_of_many(team, hidden_NI, *weights, _panels(hidden), out_NO.ravel())
     else:
-        linear_loops.linear_of_many(team, hidden_NI.numpy(), *weights, _panels(hidden), out_NO.view(-1).numpy())
-    return out_NO.to(hidden.dtype).reshape(*hidden.shape[:-1], -1)
+        for first in range(0, rows, few):
+            part = slice(first, first + few)
+            linear_loops.linear_of_few(team, hidden_NI[part], *weights, out_NO[part])
+    return out.to(hidden.dtype)
 
 
 @torch.library.impl("neuron_minimax::expert_mlp", "CPU")
@@ -115,23 +119,28 @@ def _expert_mlp(
     block_rows: int,
     block_columns: int,
 ) -> torch.Tensor:
-    out_TH = torch.zeros_like(hidden, dtype=torch.float32)
-    of_gate_up = _stored(gate_up, gate_up_scale, (block_rows, block_columns), parts=2)
-    of_down = _stored(down, down_scale, (block_rows, block_columns))
-    arrays = (tensor.contiguous().numpy() for tensor in (hidden.float(), expert_index, affinity))
-    weights = [
-        (stored.contiguous().numpy(), scale.contiguous().numpy(), block)
-        for stored, scale, block in (of_gate_up, of_down)
-    ]
+    out = torch.zeros(hidden.shape)
     expert_loops.add_expert_products(
-        torch.get_num_threads(), *arrays, *weights, _panels(hidden, gate_up, down), out_TH.numpy()
+        torch.get_num_threads(),
+        _rows(hidden, hidden.shape[1]),
+        np.ascontiguousarray(expert_index.numpy()),
+        np.ascontiguousarray(affinity.numpy()),
+        _stored(gate_up, gate_up_scale, (block_rows, block_columns), parts=2),
+        _stored(down, down_scale, (block_rows, block_columns)),
+        _panels(hidden, gate_up, down),
+        out.numpy(),
     )
-    return out_TH.to(hidden.dtype)
+    return out.to(hidden.dtype)
+
+
+def _rows(hidden: torch.Tensor, features: int) -> np.ndarray:
+    """[N, features] float32, C-contiguous."""
+    return np.ascontiguousarray(hidden.float().numpy()).reshape(-1, features)
 
 
 def _stored(
     weight: torch.Tensor, scale: torch.Tensor | None, block: tuple[int, int], parts: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """A weight's stored numbers as the loops take them, its scales and blocks; a dense one is a block of scale 1.
 
     Raises TypeError when a weight has no scale and is not dense, or has one and is not FP8.
@@ -140,11 +149,11 @@ def _stored(
         what, expected = ("no scale", DENSE_DTYPES) if scale is None else ("a scale", FP8_DTYPES)
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
         raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has {what}; expected {names}")
-    if scale is not None:
-        return weight.view(torch.int8), scale, block
-    ones = torch.ones(*weight.shape[:-2], 1, parts)
-    block = weight.shape[-2], weight.shape[-1] // parts
-    return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight, ones, block
+    if scale is None:
+        scale, block = torch.ones(*weight.shape[:-2], 1, parts), (weight.shape[-2], weight.shape[-1] // parts)
+    integers = STORED.get(weight.dtype)
+    stored = weight if integers is None else weight.view(integers)
+    return np.ascontiguousarray(stored.numpy()), np.ascontiguousarray(scale.numpy()), block
 
 
 def _panels(hidden: torch.Tensor, *weights: torch.Tensor) -> np.ndarray:

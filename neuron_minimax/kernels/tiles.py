@@ -8,6 +8,7 @@ of memory is read.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from llvmlite import ir
@@ -15,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from neuron_minimax.kernels.spread import registers_of, spread_numbers_at
 from neuron_minimax.kernels.vectors import (
     FLOAT,
     FLOATS,
@@ -28,7 +30,6 @@ from neuron_minimax.kernels.vectors import (
     at,
     fetch,
     lane_sum,
-    numbers_at,
     splat,
     unpack_argument,
 )
@@ -101,17 +102,9 @@ def _add_to_sums(builder: Any, totals: list[list[Any]], factor: Any, sums: Any, 
 
 @intrinsic
 def add_wide_tiles(
-    typing_context: Any,
-    height: Any,
-    depth: Any,
-    columns: Any,
-    inputs: Any,
-    weight: Any,
-    ahead: Any,
-    factor: Any,
-    sums: Any,
+    typing_context: Any, height: Any, depth: Any, columns: Any, inputs: Any, weight: Any, ahead: Any, sums: Any
 ) -> Any:
-    """sums += factor * (inputs @ weight), straight from stored numbers: tiles WIDE_STRIP wide, one beside the other.
+    """sums += inputs @ weight, straight from stored numbers: tiles WIDE_STRIP wide, one beside the other.
 
     height                    rows of input, up to WIDE_ROWS
     depth                     rows of the weight, up to DEPTH
@@ -119,8 +112,7 @@ def add_wide_tiles(
     (inputs, first)           flat float32: rows that are DEPTH apart
     (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32; how far its rows are apart
     ahead                     what will be needed next like `first`: a block from there on is asked for meanwhile
-    (factor, first)           flat float32, for each column
-    (sums, first, stride)     C-contiguous float32
+    (sums, first, stride)     flat float32, spread as spread.py does it
 
     `first` is the element at which the first tile begins.
     """
@@ -128,6 +120,9 @@ def add_wide_tiles(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unpack = partial(unpack_argument, context, builder, signature, arguments)
         data, first, width = unpack(4)
+        sums_data, sums_first, stride = unpack(6)
+        stored = signature.args[4][0].dtype
+        loads = range(0, WIDE_STRIP, registers_of(stored) * LANES)
 
         def tiles(rows: int) -> None:
             with cgutils.for_range_slice(builder, LONG(0), arguments[2], LONG(WIDE_STRIP), LONG) as (left, _):
@@ -136,16 +131,22 @@ def add_wide_tiles(
                     place = builder.add(builder.mul(row, width), left)
                     fetch(builder, data, builder.add(arguments[5], place))
                     place = builder.add(first, place)
-                    places = [builder.add(place, LONG(register * LANES)) for register in range(WIDE)]
-                    return [numbers_at(builder, data, place, signature.args[4][0].dtype) for place in places]
+                    found = [spread_numbers_at(builder, data, builder.add(place, LONG(load)), stored) for load in loads]
+                    return list(chain(*found))
 
                 totals = _products(builder, rows, WIDE, arguments[1], unpack(3), numbers, pairs=False)
-                _add_to_sums(builder, totals, unpack(6), unpack(7), left)
+                for n, of_row in enumerate(totals):
+                    start = builder.add(builder.add(sums_first, left), builder.mul(LONG(n), stride))
+                    for register, total in enumerate(of_row):
+                        place = builder.add(start, LONG(register * LANES))
+                        address = at(builder, sums_data, place, FLOATS)
+                        old = builder.load(address, align=4)
+                        builder.store(builder.fadd(old, builder.load(total)), address, align=4)
 
         _for_each_height(builder, arguments[0], WIDE_ROWS, tiles)
         return context.get_dummy_value()
 
-    return types.void(height, depth, columns, inputs, weight, ahead, factor, sums), generate
+    return types.void(height, depth, columns, inputs, weight, ahead, sums), generate
 
 
 @intrinsic
@@ -183,46 +184,54 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
 
 
 @intrinsic
-def add_dots(typing_context: Any, height: Any, length: Any, inputs: Any, weight: Any, factor: Any, sums: Any) -> Any:
+def add_dots(
+    typing_context: Any, height: Any, length: Any, inputs: Any, weight: Any, ahead: Any, factor: Any, sums: Any
+) -> Any:
     """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, STREAMS of them.
 
     height                    rows of input, up to DOT_ROWS
-    length                    of a row, a multiple of LANES
-    (inputs, first, stride)   C-contiguous float32
+    length                    of a row, a multiple of the numbers that a register holds as they are stored
+    (inputs, first, stride)   C-contiguous float32, spread as spread.py does it
     (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32
+    ahead                     how far ahead of each number the weight is asked for
     factor                    float32
     (sums, first, stride, apart)   C-contiguous float32; how far its rows, and its columns, are apart
     """
     stored = weight[0].dtype
+    registers = registers_of(stored)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unpack = partial(unpack_argument, context, builder, signature, arguments)
         input_data, input_first, input_width = unpack(2)
         weight_data, weight_first, width = unpack(3)
-        sums_data, sums_first, sums_width, apart = unpack(5)
+        sums_data, sums_first, sums_width, apart = unpack(6)
 
         def dots(rows: int) -> None:
             totals = _zeros(builder, rows, STREAMS)
-            with cgutils.for_range_slice(builder, LONG(0), arguments[1], LONG(LANES), LONG) as (column, _):
-                values = []
-                for n in range(rows):
-                    place = builder.add(builder.add(input_first, column), builder.mul(LONG(n), input_width))
-                    values.append(builder.load(at(builder, input_data, place, FLOATS), align=4))
-                for stream in range(STREAMS):
-                    place = builder.add(builder.add(weight_first, column), builder.mul(LONG(stream), width))
-                    numbers = numbers_at(builder, weight_data, place, stored)
-                    for value, of_row in zip(values, totals, strict=True):
-                        total = of_row[stream]
-                        builder.store(add_product(builder, builder.load(total), value, numbers), total)
+            step = LONG(registers * LANES)
+            with cgutils.for_range_slice(builder, LONG(0), arguments[1], step, LONG) as (column, _):
+                start = builder.add(weight_first, column)
+                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(STREAMS)]
+                for place in places:
+                    fetch(builder, weight_data, builder.add(place, arguments[4]))
+                numbers = [spread_numbers_at(builder, weight_data, place, stored) for place in places]
+                for register in range(registers):
+                    for n, of_row in enumerate(totals):
+                        place = builder.add(builder.add(input_first, column), builder.mul(LONG(n), input_width))
+                        place = builder.add(place, LONG(register * LANES))
+                        value = builder.load(at(builder, input_data, place, FLOATS), align=4)
+                        for total, of_stream in zip(of_row, numbers, strict=True):
+                            sum_ = add_product(builder, builder.load(total), value, of_stream[register])
+                            builder.store(sum_, total)
             for n, of_row in enumerate(totals):
                 for stream, total in enumerate(of_row):
                     column = builder.mul(LONG(stream), apart)
                     place = builder.add(builder.add(sums_first, column), builder.mul(LONG(n), sums_width))
                     address = builder.gep(sums_data, [place])
                     whole = lane_sum(builder, builder.load(total))
-                    builder.store(add_product(builder, builder.load(address), whole, arguments[4]), address)
+                    builder.store(add_product(builder, builder.load(address), whole, arguments[5]), address)
 
         _for_each_height(builder, arguments[0], DOT_ROWS, dots)
         return context.get_dummy_value()
 
-    return types.void(height, length, inputs, weight, types.float32, sums), generate
+    return types.void(height, length, inputs, weight, types.intp, types.float32, sums), generate

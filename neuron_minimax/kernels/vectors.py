@@ -28,7 +28,8 @@ HAS_PAIRS = bool(FEATURES.get("avx512bf16") and FEATURES.get("avx512vbmi"))
 
 BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
-FLOATS, WORDS, BYTES = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES), ir.VectorType(BYTE, 4 * LANES)
+FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+SHORTS, BYTES = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 
 
 class _BFloat(ir.types._BaseFloatType):
