@@ -15,7 +15,8 @@ MATRIX = (512, 3072)  # of the GEMM whose rate limits context encoding: tokens b
 
 def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Iterator[dict[str, Any]]:
     """Seconds per step of all slots ("step") and per prompt of that many tokens ("encode"); ready: "load" seconds,
-    "logits" of the prompt's last position. With a dtype also bytes per second of reading and FLOP/s of a GEMM.
+    "logits" of the prompt's last position. With a dtype also bytes per second of reading, the mean of before and after
+    the steps, and FLOP/s of a GEMM.
     """
     import torch
 
@@ -36,11 +37,12 @@ def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Ite
     logits = backend.encode(0, prompt_ids(vocabulary, prompt)).numpy() if prompt else None
     yield {"load": loaded, "logits": logits}
     while True:
+        before = read_rate() if dtype_name else 0
         found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
+        if dtype_name:
+            found |= {"read": (before + read_rate()) / 2, "flops": gemm_rate(getattr(torch, dtype_name))}
         if prompt:
             found["encode"] = median_seconds(lambda _: backend.encode(0, prompt_ids(vocabulary, prompt)), range(3))
-        if dtype_name:
-            found |= {"read": read_rate(), "flops": gemm_rate(getattr(torch, dtype_name))}
         yield found
 
 

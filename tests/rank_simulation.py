@@ -11,9 +11,9 @@ import torch
 
 from neuron_minimax.backends.neuron.heads import rearrange
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.kernels.attention import attend
 from neuron_minimax.kernels.fp8 import linear
 from neuron_minimax.kernels.fp8_mlp import expert_mlp
-from neuron_minimax.model.attention import attend
 from neuron_minimax.model.rope import rope_table, rotate
 from neuron_minimax.planner.sharding import expert_shard, head_layout
 

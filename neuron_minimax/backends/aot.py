@@ -22,7 +22,7 @@ from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
 from neuron_minimax.errors import BackendError
-from neuron_minimax.kernels.operators import compile_loops, expert_mlp, linear
+from neuron_minimax.kernels.operators import attend, compile_loops, expert_mlp, linear
 from neuron_minimax.model.kv_cache import KVCache
 from neuron_minimax.model.layers import Kernels, Linear
 from neuron_minimax.model.minimax import COMPUTE_DTYPES, MiniMaxM2, load_model
@@ -31,7 +31,7 @@ from neuron_minimax.model.moe import ExpertWeights
 MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation"
 SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
-OPERATORS = Kernels(linear=linear, expert_mlp=expert_mlp)
+OPERATORS = Kernels(linear=linear, attend=attend, expert_mlp=expert_mlp)
 INDUCTOR_OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from neuron_minimax.checkpoint.schema import block_grid
-from neuron_minimax.kernels import expert_loops, linear_loops
+from neuron_minimax.kernels import attention, attention_loops, expert_loops, linear_loops
 from neuron_minimax.kernels.fp8 import FP8_DTYPES
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
+from neuron_minimax.kernels.tiles import WIDE_STRIP
 from neuron_minimax.kernels.vectors import HAS_PAIRS
 
 # Up to so many rows a linear layer's weight is read as it lies, in float32; for more it is transposed on the way, or,
@@ -37,6 +38,9 @@ torch.library.define(
     "Tensor down, Tensor? down_scale, int block_rows, int block_columns) -> Tensor",
     tags=TAGS,
 )
+torch.library.define(
+    "neuron_minimax::attend", "(Tensor query, Tensor keys, Tensor values, Tensor positions) -> Tensor", tags=TAGS
+)
 
 
 @torch.library.register_fake("neuron_minimax::linear")
@@ -44,6 +48,11 @@ def _(
     hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, block_rows: int, block_columns: int
 ) -> torch.Tensor:
     return hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("neuron_minimax::attend")
+def _(query: torch.Tensor, *others: object) -> torch.Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[2] * query.shape[3])
 
 
 @torch.library.register_fake("neuron_minimax::expert_mlp")
@@ -83,6 +92,18 @@ def expert_mlp(
     return torch.ops.neuron_minimax.expert_mlp(
         hidden_TH, expert_index_TK, affinity_TK, gate_up, gate_up_scale, down, down_scale, *block
     )
+
+
+def attend(
+    query_BTND: torch.Tensor, key_BKCD: torch.Tensor, value_BKCD: torch.Tensor, positions_BT: torch.Tensor
+) -> torch.Tensor:
+    """`attention.attend` for graphs, whose keys and values are the first positions of a cache.
+
+    Of one token per slot it is Numba's, in float32; a slot whose position is behind them attends to nothing: zeros.
+    """
+    if query_BTND.shape[1] > 1 or query_BTND.shape[3] % WIDE_STRIP:
+        return attention.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
+    return torch.ops.neuron_minimax.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
 
 
 # Between loops, which have swept the caches, every call of Python costs microseconds: the less the better.
@@ -133,6 +154,24 @@ def _expert_mlp(
     return out.to(hidden.dtype)
 
 
+@torch.library.impl("neuron_minimax::attend", "CPU")
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    slots, _, heads, size = query.shape
+    key_heads, filled = keys.shape[1:3]
+    strides = keys.stride()[:2]
+    count_S = positions.numpy().reshape(slots) + 1
+    count_S[count_S > filled] = 0
+    reach = (slots - 1) * strides[0] + (key_heads - 1) * strides[1] + filled * size
+    flat = [_bits(each.as_strided((reach,), (1,))) for each in (keys, values)]
+    out = torch.zeros(slots, 1, heads * size)
+    query_SND, out_SND = _rows(query, heads * size), out.numpy()
+    shape = slots, heads, size
+    attention_loops.attend_to_filled(
+        torch.get_num_threads(), query_SND.reshape(shape), *flat, strides, count_S, key_heads, out_SND.reshape(shape)
+    )
+    return out.to(query.dtype)
+
+
 def _rows(hidden: torch.Tensor, features: int) -> np.ndarray:
     """[N, features] float32, C-contiguous."""
     return np.ascontiguousarray(hidden.float().numpy()).reshape(-1, features)
@@ -151,9 +190,13 @@ def _stored(
         raise TypeError(f"a weight {list(weight.shape)} in {weight.dtype} has {what}; expected {names}")
     if scale is None:
         scale, block = torch.ones(*weight.shape[:-2], 1, parts), (weight.shape[-2], weight.shape[-1] // parts)
-    integers = STORED.get(weight.dtype)
-    stored = weight if integers is None else weight.view(integers)
-    return np.ascontiguousarray(stored.numpy()), np.ascontiguousarray(scale.numpy()), block
+    return np.ascontiguousarray(_bits(weight)), np.ascontiguousarray(scale.numpy()), block
+
+
+def _bits(stored: torch.Tensor) -> np.ndarray:
+    """The same numbers as the loops take them."""
+    integers = STORED.get(stored.dtype)
+    return (stored if integers is None else stored.view(integers)).numpy()
 
 
 def _panels(hidden: torch.Tensor, *weights: torch.Tensor) -> np.ndarray:
@@ -166,6 +209,8 @@ def compile_loops(dtype: torch.dtype, linears: Iterable[torch.dtype], experts: I
     """Have Numba compile what the operators call, for activations in `dtype` and weights in these; it keeps the result
     on disk.
     """
+    cache = torch.zeros(1, 1, 2, WIDE_STRIP, dtype=dtype)
+    attend(cache[:, :, :1], cache[:, :, :1], cache[:, :, :1], torch.zeros(1, 1, dtype=torch.int64))
     hidden = torch.zeros(FEW_ROWS[dtype] + 1, 8, dtype=dtype)
     for stored in linears:
         weight, scale = torch.zeros(8, 8, dtype=stored), torch.ones(1, 1) if stored in FP8_DTYPES else None

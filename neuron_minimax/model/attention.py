@@ -1,10 +1,9 @@
 """Grouped-query attention with norms over the full query and key width, in the Neuron layout.
 
-Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, G = N/K, D head_dim, C positions.
+Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, D head_dim, C positions.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from neuron_minimax.config import ModelConfig
@@ -66,25 +65,8 @@ class Attention(nn.Module):
             rows = torch.arange(hidden_BTH.shape[0]) if rows_B is None else rows_B
             cache.write(self.layer, rows, positions_BT, key_BTKD, value_BTKD)
             key_BKCD, value_BKCD = cache.read(self.layer, rows_B, filled)
-        attended_BTQ = attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
+        attended_BTQ = kernels.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
         return self.o_proj.o_proj(attended_BTQ, kernels)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))
-
-
-def attend(
-    query_BTND: torch.Tensor, key_BKCD: torch.Tensor, value_BKCD: torch.Tensor, positions_BT: torch.Tensor
-) -> torch.Tensor:
-    """Causal attention to [B,T,N*D]; the key at index c is at position c, or below the query's position if c is.
-
-    The G query heads that share a key head become G times as many query rows, so that keys are never repeated.
-    """
-    batch, tokens, heads, head_dim = query_BTND.shape
-    key_heads = key_BKCD.shape[1]
-    group = heads // key_heads
-    query = query_BTND.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    visible_BTC = torch.arange(key_BKCD.shape[2], device=positions_BT.device) <= positions_BT[:, :, None]
-    mask = visible_BTC[:, None].repeat(1, 1, group, 1)
-    attended = F.scaled_dot_product_attention(query, key_BKCD, value_BKCD, attn_mask=mask)
-    return attended.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim)

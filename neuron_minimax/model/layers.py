@@ -8,6 +8,7 @@ from torch import nn
 
 from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.kernels.attention import AttentionKernel, attend
 from neuron_minimax.kernels.fp8 import FP8_DTYPES, linear
 from neuron_minimax.kernels.fp8_mlp import ExpertMLP, expert_mlp
 
@@ -16,9 +17,10 @@ LinearKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """How matrix products run; what they compute is the same for all. The defaults are eager and differentiable."""
+    """How products and attention run; what they compute is the same for all. The defaults are eager, differentiable."""
 
     linear: LinearKernel = linear
+    attend: AttentionKernel = attend
     expert_mlp: ExpertMLP = expert_mlp
 
 

@@ -1,0 +1,129 @@
+"""Attention of one token in every slot, compiled by Numba: each key and value is read once for all heads that share it.
+
+Shapes: S slots, K key heads, G query heads of each, N = K * G, D head_dim. Keys and values are flat; positions lie D
+numbers apart.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from neuron_minimax.kernels.codes import compiled, exponential, number_of, unsigned
+from neuron_minimax.kernels.spread import add_in_order, spread_inputs
+from neuron_minimax.kernels.team import run_in_team, take
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
+from neuron_minimax.kernels.vectors import LANES
+
+AHEAD = 4096  # bytes; how far ahead keys are asked for
+
+
+@compiled
+def attend_to_filled(
+    team: int, query_SND: Any, keys: Any, values: Any, strides: Any, count_S: Any, key_heads: int, out_SND: Any
+) -> None:
+    """out[s] += softmax(query[s] @ keys.T / sqrt(D)) @ values over the first count[s] positions of every slot.
+
+    `strides` say how many numbers slots, and key heads, lie apart; keys and values are float32, or bfloat16's bits as
+    int16. D is a multiple of WIDE_STRIP. `team` is the number of threads.
+    """
+    taken = np.zeros(1, np.int64)
+    run_in_team(_attend, team, (query_SND, keys, values, strides, count_S, key_heads, taken, out_SND))
+
+
+@compiled
+def _attend(
+    thread: int,
+    threads: int,
+    query_SND: Any,
+    keys: Any,
+    values: Any,
+    strides: Any,
+    count_S: Any,
+    key_heads: int,
+    taken: Any,
+    out_SND: Any,
+) -> None:
+    """One thread's share: softmax is summed up DEPTH positions after the other, as if the largest so far were 0."""
+    slots, heads, size = query_SND.shape
+    group = heads // key_heads
+    scaling, factor = np.float32(1 / np.sqrt(size)), np.empty(size, np.float32)
+    query_GD, scores = np.empty(group * size, np.float32), np.empty(group * DEPTH, np.float32)
+    largest_G, total_G = np.empty(group, np.float32), np.empty(group, np.float32)
+    sums_GD = np.empty(group * size, np.float32)
+    item = take(taken, 0)
+    while item < slots * key_heads:
+        slot, start = item // key_heads, item // key_heads * strides[0] + item % key_heads * strides[1]
+        count, query = count_S[slot], item * group * size
+        for g in range(group):
+            spread_inputs((query_SND, query + g * size), keys, size, (query_GD, g * size))
+        largest_G[:], total_G[:], sums_GD[:] = np.float32(-np.inf), np.float32(0), np.float32(0)
+        for first in range(0, count, DEPTH):
+            depth, place = min(DEPTH, count - first), start + first * size
+            _score(query_SND, query, query_GD, keys, place, size, depth, scaling, scores)
+            _exponentiate(scores, depth, size, largest_G, total_G, sums_GD)
+            tiles = -(-group // WIDE_ROWS)
+            for tile in range(tiles):
+                g = group * tile // tiles
+                height, of_values = group * (tile + 1) // tiles - g, (values, place, size)
+                of_sums, ahead = (sums_GD, g * size, size), place + DEPTH * size
+                add_wide_tiles(height, depth, size, (scores, g * DEPTH), of_values, ahead, of_sums)
+        for g in range(group if count > 0 else 0):
+            factor[:] = np.float32(1) / total_G[g]
+            add_in_order((sums_GD, g * size), values, size, (factor, 0), (out_SND, query + g * size))
+        item = take(taken, 0)
+
+
+@compiled
+def _score(
+    query_SND: Any,
+    query: int,
+    query_GD: Any,
+    keys: Any,
+    place: int,
+    size: int,
+    depth: int,
+    scaling: float,
+    scores: Any,
+) -> None:
+    """scores[g] = scaling * products with `depth` keys, -inf behind them; each head's are DEPTH from the last."""
+    group = len(query_GD) // size
+    tiles, whole = -(-group // DOT_ROWS), depth // STREAMS * STREAMS
+    scores[:] = np.float32(-np.inf)
+    for g in range(group):
+        scores[g * DEPTH : g * DEPTH + depth] = np.float32(0)
+    for key in range(0, whole, STREAMS):
+        for tile in range(tiles):
+            g = group * tile // tiles
+            height, of_keys = group * (tile + 1) // tiles - g, (keys, place + key * size, size)
+            of_scores = scores, g * DEPTH + key, DEPTH, 1
+            add_dots(height, size, (query_GD, g * size, size), of_keys, AHEAD // keys.itemsize, scaling, of_scores)
+    flat = query_SND.reshape(-1)
+    for key in range(whole, depth):
+        for g in range(group):
+            total = np.float32(0)
+            for d in range(size):
+                total += flat[unsigned(query + g * size + d)] * number_of(keys[unsigned(place + key * size + d)])
+            scores[g * DEPTH + key] = scaling * total
+
+
+@compiled
+def _exponentiate(scores: Any, depth: int, size: int, largest_G: Any, total_G: Any, sums_GD: Any) -> None:
+    """scores[g] = e^(score - the largest so far), to which what was summed up before is brought down."""
+    lanes = np.empty(LANES, np.float32)
+    for g in range(len(largest_G)):
+        lanes[:] = largest_G[g]
+        for left in range(g * DEPTH, g * DEPTH + depth, LANES):
+            for lane in range(LANES):
+                lanes[unsigned(lane)] = max(lanes[unsigned(lane)], scores[unsigned(left + lane)])
+        largest = lanes.max()
+        shrink = exponential(largest_G[g] - largest)
+        largest_G[g] = largest
+        for d in range(g * size, (g + 1) * size):
+            sums_GD[unsigned(d)] *= shrink
+        lanes[:] = np.float32(0)
+        for left in range(g * DEPTH, g * DEPTH + depth, LANES):
+            for lane in range(LANES):
+                score = exponential(scores[unsigned(left + lane)] - largest)
+                scores[unsigned(left + lane)] = score
+                lanes[unsigned(lane)] += score
+        total_G[g] = total_G[g] * shrink + lanes.sum()
