@@ -5,18 +5,20 @@ encodes a prompt. Random tokens from one seed, the same for both.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FILLED = 64  # positions in front of the decoded ones
+STEPS_BETWEEN = 6  # two readings
 MATRIX = (512, 3072)  # of the GEMM whose rate limits context encoding: tokens by hidden size
 
 
 def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Iterator[dict[str, Any]]:
     """Seconds per step of all slots ("step") and per prompt of that many tokens ("encode"); ready: "load" seconds,
-    "logits" of the prompt's last position. With a dtype also bytes per second of reading, the mean of before and after
-    the steps, and FLOP/s of a GEMM.
+    "logits" of the prompt's last position. With a dtype also bytes per second of reading ("read") and FLOP/s of a GEMM
+    ("flops").
     """
     import torch
 
@@ -37,10 +39,10 @@ def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Ite
     logits = backend.encode(0, prompt_ids(vocabulary, prompt)).numpy() if prompt else None
     yield {"load": loaded, "logits": logits}
     while True:
-        before = read_rate() if dtype_name else 0
-        found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
         if dtype_name:
-            found |= {"read": (before + read_rate()) / 2, "flops": gemm_rate(getattr(torch, dtype_name))}
+            found = step_beside_reading(step, steps) | {"flops": gemm_rate(getattr(torch, dtype_name))}
+        else:
+            found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
         if prompt:
             found["encode"] = median_seconds(lambda _: backend.encode(0, prompt_ids(vocabulary, prompt)), range(3))
         yield found
@@ -94,15 +96,22 @@ def seconds_of(work: Any, *arguments: Any) -> float:
 
 
 def median_seconds(work: Any, arguments: range) -> float:
-    return sorted(seconds_of(work, argument) for argument in arguments)[len(arguments) // 2]
+    return median([seconds_of(work, argument) for argument in arguments])
 
 
-def read_rate() -> float:
-    """Bytes per second of summing 1 GB of memory: the best of three."""
+def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, float]:
+    """Medians of seconds per step and of bytes per second of summing 256 MB, which is done between every few steps.
+
+    A virtual machine reads half as fast while its cores are threads of one, which changes within a second.
+    """
     import torch
 
-    data = torch.ones(1 << 27, dtype=torch.int64)
-    return data.nbytes / min(seconds_of(data.sum) for _ in range(3))
+    data = torch.ones(1 << 25, dtype=torch.int64)
+    seconds, reads = [], []
+    for first in range(FILLED, FILLED + steps, STEPS_BETWEEN):
+        reads.append(seconds_of(data.sum))
+        seconds += [seconds_of(step, position) for position in range(first, min(first + STEPS_BETWEEN, FILLED + steps))]
+    return {"step": median(seconds), "read": data.nbytes / median(reads)}
 
 
 def gemm_rate(dtype: Any) -> float:
