@@ -69,10 +69,11 @@ import sys
 import torch
 
 from neuron_minimax.backends import load
-from neuron_minimax.kernels import expert_loops, linear_loops
+from neuron_minimax.kernels import attention_loops, expert_loops, linear_loops
 
 backend = load(sys.argv[1])
-loops = expert_loops.add_expert_products, linear_loops.linear_of_few, linear_loops.linear_of_many
+linears = linear_loops.linear_of_few, linear_loops.linear_of_many
+loops = attention_loops.attend_to_filled, expert_loops.add_expert_products, *linears
 compiled = [list(loop.signatures) for loop in loops]
 backend.encode(0, list(range(80)))
 backend.step(torch.tensor([3]), torch.tensor([80]), torch.tensor([True]))
