@@ -29,7 +29,7 @@ def without_openmp(name, *arguments, **options):
 
 
 ctypes.CDLL = without_openmp
-from neuron_minimax.kernels import expert_loops, fp8_mlp, operators
+from neuron_minimax.kernels import attention, expert_loops, fp8_mlp, operators
 from tests.test_fp8_mlp import routing, weights
 
 stacked, chosen = weights(6, 192, 320), routing(40, 6, 2)
@@ -38,6 +38,11 @@ found = operators.expert_mlp(activations, *chosen, *stacked)
 wanted = fp8_mlp.expert_mlp(activations, *chosen, *stacked)
 assert (found - wanted).abs().max() < 1.4e-6 * wanted.abs().max()
 assert not expert_loops.add_expert_products.stats.cache_path
+
+query = torch.randn(2, 1, 6, 64, generator=torch.Generator().manual_seed(3))
+cached = torch.randn(2, 2, 2, 140, 64, generator=torch.Generator().manual_seed(4))
+arguments = query, *cached, torch.tensor([[139], [6]])
+assert (operators.attend(*arguments) - attention.attend(*arguments)).abs().max() < 2e-6
 """
 
 
