@@ -94,4 +94,11 @@ def test_several_tokens_and_odd_head_sizes_are_left_to_torch():
             operators.attend(query, keys, values, positions), attention.attend(query, keys, values, positions)
         )
         wanted = slow(query[:, -1], keys, values, [5])
-        assert np.abs(attention.attend(query, keys, values, positions)[:, -1].numpy() - wanted).max() < 1e-6
+        assert np.abs(attention.attend(query, keys, values, positions)[:, -1].numpy() - wanted).max() < 4e-7
+
+
+def test_keys_and_values_that_lie_differently_are_refused():
+    query, keys, values = random_case(1, 2, 2, WIDE_STRIP, [6], torch.float32)
+    for other in (values.transpose(1, 2).contiguous().transpose(1, 2), values.bfloat16()):
+        with pytest.raises(ValueError, match="expected the same of both"):
+            operators.attend(query[:, None], keys, other, torch.tensor([[6]]))

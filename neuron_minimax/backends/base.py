@@ -80,17 +80,15 @@ class Backend(ABC):
         for name, values in (("tokens", tokens), ("positions", positions), ("active", active)):
             if values.shape != (can.slots,):
                 raise BackendError(f"step: {name} has shape {list(values.shape)}; expected [{can.slots}], one per slot")
-        given = zip(active.tolist(), tokens.tolist(), positions.tolist(), strict=True)
-        for slot, (used, token, position) in enumerate(given):
-            if used and not 0 <= token < can.vocab_size:
-                raise BackendError(
-                    f"step: slot {slot} has token {token}; expected 0 to {can.vocab_size - 1} (vocab_size)"
-                )
-            if used and not 0 <= position < can.seq_len:
-                raise BackendError(
-                    f"step: slot {slot} has position {position}; expected 0 to {can.seq_len - 1} (seq_len)"
-                )
-        if not bool(active.all()):  # compiled graphs check no index: what an inactive slot is given must not reach them
+        used = active.tolist()
+        limits = (("token", tokens, can.vocab_size, "vocab_size"), ("position", positions, can.seq_len, "seq_len"))
+        for name, values, limit, limit_name in limits:
+            for slot, value in enumerate(values.tolist()):
+                if used[slot] and not 0 <= value < limit:
+                    raise BackendError(
+                        f"step: slot {slot} has {name} {value}; expected 0 to {limit - 1} ({limit_name})"
+                    )
+        if not all(used):  # compiled graphs check no index: what an inactive slot is given must not reach them
             tokens, positions = torch.where(active, tokens, 0), torch.where(active, positions, 0)
         return self._step(tokens, positions, active)
 

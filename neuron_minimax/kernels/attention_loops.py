@@ -11,10 +11,8 @@ import numpy as np
 from neuron_minimax.kernels.codes import compiled, exponential, number_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
+from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
 from neuron_minimax.kernels.vectors import LANES
-
-AHEAD = 4096  # bytes; how far ahead keys are asked for
 
 
 @compiled
@@ -43,7 +41,10 @@ def _attend(
     taken: Any,
     out_SND: Any,
 ) -> None:
-    """One thread's share: softmax is summed up DEPTH positions after the other, as if the largest so far were 0."""
+    """One thread's share: DEPTH positions after the other, whose exponentials are relative to the largest score so far.
+
+    When a larger one comes, what was summed up before is brought down to it.
+    """
     slots, heads, size = query_SND.shape
     group = heads // key_heads
     scaling, factor = np.float32(1 / np.sqrt(size)), np.empty(size, np.float32)
@@ -94,9 +95,9 @@ def _score(
     for key in range(0, whole, STREAMS):
         for tile in range(tiles):
             g = group * tile // tiles
-            height, of_keys = group * (tile + 1) // tiles - g, (keys, place + key * size, size)
-            of_scores = scores, g * DEPTH + key, DEPTH, 1
-            add_dots(height, size, (query_GD, g * size, size), of_keys, AHEAD // keys.itemsize, scaling, of_scores)
+            height, ahead = group * (tile + 1) // tiles - g, 0 if tile else AHEAD // keys.itemsize
+            of_keys, of_scores = (keys, place + key * size, size), (scores, g * DEPTH + key, DEPTH, 1)
+            add_dots(height, size, (query_GD, g * size, size), of_keys, ahead, scaling, of_scores)
     flat = query_SND.reshape(-1)
     for key in range(whole, depth):
         for g in range(group):

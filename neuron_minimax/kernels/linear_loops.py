@@ -12,12 +12,11 @@ from neuron_minimax.kernels.codes import compiled, number_of, rebias, unsigned
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
+from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
 from neuron_minimax.kernels.vectors import LANES
 
 DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
 DOT_COLUMNS = 512  # but at least so many of each row
-AHEAD = 4096  # bytes; how far ahead in each stream memory is asked for
 LINEAR_ROWS = 128  # of a weight that a thread takes at a time
 MANY_ROWS = 512  # of input that are multiplied together where there are many
 ITEMS_PER_THREAD = 4  # so that none waits long for the others

@@ -101,7 +101,7 @@ def attend(
 
     Of one token per slot it is Numba's, in float32; a slot whose position is behind them attends to nothing: zeros.
     """
-    if query_BTND.shape[1] > 1 or query_BTND.shape[3] % WIDE_STRIP:
+    if query_BTND.shape[1] > 1 or query_BTND.shape[3] % WIDE_STRIP or key_BKCD.dtype not in DENSE_DTYPES:
         return attention.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
     return torch.ops.neuron_minimax.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
 
@@ -159,6 +159,11 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, posit
     slots, _, heads, size = query.shape
     key_heads, filled = keys.shape[1:3]
     strides = keys.stride()[:2]
+    if keys.stride() != values.stride() or keys.stride()[2:] != (size, 1) or keys.dtype != values.dtype:
+        raise ValueError(
+            f"keys {keys.dtype} with strides {keys.stride()} and values {values.dtype} with strides {values.stride()}; "
+            f"expected the same of both, and positions that lie {size} numbers apart"
+        )
     count_S = positions.numpy().reshape(slots) + 1
     count_S[count_S > filled] = 0
     reach = (slots - 1) * strides[0] + (key_heads - 1) * strides[1] + filled * size

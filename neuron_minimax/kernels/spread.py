@@ -106,11 +106,10 @@ def spread_inputs(typing_context: Any, inputs: Any, weight: Any, length: Any, to
         count = registers_of(signature.args[1].dtype)
 
         def move(left: Any) -> None:
-            numbers = [builder.load(each, align=4) for each in _addresses(builder, unpack(0), left, count)]
-            for number, address in zip(
-                _spread(builder, numbers), _addresses(builder, unpack(3), left, count), strict=True
-            ):
-                builder.store(number, address, align=4)
+            places, targets = (_addresses(builder, unpack(number), left, count) for number in (0, 3))
+            numbers = _spread(builder, [builder.load(each, align=4) for each in places])
+            for number, target in zip(numbers, targets, strict=True):
+                builder.store(number, target, align=4)
 
         _for_each_group(builder, arguments[2], count, move)
         return context.get_dummy_value()
