@@ -25,6 +25,16 @@ def test_the_safetensors_library_reads_what_was_streamed_in_pieces(tmp_path):
         assert file.get_tensor("none").shape == (0, 4)
 
 
+@pytest.mark.parametrize("length", range(1, 70, 3))
+def test_data_starts_with_a_cache_line_whatever_the_header(tmp_path, length):
+    path = tmp_path / "a.safetensors"
+    with ShardWriter(path, {"x" * length: ("U8", (2,))}) as writer:
+        writer.write(np.array([7, 9], np.uint8))
+    assert (path.stat().st_size - 2) % 64 == 0
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("x" * length).tolist() == [7, 9]
+
+
 def test_an_interrupted_file_has_no_final_name(tmp_path):
     with (
         pytest.raises(ZeroDivisionError),

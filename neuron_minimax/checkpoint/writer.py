@@ -29,6 +29,8 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Bytes; where the data starts in a file. A register of a mapped weight then lies in one cache line, not in two.
+ALIGNMENT = 64
 
 
 class ShardWriter:
@@ -49,7 +51,7 @@ class ShardWriter:
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data starts aligned
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self._header = len(text).to_bytes(8, "little") + text
         self.nbytes = position
         self.written = 0  # bytes behind the header; who writes by `write_at` counts them

@@ -11,7 +11,7 @@ import numpy as np
 from neuron_minimax.kernels.codes import compiled, exponential, number_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
+from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, WIDE_ROWS, add_dots, add_wide_tiles, streams_of
 from neuron_minimax.kernels.vectors import LANES
 
 
@@ -88,11 +88,12 @@ def _score(
 ) -> None:
     """scores[g] = scaling * products with `depth` keys, -inf behind them; each head's are DEPTH from the last."""
     group = len(query_GD) // size
-    tiles, whole = -(-group // DOT_ROWS), depth // STREAMS * STREAMS
+    tiles, streams = -(-group // DOT_ROWS), streams_of(group)
+    whole = depth // streams * streams
     scores[:] = np.float32(-np.inf)
     for g in range(group):
         scores[g * DEPTH : g * DEPTH + depth] = np.float32(0)
-    for key in range(0, whole, STREAMS):
+    for key in range(0, whole, streams):
         for tile in range(tiles):
             g = group * tile // tiles
             height, ahead = group * (tile + 1) // tiles - g, 0 if tile else AHEAD // keys.itemsize

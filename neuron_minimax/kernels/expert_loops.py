@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, add_sums, copy_block, factor_of_columns, halves, pack
-from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, rebias, unsigned
+from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, on_lines, rebias, unsigned
 from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
@@ -116,7 +116,7 @@ def _multiply(
         if count > FEW_PAIRS:
             row_N, to = row_P[place_X[group] : place_X[group + 1]], place_X[group] * width
             where = expert_X[group], left, min(left + CHUNK, width), block, parts
-            packed, panel = np.empty(count * DEPTH, panels.dtype), np.empty(DEPTH * NARROW_STRIP, panels.dtype)
+            packed, panel = np.empty(count * DEPTH, panels.dtype), on_lines(DEPTH * NARROW_STRIP, panels)
             _add_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
         item = take(taken, 0)
     item = take(taken, 1)
@@ -139,7 +139,8 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
     packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
     panel, edge = np.empty(SHALLOW * NARROW_STRIP, np.float32), np.zeros(SHALLOW * CHUNK, weight.dtype)
     edge_sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
-    sums = np.zeros(count * whole, np.float32)
+    sums = on_lines(count * whole, factor)
+    sums[:] = np.float32(0)
     for block_row in range(first, last):
         factor_of_columns(scale, expert, block_row, block[1], parts, rebias(weight), 0, width, width, factor)
         edge_factor[: width - whole] = factor[whole:]
@@ -173,7 +174,8 @@ def _add_many(
     count, columns, flat = len(row_N), right - left, weight.reshape(-1)
     strips, ragged = -(-columns // NARROW_STRIP), columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0
     codes, factor = np.zeros(DEPTH * CHUNK if ragged else 0, weight.dtype), np.zeros(CHUNK, np.float32)
-    sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
+    sums = on_lines(strips * NARROW_STRIP * count, factor)
+    sums[:] = np.float32(0)
     half = halves(weight, panel)
     for block_row in range(scale.shape[1]):
         factor_of_columns(scale, expert, block_row, block[1], parts, half, left, right, width, factor)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, add_strip, add_sums, factor_of_columns, halves, pack
-from neuron_minimax.kernels.codes import compiled, number_of, rebias, unsigned
+from neuron_minimax.kernels.codes import compiled, number_of, on_lines, rebias, unsigned
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, add_dots, streams_of
 from neuron_minimax.kernels.vectors import LANES
 
 DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
@@ -40,37 +40,46 @@ def _linear_of_few(
     """One thread's share. Rows that are far apart are read beside each other: long streams."""
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
-    height = min(block[0], LINEAR_ROWS)
-    per_block = -(-block[0] // height)
+    items = -(-outputs // block[0]) * -(-block[0] // LINEAR_ROWS)
     step, half = 4 // weight_OI.itemsize * LANES, rebias(weight_OI)
     whole, columns = features // step * step, max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
-    scaled_NI, spread_NI = np.empty((rows, features), np.float32), np.empty((rows, features), np.float32)
-    tiles = -(-rows // DOT_ROWS)
+    scaled_NI = np.empty((rows, features), np.float32)
+    spread_NI = on_lines(rows * features, hidden_NI).reshape((rows, features))
+    streams, tiles = streams_of(rows), -(-rows // DOT_ROWS)
+    place_T = rows * np.arange(tiles + 1) // tiles
     item = take(taken, 0)
-    while item < -(-outputs // block[0]) * per_block:
-        first = item // per_block * block[0] + item % per_block * height
-        last = min(first + height, item // per_block * block[0] + block[0], outputs)
-        apart = max(last - first, 0) // STREAMS
+    while item < items:
+        following = take(taken, 0)
+        first, last = _rows_of_item(item, block[0], outputs)
+        next_first = _rows_of_item(following, block[0], outputs)[0] if following < items else last
+        apart = (last - first) // streams
         _scale_inputs(hidden_NI, scale, first // block[0], block[1], half, scaled_NI)
         for n in range(rows):
             spread_inputs((scaled_NI, n * features), weight_OI, whole, (spread_NI, n * features))
         for row in range(first, first + apart):
+            ahead = (row + 1 if row + 1 < first + apart else next_first) - row
             for left in range(0, whole, columns):
                 length = min(columns, whole - left)
                 of_weight = weight_OI, row * features + left, apart * features
                 for tile in range(tiles):
-                    n = rows * tile // tiles
-                    count, ahead = rows * (tile + 1) // tiles - n, 0 if tile else AHEAD // weight_OI.itemsize
-                    of_inputs, of_sums = (
-                        (spread_NI, n * features + left, features),
-                        (out_NO, n * outputs + row, outputs, apart),
-                    )
-                    add_dots(count, length, of_inputs, of_weight, ahead, half, of_sums)
-            for stream in range(STREAMS if whole < features else 0):
+                    n, count = place_T[tile], place_T[tile + 1] - place_T[tile]
+                    of_inputs = spread_NI, n * features + left, features
+                    of_sums = out_NO, n * outputs + row, outputs, apart
+                    add_dots(count, length, of_inputs, of_weight, 0 if tile else ahead * features, half, of_sums)
+            for stream in range(streams if whole < features else 0):
                 _add_products(scaled_NI, weight_OI, row + stream * apart, whole, half, out_NO)
-        for row in range(first + STREAMS * apart, last):
+        for row in range(first + streams * apart, last):
             _add_products(scaled_NI, weight_OI, row, 0, half, out_NO)
-        item = take(taken, 0)
+        item = following
+
+
+@compiled
+def _rows_of_item(item: int, block_rows: int, outputs: int) -> tuple[int, int]:
+    """The first of them, and where they end: up to LINEAR_ROWS of one block."""
+    per_block = -(-block_rows // LINEAR_ROWS)
+    block, part = item // per_block, item % per_block
+    first = min(block * block_rows + part * LINEAR_ROWS, outputs)
+    return first, max(first, min(first + LINEAR_ROWS, (block + 1) * block_rows, outputs))
 
 
 @compiled
@@ -116,7 +125,7 @@ def _linear_of_many(
         group, left = item % groups, item // groups * size
         row_N = np.arange(rows * group // groups, rows * (group + 1) // groups)
         where = left, min(left + size, outputs), block
-        packed, panel = np.empty(len(row_N) * DEPTH, panels.dtype), np.empty(DEPTH * NARROW_STRIP, panels.dtype)
+        packed, panel = np.empty(len(row_N) * DEPTH, panels.dtype), on_lines(DEPTH * NARROW_STRIP, panels)
         _add_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
         item = take(taken, 0)
 
@@ -131,7 +140,8 @@ def _add_outputs(
     count, columns, flat = len(row_N), last - first, codes_OI.reshape(-1)
     codes, factor = np.zeros(DEPTH * CHUNK, np.int8), np.zeros(CHUNK, np.float32)
     strips = -(-columns // NARROW_STRIP)
-    sums = np.zeros(strips * NARROW_STRIP * count, np.float32)
+    sums = on_lines(strips * NARROW_STRIP * count, factor)
+    sums[:] = np.float32(0)
     half = halves(codes_OI, panel)
     for block_column in range(scale.shape[1]):
         factor_of_columns(scale, 0, block_column, block[0], 1, half, first, last, outputs, factor)

@@ -16,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from neuron_minimax.kernels.codes import compiled
 from neuron_minimax.kernels.spread import registers_of, spread_numbers_at
 from neuron_minimax.kernels.vectors import (
     FLOAT,
@@ -37,10 +38,17 @@ from neuron_minimax.kernels.vectors import (
 WIDE, NARROW = 4, 2  # registers across a tile
 WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
 WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
-STREAMS = 4  # rows of a weight that `add_dots` takes beside each other
+STREAMS, LONE_STREAMS = 4, 8  # rows of a weight that `add_dots` takes beside each other, and with one row of input
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most
 AHEAD = 4096  # bytes; how far ahead in each stream memory is asked for
 DEPTH = 128  # rows of input side by side are this far apart: no tile goes deeper
+
+
+def _streams_of(rows: int) -> int:
+    return LONE_STREAMS if rows == 1 else STREAMS
+
+
+streams_of = compiled(_streams_of)
 
 
 def _zeros(builder: Any, rows: int, columns: int) -> list[list[Any]]:
@@ -183,7 +191,7 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
 def add_dots(
     typing_context: Any, height: Any, length: Any, inputs: Any, weight: Any, ahead: Any, factor: Any, sums: Any
 ) -> Any:
-    """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, STREAMS of them.
+    """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, streams_of(height) of them.
 
     height                    rows of input, up to DOT_ROWS
     length                    of a row, a multiple of the numbers that a register holds as they are stored
@@ -203,11 +211,12 @@ def add_dots(
         sums_data, sums_first, sums_width, apart = unpack(6)
 
         def dots(rows: int) -> None:
-            totals = _zeros(builder, rows, STREAMS)
+            streams = _streams_of(rows)
+            totals = _zeros(builder, rows, streams)
             step = LONG(registers * LANES)
             with cgutils.for_range_slice(builder, LONG(0), arguments[1], step, LONG) as (column, _):
                 start = builder.add(weight_first, column)
-                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(STREAMS)]
+                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(streams)]
                 for place in places:
                     fetch(builder, weight_data, builder.add(place, arguments[4]))
                 numbers = [spread_numbers_at(builder, weight_data, place, stored) for place in places]
