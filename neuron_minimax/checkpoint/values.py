@@ -6,7 +6,7 @@ columns)]. Every code is checked; the histogram and the norms come from one row 
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -31,7 +31,10 @@ SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one pass over one tensor gives; `maxima` are the largest codes of its blocks, `scales` its scales."""
+    """What one pass over one tensor gives; `maxima` are the largest codes of its blocks, `scales` its scales.
+
+    `medians` are `fp8.median_maxima`, None also where the tensor is faulty.
+    """
 
     weight: Expected
     elements: int
@@ -40,9 +43,11 @@ class Measurement:
     histogram: np.ndarray | None = None
     maxima: np.ndarray | None = None
     scales: np.ndarray | None = None
+    medians: tuple[float, float] | None = None
     norms: tuple[float, float] = (0.0, 0.0)  # with the scales as multiplier, and as reciprocal
     low: float = 0.0
     high: float = 0.0
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +132,20 @@ def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
 
 
 def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = ()) -> Measurement:
-    """One pass over one tensor."""
+    """One pass over one tensor, and what is wrong with it."""
     stored = checkpoint.array(weight.name)
     if not checkpoint.is_fp8(weight.name):
-        return _measure_plain(weight, stored)
+        found = _measure_plain(weight, stored)
+        return replace(found, findings=tuple(_findings_of(found)))
     scale_name = schema.scale_name(weight.name)
     scaled = scale_name in checkpoint.entries and scale_name not in broken
-    return _measure_codes(
-        weight, stored, checkpoint.array(scale_name) if scaled else None, checkpoint.config.weight_block_size
-    )
+    scales = checkpoint.array(scale_name) if scaled else None
+    found = _measure_codes(weight, stored, scales, checkpoint.config.weight_block_size)
+    findings = tuple(_findings_of(found))
+    medians = None
+    if found.maxima is not None and scales is not None and not any(each.severity == "error" for each in findings):
+        medians = fp8.median_maxima(weight.name, found.maxima, scales)
+    return replace(found, findings=findings, medians=medians)
 
 
 def _measure_plain(weight: Expected, stored: np.ndarray) -> Measurement:
@@ -156,13 +166,7 @@ def _measure_plain(weight: Expected, stored: np.ndarray) -> Measurement:
 def _measure_codes(
     weight: Expected, codes: np.ndarray, scales: np.ndarray | None, block: tuple[int, int]
 ) -> Measurement:
-    starts = np.arange(0, codes.shape[1], block[1])
-    maxima = np.empty(schema.block_grid(codes.shape, block), np.uint8)
-    magnitude = np.empty((min(block[0], codes.shape[0]), codes.shape[1]), np.uint8)  # one block row stays in the cache
-    for index, row in enumerate(range(0, codes.shape[0], block[0])):
-        strip = codes[row : row + block[0]]
-        np.bitwise_and(strip, 0x7F, out=magnitude[: len(strip)])
-        maxima[index] = np.maximum.reduceat(magnitude[: len(strip)].max(axis=0), starts)
+    maxima = fp8.largest_codes(codes, block)
     sampled = codes[:: _row_step(block)]
     norms = 0.0, 0.0
     if scales is not None:
@@ -203,8 +207,7 @@ class _Tally:
         self.findings: list[Finding] = []
         self.counts: Counter[str] = Counter()
         self.histogram = np.zeros(256, np.int64)
-        # (name, largest code of each block, scales): decide_convention takes them as weights of 1 x 1 blocks
-        self.samples: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self.medians: list[tuple[str, tuple[float, float] | None]] = []
         self.grids: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         self.bias: dict[int, tuple[float, float]] = {}
         config = checkpoint.config
@@ -214,8 +217,7 @@ class _Tally:
     def add(self, found: Measurement) -> None:
         weight = found.weight
         self.counts["bytes"] += _nbytes(self.checkpoint, weight)
-        faults = list(_findings_of(found))
-        self.findings += faults
+        self.findings += found.findings
         if weight.expert is not None and found.all_zero:
             self.dead[weight.layer or 0, weight.expert] += 1
         if weight.weight.kind == "e_score_correction_bias":
@@ -227,13 +229,12 @@ class _Tally:
         if found.scales is not None:
             scales = np.array(found.scales, np.float32)
             self.grids[weight.weight.kind, weight.layer or 0].append((scales.reshape(-1), found.maxima.reshape(-1)))
-            if not any(fault.severity == "error" for fault in faults):
-                self.samples.append((weight.name, found.maxima, scales))
+            self.medians.append((weight.name, found.medians))
         if weight.expert is not None and np.isfinite(found.norms).all():
             self.squared_norms[:, weight.layer or 0, weight.expert] += np.square(found.norms)
 
     def report(self) -> ValueReport:
-        convention, evidence = fp8.decide_convention(self.samples, (1, 1))
+        convention, evidence = fp8.convention_of_medians(self.medians)
         findings = [*self.findings, *self._dead_experts()]
         if convention is None and self.counts["codes"]:
             message = (
