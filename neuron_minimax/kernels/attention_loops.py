@@ -17,15 +17,16 @@ from neuron_minimax.kernels.vectors import LANES
 
 @compiled
 def attend_to_filled(
-    team: int, query_SND: Any, keys: Any, values: Any, strides: Any, count_S: Any, key_heads: int, out_SND: Any
+    team: int, query_SND: Any, keys: Any, values: Any, cache: Any, positions_S: Any, out_SND: Any
 ) -> None:
-    """out[s] += softmax(query[s] @ keys.T / sqrt(D)) @ values over the first count[s] positions of every slot.
+    """out[s] += softmax(query[s] @ keys.T / sqrt(D)) @ values over positions up to positions[s] of every slot.
 
-    `strides` say how many numbers slots, and key heads, lie apart; keys and values are float32, or bfloat16's bits as
-    int16. D is a multiple of WIDE_STRIP. `team` is the number of threads.
+    `cache` is (key heads, how many positions of each are there, how many numbers slots lie apart, and key heads); a
+    slot whose position is not there attends to nothing. Keys and values are float32, or bfloat16's bits as int16. D is
+    a multiple of WIDE_STRIP. `team` is the number of threads.
     """
     taken = np.zeros(1, np.int64)
-    run_in_team(_attend, team, (query_SND, keys, values, strides, count_S, key_heads, taken, out_SND))
+    run_in_team(_attend, team, (query_SND, keys, values, cache, positions_S, taken, out_SND))
 
 
 @compiled
@@ -35,9 +36,8 @@ def _attend(
     query_SND: Any,
     keys: Any,
     values: Any,
-    strides: Any,
-    count_S: Any,
-    key_heads: int,
+    cache: Any,
+    positions_S: Any,
     taken: Any,
     out_SND: Any,
 ) -> None:
@@ -46,6 +46,7 @@ def _attend(
     When a larger one comes, what was summed up before is brought down to it.
     """
     slots, heads, size = query_SND.shape
+    key_heads, filled, slots_apart, heads_apart = cache
     group = heads // key_heads
     scaling, factor = np.float32(1 / np.sqrt(size)), np.empty(size, np.float32)
     query_GD, scores = np.empty(group * size, np.float32), np.empty(group * DEPTH, np.float32)
@@ -53,8 +54,8 @@ def _attend(
     sums_GD = np.empty(group * size, np.float32)
     item = take(taken, 0)
     while item < slots * key_heads:
-        slot, start = item // key_heads, item // key_heads * strides[0] + item % key_heads * strides[1]
-        count, query = count_S[slot], item * group * size
+        slot, start = item // key_heads, item // key_heads * slots_apart + item % key_heads * heads_apart
+        count, query = positions_S[slot] + 1 if positions_S[slot] < filled else 0, item * group * size
         for g in range(group):
             spread_inputs((query_SND, query + g * size), keys, size, (query_GD, g * size))
         largest_G[:], total_G[:], sums_GD[:] = np.float32(-np.inf), np.float32(0), np.float32(0)

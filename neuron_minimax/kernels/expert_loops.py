@@ -17,7 +17,7 @@ from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
 
-SHALLOW = 16  # rows of a weight that are read at a time for few pairs: whole rows, one after the other
+SHALLOW = 16  # rows of a weight that are read at a time for few pairs, half as many for one: whole rows
 FEW_PAIRS = 2 * WIDE_ROWS  # up to so many a weight is read as it lies, in float32; more are faster with panels
 PAIRS_PER_THREAD = 384  # of one pass, whose sums are kept between the two products,
 PAIRS_PER_PASS = 2048  # but at most: 63 MB of the model's
@@ -137,6 +137,7 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
     count, flat = len(row_N), weight.reshape(-1)
     whole, tiles = width // WIDE_STRIP * WIDE_STRIP, -(-count // WIDE_ROWS)
     packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
+    shallow = SHALLOW // 2 if count == 1 else SHALLOW
     panel, edge = np.empty(SHALLOW * NARROW_STRIP, np.float32), np.zeros(SHALLOW * CHUNK, weight.dtype)
     edge_sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
     sums = on_lines(count * whole, factor)
@@ -145,15 +146,15 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
         factor_of_columns(scale, expert, block_row, block[1], parts, rebias(weight), 0, width, width, factor)
         edge_factor[: width - whole] = factor[whole:]
         bottom = min((block_row + 1) * block[0], rows)
-        for top in range(block_row * block[0], bottom, SHALLOW):
-            depth = min(SHALLOW, bottom - top)
+        for top in range(block_row * block[0], bottom, shallow):
+            depth = min(shallow, bottom - top)
             start = (expert * rows + top) * width
             pack(inputs, row_N, top, depth, rebias(weight), packed)
             for tile in range(tiles):
                 n = count * tile // tiles
                 height = count * (tile + 1) // tiles - n
                 of_inputs, of_weight, of_sums = (packed, n * DEPTH), (weight, start, width), (sums, n * whole, whole)
-                ahead = start if tile else start + 2 * SHALLOW * width
+                ahead = start if tile else start + 2 * shallow * width
                 add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, of_sums)
             if whole < width:
                 copy_block(flat, start + whole, width, depth, width - whole, edge)

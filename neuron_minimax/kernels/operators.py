@@ -164,15 +164,15 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, posit
             f"keys {keys.dtype} with strides {keys.stride()} and values {values.dtype} with strides {values.stride()}; "
             f"expected the same of both, and positions that lie {size} numbers apart"
         )
-    count_S = positions.numpy().reshape(slots) + 1
-    count_S[count_S > filled] = 0
     reach = (slots - 1) * strides[0] + (key_heads - 1) * strides[1] + filled * size
     flat = [_bits(each.as_strided((reach,), (1,))) for each in (keys, values)]
     out = torch.zeros(slots, 1, heads * size)
     query_SND, out_SND = _rows(query, heads * size), out.numpy()
     shape = slots, heads, size
+    positions_S = np.ascontiguousarray(positions.numpy()).reshape(slots)
+    cache = key_heads, filled, *strides
     attention_loops.attend_to_filled(
-        torch.get_num_threads(), query_SND.reshape(shape), *flat, strides, count_S, key_heads, out_SND.reshape(shape)
+        torch.get_num_threads(), query_SND.reshape(shape), *flat, cache, positions_S, out_SND.reshape(shape)
     )
     return out.to(query.dtype)
 
