@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from neuron_minimax.kernels import attention, operators
-from neuron_minimax.kernels.operators import DENSE_DTYPES
+from neuron_minimax.kernels.operators import DENSE_DTYPES, QUERIES
 from neuron_minimax.kernels.tiles import DEPTH, WIDE_STRIP
 
 # Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is rounding's.
@@ -70,6 +70,22 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
     found = operators.attend(query[:, None], keys[:, :, :5], values[:, :, :5], torch.tensor([[5], [3]]))
     assert not found[0].any()
     assert np.abs(found[1].numpy() - slow(query, keys, values, [0, 3])[1]).max() < ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_prompt_attends_in_parts_as_in_one(start, dtype):
+    tokens, padding = QUERIES + 9, 5
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, tokens + padding, 4, WIDE_STRIP, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 1, 2, start + tokens, WIDE_STRIP, generator=generator).to(dtype)
+    positions = torch.cat([start + torch.arange(tokens), torch.full((padding,), 1000)])[None]
+    found = operators.attend(query, keys, values, positions)
+    assert found.shape == (1, tokens + padding, 4 * WIDE_STRIP)
+    assert found.dtype == dtype
+    for token in (0, 1, QUERIES - 1, QUERIES, tokens - 1):
+        wanted = slow(query[:, token], keys, values, [start + token])
+        assert np.abs(found[:, token].double().numpy() - wanted).max() < ERROR[dtype]
 
 
 @pytest.mark.parametrize("team", [1, 3])
