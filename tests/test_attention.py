@@ -10,6 +10,7 @@ from neuron_minimax.kernels.tiles import DEPTH, WIDE_STRIP
 
 # Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is rounding's.
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
+ERROR_OF_PROMPT = {torch.float32: 8e-7, torch.bfloat16: 0.013}  # without one's own key it is 0.019
 
 
 def slow(query_SND, keys_SKCD, values_SKCD, positions_S):
@@ -85,7 +86,7 @@ def test_a_prompt_attends_in_parts_as_in_one(start, dtype):
     assert found.dtype == dtype
     for token in (0, 1, QUERIES - 1, QUERIES, tokens - 1):
         wanted = slow(query[:, token], keys, values, [start + token])
-        assert np.abs(found[:, token].double().numpy() - wanted).max() < ERROR[dtype]
+        assert np.abs(found[:, token].double().numpy() - wanted).max() < ERROR_OF_PROMPT[dtype]
 
 
 @pytest.mark.parametrize("team", [1, 3])

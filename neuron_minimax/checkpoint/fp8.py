@@ -186,26 +186,29 @@ def _read_both_ways(maxima: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray,
         return largest * scales, largest / scales
 
 
-def median_maxima(name: str, maxima: np.ndarray, scales: np.ndarray) -> tuple[float, float] | None:
+def median_maxima(maxima: np.ndarray, scales: np.ndarray) -> tuple[float, float] | None:
     """The median of a weight's block maxima, read as multiplier and as reciprocal; None when it is all zero.
 
-    `maxima` are its `largest_codes`. Raises CheckpointError naming the scales when some are no positive numbers: they
-    fit no reading.
+    `maxima` are its `largest_codes`; `scales` must have passed `check_scales`: others fit no reading.
     """
     both = _read_both_ways(maxima, scales)
-    if not both[0].size:
-        return None
-    check_scales(f"{name}_scale_inv", scales)
-    return _median(both[0]), _median(both[1])
+    return (_median(both[0]), _median(both[1])) if both[0].size else None
 
 
 def decide_convention(
     samples: Iterable[tuple[str, np.ndarray, np.ndarray]], block: tuple[int, int]
 ) -> tuple[ScaleConvention | None, ScaleEvidence]:
-    """`convention_of_medians` of sampled (name, codes [R, C], scales). Errors as of `median_maxima`."""
-    return convention_of_medians(
-        (name, median_maxima(name, largest_codes(codes, block), scales)) for name, codes, scales in samples
-    )
+    """`convention_of_medians` of sampled (name, codes [R, C], scales).
+
+    Raises CheckpointError naming the scales of a sample that are no positive numbers, unless its codes are all zero.
+    """
+    found = []
+    for name, codes, scales in samples:
+        maxima = largest_codes(codes, block)
+        if maxima.any():
+            check_scales(f"{name}_scale_inv", scales)
+        found.append((name, median_maxima(maxima, scales)))
+    return convention_of_medians(found)
 
 
 def convention_of_medians(

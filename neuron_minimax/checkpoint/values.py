@@ -144,7 +144,7 @@ def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = 
     findings = tuple(_findings_of(found))
     medians = None
     if found.maxima is not None and scales is not None and not any(each.severity == "error" for each in findings):
-        medians = fp8.median_maxima(weight.name, found.maxima, scales)
+        medians = fp8.median_maxima(found.maxima, scales)
     return replace(found, findings=findings, medians=medians)
 
 

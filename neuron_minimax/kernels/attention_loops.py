@@ -11,8 +11,10 @@ import numpy as np
 from neuron_minimax.kernels.codes import compiled, exponential, number_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import AHEAD, DEPTH, DOT_ROWS, WIDE_ROWS, add_dots, add_wide_tiles, streams_of
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, WIDE_ROWS, add_dots, add_wide_tiles, streams_of
 from neuron_minimax.kernels.vectors import LANES
+
+AHEAD = 4096  # bytes; how far ahead in each stream keys are asked for
 
 
 @compiled

@@ -40,15 +40,13 @@ WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
 WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
 STREAMS, LONE_STREAMS = 4, 8  # rows of a weight that `add_dots` takes beside each other, and with one row of input
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most
-AHEAD = 4096  # bytes; how far ahead in each stream memory is asked for
 DEPTH = 128  # rows of input side by side are this far apart: no tile goes deeper
 
 
-def _streams_of(rows: int) -> int:
+@compiled
+def streams_of(rows: int) -> int:
+    """Of a weight, for so many rows of input."""
     return LONE_STREAMS if rows == 1 else STREAMS
-
-
-streams_of = compiled(_streams_of)
 
 
 def _zeros(builder: Any, rows: int, columns: int) -> list[list[Any]]:
@@ -211,7 +209,7 @@ def add_dots(
         sums_data, sums_first, sums_width, apart = unpack(6)
 
         def dots(rows: int) -> None:
-            streams = _streams_of(rows)
+            streams = streams_of.py_func(rows)
             totals = _zeros(builder, rows, streams)
             step = LONG(registers * LANES)
             with cgutils.for_range_slice(builder, LONG(0), arguments[1], step, LONG) as (column, _):
