@@ -69,11 +69,12 @@ import sys
 import torch
 
 from neuron_minimax.backends import load
-from neuron_minimax.kernels import attention_loops, expert_loops, linear_loops
+from neuron_minimax.kernels import attention_loops, expert_loops, linear_loops, prompt_loops
 
 backend = load(sys.argv[1])
 linears = linear_loops.linear_of_few, linear_loops.linear_of_many
-loops = attention_loops.attend_to_filled, expert_loops.add_expert_products, *linears
+attends = attention_loops.attend_to_filled, prompt_loops.attend_to_prompt
+loops = *attends, expert_loops.add_expert_products, *linears
 compiled = [list(loop.signatures) for loop in loops]
 backend.encode(0, list(range(80)))
 backend.step(torch.tensor([3]), torch.tensor([80]), torch.tensor([True]))

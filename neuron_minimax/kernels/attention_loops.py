@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.codes import compiled, exponential, number_of, unsigned
+from neuron_minimax.kernels.codes import compiled, exponential, largest_of, number_of, sum_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, WIDE_ROWS, add_dots, add_wide_tiles, streams_of
@@ -64,7 +64,7 @@ def _attend(
         for first in range(0, count, DEPTH):
             depth, place = min(DEPTH, count - first), start + first * size
             _score(query_SND, query, query_GD, keys, place, size, depth, scaling, scores)
-            _exponentiate(scores, depth, size, largest_G, total_G, sums_GD)
+            exponentiate(scores, depth, size, largest_G, total_G, sums_GD)
             tiles = -(-group // WIDE_ROWS)
             for tile in range(tiles):
                 g = group * tile // tiles
@@ -112,23 +112,19 @@ def _score(
 
 
 @compiled
-def _exponentiate(scores: Any, depth: int, size: int, largest_G: Any, total_G: Any, sums_GD: Any) -> None:
-    """scores[g] = e^(score - the largest so far), to which what was summed up before is brought down."""
-    lanes = np.empty(LANES, np.float32)
+def exponentiate(scores: Any, depth: int, size: int, largest_G: Any, total_G: Any, sums_GD: Any) -> None:
+    """scores[g] = e^(score - the largest so far), to which what was summed up before is brought down.
+
+    Up to the end of a register more scores are read than `depth`: of what is not to be seen, -inf.
+    """
+    whole = -(-depth // LANES) * LANES
     for g in range(len(largest_G)):
-        lanes[:] = largest_G[g]
-        for left in range(g * DEPTH, g * DEPTH + depth, LANES):
-            for lane in range(LANES):
-                lanes[unsigned(lane)] = max(lanes[unsigned(lane)], scores[unsigned(left + lane)])
-        largest = lanes.max()
+        first = g * DEPTH
+        largest = max(largest_G[g], largest_of((scores, first), whole))
         shrink = exponential(largest_G[g] - largest)
         largest_G[g] = largest
         for d in range(g * size, (g + 1) * size):
             sums_GD[unsigned(d)] *= shrink
-        lanes[:] = np.float32(0)
-        for left in range(g * DEPTH, g * DEPTH + depth, LANES):
-            for lane in range(LANES):
-                score = exponential(scores[unsigned(left + lane)] - largest)
-                scores[unsigned(left + lane)] = score
-                lanes[unsigned(lane)] += score
-        total_G[g] = total_G[g] * shrink + lanes.sum()
+        for place in range(first, first + whole):
+            scores[unsigned(place)] = exponential(scores[unsigned(place)] - largest)
+        total_G[g] = total_G[g] * shrink + sum_of((scores, first), whole)

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import overload
 
 from neuron_minimax.kernels.codes import compiled, rebias, round_to_bfloat16, unsigned
-from neuron_minimax.kernels.panels import expand_rows
+from neuron_minimax.kernels.panels import expand_rows, round_to_pairs
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_ROWS, NARROW_STRIP, add_tile
 
 CHUNK = 768  # columns; what belongs to them stays in the second cache
@@ -36,9 +36,11 @@ def _pack_for(inputs, row_N, left, depth, factor, packed):
                 packed[unsigned(n * DEPTH + k)] = inputs[row, unsigned(left + k)] * factor
 
     def pack_pairs(inputs, row_N, left, depth, factor, packed):
+        whole = depth // NARROW_STRIP * NARROW_STRIP
         for n in range(len(row_N)):
             row = unsigned(row_N[n])
-            for k in range(depth // 2):
+            round_to_pairs((inputs, row_N[n] * inputs.shape[1] + left), whole, (packed, n * (DEPTH // 2)))
+            for k in range(whole // 2, depth // 2):
                 lower = round_to_bfloat16(inputs[row, unsigned(left + 2 * k)])
                 upper = round_to_bfloat16(inputs[row, unsigned(left + 2 * k + 1)])
                 packed[unsigned(n * (DEPTH // 2) + k)] = ((lower >> np.int32(16)) & np.int32(0xFFFF)) | upper
@@ -124,9 +126,9 @@ def add_strip(count: int, depth: int, packed: Any, weight: Any, left: int, panel
 
 
 @compiled
-def add_sums(count: int, sums: Any, columns: int, out: Any, to: int, width: int) -> None:
-    """Add the strips' sums to where they belong."""
+def put_sums(count: int, sums: Any, columns: int, out: Any, to: int, width: int) -> None:
+    """Put the strips' sums where they belong."""
     for n in range(count):
         for left in range(0, columns, NARROW_STRIP):
             for j in range(min(NARROW_STRIP, columns - left)):
-                out[unsigned(to + n * width + left + j)] += sums[unsigned(left * count + n * NARROW_STRIP + j)]
+                out[unsigned(to + n * width + left + j)] = sums[unsigned(left * count + n * NARROW_STRIP + j)]

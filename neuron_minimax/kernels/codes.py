@@ -5,16 +5,18 @@ FP8 codes are int8 views of E4M3, bfloat16 an int16 view, float32 itself.
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from neuron_minimax.kernels.fp8 import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
-from neuron_minimax.kernels.vectors import fetch
+from neuron_minimax.kernels.vectors import FLOATS, LANES, LONG, add, at, fetch, larger, over_lanes, unpack_argument
 
 SHIFT, MASK = np.int32(FLOAT32_BITS), np.int32(SIGN_AND_MAGNITUDE)
 REBIAS = np.float32(HALF_REBIAS)
@@ -133,3 +135,30 @@ def exponential(number: Any) -> Any:
     power = power * rest + np.float32(5.0000001201e-1)
     power = power * rest * rest + rest + np.float32(1)
     return power * as_float((np.int32(twos) + np.int32(127)) << np.int32(23))
+
+
+def _reduced(operation: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """The code of an intrinsic that takes (flat float32, first) and a length, a multiple of LANES, to one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, first = unpack_argument(context, builder, signature, arguments, 0)
+        register = partial(at, builder, data, kind=FLOATS)
+        total = cgutils.alloca_once_value(builder, builder.load(register(first), align=4))
+        with cgutils.for_range_slice(builder, LONG(LANES), arguments[1], LONG(LANES), LONG) as (place, _):
+            one = builder.load(register(builder.add(first, place)), align=4)
+            builder.store(operation(builder, builder.load(total), one), total)
+        return over_lanes(builder, builder.load(total), operation)
+
+    return generate
+
+
+@intrinsic
+def largest_of(typing_context: Any, numbers: Any, length: Any) -> Any:
+    """Of so many numbers, a multiple of LANES, of (flat float32, first)."""
+    return types.float32(numbers, length), _reduced(larger)
+
+
+@intrinsic
+def sum_of(typing_context: Any, numbers: Any, length: Any) -> Any:
+    """As `largest_of`."""
+    return types.float32(numbers, length), _reduced(add)

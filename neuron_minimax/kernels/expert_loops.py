@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, add_sums, copy_block, factor_of_columns, halves, pack
+from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, copy_block, factor_of_columns, halves, pack, put_sums
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, on_lines, rebias, unsigned
 from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
@@ -75,6 +75,7 @@ def add_expert_products(
     pair_P, first_E = sort_by_expert(expert_TK.ravel(), len(gate_up))
     expert_X, place_X = groups_of(first_E)
     limit = min(PAIRS_PER_THREAD * team, PAIRS_PER_PASS)
+    scratch = np.empty(0, np.float32)
     group = 0
     while group < len(expert_X):
         end = group + 1
@@ -84,15 +85,16 @@ def add_expert_products(
         pair_Q = pair_P[first:last].copy()
         pieces = min(-(-ITEMS_PER_THREAD * team // (end - group)), down_scale.shape[1])
         work = expert_X[group:end].copy(), place_X[group : end + 1] - first, panels, pieces
-        gate_up_FQW = np.zeros(pieces * (last - first) * gate_up.shape[2], np.float32)
+        size = pieces * (last - first) * max(gate_up.shape[2], down.shape[2])
+        if size > len(scratch):
+            scratch = np.empty(size, np.float32)
         activated_QI = np.empty((last - first, down.shape[1]), np.float32)
-        product_FQH = np.zeros(pieces * (last - first) * down.shape[2], np.float32)
         taken = np.zeros(2, np.int64), np.zeros(2, np.int64)
         row_Q, place_Q = pair_Q // chosen, np.arange(last - first)
-        run_in_team(_multiply, team, (work, hidden_TH, row_Q, of_gate_up, 2, taken[0], gate_up_FQW))
-        run_in_team(_activate, team, (gate_up_FQW, pieces, activated_QI))
-        run_in_team(_multiply, team, (work, activated_QI, place_Q, of_down, 1, taken[1], product_FQH))
-        run_in_team(_add_up, team, (product_FQH, pieces, pair_Q, affinity_TK, out_TH))
+        run_in_team(_multiply, team, (work, hidden_TH, row_Q, of_gate_up, 2, taken[0], scratch))
+        run_in_team(_activate, team, (scratch, pieces, activated_QI))
+        run_in_team(_multiply, team, (work, activated_QI, place_Q, of_down, 1, taken[1], scratch))
+        run_in_team(_add_up, team, (scratch, pieces, pair_Q, affinity_TK, out_TH))
         group = end
 
 
@@ -101,6 +103,8 @@ def _multiply(
     thread: int, threads: int, work: Any, inputs: Any, row_P: Any, of_weight: Any, parts: int, taken: Any, out_FPW: Any
 ) -> None:
     """One thread's share of out[f,p] = inputs[row_P[p], rows of piece f] @ weight of the pair's expert; `out` is flat.
+
+    Groups of many pairs are one piece, the first; the others are zero.
 
     `parts` weights lie side by side, each with block columns of its own. `taken` counts items of work.
     """
@@ -117,7 +121,11 @@ def _multiply(
             row_N, to = row_P[place_X[group] : place_X[group + 1]], place_X[group] * width
             where = expert_X[group], left, min(left + CHUNK, width), block, parts
             packed, panel = np.empty(count * DEPTH, panels.dtype), on_lines(DEPTH * NARROW_STRIP, panels)
-            _add_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
+            _multiply_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
+            for place in range(place_X[group], place_X[group + 1] if pieces > 1 else 0):
+                for piece in range(1, pieces):
+                    row = (piece * place_X[-1] + place) * width
+                    out_FPW[row + left : row + min(left + CHUNK, width)] = np.float32(0)
         item = take(taken, 0)
     item = take(taken, 1)
     while item < len(expert_X) * pieces:
@@ -125,6 +133,7 @@ def _multiply(
         row_N, to = row_P[place_X[group] : place_X[group + 1]], (piece * place_X[-1] + place_X[group]) * width
         if len(row_N) <= FEW_PAIRS:
             where_few = expert_X[group], piece * size, min((piece + 1) * size, scale.shape[1]), block, parts
+            out_FPW[to : to + len(row_N) * width] = np.float32(0)
             _add_few(inputs, row_N, weight, scale, where_few, out_FPW, to)
         item = take(taken, 1)
 
@@ -162,14 +171,14 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
                     add_strip(count, depth, packed, (edge, left, CHUNK), left, panel, edge_factor, edge_sums)
         for n in range(count):
             add_in_order((sums, n * whole), weight, whole, (factor, 0), (out, to + n * width))
-    add_sums(count, edge_sums, width - whole, out, to + whole, width)
+    put_sums(count, edge_sums, width - whole, out, to + whole, width)
 
 
 @compiled
-def _add_many(
+def _multiply_many(
     inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, packed: Any, panel: Any, out: Any, to: int
 ) -> None:
-    """out += inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel."""
+    """out = inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel."""
     expert, left, right, block, parts = where
     rows, width = weight.shape[1:]
     count, columns, flat = len(row_N), right - left, weight.reshape(-1)
@@ -194,7 +203,7 @@ def _add_many(
                         fetch_ahead(weight, start + (depth + ahead) * width + line)
                 of_strip = (codes, column, CHUNK) if ragged else (flat, start + column, width)
                 add_strip(count, depth, packed, of_strip, column, panel, factor, sums)
-    add_sums(count, sums, columns, out, to + left, width)
+    put_sums(count, sums, columns, out, to + left, width)
 
 
 @compiled

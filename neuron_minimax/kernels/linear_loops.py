@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.blocks import CHUNK, add_strip, add_sums, factor_of_columns, halves, pack
+from neuron_minimax.kernels.blocks import CHUNK, add_strip, factor_of_columns, halves, pack, put_sums
 from neuron_minimax.kernels.codes import compiled, number_of, on_lines, rebias, unsigned
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
@@ -126,15 +126,15 @@ def _linear_of_many(
         row_N = np.arange(rows * group // groups, rows * (group + 1) // groups)
         where = left, min(left + size, outputs), block
         packed, panel = np.empty(len(row_N) * DEPTH, panels.dtype), on_lines(DEPTH * NARROW_STRIP, panels)
-        _add_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
+        _multiply_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
         item = take(taken, 0)
 
 
 @compiled
-def _add_outputs(
+def _multiply_outputs(
     hidden_NI: Any, row_N: Any, codes_OI: Any, scale: Any, where: Any, packed: Any, panel: Any, out_NO: Any
 ) -> None:
-    """out[row_N] += hidden[row_N] @ these rows of a weight, transposed block by block, in the panel's precision."""
+    """out[row_N] = hidden[row_N] @ these rows of a weight, transposed block by block, in the panel's precision."""
     first, last, block = where
     outputs, features = codes_OI.shape
     count, columns, flat = len(row_N), last - first, codes_OI.reshape(-1)
@@ -153,7 +153,7 @@ def _add_outputs(
             for strip in range(strips):
                 column = strip * NARROW_STRIP
                 add_strip(count, depth, packed, (codes, column, CHUNK), column, panel, factor, sums)
-    add_sums(count, sums, columns, out_NO, row_N[0] * outputs + first, outputs)
+    put_sums(count, sums, columns, out_NO, row_N[0] * outputs + first, outputs)
 
 
 @compiled

@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from neuron_minimax.checkpoint.schema import block_grid
-from neuron_minimax.kernels import attention, attention_loops, expert_loops, linear_loops
+from neuron_minimax.kernels import attention, attention_loops, expert_loops, linear_loops, prompt_loops
 from neuron_minimax.kernels.fp8 import FP8_DTYPES
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
-from neuron_minimax.kernels.tiles import WIDE_STRIP
+from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_STRIP
 from neuron_minimax.kernels.vectors import HAS_PAIRS
 
 # Up to so many rows a linear layer's weight is read as it lies, in float32; for more it is transposed on the way, or,
 # if it is dense, left to the library. Here they are equally fast.
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}
-
-QUERIES = 128  # of a prompt that attend together: 512 took 46 ms together and take 32 in fours
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
 # Integers that the loops take bits as, for what NumPy has no dtype of.
@@ -101,7 +99,8 @@ def attend(
 ) -> torch.Tensor:
     """`attention.attend` for graphs, whose keys and values are the first positions of a cache.
 
-    Of one token per slot it is Numba's, in float32; a slot whose position is behind them attends to nothing: zeros.
+    A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's products are of
+    bfloat16 numbers where hidden and keys are and the processor multiplies them. Odd head sizes are left to torch.
     """
     return torch.ops.neuron_minimax.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
 
@@ -117,11 +116,13 @@ def _linear(
     rows, few = len(hidden_NI), FEW_ROWS[hidden.dtype]
     if rows > few and weight.dtype == hidden.dtype:
         return F.linear(hidden, weight)
-    out = torch.zeros(*hidden.shape[:-1], outputs)
-    team, out_NO = torch.get_num_threads(), out.numpy().reshape(rows, outputs)
+    team, shape = torch.get_num_threads(), (*hidden.shape[:-1], outputs)
     if rows > few and scale is not None:
-        linear_loops.linear_of_many(team, hidden_NI, *weights, _panels(hidden), out_NO.ravel())
+        out = torch.empty(shape)
+        linear_loops.linear_of_many(team, hidden_NI, *weights, _panels(hidden), out.numpy().reshape(-1))
     else:
+        out = torch.zeros(shape)
+        out_NO = out.numpy().reshape(rows, outputs)
         for first in range(0, rows, few):
             part = slice(first, first + few)
             linear_loops.linear_of_few(team, hidden_NI[part], *weights, out_NO[part])
@@ -156,9 +157,10 @@ def _expert_mlp(
 
 @torch.library.impl("neuron_minimax::attend", "CPU")
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    if query.shape[1] > 1 or query.shape[3] % WIDE_STRIP or keys.dtype not in DENSE_DTYPES:
-        return _attend_in_parts(query, keys, values, positions)
-    slots, _, heads, size = query.shape
+    slots, tokens, heads, size = query.shape
+    fits = size % WIDE_STRIP == 0 if tokens == 1 else size % NARROW_STRIP == 0 and size <= DEPTH
+    if not fits or keys.dtype not in DENSE_DTYPES:
+        return attention.attend(query, keys, values, positions)
     key_heads, filled = keys.shape[1:3]
     strides = keys.stride()[:2]
     if keys.stride() != values.stride() or keys.stride()[2:] != (size, 1) or keys.dtype != values.dtype:
@@ -168,28 +170,16 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, posit
         )
     reach = (slots - 1) * strides[0] + (key_heads - 1) * strides[1] + filled * size
     flat = [_bits(each.as_strided((reach,), (1,))) for each in (keys, values)]
-    out = torch.zeros(slots, 1, heads * size)
-    query_SND, out_SND = _rows(query, heads * size), out.numpy()
-    shape = slots, heads, size
-    positions_S = np.ascontiguousarray(positions.numpy()).reshape(slots)
-    cache = key_heads, filled, *strides
-    attention_loops.attend_to_filled(
-        torch.get_num_threads(), query_SND.reshape(shape), *flat, cache, positions_S, out_SND.reshape(shape)
-    )
+    out = torch.zeros(slots, tokens, heads * size)
+    query_RD, out_RD = _rows(query, size), out.numpy().reshape(-1, size)
+    positions_ST = np.ascontiguousarray(positions.numpy())
+    team, cache, shape = torch.get_num_threads(), (key_heads, filled, *strides), (slots, heads, size)
+    if tokens == 1:
+        query_SND, out_SND = query_RD.reshape(shape), out_RD.reshape(shape)
+        attention_loops.attend_to_filled(team, query_SND, *flat, cache, positions_ST.ravel(), out_SND)
+    else:
+        prompt_loops.attend_to_prompt(team, query_RD, *flat, cache, positions_ST, _panels(query, keys), out_RD)
     return out.to(query.dtype)
-
-
-def _attend_in_parts(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Some queries after the other: the keys behind the last of them are not multiplied to be masked."""
-    attended = []
-    for first in range(0, query.shape[1], QUERIES):
-        part = slice(first, first + QUERIES)
-        reach = min(keys.shape[2], int(positions[:, part].max()) + 1)
-        of_part = query[:, part], keys[:, :, :reach], values[:, :, :reach], positions[:, part]
-        attended.append(attention.attend(*of_part))
-    return torch.cat(attended, dim=1)
 
 
 def _rows(hidden: torch.Tensor, features: int) -> np.ndarray:
@@ -229,8 +219,9 @@ def compile_loops(dtype: torch.dtype, linears: Iterable[torch.dtype], experts: I
     """Have Numba compile what the operators call, for activations in `dtype` and weights in these; it keeps the result
     on disk.
     """
-    cache = torch.zeros(1, 1, 2, WIDE_STRIP, dtype=dtype)
-    attend(cache[:, :, :1], cache[:, :, :1], cache[:, :, :1], torch.zeros(1, 1, dtype=torch.int64))
+    cache, positions = torch.zeros(1, 1, 2, WIDE_STRIP, dtype=dtype), torch.arange(2)[None]
+    for tokens in (1, 2):
+        attend(cache.transpose(1, 2)[:, :tokens], cache, cache, positions[:, :tokens])
     hidden = torch.zeros(FEW_ROWS[dtype] + 1, 8, dtype=dtype)
     for stored in linears:
         weight, scale = torch.zeros(8, 8, dtype=stored), torch.ones(1, 1) if stored in FP8_DTYPES else None

@@ -1,5 +1,6 @@
 """Panels: what a tile multiplies with, expanded from a weight's stored numbers; and blocks that are turned for them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from neuron_minimax.kernels.vectors import (
     bytes_in_order,
     look_up,
     numbers_at,
+    rounded_pairs,
     unpack_argument,
     words_of,
 )
@@ -46,6 +48,27 @@ def _pairs_of_codes(builder: Any, data: Any, places: tuple[Any, Any]) -> list[An
         mixed = [place for byte in order for place in (byte, BYTES.count + byte)]
         words.append(builder.bitcast(bytes_in_order(builder, lower, upper, mixed), WORDS))
     return words
+
+
+@intrinsic
+def round_to_pairs(typing_context: Any, inputs: Any, length: Any, to: Any) -> Any:
+    """Numbers of a row of input, a multiple of NARROW_STRIP, to int32 words of two bfloat16 numbers each.
+
+    `inputs` and `to` are (C-contiguous array, first).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        unpack = partial(unpack_argument, context, builder, signature, arguments)
+        (data, first), (words, to_first) = unpack(0), unpack(2)
+        with cgutils.for_range(builder, builder.sdiv(arguments[1], LONG(NARROW_STRIP))) as loop:
+            place = builder.add(first, builder.mul(loop.index, LONG(NARROW_STRIP)))
+            places = [builder.add(place, LONG(register * LANES)) for register in range(NARROW)]
+            pairs = rounded_pairs(builder, *(numbers_at(builder, data, place, types.float32) for place in places))
+            target = builder.add(to_first, builder.mul(loop.index, LONG(LANES)))
+            builder.store(pairs, at(builder, words, target, WORDS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(inputs, length, to), generate
 
 
 @intrinsic

@@ -30,7 +30,7 @@ from neuron_minimax.kernels.vectors import (
     add_product,
     at,
     fetch,
-    lane_sum,
+    over_lanes,
     splat,
     unpack_argument,
 )
@@ -231,7 +231,7 @@ def add_dots(
                     column = builder.mul(LONG(stream), apart)
                     place = builder.add(builder.add(sums_first, column), builder.mul(LONG(n), sums_width))
                     address = builder.gep(sums_data, [place])
-                    whole = lane_sum(builder, builder.load(total))
+                    whole = over_lanes(builder, builder.load(total))
                     builder.store(add_product(builder, builder.load(address), whole, arguments[5]), address)
 
         _for_each_height(builder, arguments[0], DOT_ROWS, dots)

@@ -1,6 +1,7 @@
 """LLVM vectors: how wide the machine's are, and the few operations that tiles are written in."""
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -86,12 +87,20 @@ def add_product(builder: Any, total: Any, one: Any, other: Any) -> Any:
     return builder.fadd(total, builder.fmul(one, other, flags=("contract",)), flags=("contract",))
 
 
-def lane_sum(builder: Any, vector: Any) -> Any:
-    """Halves of a vector are added until one lane is left."""
+def add(builder: Any, one: Any, other: Any) -> Any:
+    return builder.fadd(one, other)
+
+
+def larger(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+def over_lanes(builder: Any, vector: Any, operation: Callable[[Any, Any, Any], Any] = add) -> Any:
+    """Halves of a vector are added, or whatever the operation does, until one lane is left."""
     size, nothing = LANES // 2, ir.Constant(FLOATS, ir.Undefined)
     while size:
         moved = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, nothing, moved))
+        vector = operation(builder, vector, builder.shuffle_vector(vector, nothing, moved))
         size //= 2
     return builder.extract_element(vector, WORD(0))
 
@@ -101,6 +110,13 @@ def add_pairs(builder: Any, total: Any, one: Any, other: Any) -> Any:
     kind = ir.FunctionType(FLOATS, [FLOATS, BFLOATS, BFLOATS])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}")
     return builder.call(function, [total, builder.bitcast(one, BFLOATS), builder.bitcast(other, BFLOATS)])
+
+
+def rounded_pairs(builder: Any, lower: Any, upper: Any) -> Any:
+    """Two registers' numbers as bfloat16, one behind the other: the nearest, ties to even; subnormal ones are zero."""
+    kind = ir.FunctionType(BFLOATS, [FLOATS, FLOATS])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * LANES}")
+    return builder.bitcast(builder.call(function, [upper, lower]), WORDS)
 
 
 def look_up(builder: Any, places: Any, table: list[int]) -> Any:
