@@ -18,7 +18,7 @@ BENCHMARKS = (
     Benchmark(module="cache", options={"rounds": 2, "bfloat16": False}),
     Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
-    Benchmark(module="serving", options={"requests": 16, "new_tokens": 48}),
+    Benchmark(module="serving", options={"rounds": 2}),
     Benchmark(module="scaling", options={"full": False}),
     Benchmark(module="kernel_model", options={}),
 )

@@ -1,6 +1,6 @@
 """Load on `neuron-minimax serve` and on `transformers serve`: the same model, requests and machine in one run.
 
-python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 64] [--continuous-batching]
+python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3] [--continuous-batching]
 python -m benchmarks.serving --soak-minutes 10
 """
 
@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +86,12 @@ def cpu_seconds(pid: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One comparison: clients at once, requests in total, tokens per answer, slots of our server."""
+    """One comparison: clients at once, requests of a round, tokens per answer, slots of our server."""
 
     clients: tuple[int, ...] = (1, 8, 32)
-    requests: int = 32
-    new_tokens: int = 64
+    rounds: int = 3
+    requests: int = 16
+    new_tokens: int = 32
     slots: int = 8
     engine: str = "compiled"
     continuous_batching: bool = False
@@ -108,23 +111,22 @@ def peer_command(cache: Path, continuous_batching: bool) -> list[str]:
     return [*command, *(["--continuous-batching"] * continuous_batching)]
 
 
-def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], dict[str, float]]:
-    """What clients saw, by server and number of clients."""
+def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """What clients saw in each round, by server and number of clients; the one server idles while the other answers."""
     traced, cache = make_models(directory, setting.engine, setting.slots)
     work = empty_scratch(directory)
-    servers = (
-        ("ours", our_command(traced), r"listening on (http://\S+)", "model"),
-        ("peer", peer_command(cache, setting.continuous_batching), r"running on (http://\S+)", str(cache)),
-    )
-    results: dict[tuple[str, int], dict[str, float]] = {}
-    for name, command, pattern, model in servers:
-        with process(command, pattern, work / f"{name}.log") as (url, pid):
+    ours = process(our_command(traced), r"listening on (http://\S+)", work / "ours.log")
+    peer = process(peer_command(cache, setting.continuous_batching), r"running on (http://\S+)", work / "peer.log")
+    results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    with ours as of_ours, peer as of_peer:
+        servers = ("ours", *of_ours, "model"), ("peer", *of_peer, str(cache))
+        for _, url, _, model in servers:
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
-            for clients in setting.clients:
-                requests, before = max(1, setting.requests // clients), cpu_seconds(pid)
-                found = asyncio.run(load(url, model, clients, requests, setting.new_tokens))
-                found["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / found["tokens"]
-                results[name, clients] = found
+        for _, clients, (name, url, pid, model) in product(range(setting.rounds), setting.clients, servers):
+            before = cpu_seconds(pid)
+            found = asyncio.run(load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens))
+            found["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / found["tokens"]
+            results[name, clients].append(found)
     return results
 
 
@@ -144,8 +146,9 @@ def rows(directory: Path, **options: Any) -> list[Row]:
             (", first token, p95", "first_token_p95", "s", no_worse),
             (", CPU per token", "cpu_per_token", "ms", None),
         ):
-            less, other = unit != "tokens/s", ("transformers serve", [peer[key]])
-            table.append(row(what + name, [ours[key]], unit, less_is_better=less, peer=other, goal=goal))
+            less, other = unit != "tokens/s", ("transformers serve", [found[key] for found in peer])
+            of_ours = [found[key] for found in ours]
+            table.append(row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal))
     return table
 
 
@@ -154,7 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--clients", type=lambda text: tuple(int(part) for part in text.split(",")), default=default.clients
     )
-    parser.add_argument("--requests", type=int, default=default.requests, help="in total, at every number of clients")
+    parser.add_argument("--rounds", type=int, default=default.rounds)
+    parser.add_argument(
+        "--requests", type=int, default=default.requests, help="of a round, at every number of clients, or one of each"
+    )
     parser.add_argument("--new-tokens", type=int, default=default.new_tokens)
     parser.add_argument("--slots", type=int, default=default.slots, help="more clients than that wait in the queue")
     parser.add_argument("--engine", default=default.engine, choices=("compiled", "eager"))
