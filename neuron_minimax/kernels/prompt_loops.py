@@ -1,7 +1,7 @@
 """Attention of a prompt's tokens, compiled by Numba: both products by tiles, a block of scores at a time.
 
-Shapes: S slots, T tokens, K key heads, G query heads of each, N = K * G, D head_dim; R rows, which are T * G queries of
-one key head. Keys and values are flat; positions lie D numbers apart, and DEPTH of them are a block.
+Shapes: S slots, T tokens, N query heads, D head_dim; R rows, each one head's query of a token. Keys and values are
+flat; positions lie D numbers apart, and DEPTH of them are a block.
 """
 
 from typing import Any
@@ -104,7 +104,7 @@ def _attend(
     head, key_heads = of_head
     tokens, size = len(visible_T), query_RD.shape[1]
     group = len(query_RD) // tokens // key_heads
-    step = max(1, GROUP // group)
+    step = max(1, min(GROUP // group, -(-np.count_nonzero(visible_T) // threads)))
     packed, weights = np.empty(step * group * DEPTH, of_keys.dtype), np.empty(step * group * DEPTH, of_keys.dtype)
     scores = on_lines(step * group * DEPTH, query_RD)
     scaling, ones = np.full(NARROW_STRIP, 1 / np.sqrt(size), np.float32), np.ones(NARROW_STRIP, np.float32)
