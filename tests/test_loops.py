@@ -43,6 +43,11 @@ query = torch.randn(2, 1, 6, 64, generator=torch.Generator().manual_seed(3))
 cached = torch.randn(2, 2, 2, 140, 64, generator=torch.Generator().manual_seed(4))
 arguments = query, *cached, torch.tensor([[139], [6]])
 assert (operators.attend(*arguments) - attention.attend(*arguments)).abs().max() < 1e-6
+
+prompt = torch.randn(1, 5, 6, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+rounded = prompt, *(each[:1].bfloat16() for each in cached), torch.arange(135, 140)[None]
+off = operators.attend(*rounded).float() - attention.attend(*(each.float() for each in rounded[:3]), rounded[3])
+assert off.abs().max() < 0.004  # twice the error of rounding the result
 """
 
 
