@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from neuron_minimax.kernels.codes import compiled, rebias, round_to_bfloat16, unsigned
+from neuron_minimax.kernels.codes import compiled, rebias, unsigned
 from neuron_minimax.kernels.panels import expand_rows, round_to_pairs
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_ROWS, NARROW_STRIP, add_tile
 
@@ -37,16 +37,13 @@ def _pack_for(inputs, row_N, left, depth, factor, packed):
 
     def pack_pairs(inputs, row_N, left, depth, factor, packed):
         whole = depth // NARROW_STRIP * NARROW_STRIP
+        edge = np.zeros(NARROW_STRIP if whole < depth else 0, np.float32)
         for n in range(len(row_N)):
-            row = unsigned(row_N[n])
-            round_to_pairs((inputs, row_N[n] * inputs.shape[1] + left), whole, (packed, n * (DEPTH // 2)))
-            for k in range(whole // 2, depth // 2):
-                lower = round_to_bfloat16(inputs[row, unsigned(left + 2 * k)])
-                upper = round_to_bfloat16(inputs[row, unsigned(left + 2 * k + 1)])
-                packed[unsigned(n * (DEPTH // 2) + k)] = ((lower >> np.int32(16)) & np.int32(0xFFFF)) | upper
-            if depth % 2:
-                lower = round_to_bfloat16(inputs[row, unsigned(left + depth - 1)])
-                packed[unsigned(n * (DEPTH // 2) + depth // 2)] = (lower >> np.int32(16)) & np.int32(0xFFFF)
+            first, to = row_N[n] * inputs.shape[1] + left, n * (DEPTH // 2)
+            round_to_pairs((inputs, first), whole, (packed, to))
+            if whole < depth:
+                edge[: depth - whole] = inputs[row_N[n], left + whole : left + depth]
+                round_to_pairs((edge, 0), NARROW_STRIP, (packed, to + whole // 2))
 
     return pack_pairs if packed.dtype == types.int32 else pack_floats
 

@@ -64,16 +64,6 @@ def as_float(typing_context: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def as_bits(typing_context: Any, number: Any) -> Any:
-    """The int32 bits of this float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
 def fetch_ahead(typing_context: Any, codes: Any, offset: Any) -> Any:
     """Ask for the cache line of this element, which may lie outside the codes: vectors.fetch."""
 
@@ -108,14 +98,6 @@ def _rebias_for(weight):
     """One of two factors that `number_of` lacks."""
     factor = REBIAS if weight.dtype == types.int8 else np.float32(1)
     return lambda weight: factor
-
-
-@compiled
-def round_to_bfloat16(number: Any) -> Any:
-    """The nearest bfloat16, ties to even, as the upper half of an int32 whose lower half is 0."""
-    bits = as_bits(number)
-    odd = (bits >> np.int32(16)) & np.int32(1)
-    return (bits + np.int32(0x7FFF) + odd) & np.int32(-(2**16))
 
 
 @compiled
