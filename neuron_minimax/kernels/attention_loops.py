@@ -11,7 +11,7 @@ import numpy as np
 from neuron_minimax.kernels.codes import compiled, exponential, largest_of, number_of, sum_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, WIDE_ROWS, add_dots, add_wide_tiles, streams_of
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
 from neuron_minimax.kernels.vectors import LANES
 
 AHEAD = 4096  # bytes; how far ahead in each stream keys are asked for
@@ -91,16 +91,15 @@ def _score(
 ) -> None:
     """scores[g] = scaling * products with `depth` keys, -inf behind them; each head's are DEPTH from the last."""
     group = len(query_GD) // size
-    tiles, streams = -(-group // DOT_ROWS), streams_of(group)
-    whole = depth // streams * streams
+    tiles, whole = -(-group // DOT_ROWS), depth // STREAMS * STREAMS
     scores[:] = np.float32(-np.inf)
     for g in range(group):
         scores[g * DEPTH : g * DEPTH + depth] = np.float32(0)
-    for key in range(0, whole, streams):
+    for key in range(0, whole, STREAMS):
         for tile in range(tiles):
             g = group * tile // tiles
             height, ahead = group * (tile + 1) // tiles - g, 0 if tile else AHEAD // keys.itemsize
-            of_keys, of_scores = (keys, place + key * size, size), (scores, g * DEPTH + key, DEPTH, 1)
+            of_keys, of_scores = (keys, place + key * size, size), (scores, g * DEPTH + key, DEPTH)
             add_dots(height, size, (query_GD, g * size, size), of_keys, ahead, scaling, of_scores)
     flat = query_SND.reshape(-1)
     for key in range(whole, depth):

@@ -15,9 +15,9 @@ from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, copy_block, f
 from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, on_lines, rebias, unsigned
 from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
+from neuron_minimax.kernels.tiles import DEPTH, LONE_DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
 
-SHALLOW = 16  # rows of a weight that are read at a time for few pairs, half as many for one: whole rows
+SHALLOW = 16  # rows of a weight that are read at a time for few pairs, LONE_DEPTH for one: whole rows
 FEW_PAIRS = 2 * WIDE_ROWS  # up to so many a weight is read as it lies, in float32; more are faster with panels
 PAIRS_PER_THREAD = 384  # of one pass, whose sums are kept between the two products,
 PAIRS_PER_PASS = 2048  # but at most: 63 MB of the model's
@@ -146,7 +146,7 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
     count, flat = len(row_N), weight.reshape(-1)
     whole, tiles = width // WIDE_STRIP * WIDE_STRIP, -(-count // WIDE_ROWS)
     packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
-    shallow = SHALLOW // 2 if count == 1 else SHALLOW
+    shallow = LONE_DEPTH if count == 1 else SHALLOW
     panel, edge = np.empty(SHALLOW * NARROW_STRIP, np.float32), np.zeros(SHALLOW * CHUNK, weight.dtype)
     edge_sums, edge_factor = np.zeros(WIDE_STRIP * count, np.float32), np.zeros(WIDE_STRIP, np.float32)
     sums = on_lines(count * whole, factor)

@@ -12,7 +12,7 @@ from neuron_minimax.kernels.codes import compiled, number_of, on_lines, rebias, 
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, add_dots, streams_of
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
 from neuron_minimax.kernels.vectors import LANES
 
 DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
@@ -37,7 +37,7 @@ def linear_of_few(team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: 
 def _linear_of_few(
     thread: int, threads: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, taken: Any, out_NO: Any
 ) -> None:
-    """One thread's share. Rows that are far apart are read beside each other: long streams."""
+    """One thread's share. STREAMS rows are read beside each other while the next ones are asked for."""
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
     items = -(-outputs // block[0]) * -(-block[0] // LINEAR_ROWS)
@@ -45,31 +45,29 @@ def _linear_of_few(
     whole, columns = features // step * step, max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
     scaled_NI = np.empty((rows, features), np.float32)
     spread_NI = on_lines(rows * features, hidden_NI).reshape((rows, features))
-    streams, tiles = streams_of(rows), -(-rows // DOT_ROWS)
+    tiles = -(-rows // DOT_ROWS)
     place_T = rows * np.arange(tiles + 1) // tiles
     item = take(taken, 0)
     while item < items:
         following = take(taken, 0)
         first, last = _rows_of_item(item, block[0], outputs)
         next_first = _rows_of_item(following, block[0], outputs)[0] if following < items else last
-        apart = (last - first) // streams
+        end = last - (last - first) % STREAMS
         _scale_inputs(hidden_NI, scale, first // block[0], block[1], half, scaled_NI)
         for n in range(rows):
             spread_inputs((scaled_NI, n * features), weight_OI, whole, (spread_NI, n * features))
-        for row in range(first, first + apart):
-            ahead = (row + 1 if row + 1 < first + apart else next_first) - row
+        for row in range(first, end, STREAMS):
+            ahead = (row + STREAMS if row + STREAMS < end else next_first) - row
             for left in range(0, whole, columns):
                 length = min(columns, whole - left)
-                of_weight = weight_OI, row * features + left, apart * features
+                of_weight = weight_OI, row * features + left, features
                 for tile in range(tiles):
                     n, count = place_T[tile], place_T[tile + 1] - place_T[tile]
                     of_inputs = spread_NI, n * features + left, features
-                    of_sums = out_NO, n * outputs + row, outputs, apart
+                    of_sums = out_NO, n * outputs + row, outputs
                     add_dots(count, length, of_inputs, of_weight, 0 if tile else ahead * features, half, of_sums)
-            for stream in range(streams if whole < features else 0):
-                _add_products(scaled_NI, weight_OI, row + stream * apart, whole, half, out_NO)
-        for row in range(first + streams * apart, last):
-            _add_products(scaled_NI, weight_OI, row, 0, half, out_NO)
+        for row in range(first if whole < features else end, last):
+            _add_products(scaled_NI, weight_OI, row, whole if row < end else 0, half, out_NO)
         item = following
 
 

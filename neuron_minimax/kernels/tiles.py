@@ -16,7 +16,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from neuron_minimax.kernels.codes import compiled
 from neuron_minimax.kernels.spread import registers_of, spread_numbers_at
 from neuron_minimax.kernels.vectors import (
     FLOAT,
@@ -38,25 +37,29 @@ from neuron_minimax.kernels.vectors import (
 WIDE, NARROW = 4, 2  # registers across a tile
 WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
 WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
-STREAMS, LONE_STREAMS = 4, 8  # rows of a weight that `add_dots` takes beside each other, and with one row of input
+STREAMS = 4  # rows of a weight that `add_dots` takes beside each other
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most
 DEPTH = 128  # rows of input side by side are this far apart: no tile goes deeper
+LONE_DEPTH = 4  # a wide tile of this depth, of one row of input, has code without a loop
 
 
-@compiled
-def streams_of(rows: int) -> int:
-    """Of a weight, for so many rows of input."""
-    return LONE_STREAMS if rows == 1 else STREAMS
-
-
-def _zeros(builder: Any, rows: int, columns: int) -> list[list[Any]]:
-    """Running sums: variables that LLVM keeps in registers."""
-    zero = ir.Constant(FLOATS, None)
+def _sums(builder: Any, rows: int, columns: int, places: list[list[Any]] | None = None) -> list[list[Any]]:
+    """Running sums: variables that LLVM keeps in registers. They begin with what is at `places`, or zero."""
     totals = [[cgutils.alloca_once(builder, FLOATS) for _ in range(columns)] for _ in range(rows)]
-    for row in totals:
-        for total in row:
-            builder.store(zero, total)
+    for n, row in enumerate(totals):
+        for register, total in enumerate(row):
+            value = builder.load(places[n][register], align=4) if places else ir.Constant(FLOATS, None)
+            builder.store(value, total)
     return totals
+
+
+def _places_of_sums(builder: Any, rows: int, registers: int, sums: Any) -> list[list[Any]]:
+    """Addresses of a tile's sums, `sums` (address, first, stride)."""
+    starts = [builder.add(sums[1], builder.mul(LONG(n), sums[2])) for n in range(rows)]
+    return [
+        [at(builder, sums[0], builder.add(start, LONG(register * LANES)), FLOATS) for register in range(registers)]
+        for start in starts
+    ]
 
 
 def _for_each_height(builder: Any, height: Any, tallest: int, generate: Callable[[int], None]) -> None:
@@ -72,40 +75,23 @@ def _for_each_height(builder: Any, height: Any, tallest: int, generate: Callable
     builder.position_at_end(end)
 
 
-def _products(
+def _add_products(
     builder: Any,
-    rows: int,
-    registers: int,
+    totals: list[list[Any]],
     depth: Any,
     inputs: Any,
     numbers_of: Callable[[Any], list[Any]],
     pairs: bool,
-) -> list[list[Any]]:
-    """Sums over a tile's depth of rows of input, `inputs` (address, first), times the numbers of a row of weight."""
-    totals = _zeros(builder, rows, registers)
+) -> None:
+    """Over a tile's depth, rows of input, `inputs` (address, first), times the numbers of a row of weight."""
     kind, kinds, add = (WORD, WORDS, add_pairs) if pairs else (FLOAT, FLOATS, add_product)
     with cgutils.for_range(builder, depth) as loop:
         numbers = numbers_of(loop.index)
-        for n in range(rows):
+        for n, row in enumerate(totals):
             place = builder.add(builder.add(inputs[1], loop.index), LONG(n * (DEPTH // 2 if pairs else DEPTH)))
             value = splat(builder, builder.load(at(builder, inputs[0], place, kind)), kinds)
-            for total, number in zip(totals[n], numbers, strict=True):
+            for total, number in zip(row, numbers, strict=True):
                 builder.store(add(builder, builder.load(total), value, number), total)
-    return totals
-
-
-def _add_to_sums(builder: Any, totals: list[list[Any]], sums: Any, factor: Any = None) -> None:
-    """sums += factor * totals; `sums` is (address, first, stride), `factor` (address, first), or 1."""
-    for register in range(len(totals[0])):
-        column, factors = LONG(register * LANES), None
-        if factor:
-            factors = builder.load(at(builder, factor[0], builder.add(factor[1], column), FLOATS), align=4)
-        for n, of_row in enumerate(totals):
-            place = builder.add(builder.add(sums[1], column), builder.mul(LONG(n), sums[2]))
-            address = at(builder, sums[0], place, FLOATS)
-            old, total = builder.load(address, align=4), builder.load(of_row[register])
-            new = add_product(builder, old, total, factors) if factor else builder.fadd(old, total)
-            builder.store(new, address, align=4)
 
 
 @intrinsic
@@ -132,7 +118,7 @@ def add_wide_tiles(
         stored = signature.args[4][0].dtype
         loads = range(0, WIDE_STRIP, registers_of(stored) * LANES)
 
-        def tiles(rows: int) -> None:
+        def strips(rows: int, depth: Any) -> None:
             with cgutils.for_range_slice(builder, LONG(0), arguments[2], LONG(WIDE_STRIP), LONG) as (left, _):
 
                 def numbers(row: Any) -> list[Any]:
@@ -142,8 +128,21 @@ def add_wide_tiles(
                     found = [spread_numbers_at(builder, data, builder.add(place, LONG(load)), stored) for load in loads]
                     return list(chain(*found))
 
-                totals = _products(builder, rows, WIDE, arguments[1], unpack(3), numbers, pairs=False)
-                _add_to_sums(builder, totals, (sums_data, builder.add(sums_first, left), stride))
+                places = _places_of_sums(builder, rows, WIDE, (sums_data, builder.add(sums_first, left), stride))
+                totals = _sums(builder, rows, WIDE, places)
+                _add_products(builder, totals, depth, unpack(3), numbers, pairs=False)
+                for total, place in zip(chain(*totals), chain(*places), strict=True):
+                    builder.store(builder.load(total), place, align=4)
+
+        def tiles(rows: int) -> None:
+            if rows > 1:
+                return strips(rows, arguments[1])
+            usual = builder.icmp_signed("==", arguments[1], LONG(LONE_DEPTH))
+            with builder.if_else(usual) as (then, otherwise):
+                with then:
+                    strips(rows, LONG(LONE_DEPTH))
+                with otherwise:
+                    strips(rows, arguments[1])
 
         _for_each_height(builder, arguments[0], WIDE_ROWS, tiles)
         return context.get_dummy_value()
@@ -176,8 +175,15 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
             return [builder.load(at(builder, data, place, WORDS if pairs else FLOATS), align=4) for place in places]
 
         def tile(rows: int) -> None:
-            totals = _products(builder, rows, NARROW, arguments[1], unpack(2), numbers, pairs)
-            _add_to_sums(builder, totals, unpack(5), unpack(4))
+            totals = _sums(builder, rows, NARROW)
+            _add_products(builder, totals, arguments[1], unpack(2), numbers, pairs)
+            data_of_factors, first = unpack(4)
+            columns = [builder.add(first, LONG(register * LANES)) for register in range(NARROW)]
+            factors = [builder.load(at(builder, data_of_factors, column, FLOATS), align=4) for column in columns]
+            for row, places in zip(totals, _places_of_sums(builder, rows, NARROW, unpack(5)), strict=True):
+                for total, place, factor in zip(row, places, factors, strict=True):
+                    old = builder.load(place, align=4)
+                    builder.store(add_product(builder, old, builder.load(total), factor), place, align=4)
 
         _for_each_height(builder, arguments[0], NARROW_ROWS, tile)
         return context.get_dummy_value()
@@ -189,7 +195,7 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
 def add_dots(
     typing_context: Any, height: Any, length: Any, inputs: Any, weight: Any, ahead: Any, factor: Any, sums: Any
 ) -> Any:
-    """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, streams_of(height) of them.
+    """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, STREAMS of them.
 
     height                    rows of input, up to DOT_ROWS
     length                    of a row, a multiple of the numbers that a register holds as they are stored
@@ -197,7 +203,7 @@ def add_dots(
     (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32
     ahead                     how far ahead of each number the weight is asked for
     factor                    float32
-    (sums, first, stride, apart)   C-contiguous float32; how far its rows, and its columns, are apart
+    (sums, first, stride)     C-contiguous float32
     """
     stored = weight[0].dtype
     registers = registers_of(stored)
@@ -206,15 +212,14 @@ def add_dots(
         unpack = partial(unpack_argument, context, builder, signature, arguments)
         input_data, input_first, input_width = unpack(2)
         weight_data, weight_first, width = unpack(3)
-        sums_data, sums_first, sums_width, apart = unpack(6)
+        sums_data, sums_first, sums_width = unpack(6)
 
         def dots(rows: int) -> None:
-            streams = streams_of.py_func(rows)
-            totals = _zeros(builder, rows, streams)
+            totals = _sums(builder, rows, STREAMS)
             step = LONG(registers * LANES)
             with cgutils.for_range_slice(builder, LONG(0), arguments[1], step, LONG) as (column, _):
                 start = builder.add(weight_first, column)
-                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(streams)]
+                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(STREAMS)]
                 for place in places:
                     fetch(builder, weight_data, builder.add(place, arguments[4]))
                 numbers = [spread_numbers_at(builder, weight_data, place, stored) for place in places]
@@ -228,8 +233,7 @@ def add_dots(
                             builder.store(sum_, total)
             for n, of_row in enumerate(totals):
                 for stream, total in enumerate(of_row):
-                    column = builder.mul(LONG(stream), apart)
-                    place = builder.add(builder.add(sums_first, column), builder.mul(LONG(n), sums_width))
+                    place = builder.add(builder.add(sums_first, LONG(stream)), builder.mul(LONG(n), sums_width))
                     address = builder.gep(sums_data, [place])
                     whole = over_lanes(builder, builder.load(total))
                     builder.store(add_product(builder, builder.load(address), whole, arguments[5]), address)

@@ -51,12 +51,12 @@ def at(builder: Any, address: Any, place: Any, kind: Any) -> Any:
 
 
 def fetch(builder: Any, address: Any, place: Any) -> None:
-    """Ask for the cache line of this element, which may lie outside the array, into the second cache: llvm.prefetch."""
+    """Ask for the cache line of this element, which may lie outside the array, into the first cache: llvm.prefetch."""
     element = builder.gep(address, [place])
     kind = ir.FunctionType(ir.VoidType(), [element.type, WORD, WORD, WORD])
     function = builder.module.declare_intrinsic("llvm.prefetch", [element.type], kind)
-    read, second_cache, data = WORD(0), WORD(2), WORD(1)
-    builder.call(function, [element, read, second_cache, data])
+    read, first_cache, data = WORD(0), WORD(3), WORD(1)
+    builder.call(function, [element, read, first_cache, data])
 
 
 def splat(builder: Any, number: Any, kind: Any) -> Any:
