@@ -214,6 +214,15 @@ def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
     assert error(found, wanted.numpy()) < (FLOAT32_ERROR if dtype == torch.float32 else 2**-8)
 
 
+def test_experts_of_which_one_weight_is_kept_dense_are_left_to_torch():
+    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
+    index, affinity = routing(5, 4, 2)
+    activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
+    dense = fp8.dequantize(down, down_scale, (BLOCK, BLOCK))
+    found = operators.expert_mlp(activations, index, affinity, gate_up, gate_up_scale, dense, None)
+    assert error(found, slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)) < FLOAT32_ERROR
+
+
 def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     assert torch.equal(fp8.decode(codes), codes.view(torch.float8_e4m3fn).float())

@@ -9,8 +9,10 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import torch
 
 import neuron_minimax
+from neuron_minimax.kernels import operators
 from neuron_minimax.kernels.team import run_in_team
 
 PROGRAM = """
@@ -80,6 +82,53 @@ def test_code_kept_from_before_a_change_in_another_file_is_not_used(tmp_path):
     codes = tmp_path / "neuron_minimax" / "kernels" / "codes.py"
     codes.write_text(codes.read_text().replace("else np.float32(1)", "else np.float32(2)"))
     assert run() == 4  # of the input, and of the sum
+
+
+FAILING = """
+import torch
+
+from neuron_minimax.kernels import dispatch
+
+torch.library.define("neuron_minimax::failing", "(Tensor first) -> Tensor")
+
+
+def failing(stack, inputs, outputs):
+    words = dispatch.words_of(stack, 1)
+    raise MemoryError("there is no more")
+
+
+dispatch.register("failing", failing)
+torch.ops.neuron_minimax.failing(torch.ones(1))
+print("went on")
+"""
+
+
+def test_a_kernel_without_a_result_ends_the_process():
+    finished = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True)
+    assert finished.returncode
+    assert "there is no more" in finished.stderr
+    assert "went on" not in finished.stdout
+
+
+MEMORY = Path("/proc/self/statm")  # in pages
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="asks Linux how much memory it takes")
+def test_kernels_release_what_they_take():
+    hidden, weight = torch.zeros(64, 1 << 14), torch.zeros(128, 1 << 14, dtype=torch.uint8)
+    stacked = torch.zeros(1, 1 << 14, 256, dtype=torch.uint8), torch.ones(1, 128, 2)
+    down = torch.zeros(1, 128, 1 << 14, dtype=torch.uint8), torch.ones(1, 1, 128)
+    chosen, cached = (torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, 1)), torch.zeros(2, 64, 4, 64, 64)
+
+    def use_all() -> int:
+        operators.linear(hidden * 1, weight, torch.ones(1, 128), (128, 128))
+        operators.expert_mlp(hidden * 1, *chosen, *stacked, *down)
+        operators.attend(torch.zeros(64, 1, 256, 64), *cached, torch.zeros(64, 1, dtype=torch.int64))
+        operators.attend(torch.zeros(64, 4, 64, 64), *cached, torch.zeros(64, 4, dtype=torch.int64))
+        return int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = max(use_all() for _ in range(3))
+    assert max(use_all() for _ in range(30)) < before + 60e6  # each takes 4 MB or more per call
 
 
 @numba.njit

@@ -31,6 +31,6 @@ def save(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> Non
 
 
 def load(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves; `kernels.operators` must be imported, whose operators are in it."""
+    """The graph over these tensors themselves; `kernels.operators.compile_loops` must have made its operators."""
     graph = torch.export.load(path).module()
     return lambda *inputs: graph(state, inputs)

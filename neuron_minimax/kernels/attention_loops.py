@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.kernels.codes import compiled, exponential, largest_of, number_of, sum_of, unsigned
+from neuron_minimax.kernels.codes import compiled, exponential, inlined, largest_of, number_of, sum_of, unsigned
 from neuron_minimax.kernels.spread import add_in_order, spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
@@ -17,7 +17,7 @@ from neuron_minimax.kernels.vectors import LANES
 AHEAD = 4096  # bytes; how far ahead in each stream keys are asked for
 
 
-@compiled
+@inlined
 def attend_to_filled(
     team: int, query_SND: Any, keys: Any, values: Any, cache: Any, positions_S: Any, out_SND: Any
 ) -> None:

@@ -29,14 +29,19 @@ FASTMATH = {"contract"}
 STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], inline: str = "never") -> Any:
     """Have a function compiled at its first call, and what comes of it kept on disk where there is a place for it."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH, "inline": inline}
     try:
-        dispatcher = njit(cache=True, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+        dispatcher = njit(cache=True, **options)(function)
         dispatcher._cache._cache_file._source_stamp = STAMP
         return dispatcher
     except RuntimeError:  # neither beside the source nor in the user's cache directory may files be made
-        return njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+        return njit(**options)(function)
+
+
+# Compiled as a part of each compiled function that calls it, not for itself: LLVM takes seconds per call of loops.
+inlined = partial(compiled, inline="always")
 
 
 @njit(inline="always")

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, GROUP, add_strip, copy_block, factor_of_columns, halves, pack, put_sums
-from neuron_minimax.kernels.codes import CACHE_LINE, compiled, exponential, fetch_ahead, on_lines, rebias, unsigned
+from neuron_minimax.kernels.codes import (
+    CACHE_LINE,
+    compiled,
+    exponential,
+    fetch_ahead,
+    inlined,
+    on_lines,
+    rebias,
+    unsigned,
+)
 from neuron_minimax.kernels.spread import add_in_order
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, LONE_DEPTH, NARROW_STRIP, WIDE_ROWS, WIDE_STRIP, add_wide_tiles
@@ -54,7 +63,7 @@ def groups_of(first_E: Any) -> Any:
     return np.array(experts, np.int64), np.array(places, np.int64)
 
 
-@compiled
+@inlined
 def add_expert_products(
     team: int,
     hidden_TH: Any,

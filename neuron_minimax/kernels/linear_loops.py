@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.blocks import CHUNK, add_strip, factor_of_columns, halves, pack, put_sums
-from neuron_minimax.kernels.codes import compiled, number_of, on_lines, rebias, unsigned
+from neuron_minimax.kernels.codes import compiled, inlined, number_of, on_lines, rebias, unsigned
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
@@ -23,7 +23,7 @@ ITEMS_PER_THREAD = 4  # so that none waits long for the others
 SQUARE = 16  # bytes that are transposed at a time, in both directions
 
 
-@compiled
+@inlined
 def linear_of_few(team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, out_NO: Any) -> None:
     """out += hidden @ weight.T in float32, for FP8 codes, or for a dense weight: float32, or bfloat16's bits as int16.
 
@@ -100,7 +100,7 @@ def _add_products(inputs_NI: Any, weight_OI: Any, row: int, left: int, factor: f
         out_NO[n, row] += total * factor
 
 
-@compiled
+@inlined
 def linear_of_many(team: int, hidden_NI: Any, codes_OI: Any, scale: Any, block: Any, panels: Any, out_NO: Any) -> None:
     """The same for FP8 codes, in the dtype of `panels` as for experts; `out` is flat."""
     rows, outputs = hidden_NI.shape[0], codes_OI.shape[0]

@@ -12,13 +12,13 @@ from numba.extending import overload
 
 from neuron_minimax.kernels.attention_loops import exponentiate
 from neuron_minimax.kernels.blocks import GROUP, pack, rows_of
-from neuron_minimax.kernels.codes import compiled, number_of, on_lines, unsigned
+from neuron_minimax.kernels.codes import compiled, inlined, number_of, on_lines, unsigned
 from neuron_minimax.kernels.panels import expand_rows, round_to_pairs
 from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, NARROW_ROWS, NARROW_STRIP, add_tile
 
 
-@compiled
+@inlined
 def attend_to_prompt(
     team: int, query_RD: Any, keys: Any, values: Any, cache: Any, positions_ST: Any, panels: Any, out_RD: Any
 ) -> None:

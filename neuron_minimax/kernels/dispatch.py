@@ -1,0 +1,133 @@
+"""Compiled functions as kernels of torch's operators, called without Python: torch's stable C interface.
+
+A kernel takes (stack, inputs, outputs). The stack holds a word of 64 bits per input: an integer, or a tensor's handle,
+which the kernel has to release; then one per output. https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
+
+from neuron_minimax.kernels.codes import STAMP, inlined
+
+NAMESPACE = "neuron_minimax"
+# Between loops, which have swept the caches, Python and its objects cost more than what they do.
+SIGNATURE = types.void(types.CPointer(types.int64), types.uint64, types.uint64)
+FLOAT32, CPU, ANY_INDEX = 6, 0, -1  # as torch numbers dtypes and devices
+
+_library = ctypes.CDLL(torch._C.__file__)
+_kernels: list[Any] = []  # what is registered must stay
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    """One of torch's C functions for compiled code, which keeps its name, not its address."""
+    llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_library, name), ctypes.c_void_p).value)
+    return types.ExternalFunction(name, result(*arguments))
+
+
+_get_data = _function("aoti_torch_get_data_ptr", types.int32, types.intp, types.voidptr)
+_get_sizes = _function("aoti_torch_get_sizes", types.int32, types.intp, types.voidptr)
+_get_strides = _function("aoti_torch_get_strides", types.int32, types.intp, types.voidptr)
+_delete = _function("aoti_torch_delete_tensor_object", types.int32, types.intp)
+_place = (types.int32,) * 3
+_empty = _function(
+    "aoti_torch_empty_strided", types.int32, types.int64, types.voidptr, types.voidptr, *_place, types.voidptr
+)
+threads = _function("_ZN2at15get_num_threadsEv", types.int32)  # at::get_num_threads()
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), generate
+
+
+@inlined
+def words_of(stack: Any, count: int) -> Any:
+    """The inputs. There is no result until `answer` puts one: a kernel that raises ends the process."""
+    words = carray(stack, (count,)).copy()
+    stack[0] = 0
+    return words
+
+
+@inlined
+def flat(handle: int, count: int, dtype: Any) -> Any:
+    """So many numbers of a tensor from its first one on."""
+    found = np.empty(1, np.int64)
+    _get_data(handle, found.ctypes)
+    return carray(_pointer(found[0]), (count,), dtype)
+
+
+@inlined
+def sizes(handle: int, dimensions: int) -> Any:
+    found = np.empty(1, np.int64)
+    _get_sizes(handle, found.ctypes)
+    return carray(_pointer(found[0]), (dimensions,), np.int64)
+
+
+@inlined
+def strides(handle: int, dimensions: int) -> Any:
+    found = np.empty(1, np.int64)
+    _get_strides(handle, found.ctypes)
+    return carray(_pointer(found[0]), (dimensions,), np.int64)
+
+
+@inlined
+def matrix(handle: int, dtype: Any) -> Any:
+    """A contiguous tensor of two dimensions."""
+    size = sizes(handle, 2)
+    return flat(handle, size[0] * size[1], dtype).reshape((size[0], size[1]))
+
+
+@inlined
+def cube(handle: int, dtype: Any) -> Any:
+    """A contiguous tensor of three dimensions."""
+    size = sizes(handle, 3)
+    return flat(handle, size[0] * size[1] * size[2], dtype).reshape((size[0], size[1], size[2]))
+
+
+@inlined
+def new_matrix(rows: int, columns: int) -> Any:
+    """(handle, numbers) of a new float32 tensor."""
+    size, stride, made = np.array([rows, columns]), np.array([columns, 1]), np.empty(1, np.int64)
+    _empty(2, size.ctypes, stride.ctypes, FLOAT32, CPU, ANY_INDEX, made.ctypes)
+    return made[0], matrix(made[0], np.float32)
+
+
+@inlined
+def answer(stack: Any, words: Any, tensors: int, made: int) -> None:
+    """Leave a tensor as the result; the first inputs, which are so many tensors, are released."""
+    for number in range(tensors):
+        _delete(words[number])
+    stack[0] = made
+
+
+def register(operator: str, function: Callable[..., None]) -> None:
+    """Have a function of (stack, inputs, outputs) compiled, and kept on disk, as the CPU kernel of an operator.
+
+    Where one raises, which only memory that has run out can make it do, Numba says so, and torch ends the process.
+    """
+    kernel: Any = CFunc(function, sigutils.normalize_signature(SIGNATURE), locals={}, options={"error_model": "numpy"})
+    try:
+        kernel.enable_caching()
+        kernel._cache._cache_file._source_stamp = STAMP
+    except RuntimeError:  # as in `compiled`
+        pass
+    kernel.compile()
+    _kernels.append(kernel)
+    library = ctypes.c_void_p()
+    names = [name.encode() for name in (NAMESPACE, "CPU", __file__)]
+    failed = _library.aoti_torch_library_init_impl(*names, ctypes.c_uint32(0), ctypes.byref(library))
+    if failed or _library.aoti_torch_library_impl(library, operator.encode(), ctypes.c_void_p(kernel.address)):
+        raise RuntimeError(f"torch {torch.__version__} did not take a kernel for {NAMESPACE}::{operator}")
