@@ -1,5 +1,6 @@
 """Compiled functions as kernels of torch's operators, called without Python: torch's stable C interface.
 
+Python would take 50 us more per call here: between loops, which have swept the caches, its code comes from memory.
 A kernel takes (stack, inputs, outputs). The stack holds a word of 64 bits per input: an integer, or a tensor's handle,
 which the kernel has to release; then one per output. https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html
 """
@@ -20,7 +21,6 @@ from numba.extending import intrinsic
 from neuron_minimax.kernels.codes import STAMP, inlined
 
 NAMESPACE = "neuron_minimax"
-# Between loops, which have swept the caches, Python and its objects cost more than what they do.
 SIGNATURE = types.void(types.CPointer(types.int64), types.uint64, types.uint64)
 FLOAT32, CPU, ANY_INDEX = 6, 0, -1  # as torch numbers dtypes and devices
 
@@ -99,9 +99,10 @@ def cube(handle: int, dtype: Any) -> Any:
 
 @inlined
 def new_matrix(rows: int, columns: int) -> Any:
-    """(handle, numbers) of a new float32 tensor."""
+    """(handle, numbers) of a new float32 tensor. Raises MemoryError when there is no room for it."""
     size, stride, made = np.array([rows, columns]), np.array([columns, 1]), np.empty(1, np.int64)
-    _empty(2, size.ctypes, stride.ctypes, FLOAT32, CPU, ANY_INDEX, made.ctypes)
+    if _empty(2, size.ctypes, stride.ctypes, FLOAT32, CPU, ANY_INDEX, made.ctypes):
+        raise MemoryError
     return made[0], matrix(made[0], np.float32)
 
 
