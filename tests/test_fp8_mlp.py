@@ -214,6 +214,15 @@ def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
     assert error(found, wanted.numpy()) < (FLOAT32_ERROR if dtype == torch.float32 else 2**-8)
 
 
+def test_chosen_experts_may_be_any_integers_and_rows_have_to_fit():
+    stacked, (index, affinity) = weights(4, 192, 64), routing(5, 4, 2)
+    activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
+    wanted = operators.expert_mlp(activations, index, affinity, *stacked)
+    assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, *stacked), wanted)
+    with pytest.raises(RuntimeError, match="invalid for input of size 10"):
+        operators.linear(torch.zeros(2, 5), torch.zeros(8, 4, dtype=torch.uint8), torch.ones(1, 1), (BLOCK, BLOCK))
+
+
 def test_experts_of_which_one_weight_is_kept_dense_are_left_to_torch():
     gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
     index, affinity = routing(5, 4, 2)

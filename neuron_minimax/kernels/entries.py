@@ -65,23 +65,24 @@ def _experts(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 
 
 @inlined
-def _of_cache(words: Any, dtype: Any) -> Any:
-    """Keys and values, flat, and (key heads, positions, how far slots and key heads are apart) out of the stack."""
+def _attention(words: Any, dtype: Any) -> Any:
+    """Queries [R,D] and positions; keys and values, flat, and how they lie, as the loops take it; the result, zeros."""
+    query_RD, positions_ST = matrix(words[0], np.float32), matrix(words[3], np.int64)
     size, stride = sizes(words[1], 4), strides(words[1], 4)
     reach = (size[0] - 1) * stride[0] + (size[1] - 1) * stride[1] + size[2] * size[3]
-    return flat(words[1], reach, dtype), flat(words[2], reach, dtype), (size[1], size[2], stride[0], stride[1])
+    of_cache = flat(words[1], reach, dtype), flat(words[2], reach, dtype), (size[1], size[2], stride[0], stride[1])
+    made, out_RD = new_matrix(len(query_RD), query_RD.shape[1])
+    out_RD[:] = np.float32(0)
+    return query_RD, positions_ST, of_cache, made, out_RD
 
 
 def _filled(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def attend_of_one_token(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        query_RD, positions_ST = matrix(words[0], np.float32), matrix(words[3], np.int64)
-        made, out_RD = new_matrix(len(query_RD), query_RD.shape[1])
-        out_RD[:] = np.float32(0)
-        keys, values, place = _of_cache(words, stored)
+        query_RD, positions_ST, (keys, values, cache), made, out_RD = _attention(words, stored)
         shape = len(positions_ST), len(query_RD) // len(positions_ST), query_RD.shape[1]
         query_SND, out_SND = query_RD.reshape(shape), out_RD.reshape(shape)
-        attend_to_filled(threads(), query_SND, keys, values, place, positions_ST.reshape(-1), out_SND)
+        attend_to_filled(threads(), query_SND, keys, values, cache, positions_ST.reshape(-1), out_SND)
         answer(stack, words, 4, made)
 
     return attend_of_one_token
@@ -90,11 +91,8 @@ def _filled(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 def _prompt(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def attend_of_prompt(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        query_RD, positions_ST = matrix(words[0], np.float32), matrix(words[3], np.int64)
-        made, out_RD = new_matrix(len(query_RD), query_RD.shape[1])
-        out_RD[:] = np.float32(0)
-        keys, values, place = _of_cache(words, stored)
-        attend_to_prompt(threads(), query_RD, keys, values, place, positions_ST, np.empty(0, panels), out_RD)
+        query_RD, positions_ST, (keys, values, cache), made, out_RD = _attention(words, stored)
+        attend_to_prompt(threads(), query_RD, keys, values, cache, positions_ST, np.empty(0, panels), out_RD)
         answer(stack, words, 4, made)
 
     return attend_of_prompt

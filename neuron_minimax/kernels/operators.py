@@ -48,7 +48,7 @@ def linear(
     rows, few = hidden.numel() // weight_OI.shape[1], FEW_ROWS[hidden.dtype]
     if rows > few and weight_OI.dtype == hidden.dtype:
         return F.linear(hidden, weight_OI)
-    hidden_NI, weight_OI = _float32(hidden).view(rows, -1), weight_OI.contiguous()
+    hidden_NI, weight_OI = _float32(hidden).view(-1, weight_OI.shape[1]), weight_OI.contiguous()
     if scale is None:
         few_rows = _operator("linear_of_few", weight_OI.dtype)
         out_NO = torch.cat([few_rows(part, weight_OI) for part in hidden_NI.split(few)])
@@ -83,7 +83,7 @@ def expert_mlp(
     scales = () if gate_up_scale is None or down_scale is None else (_float32(gate_up_scale), _float32(down_scale))
     stacked = gate_up.contiguous(), down.contiguous(), *scales, *(block if scales else ())
     operator = _operator("expert_mlp", gate_up.dtype, _by_pairs(hidden_TH.dtype, gate_up.dtype))
-    out_TH = operator(_float32(hidden_TH), expert_index_TK.contiguous(), _float32(affinity_TK), *stacked)
+    out_TH = operator(_float32(hidden_TH), _int64(expert_index_TK), _float32(affinity_TK), *stacked)
     return out_TH.to(hidden_TH.dtype)
 
 
@@ -107,7 +107,7 @@ def attend(
             f"expected the same of both, and positions that lie {size} numbers apart"
         )
     operator = _operator(*_of_attention(query_BTND.dtype, key_BKCD.dtype, tokens > 1))
-    attended = operator(_float32(query_BTND).view(-1, size), key_BKCD, value_BKCD, positions_BT.contiguous())
+    attended = operator(_float32(query_BTND).view(-1, size), key_BKCD, value_BKCD, _int64(positions_BT))
     return attended.view(batch, tokens, heads * size).to(query_BTND.dtype)
 
 
@@ -120,6 +120,10 @@ def _check_dtypes(weight: torch.Tensor, scale: torch.Tensor | None) -> None:
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().contiguous()
+
+
+def _int64(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.long().contiguous()
 
 
 def _by_pairs(hidden: torch.dtype, stored: torch.dtype) -> bool:
@@ -209,18 +213,8 @@ def _attend_by_torch(*arguments: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.impl(f"{NAMESPACE}::expert_mlp_by_torch", "CPU")
-def _expert_mlp_by_torch(
-    hidden: torch.Tensor,
-    expert_index: torch.Tensor,
-    affinity: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    *block: int,
-) -> torch.Tensor:
-    weights = gate_up, gate_up_scale, down, down_scale
-    return fp8_mlp.expert_mlp(hidden, expert_index, affinity, *weights, (block[0], block[1])).contiguous()
+def _expert_mlp_by_torch(*arguments: Any) -> torch.Tensor:
+    return fp8_mlp.expert_mlp(*(*arguments[:-2], arguments[-2:])).contiguous()
 
 
 def compile_loops(dtype: torch.dtype, linears: Iterable[torch.dtype], experts: Iterable[torch.dtype]) -> None:
