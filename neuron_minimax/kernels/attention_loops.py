@@ -98,9 +98,10 @@ def _score(
     for key in range(0, whole, STREAMS):
         for tile in range(tiles):
             g = group * tile // tiles
-            height, ahead = group * (tile + 1) // tiles - g, 0 if tile else AHEAD // keys.itemsize
-            of_keys, of_scores = (keys, place + key * size, size), (scores, g * DEPTH + key, DEPTH)
-            add_dots(height, size, (query_GD, g * size, size), of_keys, ahead, scaling, of_scores)
+            height, first = group * (tile + 1) // tiles - g, place + key * size
+            ahead = first if tile else first + AHEAD // keys.itemsize
+            of_keys, of_scores = (keys, first, size), (scores, g * DEPTH + key, DEPTH)
+            add_dots(height, STREAMS, size, (query_GD, g * size, size), of_keys, ahead, scaling, of_scores)
     flat = query_SND.reshape(-1)
     for key in range(whole, depth):
         for g in range(group):

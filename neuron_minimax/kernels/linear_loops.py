@@ -12,11 +12,12 @@ from neuron_minimax.kernels.codes import compiled, inlined, number_of, on_lines,
 from neuron_minimax.kernels.panels import transpose_codes
 from neuron_minimax.kernels.spread import spread_inputs
 from neuron_minimax.kernels.team import run_in_team, take
-from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, NARROW_STRIP, STREAMS, add_dots
+from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, LONE_STREAMS, NARROW_STRIP, STREAMS, add_dots
 from neuron_minimax.kernels.vectors import LANES
 
 DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
 DOT_COLUMNS = 512  # but at least so many of each row
+BLOCK_BYTES = 12288  # rows of a weight that are read beside each other: the next ones fit into the first cache too
 LINEAR_ROWS = 128  # of a weight that a thread takes at a time
 MANY_ROWS = 512  # of input that are multiplied together where there are many
 ITEMS_PER_THREAD = 4  # so that none waits long for the others
@@ -37,7 +38,10 @@ def linear_of_few(team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: 
 def _linear_of_few(
     thread: int, threads: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, taken: Any, out_NO: Any
 ) -> None:
-    """One thread's share. STREAMS rows are read beside each other while the next ones are asked for."""
+    """One thread's share. A few rows are read beside each other while the next ones are asked for.
+
+    They are asked for in the order in which they lie: so memory gives 0.95 of what it gives to a sum, else 0.87.
+    """
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
     items = -(-outputs // block[0]) * -(-block[0] // LINEAR_ROWS)
@@ -47,17 +51,18 @@ def _linear_of_few(
     spread_NI = on_lines(rows * features, hidden_NI).reshape((rows, features))
     tiles = -(-rows // DOT_ROWS)
     place_T = rows * np.arange(tiles + 1) // tiles
+    streams = STREAMS if rows > 1 or STREAMS * features * weight_OI.itemsize <= BLOCK_BYTES else LONE_STREAMS
     item = take(taken, 0)
     while item < items:
         following = take(taken, 0)
         first, last = _rows_of_item(item, block[0], outputs)
         next_first = _rows_of_item(following, block[0], outputs)[0] if following < items else last
-        end = last - (last - first) % STREAMS
+        end = last - (last - first) % streams
         _scale_inputs(hidden_NI, scale, first // block[0], block[1], half, scaled_NI)
         for n in range(rows):
             spread_inputs((scaled_NI, n * features), weight_OI, whole, (spread_NI, n * features))
-        for row in range(first, end, STREAMS):
-            ahead = (row + STREAMS if row + STREAMS < end else next_first) - row
+        for row in range(first, end, streams):
+            next_row = row + streams if row + streams < end else next_first
             for left in range(0, whole, columns):
                 length = min(columns, whole - left)
                 of_weight = weight_OI, row * features + left, features
@@ -65,7 +70,8 @@ def _linear_of_few(
                     n, count = place_T[tile], place_T[tile + 1] - place_T[tile]
                     of_inputs = spread_NI, n * features + left, features
                     of_sums = out_NO, n * outputs + row, outputs
-                    add_dots(count, length, of_inputs, of_weight, 0 if tile else ahead * features, half, of_sums)
+                    ahead = row * features + left if tile else next_row * features + streams * left
+                    add_dots(count, streams, length, of_inputs, of_weight, ahead, half, of_sums)
         for row in range(first if whole < features else end, last):
             _add_products(scaled_NI, weight_OI, row, whole if row < end else 0, half, out_NO)
         item = following

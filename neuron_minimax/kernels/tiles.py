@@ -7,7 +7,7 @@ memory is read.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from typing import Any
 
@@ -25,6 +25,7 @@ from neuron_minimax.kernels.vectors import (
     SUMS_KEPT,
     WORD,
     WORDS,
+    add,
     add_pairs,
     add_product,
     at,
@@ -37,7 +38,8 @@ from neuron_minimax.kernels.vectors import (
 WIDE, NARROW = 4, 2  # registers across a tile
 WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
 WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
-STREAMS = 4  # rows of a weight that `add_dots` takes beside each other
+STREAMS = 4  # rows of a weight that `add_dots` takes beside each other,
+LONE_STREAMS = 2  # or so many, of one row of input
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most
 DEPTH = 128  # rows of input side by side are this far apart: no tile goes deeper
 LONE_DEPTH = 4  # a wide tile of this depth, of one row of input, has code without a loop
@@ -105,7 +107,7 @@ def add_wide_tiles(
     columns                   a multiple of WIDE_STRIP
     (inputs, first)           flat float32: rows that are DEPTH apart
     (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32; how far its rows are apart
-    ahead                     what will be needed next like `first`: a block from there on is asked for meanwhile
+    ahead                     where what is needed next begins: as much as is read is asked for meanwhile, in its order
     (sums, first, stride)     flat float32, spread as spread.py does it
 
     `first` is the element at which the first tile begins.
@@ -120,13 +122,16 @@ def add_wide_tiles(
 
         def strips(rows: int, depth: Any) -> None:
             with cgutils.for_range_slice(builder, LONG(0), arguments[2], LONG(WIDE_STRIP), LONG) as (left, _):
+                ahead = builder.add(arguments[5], builder.mul(left, depth))
 
                 def numbers(row: Any) -> list[Any]:
-                    place = builder.add(builder.mul(row, width), left)
-                    fetch(builder, data, builder.add(arguments[5], place))
-                    place = builder.add(first, place)
-                    found = [spread_numbers_at(builder, data, builder.add(place, LONG(load)), stored) for load in loads]
-                    return list(chain(*found))
+                    next_place = builder.add(ahead, builder.mul(row, LONG(WIDE_STRIP)))
+                    place = builder.add(first, builder.add(builder.mul(row, width), left))
+                    found = []
+                    for load in loads:
+                        fetch(builder, data, builder.add(next_place, LONG(load)))
+                        found += spread_numbers_at(builder, data, builder.add(place, LONG(load)), stored)
+                    return found
 
                 places = _places_of_sums(builder, rows, WIDE, (sums_data, builder.add(sums_first, left), stride))
                 totals = _sums(builder, rows, WIDE, places)
@@ -193,15 +198,24 @@ def add_tile(typing_context: Any, height: Any, depth: Any, inputs: Any, panel: A
 
 @intrinsic
 def add_dots(
-    typing_context: Any, height: Any, length: Any, inputs: Any, weight: Any, ahead: Any, factor: Any, sums: Any
+    typing_context: Any,
+    height: Any,
+    streams: Any,
+    length: Any,
+    inputs: Any,
+    weight: Any,
+    ahead: Any,
+    factor: Any,
+    sums: Any,
 ) -> Any:
-    """sums += factor * (inputs @ weight.T) for a weight whose rows are outputs, STREAMS of them.
+    """sums += factor * (inputs @ weight.T) for so many rows of a weight, which are outputs.
 
     height                    rows of input, up to DOT_ROWS
+    streams                   rows of the weight: STREAMS, or for one row of input also LONE_STREAMS
     length                    of a row, a multiple of the numbers that a register holds as they are stored
     (inputs, first, stride)   C-contiguous float32, spread as spread.py does it
     (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32
-    ahead                     how far ahead of each number the weight is asked for
+    ahead                     where what is needed next begins: as much as is read is asked for meanwhile, in its order
     factor                    float32
     (sums, first, stride)     C-contiguous float32
     """
@@ -210,35 +224,47 @@ def add_dots(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unpack = partial(unpack_argument, context, builder, signature, arguments)
-        input_data, input_first, input_width = unpack(2)
-        weight_data, weight_first, width = unpack(3)
-        sums_data, sums_first, sums_width = unpack(6)
+        input_data, input_first, input_width = unpack(3)
+        weight_data, weight_first, width = unpack(4)
+        sums_data, sums_first, sums_width = unpack(7)
 
-        def dots(rows: int) -> None:
-            totals = _sums(builder, rows, STREAMS)
-            step = LONG(registers * LANES)
-            with cgutils.for_range_slice(builder, LONG(0), arguments[1], step, LONG) as (column, _):
+        def dots(rows: int, streams: int) -> None:
+            parts = STREAMS // streams  # sums of a row, so that one can be added to while another one is
+            totals = _sums(builder, rows, streams * parts)
+            step = registers * LANES
+            with cgutils.for_range_slice(builder, LONG(0), arguments[2], LONG(step), LONG) as (column, _):
                 start = builder.add(weight_first, column)
-                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(STREAMS)]
-                for place in places:
-                    fetch(builder, weight_data, builder.add(place, arguments[4]))
+                places = [builder.add(start, builder.mul(LONG(stream), width)) for stream in range(streams)]
+                next_place = builder.add(arguments[5], builder.mul(column, LONG(streams)))
+                for stream in range(streams):
+                    fetch(builder, weight_data, builder.add(next_place, LONG(stream * step)))
                 numbers = [spread_numbers_at(builder, weight_data, place, stored) for place in places]
                 for register in range(registers):
                     for n, of_row in enumerate(totals):
                         place = builder.add(builder.add(input_first, column), builder.mul(LONG(n), input_width))
                         place = builder.add(place, LONG(register * LANES))
                         value = builder.load(at(builder, input_data, place, FLOATS), align=4)
-                        for total, of_stream in zip(of_row, numbers, strict=True):
+                        for total, of_stream in zip(of_row[register % parts :: parts], numbers, strict=True):
                             sum_ = add_product(builder, builder.load(total), value, of_stream[register])
                             builder.store(sum_, total)
             for n, of_row in enumerate(totals):
-                for stream, total in enumerate(of_row):
+                for stream in range(streams):
                     place = builder.add(builder.add(sums_first, LONG(stream)), builder.mul(LONG(n), sums_width))
                     address = builder.gep(sums_data, [place])
-                    whole = over_lanes(builder, builder.load(total))
-                    builder.store(add_product(builder, builder.load(address), whole, arguments[5]), address)
+                    of_stream = [builder.load(total) for total in of_row[stream * parts : (stream + 1) * parts]]
+                    whole = over_lanes(builder, reduce(partial(add, builder), of_stream))
+                    builder.store(add_product(builder, builder.load(address), whole, arguments[6]), address)
 
-        _for_each_height(builder, arguments[0], DOT_ROWS, dots)
+        def tile(rows: int) -> None:
+            if rows > 1:
+                return dots(rows, STREAMS)
+            with builder.if_else(builder.icmp_signed("==", arguments[1], LONG(STREAMS))) as (then, otherwise):
+                with then:
+                    dots(rows, STREAMS)
+                with otherwise:
+                    dots(rows, LONE_STREAMS)
+
+        _for_each_height(builder, arguments[0], DOT_ROWS, tile)
         return context.get_dummy_value()
 
-    return types.void(height, length, inputs, weight, types.intp, types.float32, sums), generate
+    return types.void(height, streams, length, inputs, weight, types.intp, types.float32, sums), generate
