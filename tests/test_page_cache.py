@@ -40,6 +40,14 @@ def read_all(directory: Path) -> None:
         path.read_bytes()
 
 
+def require_kept(directory: Path, witness: Path) -> None:
+    """Skips when somebody else drops pages meanwhile, as a host does that wants its memory back: the witness's too."""
+    share = cached_share(directory)
+    if share < 1 and cached_share(witness) < 1:
+        pytest.skip("something else on this machine drops pages")
+    assert share == 1
+
+
 def test_more_than_half_of_memory_is_too_large_to_keep():
     assert not too_large_to_keep(8 << 30, 16 << 30)
     assert too_large_to_keep((8 << 30) + 1, 16 << 30)
@@ -63,18 +71,26 @@ def source(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.fixture
+def witness(tmp_path):
+    """Files that nothing here touches."""
+    directory = write_tiny(tmp_path / "witness")
+    read_all(directory)
+    return directory
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(source, tmp_path, monkeypatch, command):
+def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(source, witness, tmp_path, monkeypatch, command):
     if cached_share(source) < 1:
         pytest.skip("this file system keeps no pages")
     COMMANDS[command](source, tmp_path / "fits")
-    assert cached_share(source) == 1
+    require_kept(source, witness)
     monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
     COMMANDS[command](source, tmp_path / "larger")
     assert cached_share(source) < 0.2
     if command != "values":
         (small,), (large,) = (tmp_path / "fits").iterdir(), (tmp_path / "larger").iterdir()
-        assert cached_share(small) == 1
+        require_kept(small, witness)
         assert cached_share(large) < 0.2
 
 

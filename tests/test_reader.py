@@ -1,6 +1,7 @@
 """Reading checkpoints: the safetensors library is the oracle for contents, and every broken file is named."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -62,6 +63,25 @@ def test_every_tensor_reads_as_the_safetensors_library_reads_it(tmp_path, shards
         found = checkpoint.tensor(name)
         assert found.dtype == expected.dtype
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 10**6])
+def test_strips_are_the_rows_of_the_mapped_tensor(made, rows):
+    checkpoint = Checkpoint(made)
+    for name in checkpoint.entries:
+        strips = [strip.copy() for strip in checkpoint.strips(name, rows)]
+        assert all(len(strip) == rows for strip in strips[:-1])
+        np.testing.assert_array_equal(np.concatenate(strips), checkpoint.array(name))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(broken):
+    checkpoint = Checkpoint(broken)
+    entry = max(
+        (one for one in checkpoint.entries.values() if one.shard == shard(broken).name), key=lambda one: one.end
+    )
+    os.truncate(shard(broken), entry.end - 1)
+    with pytest.raises(CheckpointError, match=rf"{entry.shard} ends within {entry.name}.*download it again"):
+        list(checkpoint.strips(entry.name, 64))
 
 
 def test_reading_does_not_change_files_even_when_a_tensor_is_written_to(made):

@@ -168,14 +168,16 @@ def block_maxima(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) 
 
 def largest_codes(codes: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """The largest code of each block without its sign, on the grid of the scales; codes [R, C] are read once."""
-    rows, columns = codes.shape
-    of_columns = np.empty((-(-rows // block[0]), columns), np.uint8)
-    magnitude = np.empty((min(block[0], rows), columns), np.uint8)  # one block row stays in the cache
-    for index, row in enumerate(range(0, rows, block[0])):
-        strip = codes[row : row + block[0]]
-        # The maximum over an axis is many times as fast as reduceat.
-        np.bitwise_and(strip, 0x7F, out=magnitude[: len(strip)]).max(axis=0, out=of_columns[index])
-    return np.maximum.reduceat(of_columns, np.arange(0, columns, block[1]), axis=1)
+    magnitude = np.empty((min(block[0], len(codes)), codes.shape[1]), np.uint8)  # one block row stays in the cache
+    strips = (codes[row : row + block[0]] for row in range(0, len(codes), block[0]))
+    return largest_magnitudes((np.bitwise_and(strip, 0x7F, out=magnitude[: len(strip)]) for strip in strips), block[1])
+
+
+def largest_magnitudes(strips: Iterable[np.ndarray], width: int) -> np.ndarray:
+    """`largest_codes` of codes without their signs that come block row by block row; blocks have so many columns."""
+    # The maximum over an axis is many times as fast as reduceat.
+    of_columns = np.stack([strip.max(axis=0) for strip in strips])
+    return np.maximum.reduceat(of_columns, np.arange(0, of_columns.shape[1], width), axis=1)
 
 
 def _read_both_ways(maxima: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

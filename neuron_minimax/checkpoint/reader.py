@@ -68,6 +68,25 @@ class TensorDirectory:
         raw = np.asarray(self._map(entry.shard))[entry.start : entry.end]
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def strips(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """So many rows (along the first dimension) at a time, as `array` has them, each time in the same memory.
+
+        Read, not mapped: of what is looked at once, mapping each page takes longer than copying it. Raises
+        CheckpointError when the file has become shorter.
+        """
+        entry = self.entry(name)
+        strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
+        with open(self.directory / entry.shard, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            for first in range(0, entry.shape[0], rows):
+                left = strip[: entry.shape[0] - first].data.cast("B")
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise CheckpointError(f"{entry.shard} ends within {name}; it has changed: download it again")
+                    left = left[count:]
+                yield strip[: entry.shape[0] - first]
+
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor in its stored dtype, zero-copy over the mapped file."""
         import torch

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -133,14 +134,13 @@ def _nbytes(checkpoint: Checkpoint, weight: Expected) -> int:
 
 def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = ()) -> Measurement:
     """One pass over one tensor, and what is wrong with it."""
-    stored = checkpoint.array(weight.name)
     if not checkpoint.is_fp8(weight.name):
-        found = _measure_plain(weight, stored)
+        found = _measure_plain(weight, checkpoint)
         return replace(found, findings=tuple(_findings_of(found)))
     scale_name = schema.scale_name(weight.name)
     scaled = scale_name in checkpoint.entries and scale_name not in broken
     scales = checkpoint.array(scale_name) if scaled else None
-    found = _measure_codes(weight, stored, scales, checkpoint.config.weight_block_size)
+    found = _measure_codes(weight, checkpoint, scales)
     findings = tuple(_findings_of(found))
     medians = None
     if found.maxima is not None and scales is not None and not any(each.severity == "error" for each in findings):
@@ -148,35 +148,49 @@ def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = 
     return replace(found, findings=findings, medians=medians)
 
 
-def _measure_plain(weight: Expected, stored: np.ndarray) -> Measurement:
+def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
     """A BF16 (uint16) or float32 tensor: elements that are no numbers, whether all are zero, the bias's range."""
-    flat, bad, all_zero = stored.reshape(-1), 0, True
-    for start in range(0, flat.size, STRIP_BYTES):
-        strip = flat[start : start + STRIP_BYTES]
-        bits = strip if strip.dtype == np.uint16 else strip.view(np.uint32)
-        exponent = bits.dtype.type(0x7F80 if strip.dtype == np.uint16 else 0x7F800000)
-        bad += int(np.count_nonzero((bits & exponent) == exponent))
-        all_zero = all_zero and not strip.any()
-    low = high = 0.0
-    if weight.weight.kind == "e_score_correction_bias" and stored.dtype == np.float32:
-        low, high = float(stored.min()), float(stored.max())
-    return Measurement(weight=weight, elements=flat.size, bad=bad, all_zero=all_zero, low=low, high=high)
+    entry, bad, all_zero, low, high = checkpoint.entry(weight.name), 0, True, np.inf, -np.inf
+    for strip in checkpoint.strips(weight.name, max(1, STRIP_BYTES * entry.shape[0] // entry.nbytes)):
+        if weight.weight.kind == "e_score_correction_bias" and strip.dtype == np.float32:
+            low, high = np.minimum(low, strip.min()), np.maximum(high, strip.max())
+        bits, sign = (strip, 0x8000) if strip.dtype == np.uint16 else (strip.view(np.uint32), 0x80000000)
+        magnitude = np.bitwise_and(bits, bits.dtype.type(sign - 1), out=bits)
+        infinity = 0x7F80 if strip.dtype == np.uint16 else 0x7F800000
+        largest = magnitude.max()
+        bad += int(np.count_nonzero(magnitude >= infinity)) if largest >= infinity else 0
+        all_zero = all_zero and bool(largest == 0)
+    low, high = (float(low), float(high)) if low <= high else (0.0, 0.0)
+    return Measurement(weight=weight, elements=prod(entry.shape), bad=bad, all_zero=all_zero, low=low, high=high)
 
 
-def _measure_codes(
-    weight: Expected, codes: np.ndarray, scales: np.ndarray | None, block: tuple[int, int]
-) -> Measurement:
-    maxima = fp8.largest_codes(codes, block)
-    sampled = codes[:: _row_step(block)]
-    norms = 0.0, 0.0
+def _measure_codes(weight: Expected, checkpoint: Checkpoint, scales: np.ndarray | None) -> Measurement:
+    name, block = weight.name, checkpoint.config.weight_block_size
+    rows, columns = checkpoint.entry(name).shape
+    samples = []
+
+    def magnitudes() -> Iterator[np.ndarray]:
+        for strip in checkpoint.strips(name, block[0]):
+            samples.append(strip[::SAMPLED_ROW].copy())
+            yield np.bitwise_and(strip, 0x7F, out=strip)
+
+    maxima = fp8.largest_magnitudes(magnitudes(), block[1])
+    sampled, norms = np.concatenate(samples), (0.0, 0.0)
     if scales is not None:
-        squares, squared_scales = _block_squares(sampled, codes.shape, block), scales.astype(np.float64) ** 2
+        starts = np.cumsum([0, *map(len, samples)])
+        in_block = np.diff([*range(0, rows, block[0]), rows])
+        by_column = _sums_of_blocks(np.take(SQUARES, sampled), block[1])
+        seen = np.add.reduceat(by_column, starts[:-1], axis=0, dtype=np.float64)
+        squares, squared_scales = seen * (in_block / np.diff(starts))[:, None], scales.astype(np.float64) ** 2
         with np.errstate(all="ignore"):
             norms = float(np.sqrt((squares * squared_scales).sum())), float(np.sqrt((squares / squared_scales).sum()))
+    bad = 0
+    if maxima.max() == fp8.CODE_NAN:
+        bad = sum(int(np.count_nonzero((strip & 0x7F) == fp8.CODE_NAN)) for strip in checkpoint.strips(name, block[0]))
     return Measurement(
         weight=weight,
-        elements=codes.size,
-        bad=int(np.count_nonzero((codes & 0x7F) == fp8.CODE_NAN)) if maxima.max() == fp8.CODE_NAN else 0,
+        elements=rows * columns,
+        bad=bad,
         all_zero=not maxima.any(),
         histogram=np.bincount(sampled.reshape(-1), minlength=256),
         maxima=maxima,
@@ -185,18 +199,12 @@ def _measure_codes(
     )
 
 
-def _row_step(block: tuple[int, int]) -> int:
-    return min(SAMPLED_ROW, block[0])
-
-
-def _block_squares(sampled: np.ndarray, shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:
-    """Sum of squared code values of each block, scaled up from its sampled rows."""
-    first_rows = np.arange(0, shape[0], block[0])
-    starts = -(-first_rows // _row_step(block))  # index of the first sampled row of each block row
-    in_block = np.diff(np.append(first_rows, shape[0]))
-    seen = np.diff(np.append(starts, sampled.shape[0]))
-    by_column = np.add.reduceat(np.take(SQUARES, sampled), np.arange(0, shape[1], block[1]), axis=1, dtype=np.float64)
-    return np.add.reduceat(by_column, starts, axis=0) * (in_block / seen)[:, None]
+def _sums_of_blocks(numbers: np.ndarray, width: int) -> np.ndarray:
+    """Sums over every `width` columns of float32 [R, C]; the last ones may be fewer."""
+    rows, columns = numbers.shape
+    if columns % width:
+        return np.add.reduceat(numbers, np.arange(0, columns, width), axis=1)
+    return (numbers.reshape(-1, width) @ np.ones(width, np.float32)).reshape(rows, -1)  # six times as fast
 
 
 class _Tally:
