@@ -5,10 +5,11 @@ Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import capabilities_of
 from neuron_minimax.errors import BackendError
+from neuron_minimax.kernels.dispatch import code_of
 from neuron_minimax.kernels.operators import attend, compile_loops, expert_mlp, linear
 from neuron_minimax.model.kv_cache import KVCache
 from neuron_minimax.model.layers import Kernels, Linear
@@ -30,6 +32,7 @@ from neuron_minimax.model.moe import ExpertWeights
 
 MODULE = "neuron_minimax.backends.aot"
 TOKEN_GENERATION = "token_generation"
+LOOPS = "loops.pickle"  # operator to compiled code
 SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
 OPERATORS = Kernels(linear=linear, attend=attend, expert_mlp=expert_mlp)
 INDUCTOR_OPTIONS = {"aot_inductor.package_constants_in_so": False}
@@ -112,6 +115,8 @@ def build_graphs(
 ) -> dict[str, float]:
     """Make the file of every graph in `graphs`, each in a process of its own, as many at a time as there are cores.
 
+    Beside them the loops that graphs call are compiled here, and kept in a file too.
+
     Returns file name to seconds. Raises BackendError with the last line of what a failing compile said.
     """
     names = [TOKEN_GENERATION, *(context_name(bucket) for bucket in options.buckets)]
@@ -120,13 +125,15 @@ def build_graphs(
         running = {pool.submit(_build_in_process, model_directory, graphs, options, name): name for name in names}
         progress(f"compiling {len(names)} graphs")
         started = time.monotonic()
-        _compile_loops(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
-        progress(f"compiled the loops over FP8 codes in {time.monotonic() - started:.1f} s")
+        operators = _compile_loops(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]), {})
+        (graphs / LOOPS).write_bytes(pickle.dumps({operator: code_of(operator) for operator in operators}))
+        of_loops = time.monotonic() - started
+        progress(f"compiled the loops over FP8 codes in {of_loops:.1f} s")
         for future in as_completed(running):
             name = running[future]
             seconds[name] = future.result()
             progress(f"{options.engine} {name} in {seconds[name]:.1f} s ({len(seconds)} of {len(names)})")
-    return {name + SUFFIXES[options.engine]: seconds[name] for name in names}
+    return {LOOPS: of_loops} | {name + SUFFIXES[options.engine]: seconds[name] for name in names}
 
 
 def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> float:
@@ -173,10 +180,10 @@ def context_name(bucket: int) -> str:
     return f"context_encoding_{bucket}"
 
 
-def _compile_loops(model: MiniMaxM2) -> None:
+def _compile_loops(model: MiniMaxM2, code: Mapping[str, bytes]) -> list[str]:
     linears = {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
     experts = {module.gate_up_proj.weight.dtype for module in model.modules() if isinstance(module, ExpertWeights)}
-    compile_loops(model.compute, linears, experts)
+    return compile_loops(model.compute, linears, experts, code)
 
 
 def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
@@ -195,7 +202,7 @@ class CompiledBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(self.config, options.slots, options.seq_len + 1, self.model.compute)
-        _compile_loops(self.model)  # or take them from disk, instead of at the first token
+        _compile_loops(self.model, pickle.loads((graphs / LOOPS).read_bytes()))
         state = Graph(self.model, self.cache, options.seq_len).state_dict()
         self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
         self.context_encoding = {size: _load_graph(graphs, context_name(size), state) for size in options.buckets}

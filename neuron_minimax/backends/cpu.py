@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -79,7 +80,8 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
 
 def environment() -> tuple[dict[str, str], dict[str, Any]]:
     """Versions and machine features that compiled graphs depend on."""
-    return versions_of(["torch", "numba"], SOURCES), cpu_here()
+    python = {"python": "{}.{}".format(*sys.version_info)}  # whose pickles hold the loops
+    return python | versions_of(["torch", "numba"], SOURCES), cpu_here()
 
 
 def build(

@@ -6,6 +6,7 @@ which the kernel has to release; then one per output. https://docs.pytorch.org/d
 """
 
 import ctypes
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, types
-from numba.core import sigutils
+from numba.core import serialize, sigutils
+from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from neuron_minimax.kernels.codes import STAMP, inlined
@@ -25,7 +29,7 @@ SIGNATURE = types.void(types.CPointer(types.int64), types.uint64, types.uint64)
 FLOAT32, CPU, ANY_INDEX = 6, 0, -1  # as torch numbers dtypes and devices
 
 _library = ctypes.CDLL(torch._C.__file__)
-_kernels: list[Any] = []  # what is registered must stay
+registered: dict[str, Any] = {}  # operator to kernel, which must stay
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
@@ -114,21 +118,50 @@ def answer(stack: Any, words: Any, tensors: int, made: int) -> None:
     stack[0] = made
 
 
-def register(operator: str, function: Callable[..., None]) -> None:
-    """Have a function of (stack, inputs, outputs) compiled, and kept on disk, as the CPU kernel of an operator.
+class _Code:
+    """A kernel's compiled code, for Numba in place of its cache on disk: what is given, or else what is kept there."""
 
-    Where one raises, which only memory that has run out can make it do, Numba says so, and torch ends the process.
+    def __init__(self, function: Callable[..., None], code: bytes | None) -> None:
+        self.code, self.cache = code, None
+        try:
+            self.cache = FunctionCache(function)
+            self.cache._cache_file._source_stamp = STAMP
+        except RuntimeError:  # as in `compiled`
+            pass
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        if self.code is None and self.cache is not None:
+            kept = self.cache._cache_file.load(self.cache._index_key(signature, context.codegen()))
+            self.code = None if kept is None else serialize.dumps(kept)
+        if self.code is None:
+            return None
+        rtsys.initialize(context)  # Numba's memory; the rest of a context is there to compile, and takes 0.2 s
+        return CompileResult._rebuild(context, *pickle.loads(self.code))
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        self.code = serialize.dumps(result._reduce())
+        if self.cache is not None:
+            self.cache.save_overload(signature, result)
+
+
+def register(operator: str, function: Callable[..., None], code: bytes | None = None) -> None:
+    """Have a function of (stack, inputs, outputs) as the CPU kernel of an operator.
+
+    It is compiled, and kept on disk, unless there is `code`: what `code_of` the same function gave with the same Numba
+    on the same kind of processor. Where one raises, which only memory that has run out can make it do, Numba says so,
+    and torch ends the process.
     """
     kernel: Any = CFunc(function, sigutils.normalize_signature(SIGNATURE), locals={}, options={"error_model": "numpy"})
-    try:
-        kernel.enable_caching()
-        kernel._cache._cache_file._source_stamp = STAMP
-    except RuntimeError:  # as in `compiled`
-        pass
+    kernel._cache = _Code(function, code)
     kernel.compile()
-    _kernels.append(kernel)
+    registered[operator] = kernel
     library = ctypes.c_void_p()
     names = [name.encode() for name in (NAMESPACE, "CPU", __file__)]
     failed = _library.aoti_torch_library_init_impl(*names, ctypes.c_uint32(0), ctypes.byref(library))
     if failed or _library.aoti_torch_library_impl(library, operator.encode(), ctypes.c_void_p(kernel.address)):
         raise RuntimeError(f"torch {torch.__version__} did not take a kernel for {NAMESPACE}::{operator}")
+
+
+def code_of(operator: str) -> bytes:
+    """The compiled code of a registered kernel, for `register` in another process."""
+    return registered[operator]._cache.code

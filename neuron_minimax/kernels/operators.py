@@ -5,7 +5,7 @@ Shapes: N rows, O output and I input features of a linear layer; T tokens, K cho
 and expert, H hidden; S slots, N heads, D head_dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.kernels import attention, fp8_mlp
-from neuron_minimax.kernels.dispatch import NAMESPACE, register
+from neuron_minimax.kernels.dispatch import NAMESPACE, register, registered
 from neuron_minimax.kernels.entries import KERNELS
 from neuron_minimax.kernels.fp8 import FP8_DTYPES
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
@@ -141,10 +141,13 @@ def _of_attention(query: torch.dtype, stored: torch.dtype, many: bool) -> tuple[
 
 def _operator(loop: str, stored: torch.dtype, pairs: bool = False) -> Any:
     """The operator of a loop for weights, or keys, in this dtype. Graphs are made without its kernel."""
-    name = _define(loop, STORED[stored], np.int32 if pairs else np.float32)
-    if not torch.compiler.is_exporting():
-        _compile(loop, STORED[stored], np.int32 if pairs else np.float32)
-    return getattr(torch.ops.neuron_minimax, name).default
+    make = _define if torch.compiler.is_exporting() else _compile
+    return getattr(torch.ops.neuron_minimax, make(*_numbers(loop, stored, pairs))).default
+
+
+def _numbers(loop: str, stored: torch.dtype, pairs: bool) -> tuple[str, Any, Any]:
+    """A loop, and NumPy's dtypes of its stored numbers and of its panels."""
+    return loop, STORED[stored], np.int32 if pairs else np.float32
 
 
 @cache
@@ -157,9 +160,11 @@ def _define(loop: str, stored: Any, panels: Any) -> str:
     return name
 
 
-@cache
-def _compile(loop: str, stored: Any, panels: Any) -> None:
-    register(_define(loop, stored, panels), KERNELS[loop](stored, panels, stored is np.int8))
+def _compile(loop: str, stored: Any, panels: Any, code: Mapping[str, bytes] = {}) -> str:
+    name = _define(loop, stored, panels)
+    if name not in registered:
+        register(name, KERNELS[loop](stored, panels, stored is np.int8), code.get(name))
+    return name
 
 
 def _shape_of_linear(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[int, int]:
@@ -217,10 +222,15 @@ def _expert_mlp_by_torch(*arguments: Any) -> torch.Tensor:
     return fp8_mlp.expert_mlp(*(*arguments[:-2], arguments[-2:])).contiguous()
 
 
-def compile_loops(dtype: torch.dtype, linears: Iterable[torch.dtype], experts: Iterable[torch.dtype]) -> None:
-    """Have Numba compile what graphs of these dtypes call (activations, weights); it keeps the result on disk."""
+def compile_loops(
+    dtype: torch.dtype, linears: Iterable[torch.dtype], experts: Iterable[torch.dtype], code: Mapping[str, bytes] = {}
+) -> list[str]:
+    """Have Numba compile what graphs of these dtypes call (activations, weights), as far as it is not in `code`.
+
+    `code` is operator to `dispatch.code_of` it, of a process with the same Numba and kind of processor. Returns the
+    operators' names.
+    """
     wanted = [_of_attention(dtype, dtype, many) for many in (False, True)]
     wanted += [_of_linear(dtype, stored, many) for stored in linears for many in (False, stored in FP8_DTYPES)]
     wanted += [("expert_mlp", stored, _by_pairs(dtype, stored)) for stored in experts]
-    for loop, stored, pairs in wanted:
-        _operator(loop, stored, pairs)
+    return [_compile(*_numbers(*each), code) for each in wanted]
