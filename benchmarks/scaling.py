@@ -7,16 +7,18 @@ The full grid writes benchmarks/results/scaling.md and scaling.svg; `python -m b
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.curves import Curve, fitted, plot
 from benchmarks.decoding import bytes_per_step
 from benchmarks.machine import this_machine
-from benchmarks.processes import run_apart
+from benchmarks.processes import Side, run_apart
 from benchmarks.shared import compiled, parser_of
 from benchmarks.sides import median_seconds, prompt_ids, random_ids, seconds_of
 from benchmarks.suite import RESULTS
@@ -27,8 +29,7 @@ from neuron_minimax.config import ModelConfig
 # Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's cache.
 HALF_WIDTH = {"hidden_size": 1536, "intermediate_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
 LONG, CHUNK, SHORT, BUCKET = 8192, 512, 256, 64
-STEPS, ROUNDS = 15, 6
-APART = 0.5  # seconds between rounds: the machine is slow, or fast, for about one
+STEPS, ROUNDS = 15, 9
 # Multiplications and additions of the loops over FP8 codes that take as long as reading a byte: 55 G/s at 30 GB/s.
 SUMS_PER_BYTE = 1.8
 WORST = Goal(figure="ours", value=1.25, at_most=True)
@@ -87,8 +88,8 @@ REDUCED = Grid(
 BASE = Shape()
 
 
-def step_milliseconds(traced: Path, positions: Sequence[int]) -> list[float]:
-    """Milliseconds per step with that many positions filled in every slot: the least disturbed round's median."""
+def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[float]]]:
+    """A side that takes turns: milliseconds per step with that many positions filled in every slot."""
     import torch
 
     from neuron_minimax.backends import load
@@ -100,20 +101,25 @@ def step_milliseconds(traced: Path, positions: Sequence[int]) -> list[float]:
     for tensor in backend.model.state_dict().values():
         tensor.contiguous().view(torch.uint8).sum()
     slots = backend.capabilities.slots
-    ids = random_ids(backend.capabilities.vocab_size, (1 + ROUNDS) * STEPS, slots)
+    ids = random_ids(backend.capabilities.vocab_size, STEPS, slots)
     active = torch.ones(slots, dtype=torch.bool)
-    found = []
-    for filled in positions:
 
-        def step(number: int, position: int = filled - 1) -> None:
-            backend.step(ids[number], torch.full((slots,), position), active)
+    def milliseconds(filled: int) -> float:
+        at = torch.full((slots,), filled - 1)
+        return 1000 * median_seconds(lambda number: backend.step(ids[number], at, active), range(STEPS))
 
-        rounds = []
-        for start in range(0, len(ids), STEPS):
-            rounds.append(median_seconds(step, range(start, start + STEPS)))
-            time.sleep(APART)
-        found.append(1000 * min(rounds[1:]))  # the first round warms up
-    return found
+    while True:
+        yield {"step": [milliseconds(filled) for filled in positions]}
+
+
+def in_turns(tracings: Sequence[Path], positions: Sequence[int]) -> list[list[float]]:
+    """For each compiled model the milliseconds per step at these positions: medians of rounds in which each has its
+    turn, so that all of them see the machine's slow and fast moments alike.
+    """
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(stepping, traced, positions)) for traced in tracings]
+        rounds = [[side.measure()["step"] for side in sides] for _ in range(ROUNDS)]
+    return [[median(column) for column in zip(*of_side, strict=True)] for of_side in zip(*rounds, strict=True)]
 
 
 def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
@@ -138,7 +144,7 @@ def encode_flops(tokens: int) -> float:
 
 def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:
     traced = BASE.compiled(directory, LONG, CHUNK)
-    decode = run_apart(step_milliseconds, traced, lengths)
+    (decode,) = in_turns([traced], lengths)
     prompts = [length for length in lengths if length >= CHUNK]
     encode = run_apart(encode_milliseconds, traced, prompts)
     law = "constant plus the filled positions' keys and values"
@@ -162,10 +168,9 @@ def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
         ("layers", "layers", f"{bytes_law} the layers", "layers", grid.layers, BASE),
     )
     shapes = {name: [replace(base, **{field: at}) for at in places] for name, _, _, field, places, base in table}
-    measured = {
-        shape: run_apart(step_milliseconds, shape.compiled(directory), [BUCKET])[0]
-        for shape in sorted({shape for line in shapes.values() for shape in line})
-    }
+    distinct = sorted({shape for line in shapes.values() for shape in line})
+    found = in_turns([shape.compiled(directory) for shape in distinct], [BUCKET])
+    measured = {shape: step for shape, (step,) in zip(distinct, found, strict=True)}
     return [
         fitted(
             f"decode over {name}",
