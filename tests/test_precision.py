@@ -210,6 +210,17 @@ def dequantized(codes, scales):
     return values * scales[rows // 128, columns // 128]
 
 
+def test_a_router_bias_that_is_no_number_is_null(tmp_path):
+    checkpoint = Checkpoint(write_tiny(tmp_path / "c"))
+    entry = checkpoint.entry("model.layers.0.block_sparse_moe.e_score_correction_bias")
+    with (checkpoint.directory / entry.shard).open("r+b") as file:
+        file.seek(entry.start)
+        file.write(np.full(entry.shape, np.nan, np.float32).tobytes())
+    bias = check_values(Checkpoint(checkpoint.directory)).to_json()["router_bias"]
+    assert bias[0] == [None, None]
+    assert None not in bias[1]
+
+
 def test_expert_norms_are_near_the_norms_of_the_dequantized_weights(tmp_path):
     directory = write_tiny(tmp_path / "c", **RAGGED)
     values = check_values(Checkpoint(directory))

@@ -74,6 +74,12 @@ def test_strips_are_the_rows_of_the_mapped_tensor(made, rows):
         np.testing.assert_array_equal(np.concatenate(strips), checkpoint.array(name))
 
 
+def test_there_are_no_strips_of_nothing(tmp_path):
+    save_file({"one": torch.ones(()), "none": torch.ones(3, 0)}, tmp_path / "model.safetensors")
+    tensors = TensorDirectory(tmp_path)
+    assert not [*tensors.strips("one", 4), *tensors.strips("none", 4)]
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(broken):
     checkpoint = Checkpoint(broken)
     entry = max(

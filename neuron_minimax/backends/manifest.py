@@ -19,18 +19,11 @@ from neuron_minimax.errors import BackendError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 # What generated code may depend on; other flags come and go with kernels and microcode.
-CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "asimd",
-    "sve",
-)
+CPU_FEATURES = """
+avx2 fma f16c abm bmi1 bmi2 movbe adx sha_ni gfni vaes vpclmulqdq avx_vnni avx512f avx512bw avx512cd avx512dq avx512vl
+avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_vp2intersect avx512_bf16
+avx512_fp16 amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp bf16 i8mm sve sve2 svebf16 svei8mm
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,4 +108,4 @@ def cpu_here() -> dict[str, Any]:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
         features = set(flags.partition(":")[2].split())
-    return {"architecture": platform.machine(), "features": [name for name in CPU_FEATURES if name in features]}
+    return {"architecture": platform.machine(), "features": [name for name in CPU_FEATURES.split() if name in features]}

@@ -69,12 +69,15 @@ class TensorDirectory:
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def strips(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """So many rows (along the first dimension) at a time, as `array` has them, each time in the same memory.
+        """So many rows (along the first dimension) at a time, as `array` has them, each time in the same memory. Of a
+        tensor without a dimension or an element there are none.
 
         Read, not mapped: of what is looked at once, mapping each page takes longer than copying it. Raises
         CheckpointError when the file has become shorter.
         """
         entry = self.entry(name)
+        if not entry.shape or not entry.nbytes:
+            return
         strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
         with open(self.directory / entry.shard, "rb", buffering=0) as file:
             file.seek(entry.start)

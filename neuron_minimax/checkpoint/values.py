@@ -1,7 +1,8 @@
 """What the values of a checkpoint say: one pass over every weight and scale, checked and measured as it streams past.
 
 Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil(R / block rows), ceil(C / block
-columns)]. Every code is checked; the histogram and the norms come from one row of 64, which is said where shown.
+columns)]. Every code is checked; the histogram and the norms come from one row of 64 (of each block its first, and
+every 64th from there), which is said where shown.
 """
 
 from collections import Counter, defaultdict
@@ -160,7 +161,7 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
         largest = magnitude.max()
         bad += int(np.count_nonzero(magnitude >= infinity)) if largest >= infinity else 0
         all_zero = all_zero and bool(largest == 0)
-    low, high = (float(low), float(high)) if low <= high else (0.0, 0.0)
+    low, high = (0.0, 0.0) if low > high else (float(low), float(high))  # NaN stays NaN
     return Measurement(weight=weight, elements=prod(entry.shape), bad=bad, all_zero=all_zero, low=low, high=high)
 
 

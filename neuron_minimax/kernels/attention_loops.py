@@ -14,7 +14,7 @@ from neuron_minimax.kernels.team import run_in_team, take
 from neuron_minimax.kernels.tiles import DEPTH, DOT_ROWS, STREAMS, WIDE_ROWS, add_dots, add_wide_tiles
 from neuron_minimax.kernels.vectors import LANES
 
-AHEAD = 4096  # bytes; how far ahead in each stream keys are asked for
+AHEAD = 4096  # bytes; how far ahead keys are asked for
 
 
 @inlined

@@ -154,12 +154,12 @@ def register(operator: str, function: Callable[..., None], code: bytes | None = 
     kernel: Any = CFunc(function, sigutils.normalize_signature(SIGNATURE), locals={}, options={"error_model": "numpy"})
     kernel._cache = _Code(function, code)
     kernel.compile()
-    registered[operator] = kernel
     library = ctypes.c_void_p()
     names = [name.encode() for name in (NAMESPACE, "CPU", __file__)]
     failed = _library.aoti_torch_library_init_impl(*names, ctypes.c_uint32(0), ctypes.byref(library))
     if failed or _library.aoti_torch_library_impl(library, operator.encode(), ctypes.c_void_p(kernel.address)):
         raise RuntimeError(f"torch {torch.__version__} did not take a kernel for {NAMESPACE}::{operator}")
+    registered[operator] = kernel
 
 
 def code_of(operator: str) -> bytes:

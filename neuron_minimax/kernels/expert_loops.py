@@ -172,7 +172,7 @@ def _add_few(inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: 
                 n = count * tile // tiles
                 height = count * (tile + 1) // tiles - n
                 of_inputs, of_weight, of_sums = (packed, n * DEPTH), (weight, start, width), (sums, n * whole, whole)
-                ahead = start if tile else start + shallow * width
+                ahead = start if tile else start + depth * width
                 add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, of_sums)
             if whole < width:
                 copy_block(flat, start + whole, width, depth, width - whole, edge)

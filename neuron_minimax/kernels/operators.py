@@ -7,6 +7,7 @@ and expert, H hidden; S slots, N heads, D head_dim.
 
 from collections.abc import Iterable, Mapping
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ DENSE_DTYPES = (torch.float32, torch.bfloat16)
 STORED = {torch.float32: np.float32, torch.bfloat16: np.int16} | dict.fromkeys(FP8_DTYPES, np.int8)
 # Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_one_at_a_time = Lock()  # an operator is defined, and gets its kernel, once
 
 
 def linear(
@@ -142,7 +144,9 @@ def _of_attention(query: torch.dtype, stored: torch.dtype, many: bool) -> tuple[
 def _operator(loop: str, stored: torch.dtype, pairs: bool = False) -> Any:
     """The operator of a loop for weights, or keys, in this dtype. Graphs are made without its kernel."""
     make = _define if torch.compiler.is_exporting() else _compile
-    return getattr(torch.ops.neuron_minimax, make(*_numbers(loop, stored, pairs))).default
+    with _one_at_a_time:
+        name = make(*_numbers(loop, stored, pairs))
+    return getattr(torch.ops.neuron_minimax, name).default
 
 
 def _numbers(loop: str, stored: torch.dtype, pairs: bool) -> tuple[str, Any, Any]:
@@ -233,4 +237,5 @@ def compile_loops(
     wanted = [_of_attention(dtype, dtype, many) for many in (False, True)]
     wanted += [_of_linear(dtype, stored, many) for stored in linears for many in (False, stored in FP8_DTYPES)]
     wanted += [("expert_mlp", stored, _by_pairs(dtype, stored)) for stored in experts]
-    return [_compile(*_numbers(*each), code) for each in wanted]
+    with _one_at_a_time:
+        return [_compile(*_numbers(*each), code) for each in wanted]
