@@ -263,6 +263,6 @@ class Service:
 
 
 def _compile_seconds(traced: Path) -> float:
-    """What the manifest says its graphs took; 0 where nothing was compiled."""
+    """What the manifest says its graphs and loops took; 0 where nothing was compiled."""
     manifest = json.loads((traced / "manifest.json").read_text(encoding="utf-8"))
     return sum(float(graph.get("seconds", 0)) for graph in (manifest.get("graphs") or {}).values())
