@@ -382,4 +382,8 @@ def test_a_compiled_directory_has_its_loops_wherever_it_is_loaded(checkpoint, co
     convert(source, tmp_path / "converted")
     asked = {"slots": 1, "seq_len": 96, "buckets": (80,), "engine": "exported", "compute": compute}
     compile_model(tmp_path / "converted", tmp_path / "traced", options=asked)
-    subprocess.run([sys.executable, "-c", FIRST_TOKENS, tmp_path / "traced"], check=True)
+    elsewhere = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "nothing")}
+    command = [sys.executable, "-c", FIRST_TOKENS, tmp_path / "traced"]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=elsewhere).stdout
+    here = load(tmp_path / "traced").encode(0, list(range(80)), all_positions=True)
+    assert float(said) == here.double().sum().item()
