@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from neuron_minimax.checkpoint.writer import WRITE_BYTES
+
 
 def read_into_cache(directory: Path) -> None:
     """Read everything, after what earlier steps wrote has gone to disk."""
@@ -62,8 +64,9 @@ def time_cat(source: Path) -> float:
 
 
 def time_plain_write(sizes: list[int], target: Path) -> float:
-    """Seconds to write and sync files of these sizes from memory; they are removed again."""
-    block = np.random.default_rng(0).integers(0, 256, 8 << 20, dtype=np.uint8)
+    """Seconds to write and sync files of these sizes from memory, as much at a time as pays most; they are removed
+    again."""
+    block = np.random.default_rng(0).integers(0, 256, WRITE_BYTES, dtype=np.uint8)
     target.mkdir()
     start = time.perf_counter()
     for number, size in enumerate(sizes):

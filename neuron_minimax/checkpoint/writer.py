@@ -1,5 +1,6 @@
 """Streaming safetensors files: tensors are written piece by piece, and a name appears only when its file is whole."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Bytes at a time. The page cache takes its memory in blocks as large as a write, up to 2 MB, and a virtual machine gives
+# free blocks of 2 MB back to its host: writing 9 MB at a time ran at 0.4 GB/s there, 64 KB at a time at 2 GB/s.
+WRITE_BYTES = 64 << 10
 # Bytes; where the data starts in a file. A register of a mapped weight then lies in one cache line, not in two.
 ALIGNMENT = 64
 
@@ -93,9 +97,14 @@ class ShardWriter:
         return os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _write_all(self, position: int, data: memoryview) -> None:
-        while data:
-            count = os.pwrite(self._descriptor, data, position)
-            data, position = data[count:], position + count
+        # Processes that write into one file wait for each other in any case, and without this lock they spin meanwhile.
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            while data:
+                count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
+                data, position = data[count:], position + count
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def __enter__(self) -> "ShardWriter":
         self.partial.unlink(missing_ok=True)
