@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from neuron_minimax.checkpoint.values import SAMPLED_ROW
+from neuron_minimax.checkpoint.values import SAMPLE
 
 if TYPE_CHECKING:
     from neuron_minimax.checkpoint.precision import Finding, PrecisionReport
@@ -78,7 +78,7 @@ def _value_sections(values: "ValueReport") -> Iterator[str]:
     ]
     if rows:
         yield table("Scales", ("kind", "blocks", "minimum", "median", "maximum", "largest code under 112"), rows)
-    lines = [f"Values ({size_text(values.bytes_read)} read; shares are of one row in {SAMPLED_ROW})"]
+    lines = [f"Values ({size_text(values.bytes_read)} read; shares are of {SAMPLE})"]
     if values.codes:
         sampled, histogram = max(1, sum(values.histogram)), values.histogram
         zeros, beyond, end = (sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS)

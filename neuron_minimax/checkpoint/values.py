@@ -1,8 +1,8 @@
 """What the values of a checkpoint say: one pass over every weight and scale, checked and measured as it streams past.
 
 Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil(R / block rows), ceil(C / block
-columns)]. Every code is checked; the histogram and the norms come from one row of 64 (of each block its first, and
-every 64th from there), which is said where shown.
+columns)]. Every code is checked; the histogram and the norms come from each block's first row, which is said where
+shown.
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.errors import CheckpointError
 
 AHEAD = 8  # tensors that are read into the page cache before they are measured
-SAMPLED_ROW = 64  # one row of this many goes into the histogram and the norms
+SAMPLE = "each block's first row"  # what goes into the histogram and the norms
 LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]  # a block below wastes two bits of range
 STRIP_BYTES = 1 << 20
 SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
@@ -67,7 +67,7 @@ class ScaleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueReport:
-    """What the values say. The histogram counts each of the 256 codes in one row of 64; maxima are over all."""
+    """What the values say. The histogram counts each of the 256 codes in blocks' first rows; maxima are over all."""
 
     bytes_read: int
     codes: int
@@ -168,21 +168,18 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
 def _measure_codes(weight: Expected, checkpoint: Checkpoint, scales: np.ndarray | None) -> Measurement:
     name, block = weight.name, checkpoint.config.weight_block_size
     rows, columns = checkpoint.entry(name).shape
-    samples = []
+    in_block = np.diff([*range(0, rows, block[0]), rows])
+    sampled = np.empty((len(in_block), columns), np.uint8)
 
     def magnitudes() -> Iterator[np.ndarray]:
-        for strip in checkpoint.strips(name, block[0]):
-            samples.append(strip[::SAMPLED_ROW].copy())
+        for sample, strip in zip(sampled, checkpoint.strips(name, block[0]), strict=True):
+            sample[:] = strip[0]
             yield np.bitwise_and(strip, 0x7F, out=strip)
 
-    maxima = fp8.largest_magnitudes(magnitudes(), block[1])
-    sampled, norms = np.concatenate(samples), (0.0, 0.0)
+    maxima, norms = fp8.largest_magnitudes(magnitudes(), block[1]), (0.0, 0.0)
     if scales is not None:
-        starts = np.cumsum([0, *map(len, samples)])
-        in_block = np.diff([*range(0, rows, block[0]), rows])
-        by_column = _sums_of_blocks(np.take(SQUARES, sampled), block[1])
-        seen = np.add.reduceat(by_column, starts[:-1], axis=0, dtype=np.float64)
-        squares, squared_scales = seen * (in_block / np.diff(starts))[:, None], scales.astype(np.float64) ** 2
+        seen = np.add.reduceat(np.take(SQUARES, sampled), np.arange(0, columns, block[1]), axis=1)
+        squares, squared_scales = seen * in_block[:, None], scales.astype(np.float64) ** 2
         with np.errstate(all="ignore"):
             norms = float(np.sqrt((squares * squared_scales).sum())), float(np.sqrt((squares / squared_scales).sum()))
     bad = 0
@@ -300,7 +297,7 @@ def _findings_of(found: Measurement) -> Iterator[Finding]:
 def _scale_row(kind: str, layer: int | None, pairs: list[tuple[np.ndarray, np.ndarray]]) -> ScaleRow:
     scales, maxima = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
     good = scales[np.isfinite(scales) & (scales > 0)]
-    low, median, high = (good.min(), np.median(good), good.max()) if good.size else (np.nan,) * 3
+    low, median, high = (good.min(), fp8.median(good), good.max()) if good.size else (np.nan,) * 3
     return ScaleRow(
         kind=kind,
         layer=layer,

@@ -11,7 +11,7 @@ from neuron_minimax.checkpoint.compare import Comparison
 from neuron_minimax.checkpoint.findings import Finding
 from neuron_minimax.checkpoint.precision import PrecisionReport
 from neuron_minimax.checkpoint.precision_text import size_text
-from neuron_minimax.checkpoint.values import SAMPLED_ROW, ScaleRow, ValueReport
+from neuron_minimax.checkpoint.values import SAMPLE, ScaleRow, ValueReport
 from neuron_minimax.explain import charts
 
 SHOWN_PER_KIND = 12
@@ -153,7 +153,7 @@ def _value_sections(values: ValueReport) -> Iterator[tuple[str, str]]:
         layer, expert = np.unravel_index(int(norms.argmin()), norms.shape)
         yield (
             "Expert norms",
-            f"<p>Frobenius norm of w1, w2 and w3 together (one row of {SAMPLED_ROW}): experts across, layers down; "
+            f"<p>Frobenius norm of w1, w2 and w3 together (from {SAMPLE}): experts across, layers down; "
             f"dark {norms.min():.3g} (layer {layer}, expert {expert}) to bright {norms.max():.3g}.</p>{image}",
         )
     if values.router_bias:
@@ -213,7 +213,7 @@ def _histogram(values: ValueReport) -> str:
         f'{chart}<p class="axis wide"><span>0</span><span>magnitude code</span><span>0x7e = 448</span></p>'
         f"<p>{beyond:.3f} % of codes are above 240 (marked), which trn1, inf2 and trn2 read as infinity or NaN unless "
         f"halved; {end:.3f} % are at the range end, 448; {100 * counts[0] / total:.3f} % are zero. "
-        f"Counted in one row of {SAMPLED_ROW}.</p>"
+        f"Counted in {SAMPLE}.</p>"
     )
 
 
