@@ -22,8 +22,9 @@ def work(number):
     return number, os.getpid()
 
 
-def test_results_come_in_order_and_from_other_processes():
-    results = list(in_processes([partial(work, number) for number in range(50)], PARALLEL_FROM))
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_results_come_in_order_and_from_other_processes(at_once):
+    results = list(in_processes([partial(work, number) for number in range(50)], PARALLEL_FROM, at_once))
     assert [number for number, _ in results] == list(range(50))
     assert os.getpid() not in {process for _, process in results}
 
@@ -32,11 +33,13 @@ def test_few_bytes_are_streamed_in_the_callers_process():
     assert list(in_processes([partial(work, 0), partial(work, 1)], 1000)) == [(0, os.getpid()), (1, os.getpid())]
 
 
-def test_an_error_is_raised_in_its_turn_with_the_place_where_it_happened():
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_error_is_raised_in_its_turn_with_the_place_where_it_happened(at_once):
     def fail():
         raise CheckpointError("model.norm.weight is bad")
 
-    results = in_processes([partial(work, 0), partial(work, 1), fail, fail, partial(work, 4)], PARALLEL_FROM)
+    more = [partial(work, number) for number in range(4, 12)]
+    results = in_processes([partial(work, 0), partial(work, 1), fail, fail, *more], PARALLEL_FROM, at_once)
     assert [next(results)[0] for _ in range(2)] == [0, 1]
     with pytest.raises(CheckpointError, match=r"norm\.weight is bad") as raised:
         next(results)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,14 +101,6 @@ class TensorDirectory:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}") from None
-
-    def will_need(self, name: str) -> None:
-        """Ask the kernel to read the tensor's bytes ahead, where it takes such advice."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        entry = self.entry(name)
-        with open(self.directory / entry.shard, "rb") as file:
-            os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from math import prod
 from typing import Any
 
@@ -24,9 +23,9 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.errors import CheckpointError
 
-AHEAD = 8  # tensors that are read into the page cache before they are measured
 SAMPLE = "each block's first row"  # what goes into the histogram and the norms
 LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]  # a block below wastes two bits of range
+AT_ONCE = 8  # tensors that a process measures before it reports on them
 STRIP_BYTES = 1 << 20
 SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
 
@@ -108,9 +107,8 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambd
     ]
     wanted.sort(key=lambda weight: (checkpoint.entry(weight.name).shard, checkpoint.entry(weight.name).start))
     tally, trail = _Tally(checkpoint), Trail((checkpoint,), checkpoint.nbytes)
-    pairs = zip_longest(wanted, wanted[AHEAD:])
-    tasks = [partial(_measure_ahead, checkpoint, weight, ahead, broken, trail) for weight, ahead in pairs]
-    for measurement in in_processes(tasks, sum(_nbytes(checkpoint, weight) for weight in wanted)):
+    tasks = [partial(_measure_and_unmap, checkpoint, weight, broken, trail) for weight in wanted]
+    for measurement in in_processes(tasks, sum(_nbytes(checkpoint, weight) for weight in wanted), AT_ONCE):
         tally.add(measurement)
         progress(_nbytes(checkpoint, measurement.weight))
         trail.advance(_nbytes(checkpoint, measurement.weight))
@@ -118,11 +116,7 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int], None] = lambd
     return tally.report()
 
 
-def _measure_ahead(
-    checkpoint: Checkpoint, weight: Expected, ahead: Expected | None, broken: Collection[str], trail: Trail
-) -> Measurement:
-    if ahead is not None:
-        checkpoint.will_need(ahead.name)
+def _measure_and_unmap(checkpoint: Checkpoint, weight: Expected, broken: Collection[str], trail: Trail) -> Measurement:
     found = measure(checkpoint, weight, broken)
     trail.unmap()
     return found
