@@ -30,9 +30,9 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def pause() -> None:
-    """Before each side that writes: a virtual machine gives memory that was freed back to its host within two seconds.
+    """Before each side that writes: a virtual machine gives free blocks of 2 MB back to its host within two seconds.
 
-    It gets it again page by page: writing into new pages then runs at 0.45 GB/s here, not at 2 to 3, whoever does it.
+    It gets them again page by page: writing into them then runs at 0.4 GB/s here, not at 2 to 4, whoever does it.
     """
     time.sleep(4)
 
