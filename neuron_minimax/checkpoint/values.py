@@ -191,14 +191,6 @@ def _measure_codes(weight: Expected, checkpoint: Checkpoint, scales: np.ndarray 
     )
 
 
-def _sums_of_blocks(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Sums over every `width` columns of float32 [R, C]; the last ones may be fewer."""
-    rows, columns = numbers.shape
-    if columns % width:
-        return np.add.reduceat(numbers, np.arange(0, columns, width), axis=1)
-    return (numbers.reshape(-1, width) @ np.ones(width, np.float32)).reshape(rows, -1)  # six times as fast
-
-
 class _Tally:
     """Measurements added up into a report."""
 
