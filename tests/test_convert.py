@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuron_minimax.checkpoint import parallel
+from neuron_minimax.checkpoint import parallel, stream
 from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import ShardWriter
@@ -444,6 +445,22 @@ def test_a_disk_that_fills_up_is_one_message_and_the_next_run_resumes(tmp_path, 
         convert(source, tmp_path / "out")
     monkeypatch.undo()
     assert convert(source, tmp_path / "out").reused_shards == 1
+    assert verify(source, tmp_path / "out").equal
+
+
+def test_a_sync_that_fails_once_fails_the_run(tmp_path, monkeypatch):
+    source, real_sync, failures = write_tiny(tmp_path / "source"), os.fdatasync, [OSError(errno.EIO, "I/O error")]
+
+    def fail_once(descriptor):
+        if failures:
+            raise failures.pop()
+        real_sync(descriptor)
+
+    monkeypatch.setattr(stream, "SYNC_EVERY", 1)
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    with pytest.raises(ConversionError, match=r"cannot be written \(I/O error\)"):
+        convert(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out").reused_shards == 0
     assert verify(source, tmp_path / "out").equal
 
 

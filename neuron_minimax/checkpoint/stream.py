@@ -84,7 +84,10 @@ class ShardStream:
     def collect(
         self, results: Iterator[Written], syncer: ThreadPoolExecutor, progress: Callable[[int], None]
     ) -> dict[str, TensorRecord]:
-        """Take the results of this shard's tasks and join them into records; the file is synced on the way."""
+        """Take the results of this shard's tasks and join them into records; the file is synced on the way.
+
+        Raises OSError when a sync failed.
+        """
         records = {}
         syncing: Future[None] | None = None
         synced = 0
@@ -98,6 +101,8 @@ class ShardStream:
                 progress(piece.nbytes)
                 self.trail.advance(piece.nbytes)
                 if self.writer.written - synced >= SYNC_EVERY and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()  # the kernel reports an error once: the last sync would not see it again
                     syncing, synced = syncer.submit(self.writer.sync, self.trail.drops), self.writer.written
             records[tensor.name] = TensorRecord(self.shard.name, tensor.dtype, tensor.shape, f"{crc:08x}", rounded)
         if syncing is not None:
