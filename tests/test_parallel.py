@@ -61,19 +61,25 @@ def test_leaving_early_ends_the_processes():
 
 
 ORPHANS = """
-import os, signal, time
+import os, signal, sys, time
 from neuron_minimax.checkpoint.parallel import PARALLEL_FROM, in_processes
 def work():
     time.sleep(0.05)
     return os.getpid()
-results = in_processes([work] * 1000, PARALLEL_FROM)
+results = in_processes([work] * 1000, PARALLEL_FROM, int(sys.argv[1]))
 print(next(results), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_processes_of_a_killed_caller_end_with_their_task():
-    killed = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, check=False)
+def test_no_task_is_no_result():
+    assert list(in_processes([], PARALLEL_FROM)) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_processes_of_a_killed_caller_end_with_their_task(at_once):
+    command = [sys.executable, "-c", ORPHANS, str(at_once)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     orphan = int(killed.stdout)
     for _ in range(100):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -193,8 +194,20 @@ def test_value_statistics_equal_a_slow_computation(tmp_path):
     row = next(row for row in values.scales if row.kind == "w2")
     assert (row.blocks, row.minimum, row.maximum) == (scales.size, scales.min(), scales.max())
     assert row.median == np.median(scales.astype(np.float64))
-    sampled = [codes[::128].ravel() for codes, _ in stored.values()]
+    sampled = [codes[sampled_rows(name, len(codes))].ravel() for name, (codes, _) in stored.items()]
     assert values.histogram == tuple(np.bincount(np.concatenate(sampled), minlength=256))
+
+
+def sampled_rows(name, rows):
+    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's name."""
+    blocks = range(0, rows, 128)
+    return [first + (crc32(name.encode()) + 37 * i) % min(128, rows - first) for i, first in enumerate(blocks)]
+
+
+def norm_of_samples(name, weight):
+    """The squared norm of a weight whose blocks had their sampled row in each row."""
+    blocks = zip(range(0, len(weight), 128), sampled_rows(name, len(weight)), strict=True)
+    return sum(np.sum(weight[row] ** 2) * len(weight[first : first + 128]) for first, row in blocks)
 
 
 def load_codes(directory):
@@ -221,22 +234,17 @@ def test_a_router_bias_that_is_no_number_is_null(tmp_path):
     assert None not in bias[1]
 
 
-def norm_by_first_rows(weight):
-    """The squared norm of a weight whose blocks had their first row in each row."""
-    return sum(np.sum(weight[row] ** 2) * len(weight[row : row + 128]) for row in range(0, len(weight), 128))
-
-
-def test_expert_norms_are_those_of_first_rows_and_near_those_of_the_dequantized_weights(tmp_path):
+def test_expert_norms_are_those_of_samples_and_near_those_of_the_dequantized_weights(tmp_path):
     directory = write_tiny(tmp_path / "c", **RAGGED)
     values = check_values(Checkpoint(directory))
     stored = load_codes(directory)
     for layer in range(2):
         for expert in range(8):
             start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-            weights = [dequantized(*stored[f"{start}{w}.weight"]) for w in ("w1", "w2", "w3")]
+            weights = {f"{start}{w}.weight": dequantized(*stored[f"{start}{w}.weight"]) for w in ("w1", "w2", "w3")}
             found = values.expert_norms[layer][expert]
-            assert found == pytest.approx(np.sqrt(sum(map(norm_by_first_rows, weights))), rel=1e-6)
-            assert found == pytest.approx(np.sqrt(sum(np.sum(weight**2) for weight in weights)), rel=0.1)
+            assert found == pytest.approx(np.sqrt(sum(norm_of_samples(*each) for each in weights.items())), rel=1e-6)
+            assert found == pytest.approx(np.sqrt(sum(np.sum(weight**2) for weight in weights.values())), rel=0.1)
 
 
 def test_two_equal_checkpoints_compare_equal_and_one_changed_byte_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Writing safetensors files: the safetensors library reads them back, and no file has its name before it is whole."""
 
+import fcntl
 import os
 import stat
 
@@ -33,6 +34,18 @@ def test_data_starts_with_a_cache_line_whatever_the_header(tmp_path, length):
     assert (path.stat().st_size - 2) % 64 == 0
     with safe_open(path, "pt") as file:
         assert file.get_tensor("x" * length).tolist() == [7, 9]
+
+
+def test_another_process_can_write_once_a_piece_is_written_or_failed(tmp_path):
+    writer = ShardWriter(tmp_path / "a.safetensors", {"x": ("U8", (4,))})
+    writer.write_at(0, np.zeros(2, np.uint8))
+    with writer.partial.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        with pytest.raises(OSError, match="Invalid argument"):
+            writer.write_at(-1000, np.zeros(2, np.uint8))
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    writer.close()
 
 
 def test_an_interrupted_file_has_no_final_name(tmp_path):

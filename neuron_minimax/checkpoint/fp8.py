@@ -242,7 +242,7 @@ def convention_of_medians(
 
 
 def median(values: Sequence[float] | np.ndarray) -> float:
-    """As np.median, whose first call imports numpy.ma (18 ms); NaN of nothing."""
+    """As np.median of numbers, whose first call imports numpy.ma (18 ms); NaN of nothing."""
     if not len(values):
         return float("nan")
     middle = [(len(values) - 1) // 2, len(values) // 2]

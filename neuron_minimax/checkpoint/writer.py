@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -98,13 +99,16 @@ class ShardWriter:
 
     def _write_all(self, position: int, data: memoryview) -> None:
         # Processes that write into one file wait for each other in any case, and without this lock they spin meanwhile.
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        # A file system that has no locks is written without.
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
             while data:
                 count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
                 data, position = data[count:], position + count
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def __enter__(self) -> "ShardWriter":
         self.partial.unlink(missing_ok=True)
