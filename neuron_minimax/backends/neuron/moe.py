@@ -30,7 +30,8 @@ class Router(nxdi.RouterTopK):
             act_fn="sigmoid",
             sequence_dimension=1,
         )
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32), requires_grad=False)
+        # Values that differ, because a compiler may prove that adding equal ones changes no choice, and drop the bias.
+        self.e_score_correction_bias = nn.Parameter(torch.arange(experts, dtype=torch.float32), requires_grad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits [T,E] float32, affinities [T,E] in the dtype of the hidden states, and chosen experts [T,K].
