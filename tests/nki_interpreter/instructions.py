@@ -3,6 +3,9 @@
 Counted per instruction: calls; for on-chip engines also elements per partition (`<name>_elements`), which with the
 documented minimum of 64 cycles per instruction gives `<name>_cycles`; for DMA the bytes to and from HBM, and how many
 loads went into the buffer that the last matmul read (`dma_into_busy`), so that they could not overlap with it.
+
+A load that is skipped leaves its destination unwritten, whatever was there before: which memory a tile names is the
+compiler's business, so a kernel may not count on what an earlier load left in it.
 """
 
 from enum import Enum
@@ -55,6 +58,8 @@ class Instructions:
         if source is None or target is None:
             require(oob_mode is OobMode.skip, "DMA index out of range")
             self.machine.counts["dma_skipped"] += 1
+            if target is not None:
+                target.lose()
             return
         require(bool(source.written.all()), f"DMA of unwritten {source.buffer} memory")
         target.data[...] = source.data

@@ -248,6 +248,10 @@ class Tensor:
             dynamic = (str(access.pattern), access.offset, index, access.indirect_dim)
         return (*tensor, start, self.data.shape, self.data.strides, self.dtype.name, dynamic)
 
+    def lose(self) -> None:
+        """What was here is gone: reading it is an error until it is written again."""
+        self.written[...] = False
+
     def read(self) -> np.ndarray:
         """The values; FP8 as float32. Reading what nobody wrote is an error."""
         require(self.dtype is not FLOAT8_E4M3FN, "NeuronCore-v3 computes with float8_e4m3, not with float8_e4m3fn")
