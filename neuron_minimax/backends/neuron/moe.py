@@ -95,8 +95,8 @@ class KernelExperts(nxdi.ExpertMLPsV2):
             return expert_index_TK
         local_E = self.get_spmd_rank().get_local_expert_indices().reshape(-1)
         here_TKE = expert_index_TK[..., None] == local_E
-        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device)
-        return (here_TKE * places_E).sum(dim=-1) - 1
+        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device, dtype=torch.int32)
+        return (here_TKE * places_E).sum(dim=-1, dtype=torch.int32) - 1
 
 
 def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
