@@ -49,6 +49,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ...")
     for name in ("tp", "moe-tp", "moe-ep"):
         parser.add_argument(f"--{name}-degree", type=int, help="neuron")
+    parser.add_argument("--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block")
+    parser.add_argument("--expert-kernel", choices=("torch", "nki"), help="neuron")
+    parser.add_argument("--allow-untested-versions", action="store_true", help="neuron: packages of another SDK")
     parser.add_argument("--batch-size", type=int, help="sequences alive at the same time")
     parser.add_argument("--seq-len", type=int, help="positions per sequence, prompt and answer together")
     parser.add_argument("--buckets", help="context-encoding lengths, such as 128,512")
@@ -118,6 +121,9 @@ def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "tp_degree": arguments.tp_degree,
         "moe_tp_degree": arguments.moe_tp_degree,
         "moe_ep_degree": arguments.moe_ep_degree,
+        "blockwise_matmul": arguments.blockwise_matmul,
+        "expert_kernel": arguments.expert_kernel,
+        "allow_untested_versions": arguments.allow_untested_versions or None,
     }
     return {name: value for name, value in options.items() if value is not None}
 

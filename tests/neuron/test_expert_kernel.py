@@ -1,5 +1,6 @@
 """The NxDI model with the NKI kernel (interpreted) and with placed experts: the same logits as without."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from neuron_minimax.convert.placement import Placement
 from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.ranks import Run, run
+from tests.neuron.test_parity import check_against_cpu_model
 from tests.tiny import write_tiny
 
 TOLERANCE = 2e-5
@@ -40,6 +42,23 @@ def test_the_nki_kernel_gives_the_logits_of_nxds_experts(degrees: dict, converte
     assert torch.equal(results[0]["tokens"], results[1]["tokens"])
     assert results[0]["parameters"] == results[1]["parameters"]
     assert results[0]["kernel_matmuls"] == 0 < results[1]["kernel_matmuls"]
+
+
+def test_the_nki_kernel_serves_batches_that_nxd_refuses_with_expert_parallelism(tmp_path: Path) -> None:
+    # Four sequences choose two experts each of sixteen: less than one choice per expert.
+    sizes = MODELS["grouped"] | {"num_local_experts": 16}
+    convert(write_tiny(tmp_path / "source", seed=SEED, **sizes), tmp_path / "converted")
+    configuration = Run(
+        directory=str(tmp_path / "converted"),
+        through_load_module=True,
+        expert_kernel="nki",
+        tp_degree=2,
+        moe_ep_degree=2,
+    )
+    result = run(configuration, tmp_path / "out")
+    check_against_cpu_model(result, tmp_path / "converted", torch.float32, TOLERANCE)
+    with pytest.raises(AssertionError, match="Selective Loading with Expert parallelism is not supported"):
+        run(replace(configuration, expert_kernel="torch"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kernel", ["torch", "nki"])

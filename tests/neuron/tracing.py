@@ -249,7 +249,11 @@ def content(value: Any) -> str:
     value = value.cpu()
     if not value.any():
         return "zeros"
-    return "numbers from 0" if torch.equal(value, torch.arange(value.shape[-1]).expand(value.shape)) else "values"
+    steps, counts = torch.unique_consecutive(value, return_counts=True)
+    multiples = torch.arange(len(steps)) * steps[1] if len(steps) > 1 else steps
+    if counts.unique().numel() == 1 and torch.equal(steps, multiples.to(steps.dtype)):
+        return f"multiples of {steps[1]}, {counts[0]} of each"
+    return "values"
 
 
 def aliases(module: Any) -> dict[str, str]:
