@@ -24,6 +24,7 @@ class Instance:
     tp_degrees: tuple[int, ...]  # the ones NxDI documents; empty where it documents none
     nki_kernels: bool
     e4m3_max: int
+    sdk: str  # the newest Neuron SDK that supports NxDI models on this chip, of those this project has been run with
 
 
 @cache
@@ -57,4 +58,5 @@ def instance(name: str) -> Instance:
         tp_degrees=tuple(row["tp_degrees"]),
         nki_kernels=chip["nki_kernels"],
         e4m3_max=chip["e4m3_max"],
+        sdk=chip["sdk"],
     )

@@ -1,6 +1,7 @@
 """The one door to the Neuron packages: imports them, recognises their empty placeholders, settles versions.
 
-Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (SDK 2.29).
+Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (SDK 2.29), and with 0.8.0 and 0.17.0
+(SDK 2.28). Both have every name imported here; what else differs is settled below.
 """
 # ruff: noqa: F401, E402
 
@@ -55,6 +56,16 @@ from neuronx_distributed_inference.modules.attention.gqa import GroupQueryAttent
 from neuronx_distributed_inference.modules.attention.utils import move_heads_front
 from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
 from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
+
+
+class CausalLM(NeuronBaseForCausalLM):
+    """NxDI's application class, whole in either version."""
+
+    if not hasattr(NeuronBaseForCausalLM, "_get_captured_tensors_offset"):
+
+        def _get_captured_tensors_offset(self) -> int:
+            """NxDI 0.8 calls this in CPU mode and has it in another class; its decoders capture no tensors."""
+            return 0
 
 
 def versions() -> dict[str, str]:

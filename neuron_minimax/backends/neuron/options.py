@@ -145,12 +145,13 @@ def environment(graphs: Path, options: NeuronOptions) -> dict[str, str]:
     FP8 weights need the two cast switches (NxDI's MoE FP8 guide): the compiler reads OCP bytes as its own E4M3.
     """
     machine = instances.instance(options.instance)
-    return {
+    # The override has no name for inf2: NxD 0.17 takes "inf2" there for a chip it does not know. That instance tells.
+    target = {} if machine.family == "inf2" else {"NEURON_PLATFORM_TARGET_OVERRIDE": machine.family}
+    return target | {
         "XLA_HANDLE_SPECIAL_SCALAR": "1",
         "UNSAFE_FP8FNCAST": "1",
         "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
         "NEURON_RT_NUM_CORES": str(options.tp_degree),
-        "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,
         "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
         "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
     }
