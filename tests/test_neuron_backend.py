@@ -102,8 +102,12 @@ def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: P
     other = options.environment(tmp_path, tmp_path / "b", checked)
     for name in ("NEURON_COMPILE_CACHE_URL", "BASE_COMPILE_WORK_DIR"):
         assert variables[name] != other[name]
-    inf2 = backend.check_options(PUBLISHED, {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3})
-    fields = options.neuron_config_fields(options.parse(inf2))
+    assert variables["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn2"
+    checked = options.parse(
+        backend.check_options(PUBLISHED, {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3})
+    )
+    assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in options.environment(tmp_path, tmp_path / "a", checked)
+    fields = options.neuron_config_fields(checked)
     assert (fields["logical_nc_config"], fields["tp_degree"]) == (1, 24)
     assert fields["blockwise_matmul_config"] == {"use_torch_block_wise": True, "logical_nc_config": 1}
 

@@ -14,7 +14,7 @@ from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import instances
 from neuron_minimax.planner.blockwise import token_blocks
 from neuron_minimax.planner.instances import GIB, instance
-from neuron_minimax.planner.lint import REFUSE, Case, lint
+from neuron_minimax.planner.lint import REFUSE, WARN, Case, lint
 from neuron_minimax.planner.memory import Deployment, cache_bytes_per_token, checkpoint_bytes, rank_memory
 from neuron_minimax.planner.report import deployment_case, fits, plan, plan_deployment
 from tests.full_size import published_config
@@ -181,6 +181,16 @@ def test_shards_beyond_the_hosts_memory_are_warned_about() -> None:
     small = {"tp_degree": 2, "moe_tp_degree": 2, "moe_ep_degree": 1}
     assert any(finding.rule == "R11" for finding in lint(case("trn1.2xlarge", **small)))
     assert not any(finding.rule == "R11" for finding in lint(case("trn1.32xlarge")))
+
+
+def test_trn1_and_inf2_are_told_the_last_sdk_that_supports_them_and_newer_chips_nothing() -> None:
+    for name in instances.names():
+        found = [finding for finding in lint(case(name)) if finding.rule == "R12"]
+        if instance(name).family in ("trn1", "inf2"):
+            assert [finding.severity for finding in found] == [WARN]
+            assert "install the packages of SDK 2.28" in found[0].fix
+        else:
+            assert not found
 
 
 def test_the_planner_needs_no_torch() -> None:

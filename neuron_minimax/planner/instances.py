@@ -24,6 +24,7 @@ class Instance:
     tp_degrees: tuple[int, ...]  # the ones NxDI documents; empty where it documents none
     nki_kernels: bool
     e4m3_max: int
+    sdk: str  # the newest Neuron SDK that supports NxDI models on this chip, of those this project has been run with
 
 
 @cache
@@ -41,13 +42,17 @@ def names() -> list[str]:
     return list(data()["instances"])
 
 
-def e4m3_max(family: str) -> int:
-    """Largest FP8 code that the chips of a family (trn1, inf2, trn2, trn3) read. Raises ConfigError for another one."""
-    chips = data()["chips"].values()
-    for chip in chips:
-        if chip["family"] == family:
-            return chip["e4m3_max"]
-    raise ConfigError(f"no chip is known as {family!r}; expected one of {', '.join(c['family'] for c in chips)}")
+def chip(family: str) -> dict[str, Any]:
+    """The chip of an instance family (trn1, inf2, trn2, trn3). Raises ConfigError for another one."""
+    chips = {row["family"]: row for row in data()["chips"].values()}
+    if family not in chips:
+        raise ConfigError(f"no chip is known as {family!r}; expected one of {', '.join(chips)}")
+    return chips[family]
+
+
+def families(sdk: str) -> tuple[str, ...]:
+    """Instance families for which a Neuron SDK release is the one to use."""
+    return tuple(row["family"] for row in data()["chips"].values() if row["sdk"] == sdk)
 
 
 def instance(name: str) -> Instance:
@@ -66,4 +71,5 @@ def instance(name: str) -> Instance:
         tp_degrees=tuple(row["tp_degrees"]),
         nki_kernels=chip["nki_kernels"],
         e4m3_max=chip["e4m3_max"],
+        sdk=chip["sdk"],
     )

@@ -1,7 +1,7 @@
 """Settings that cannot work or will disappoint, found before a compile: numbered, explained, with what fixes each.
 
-Each rule is a function of a `Case` that yields findings. Sources: NxD 0.18.0 and NxDI 0.9.0 as run on a CPU, their
-guides, and the reports named in planner/instances.json.
+Each rule is a function of a `Case` that yields findings. Sources: NxD 0.18.0 and NxDI 0.9.0 (SDK 2.29), NxD
+0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports named in planner/instances.json.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.planner.blockwise import DEFAULT, TOKEN_BLOCK, blockwise_matmul, token_blocks, unrolled_products
 from neuron_minimax.planner.instances import GIB, Instance
 from neuron_minimax.planner.memory import NEURON_E4M3_MAX, Deployment, heads, rank_memory
+from neuron_minimax.planner.sdks import SDKS
 
 REFUSE, WARN = "refuse", "warn"
 USE_TORCH = "use expert_kernel torch"
@@ -127,7 +128,7 @@ def trn1_groups(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R5",
             REFUSE,
-            "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 (NxD 0.18.0)",
+            "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 (NxD 0.17, 0.18)",
             f"use moe_tp_degree 2 and moe_ep_degree {deployment.tp_degree // 2}",
         )
 
@@ -286,6 +287,19 @@ def host_memory(case: Case) -> Iterator[Finding]:
         )
 
 
+def supported_sdk(case: Case) -> Iterator[Finding]:
+    """R12: NxDI of SDK 2.29 supports trn2 and newer chips only (its release notes)."""
+    instance = case.instance
+    newest = next(iter(SDKS))
+    if instance.sdk != newest:
+        yield Finding(
+            "R12",
+            WARN,
+            f"NxDI models are supported on {instance.family} up to SDK {instance.sdk}, not by SDK {newest}",
+            f"install the packages of SDK {instance.sdk}",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     shares,
     whole_blocks,
@@ -298,6 +312,7 @@ RULES: tuple[Rule, ...] = (
     code_range,
     dense_kernel,
     host_memory,
+    supported_sdk,
     blockwise_kernels,
     expert_kernel,
 )

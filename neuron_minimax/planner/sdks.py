@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from neuron_minimax.errors import ConfigError
+from neuron_minimax.planner import instances
 
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDK:
-    """One release: its instance families, and its Python and Debian packages with their versions."""
+    """One release: its Python and Debian packages with their versions. instances.json says which chip it is for."""
 
     release: str
-    families: tuple[str, ...]
     python: Mapping[str, str]
     debian: Mapping[str, str]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return instances.families(self.release)
 
     @property
     def install_line(self) -> str:
@@ -29,12 +32,12 @@ class SDK:
         return f"pip install --extra-index-url {INDEX} {pins}"
 
 
+# The newest first.
 SDKS = {
     sdk.release: sdk
     for sdk in (
         SDK(
             release="2.29",
-            families=("trn2", "trn3"),
             python=MappingProxyType(
                 {
                     "neuronx-cc": "2.24.5133.0",
@@ -56,7 +59,6 @@ SDKS = {
         ),
         SDK(
             release="2.28",
-            families=("trn1", "inf2"),
             python=MappingProxyType(
                 {
                     "neuronx-cc": "2.23.6484.0",
@@ -91,11 +93,7 @@ KNOWN_FAULTS = (
 
 def sdk_for(family: str) -> SDK:
     """The release for an instance family. Raises ConfigError for an unknown family."""
-    for sdk in SDKS.values():
-        if family in sdk.families:
-            return sdk
-    known = ", ".join(family for sdk in SDKS.values() for family in sdk.families)
-    raise ConfigError(f"no Neuron SDK is known for {family!r}; expected one of {known}")
+    return SDKS[instances.chip(family)["sdk"]]
 
 
 def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:

@@ -38,7 +38,9 @@ def test_slots_give_what_the_eager_backend_gives(length: int, model: Path) -> No
 
 
 def test_nxdis_own_generation_adapter_generates_the_same_tokens(model: Path) -> None:
-    check("adapter", model)
+    said = check("adapter", model)
+    if "skipped: " in said:
+        pytest.skip(said.rpartition("skipped: ")[2])
 
 
 def test_sampling_in_the_graph_returns_the_greedy_tokens(model: Path) -> None:

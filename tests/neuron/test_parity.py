@@ -43,7 +43,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 
 def check_against_cpu_model(result: dict[str, Any], directory: Path, compute: torch.dtype, tolerance: float) -> None:
-    """The project's own model over the same converted directory, fed the same tokens, chooses each of them."""
+    """The project's own model over the same converted directory, fed the same tokens, chooses each of them, or another
+    whose logit is as close as the two may differ."""
     model = load_model(directory, compute=compute)
     for prompt, tokens, logits in zip(
         prompts(model.config.vocab_size), result["tokens"], result["logits"], strict=True
@@ -51,8 +52,9 @@ def check_against_cpu_model(result: dict[str, Any], directory: Path, compute: to
         ids = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
         with torch.no_grad():
             own = model(ids)[0][0, len(prompt) - 1 :].float()
-        assert torch.equal(own.argmax(-1), tokens)
         assert (own - logits).abs().max() < tolerance
+        chosen = own.gather(-1, tokens[:, None]).flatten()
+        assert (own.max(-1).values - chosen).max() < 2 * tolerance
 
 
 def check(result: dict[str, Any], name: str, variant: str = "") -> None:

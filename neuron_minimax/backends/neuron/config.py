@@ -126,11 +126,12 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
     def _validate_code_range(self) -> None:
         """Codes up to 448 (`convert --fp8-range ocp`) only where they are native, and not for the NKI kernel."""
         largest = largest_code(self.model_config)
-        chip = nxdi.get_platform_target()
-        if largest > instances.e4m3_max(chip):
+        family = nxdi.get_platform_target()
+        readable = instances.chip(family)["e4m3_max"]
+        if largest > readable:
             raise ConfigError(
-                f"the checkpoint has FP8 codes up to {largest}, and {chip} reads those above "
-                f"{instances.e4m3_max(chip)} as infinity or NaN; convert with --fp8-range neuron"
+                f"the checkpoint has FP8 codes up to {largest}, and {family} reads those above {readable} as infinity "
+                "or NaN; convert with --fp8-range neuron"
             )
         if self.expert_kernel == "nki" and largest > NEURON_E4M3_MAX:
             raise ConfigError(

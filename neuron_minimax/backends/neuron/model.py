@@ -133,7 +133,7 @@ class NeuronMiniMaxM2Model(nxdi.NeuronBaseModel):
         return result
 
 
-class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
+class NeuronMiniMaxM2ForCausalLM(nxdi.CausalLM):
     """The application: `compile`, `load`, `to_cpu` and `forward` are NxDI's."""
 
     _model_cls = NeuronMiniMaxM2Model

@@ -1,6 +1,7 @@
 """The one door to the Neuron packages: imports them, recognises their empty placeholders, settles versions.
 
-Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (SDK 2.29).
+Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (SDK 2.29), and with 0.8.0 and 0.17.0
+(SDK 2.28). Both have every name imported here; what else differs is settled below.
 """
 # ruff: noqa: F401, E402
 
@@ -57,6 +58,16 @@ from torch_neuronx.utils import get_platform_target
 
 # NxDI gives it to the compiler of every chip (models/model_wrapper.py) when the weights are f8e4m3.
 READ_FP8_AS_IEEE = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
+
+
+class CausalLM(NeuronBaseForCausalLM):
+    """NxDI's application class, whole in either version."""
+
+    if not hasattr(NeuronBaseForCausalLM, "_get_captured_tensors_offset"):
+
+        def _get_captured_tensors_offset(self) -> int:
+            """NxDI 0.8 calls this in CPU mode and has it in another class; its decoders capture no tensors."""
+            return 0
 
 
 def versions() -> dict[str, str]:

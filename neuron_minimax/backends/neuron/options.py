@@ -176,14 +176,19 @@ def environment(model: Path, graphs: Path, options: NeuronOptions) -> dict[str, 
     """
     machine = instances.instance(options.instance)
     native = largest_code(ModelConfig.from_dir(model)) > NEURON_E4M3_MAX
-    return ({} if native else FP8_CASTS) | {
-        "DISABLE_NUMERIC_CC_TOKEN": "1",
-        "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
-        "NEURON_RT_NUM_CORES": str(options.tp_degree),
-        "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,
-        "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
-        "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
-    }
+    # The override has no name for inf2: NxD 0.17 takes "inf2" there for a chip it does not know. That instance tells.
+    target = {} if machine.family == "inf2" else {"NEURON_PLATFORM_TARGET_OVERRIDE": machine.family}
+    return (
+        ({} if native else FP8_CASTS)
+        | target
+        | {
+            "DISABLE_NUMERIC_CC_TOKEN": "1",
+            "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
+            "NEURON_RT_NUM_CORES": str(options.tp_degree),
+            "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
+            "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
+        }
+    )
 
 
 def quantization_options(directory: str | Path) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import torch
 
 PACKAGES = ("torch_xla", "torch_neuronx", "neuronxcc", "libneuronxla", "nki", "nkilib", "neuron_dtypes")
 # Applied to a kernel when a module is imported; the kernel itself stays uncallable.
-DECORATORS = ("jit", "nki_jit", "trace", "no_trace", "xla_hlo_call", "xla_call", "hlo_call", "hlo_debug")
+KERNEL_DECORATORS = ("jit", "nki_jit", "trace", "no_trace", "skip_middle_end_transformations", "enable_stack_allocator")
+CALL_DECORATORS = ("xla_hlo_call", "xla_call", "hlo_call", "hlo_debug")
+DECORATORS = KERNEL_DECORATORS + CALL_DECORATORS
 
 
 class Standin:

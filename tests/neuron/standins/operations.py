@@ -90,6 +90,7 @@ PROVIDED: dict[str, dict[str, Any]] = {
     "torch_neuronx.xla_impl.ops": OPERATORS,
     "torch_neuronx.xla_impl.base": {"xla_hlo_call": xla_hlo_call},
     "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": SkipMode, "BlockShardStrategy": BlockShardStrategy},
+    "neuronxcc.nki._pre_prod_kernels.blockwise_mm": {"SkipMode": SkipMode},  # its place in NxD 0.17
     "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
     "torch_neuronx.utils": {"get_platform_target": get_platform_target},
     "torch_neuronx.utils.utils": {"get_platform_target": get_platform_target},
