@@ -144,6 +144,7 @@ def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it
     assert "R14" in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
     assert "R14" in refusals(replace(case("trn1.32xlarge"), deployment=kernel))
     assert "R14" not in refusals(replace(case(), deployment=kernel))
+    assert any("simulator only" in finding.message for finding in lint(replace(case(), deployment=kernel)))
     assert "R3" not in refusals(replace(case(), deployment=replace(kernel, batch_size=1)))
 
 

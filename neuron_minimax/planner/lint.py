@@ -172,13 +172,14 @@ def unrolled_blocks(case: Case) -> Iterator[Finding]:
     if way.is_kernel:
         return
     products = unrolled_products(way, case.config, case.deployment)
+    elsewhere = f". Elsewhere, on trn2: {way.known}" if case.instance.nki_kernels else ""
     yield Finding(
         "R8",
         WARN,
         f"context encoding of {case.deployment.context_length} tokens in torch operations unrolls "
         f"{token_blocks(case.config, case.deployment)} blocks in each of {case.config.num_hidden_layers} layers, "
         f"{products} expert products in one graph",
-        f"lower the largest bucket or raise moe_ep_degree; expect a long compile. Elsewhere: {way.known}",
+        f"lower the largest bucket or raise moe_ep_degree; expect a long compile{elsewhere}",
     )
 
 
@@ -193,7 +194,7 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
             "R13",
             REFUSE,
             f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; on {instance.name} "
-            "NxD raises NotImplementedError",
+            "NxD leaves it out, with a warning in the log only",
             fix,
         )
         return
@@ -229,6 +230,13 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
     if not case.instance.nki_kernels:
         yield Finding(
             "R14", REFUSE, f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI", USE_TORCH
+        )
+    else:
+        yield Finding(
+            "R14",
+            WARN,
+            "expert_kernel nki has run on a simulator only",
+            "check it with `neuron-minimax check-device` first",
         )
     if case.fp8_max > NEURON_E4M3_MAX:
         yield Finding(

@@ -1,8 +1,9 @@
 """Trace one layer of the published size as a device compile does, rank 0 of a mocked world, and record the graphs.
 
-`python -m tests.neuron.tracing CASE` prints one case as JSON; without a case it traces all and writes
-tests/data/neuron_traces.json. Needs NxDI, NxD and the real torch_xla (docs/neuron_proof.md); closed
-kernels are custom calls (tests/neuron/standins/kernels.py). Weights are never read: a graph has names and shapes only.
+`python -m tests.neuron.tracing CASE` prints one case as JSON; without a case it traces all that belong to the SDK of
+the NxDI that is there, and writes them into tests/data/neuron_traces.json. Needs NxDI, NxD and the real torch_xla
+(docs/neuron_proof.md); closed kernels are custom calls (tests/neuron/standins/kernels.py). Weights are never read: a
+graph has names and shapes only.
 """
 
 import ast
@@ -303,10 +304,20 @@ def run(name: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of what a graph is made with."""
     found = {name: metadata.version(name) for name in ("torch", "torch_xla", "transformers")}
     for name in ("neuronx_distributed", "neuronx_distributed_inference"):
         found[name] = importlib.import_module(f"{name}._version").__version__
     return found
+
+
+def belongs_here(case: Case) -> bool:
+    """Whether the NxDI that is there is of the SDK for the case's instance."""
+    from neuron_minimax.planner.instances import instance
+    from neuron_minimax.planner.sdks import sdk_for
+
+    pinned = sdk_for(instance(case.instance).family).python["neuronx-distributed-inference"]
+    return pinned.split(".")[:2] == versions()["neuronx_distributed_inference"].split(".")[:2]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -320,13 +331,11 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             print(json.dumps(trace(CASES[argv[0]], Path(directory))))
         return
-    document = {
-        "command": "python -m tests.neuron.tracing",
-        "versions": versions(),
-        "sources": sources_digest(),
-        "cases": {name: run(name) for name in CASES},
-    }
-    TRACES.write_text(json.dumps(document, indent=1) + "\n")
+    document = json.loads(TRACES.read_text(encoding="utf-8")) if TRACES.exists() else {}
+    for name, case in CASES.items():
+        if belongs_here(case):
+            document[name] = {"versions": versions(), "sources": sources_digest(), "graphs": run(name)}
+    TRACES.write_text(json.dumps({name: document[name] for name in CASES if name in document}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
