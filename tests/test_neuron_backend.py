@@ -43,6 +43,7 @@ def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
         "expert_kernel": "torch",
         "expert_placement": None,
         "expert_placement_sha256": None,
+        "compiler_cache": None,
     }
     assert backend.check_options(PUBLISHED, checked) == checked
 
@@ -92,6 +93,8 @@ def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: P
     other = options.environment(tmp_path / "b", checked)
     for name in ("NEURON_COMPILE_CACHE_URL", "BASE_COMPILE_WORK_DIR"):
         assert variables[name] != other[name]
+    shared = options.parse({**backend.check_options(PUBLISHED, {"slots": 32}), "compiler_cache": "/nvme/cache"})
+    assert options.environment(tmp_path / "a", shared)["NEURON_COMPILE_CACHE_URL"] == "/nvme/cache"
     inf2 = backend.check_options(PUBLISHED, {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3})
     fields = options.neuron_config_fields(options.parse(inf2))
     assert (fields["logical_nc_config"], fields["tp_degree"]) == (1, 24)

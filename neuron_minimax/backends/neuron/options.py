@@ -38,6 +38,7 @@ class NeuronOptions:
     expert_kernel: str = EXPERT_KERNELS[0]
     expert_placement: str | None = None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
     expert_placement_sha256: str | None = None  # of that file's contents, filled in by `check`
+    compiler_cache: str | None = None  # a directory for compiles that run one after another; default: their own
 
     def __post_init__(self) -> None:
         if self.expert_kernel not in EXPERT_KERNELS:
@@ -151,7 +152,7 @@ def environment(graphs: Path, options: NeuronOptions) -> dict[str, str]:
         "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
         "NEURON_RT_NUM_CORES": str(options.tp_degree),
         "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,
-        "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
+        "NEURON_COMPILE_CACHE_URL": options.compiler_cache or str(graphs.resolve() / "compiler_cache"),
         "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
     }
 
