@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-quick clean
+.PHONY: demo test lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
 
 .venv/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,39 @@ lint: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The Neuron class on AWS's own Python, on a CPU. SOURCES holds checkouts of neuronx-distributed-inference,
+# neuronx-distributed and nki-library; docs/neuron_proof.md names their commits.
+NEURON_PATH = $(SOURCES)/neuronx-distributed-inference/src:$(SOURCES)/neuronx-distributed/src:$(SOURCES)/nki-library/src/nkilib_src
+
+.venv-neuron/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-neuron
+	.venv-neuron/bin/python -m pip install --quiet --editable '.[neuron-test]'
+	touch $@
+
+test-neuron: .venv-neuron/stamp neuron-sources
+	PYTHONPATH=$(NEURON_PATH) .venv-neuron/bin/python -m pytest tests/neuron
+
+# The graphs themselves, by torch_xla. The CPU build of torch comes from PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL); with
+# XLA_TORCH=torch==2.9.1 the default one does, and brings 4 GB of CUDA.
+XLA_TORCH ?= torch==2.9.1+cpu
+.venv-xla/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/python -m pip install --quiet $(XLA_TORCH) torch_xla==2.9.0 --editable '.[neuron-test]'
+	touch $@
+
+trace-neuron: .venv-xla/stamp neuron-sources
+	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m pytest tests/neuron/test_tracing.py tests/neuron/test_backend.py
+
+# Writes tests/data/neuron_traces.json anew; look at what changed in it.
+record-neuron: .venv-xla/stamp neuron-sources
+	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m tests.neuron.tracing
+
+neuron-sources:
+	@for source in neuronx-distributed-inference neuronx-distributed nki-library; do \
+	  test -d "$(SOURCES)/$$source/src" || { \
+	    echo "SOURCES=$(SOURCES) holds no $$source/src; give a folder with checkouts of the three public" \
+	      "repositories (docs/neuron_proof.md)" >&2; exit 2; }; done
+
 # About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks
@@ -30,4 +63,4 @@ bench-quick: .venv/stamp
 	$(BIN)/python -m benchmarks.quick
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-neuron .venv-xla build *.egg-info

@@ -25,7 +25,10 @@ HBM_BYTES_PER_SECOND = 2.9e12 / 8
 # Clock in Hz, and the instructions that each engine runs here.
 ENGINES = {
     "tensor": (2.4e9, ("nc_matmul", "nc_transpose")),
-    "vector": (0.96e9, ("tensor_tensor", "tensor_copy", "tensor_scalar", "tensor_reduce", "memset")),
+    "vector": (
+        0.96e9,
+        ("tensor_tensor", "tensor_copy", "tensor_scalar", "tensor_reduce", "memset", "nc_stream_shuffle"),
+    ),
     "scalar": (1.2e9, ("activation",)),
 }
 
@@ -35,6 +38,7 @@ def count(tokens: int) -> dict[str, float]:
     module, machine = nki_interpreter.load(KERNEL)
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 0x78, (TOP_K, *shape), generator=generator, dtype=torch.uint8) for shape in shapes()]
+    codes = [each.view(torch.float8_e4m3fn) for each in codes]
     scales = [torch.rand(TOP_K, rows // 128, columns // 128, generator=generator) for rows, columns in shapes()]
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     index_TK = torch.arange(TOP_K).repeat(tokens, 1)

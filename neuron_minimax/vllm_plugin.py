@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.backends.neuron.options import default_buckets, quantization_options
+from neuron_minimax.backends.neuron.options import MOE_SETTINGS, default_buckets, quantization_options
 from neuron_minimax.config import ARCHITECTURE
 from neuron_minimax.errors import BackendError
+from neuron_minimax.planner import blockwise
+from neuron_minimax.planner.sdks import sdk_for, untested
 
 # vllm-neuron splits config.json's architecture at "For" and lowers the first part: MiniMaxM2ForCausalLM.
 MODEL_KEY, TASK = "minimaxm2", "causal-lm"
@@ -30,6 +32,8 @@ def register() -> bool:
     except BackendError as error:
         logger.info("MiniMax-M2 is not registered for Neuron: %s", error)
         return False
+    for line in untested(sdk_for(nxdi.get_platform_target()), nxdi.installed_versions()):
+        logger.warning("this Neuron package is not of the SDK that MiniMax-M2 was prepared for: %s", line)
     nxdi.register_model(MODEL_KEY, TASK, NeuronMiniMaxM2ForCausalLM)
     register_config()
     return True
@@ -47,16 +51,25 @@ def register_config() -> None:
 
 
 def override_neuron_config(
-    directory: str | Path, *, moe_tp_degree: int, moe_ep_degree: int, buckets: Sequence[int]
+    directory: str | Path,
+    *,
+    moe_tp_degree: int,
+    moe_ep_degree: int,
+    buckets: Sequence[int],
+    blockwise_matmul: str = blockwise.DEFAULT,
 ) -> dict[str, Any]:
     """What vllm-neuron's `override_neuron_config` has to hold for a converted directory; JSON can carry it.
 
     The quantization settings are those of its config.json; the last bucket is vLLM's --max-model-len.
+    `blockwise_matmul` is as for a compile. Raises ConfigError for one that is not known.
     """
+    way = blockwise.blockwise_matmul(blockwise_matmul)
     return quantization_options(directory) | {
         "moe_tp_degree": moe_tp_degree,
         "moe_ep_degree": moe_ep_degree,
         "context_encoding_buckets": list(buckets),
         "token_generation_buckets": list(default_buckets(max(buckets))),
+        "blockwise_matmul_config": way.settings,
+        **MOE_SETTINGS,
         "save_sharded_checkpoint": True,
     }

@@ -15,15 +15,17 @@ import torch
 from neuron_minimax import vllm_plugin
 from neuron_minimax.backends import compile_model
 from neuron_minimax.backends.neuron import backend, coverage, options
-from neuron_minimax.backends.neuron.packages import INSTALL
 from neuron_minimax.backends.neuron.supervise import run_supervised
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.run import convert
 from neuron_minimax.errors import BackendError, CheckpointError, NeuronMiniMaxError
+from neuron_minimax.planner import blockwise
+from neuron_minimax.planner.sdks import SDKS
 from tests.full_size import published_config
 from tests.tiny import write_tiny
 
 PUBLISHED = ModelConfig.from_dict(published_config())
+TRN3 = "trn3 Gen1 server (1/4 of Gen1)"
 ROOT = Path(__file__).parents[1]
 WITHOUT_NXDI = pytest.mark.skipif(
     importlib.util.find_spec("neuronx_distributed_inference") is not None, reason="the Neuron packages are installed"
@@ -40,6 +42,7 @@ def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
         "slots": 32,
         "seq_len": 1024,
         "buckets": [128, 256, 512, 1024],
+        "blockwise_matmul": "torch",
         "expert_kernel": "torch",
         "expert_placement": None,
         "expert_placement_sha256": None,
@@ -86,19 +89,75 @@ def test_a_placement_is_known_by_its_contents(tmp_path: Path) -> None:
 def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: Path) -> None:
     checked = options.parse(backend.check_options(PUBLISHED, {"slots": 32}))
     fields = options.neuron_config_fields(checked)
-    assert (fields["logical_nc_config"], fields["blockwise_matmul_config"]) == (2, {})
+    assert (fields["logical_nc_config"], fields["blockwise_matmul_config"]) == (
+        2,
+        {"use_torch_block_wise": True, "logical_nc_config": 2},
+    )
+    assert fields["moe_mask_padded_tokens"]
+    assert fields["disable_numeric_cc_token"]
     assert (fields["ctx_batch_size"], fields["tkg_batch_size"], fields["max_context_length"]) == (1, 32, 1024)
-    variables = options.environment(tmp_path / "a", checked)
+    (tmp_path / "config.json").write_text(json.dumps(published_config()))
+    variables = options.environment(tmp_path, tmp_path / "a", checked)
     assert (variables["XLA_HANDLE_SPECIAL_SCALAR"], variables["UNSAFE_FP8FNCAST"]) == ("1", "1")
-    other = options.environment(tmp_path / "b", checked)
+    assert variables["DISABLE_NUMERIC_CC_TOKEN"] == "1"
+    other = options.environment(tmp_path, tmp_path / "b", checked)
     for name in ("NEURON_COMPILE_CACHE_URL", "BASE_COMPILE_WORK_DIR"):
         assert variables[name] != other[name]
     shared = options.parse({**backend.check_options(PUBLISHED, {"slots": 32}), "compiler_cache": "/nvme/cache"})
-    assert options.environment(tmp_path / "a", shared)["NEURON_COMPILE_CACHE_URL"] == "/nvme/cache"
+    assert options.environment(tmp_path, tmp_path / "a", shared)["NEURON_COMPILE_CACHE_URL"] == "/nvme/cache"
     inf2 = backend.check_options(PUBLISHED, {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3})
     fields = options.neuron_config_fields(options.parse(inf2))
     assert (fields["logical_nc_config"], fields["tp_degree"]) == (1, 24)
-    assert fields["blockwise_matmul_config"] == {"use_torch_block_wise": True}
+    assert fields["blockwise_matmul_config"] == {"use_torch_block_wise": True, "logical_nc_config": 1}
+
+
+def test_the_fp8_casts_are_left_out_for_codes_that_the_chip_reads_by_itself(tmp_path: Path) -> None:
+    raw = published_config() | {"neuron_minimax": {"fp8_range": "ocp"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    native = options.parse(options.check(PUBLISHED, {"slots": 32, "instance": TRN3}, False))
+    variables = options.environment(tmp_path, tmp_path, native)
+    assert not {"XLA_HANDLE_SPECIAL_SCALAR", "UNSAFE_FP8FNCAST"} & variables.keys()
+    (tmp_path / "config.json").write_text(json.dumps(published_config()))
+    assert options.FP8_CASTS.items() <= options.environment(tmp_path, tmp_path, native).items()
+
+
+@pytest.mark.parametrize("name", blockwise.BLOCKWISE_MATMULS)
+def test_each_way_through_the_blocks_reaches_nxdi_and_the_vllm_plugin(name: str, tmp_path: Path) -> None:
+    checked = backend.check_options(PUBLISHED, {"slots": 32, "blockwise_matmul": name})
+    settings = options.neuron_config_fields(options.parse(checked))["blockwise_matmul_config"]
+    convert(write_tiny(tmp_path / "source"), tmp_path / "converted")
+    made = vllm_plugin.override_neuron_config(
+        tmp_path / "converted", moe_tp_degree=1, moe_ep_degree=64, buckets=(512, 1024), blockwise_matmul=name
+    )
+    assert made["blockwise_matmul_config"] == blockwise.BLOCKWISE_MATMULS[name].settings
+    assert settings == made["blockwise_matmul_config"] | {"logical_nc_config": 2}
+    assert len([value for value in settings.values() if value is True]) == 1
+
+
+def test_packages_of_another_sdk_stop_a_compile_unless_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**SDKS["2.29"].python, "neuronx-cc": "2.24.5133.0+abc"}
+    monkeypatch.setattr(backend, "installed_versions", lambda: found)
+    checked = backend.check_options(PUBLISHED, {"slots": 32})
+    found["neuronx-cc"] = "2.26.6360.0"
+    with pytest.raises(
+        BackendError, match=r"neuronx-cc 2\.26\.6360\.0 \(tested: 2\.24\.5133\.0\): silently .*--allow"
+    ) as caught:
+        backend.check_options(PUBLISHED, {"slots": 32})
+    assert SDKS["2.29"].install_line in str(caught.value)
+    assert backend.check_options(PUBLISHED, {"slots": 32, "allow_untested_versions": True}) == checked
+    found.update(SDKS["2.28"].python)
+    inf2 = {"slots": 32, "instance": "inf2.48xlarge", "moe_tp_degree": 3}
+    assert backend.untested_versions("inf2.48xlarge") == []
+    assert backend.check_options(PUBLISHED, inf2)
+    with pytest.raises(BackendError, match=r"neuronx-distributed 0\.17\.26814 \(tested: 0\.18\.27753\)"):
+        backend.check_options(PUBLISHED, {"slots": 32})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/neuron_instance.md"])
+def test_the_pages_give_the_install_line_of_every_sdk(page: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ").split())
+    for sdk in SDKS.values():
+        assert sdk.install_line in text
 
 
 def supervise(tmp_path: Path, code: str, limit: float = 30.0) -> list[str]:
@@ -148,7 +207,8 @@ def test_without_the_packages_there_is_one_message_with_the_install_line(tmp_pat
     convert(write_tiny(tmp_path / "source"), tmp_path / "converted")
     with pytest.raises(BackendError) as caught:
         compile_model(tmp_path / "converted", tmp_path / "traced", backend="neuron", options={"slots": 32})
-    assert INSTALL in str(caught.value)
+    for sdk in SDKS.values():
+        assert sdk.install_line in str(caught.value)
     assert "torch_neuronx, which is not installed" in str(caught.value)
 
 
@@ -164,7 +224,8 @@ def test_the_placeholders_of_the_public_index_are_recognised(tmp_path: Path) -> 
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("neuron_minimax.errors.BackendError: the installed torch_neuronx cannot import")
     assert "empty placeholder of the public package index" in last
-    assert INSTALL in last
+    for sdk in SDKS.values():
+        assert sdk.install_line in last
 
 
 @WITHOUT_NXDI

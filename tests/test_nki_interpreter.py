@@ -1,6 +1,7 @@
 """Each limit that the interpreter enforces is broken once here, and each instruction is checked against plain NumPy."""
 
 import textwrap
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -90,9 +91,45 @@ LIMITS = {
     "access inside the tensor": ("filled((4, 8), nl.float32).ap(pattern=[[8, 4], [1, 9]])\n", "leaves its tensor"),
     "index inside the tensor": ("x[0:129, :]\n", "outside a dimension of 128"),
     "dynamic index in range": ("load_row(4)\n", "index out of range"),
+    "what a skipped load leaves": (
+        "tile = load_row(4, nisa.oob_mode.skip)\nnisa.tensor_copy(dst=tile, src=tile)\n",
+        "use of unwritten sbuf",
+    ),
+    "a loop's one body": (
+        "a, size = filled((4, 4), nl.float32), []\n"
+        "for _ in nl.dynamic_range(2):\n"
+        "    size.append(0)\n"
+        "    nisa.tensor_copy(dst=a[:, 0 : len(size)], src=a[:, 0 : len(size)])\n",
+        "this pass differs from the first",
+    ),
+    "a loop's one place": (
+        "a, b = [], [filled((4, 4), nl.float32) for _ in range(2)]\n"
+        "for _ in nl.dynamic_range(2):\n"
+        "    nisa.memset(dst=b[len(a)], value=0.0)\n"
+        "    a.append(0)\n",
+        "this pass differs from the first",
+    ),
+    "a loaded register": ("for _ in nl.dynamic_range(nisa.register_alloc()):\n    pass\n", "nothing was loaded"),
+    "an integer register": (
+        "nisa.register_load(nisa.register_alloc(), filled((1, 1), nl.float32))\n",
+        "takes one integer",
+    ),
+    "shuffle mask": ("shuffle((32, 4), (32, 4), [0] * 31)\n", "has 32 entries"),
+    "shuffle source": ("shuffle((32, 4), (1, 4), [1] * 32)\n", "reads partition 1 of 1"),
+    "shuffle shape": ("shuffle((32, 4), (32, 5))\n", "shuffle of shape"),
+    "shuffle dtype": ("shuffle((32, 4), (32, 4), None, nl.bfloat16)\n", "keeps the dtype"),
+    "shuffle start": (
+        "a = filled((128, 4), nl.float32)\n"
+        "nisa.nc_stream_shuffle(dst=a[32:96, :], src=a[0:64, :], shuffle_mask=[0] * 32)\n",
+        "64 shuffled partitions start at",
+    ),
 }
 
 HELPERS = """
+def shuffle(result, source, mask=None, dtype=nl.float32):
+    tile = nl.ndarray(result, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.nc_stream_shuffle(dst=tile, src=filled(source, dtype), shuffle_mask=mask or [0] * 32)
+
 def matmul(stationary, moving, result, dtype=nl.float32, other=None, where=nl.sbuf, into=nl.psum):
     value = 1 if dtype == nl.int32 else 1.0
     left = filled(stationary, dtype, value, where)
@@ -125,10 +162,62 @@ def test_a_dynamic_index_out_of_range_may_be_skipped_and_moves_nothing(run):
     loaded, machine = run(HELPERS + body.format("3 - r"), x)
     assert torch.equal(loaded, x.flip(0))
     assert machine.counts["hbm_read_bytes"] == 4 * 128 * 4
-    skipped, machine = run(HELPERS + body.format("4 + r"), x)
-    assert torch.equal(skipped, torch.full_like(x, 7.0))
-    assert machine.counts["hbm_read_bytes"] == 0
-    assert machine.counts["dma_skipped"] == 4
+    _, machine = run(HELPERS + "load_row(4, nisa.oob_mode.skip)\n" + body.format("3 - r"), x)
+    assert machine.counts["hbm_read_bytes"] == 4 * 128 * 4
+    assert machine.counts["dma_skipped"] == 1
+
+
+def test_the_cores_of_a_launch_make_the_same_number_of_passes(run, tmp_path):
+    body = "for _ in nl.dynamic_range({}):\n    pass\nnisa.dma_copy(dst=out, src=x)\n"
+    for passes, fails in (("2", False), ("nl.program_id(axis=0)", True)):
+        path = tmp_path / "launched.py"
+        path.write_text(HEADER + textwrap.indent(body.format(passes), "    ") + "    return out\n")
+        module, _ = nki_interpreter.load(path)
+        with pytest.raises(HardwareError, match="disagree on the passes") if fails else nullcontext():
+            module.kernel[2](torch.ones(2, 2))
+
+
+def test_a_loop_on_the_device_runs_as_often_as_its_register_says(run):
+    body = """
+    index = nl.ndarray((1, 1), dtype=nl.int32)
+    nisa.dma_copy(dst=index, src=x)
+    register = nisa.register_alloc()
+    nisa.register_load(register, index)
+    for _ in nl.dynamic_range(1, register, 2):
+        nisa.tensor_scalar(dst=index, data=index, op0=nl.add, operand0=10)
+    nisa.dma_copy(dst=out, src=index)
+    """
+    for stop in (-1, 0, 1, 2, 3, 4):
+        x = torch.tensor([[stop]], dtype=torch.int32)
+        assert run(body, x)[0].item() == stop + 10 * len(range(1, stop, 2))
+
+
+def test_a_shuffle_moves_partitions_within_each_quadrant(run):
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(3))
+    body = """
+    tile = nl.ndarray((128, 128), dtype=nl.float32)
+    nisa.dma_copy(dst=tile, src=x)
+    nisa.nc_stream_shuffle(dst=tile, src=tile, shuffle_mask=[(3 * i + 1) % 32 for i in range(32)])
+    nisa.dma_copy(dst=out, src=tile)
+    """
+    wanted = torch.stack([x[32 * (row // 32) + (3 * (row % 32) + 1) % 32] for row in range(128)])
+    assert torch.equal(run(body, x)[0], wanted)
+
+
+def test_ocp_codes_are_read_through_a_view_of_the_chips_own_type_only(run):
+    x = torch.randint(0, 0x78, (128, 128), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    body = """
+    codes = nl.ndarray((128, 128), dtype=nl.{0})
+    nisa.dma_copy(dst=codes, src=x.ap(pattern=[[128, 128], [1, 128]], dtype=nl.{0}))
+    values = nl.ndarray((128, 128), dtype=nl.float32)
+    nisa.tensor_copy(dst=values, src=codes)
+    result = nl.ndarray((128, 128), dtype=nl.float32, buffer=nl.shared_hbm)
+    nisa.dma_copy(dst=result, src=values)
+    return result
+    """
+    assert torch.equal(run(body.format("float8_e4m3"), x)[0], x.float())
+    with pytest.raises(HardwareError, match="not with float8_e4m3fn"):
+        run(body.format("float8_e4m3fn"), x)
 
 
 def test_matmul_contracts_partitions_and_accumulates_in_psum(run):

@@ -12,12 +12,14 @@ import pytest
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import instances
+from neuron_minimax.planner.blockwise import token_blocks
 from neuron_minimax.planner.instances import GIB, instance
-from neuron_minimax.planner.lint import REFUSE, Case, lint, token_blocks
+from neuron_minimax.planner.lint import REFUSE, Case, lint
 from neuron_minimax.planner.memory import Deployment, cache_bytes_per_token, checkpoint_bytes, rank_memory
 from neuron_minimax.planner.report import deployment_case, fits, plan, plan_deployment
 from tests.full_size import published_config
 
+TRN3 = "trn3 Gen1 server (1/4 of Gen1)"
 PUBLISHED = ModelConfig.from_dict(published_config())
 
 
@@ -129,9 +131,46 @@ def test_outer_expert_parallelism_is_refused_with_the_setting_to_use() -> None:
     assert "moe_ep_degree" in finding.fix
 
 
-def test_ocp_codes_are_refused_below_trn3() -> None:
+def test_ocp_codes_are_refused_below_trn3_and_remarked_upon_there() -> None:
     assert "R9" in refusals(replace(case(), fp8_max=448))
-    assert "R9" not in refusals(replace(case("trn3 Gen1 server (1/4 of Gen1)"), fp8_max=448))
+    native = replace(case(TRN3), fp8_max=448)
+    assert "R9" not in refusals(native)
+    assert any(finding.rule == "R9" and "leaves out the switch" in finding.message for finding in lint(native))
+    assert not any(finding.rule == "R9" for finding in lint(case(TRN3)))
+
+
+def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it() -> None:
+    kernel = deployment(expert_kernel="nki")
+    assert "R14" in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
+    assert "R14" in refusals(replace(case("trn1.32xlarge"), deployment=kernel))
+    assert "R14" not in refusals(replace(case(), deployment=kernel))
+    assert "R3" not in refusals(replace(case(), deployment=replace(kernel, batch_size=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "refused"),
+    [
+        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_intermediate"}, False),
+        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block"}, False),
+        ("trn1.32xlarge", {"blockwise_matmul": "shard_on_block"}, True),
+        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_intermediate", "moe_tp_degree": 4, "moe_ep_degree": 16}, True),
+        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 4, "moe_ep_degree": 16}, False),
+        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 32, "moe_ep_degree": 2}, True),
+    ],
+)
+def test_kernels_of_context_encoding_are_refused_where_they_cannot_work(
+    name: str, changes: dict, refused: bool
+) -> None:
+    assert ("R13" in refusals(case(name, **changes))) == refused
+    assert any(finding.rule == "R13" for finding in lint(case(name, **changes)))
+
+
+def test_an_unknown_way_through_the_blocks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_config()))
+    with pytest.raises(ConfigError, match=r"blockwise_matmul is 'ping'; expected one of torch, shard_on_inter"):
+        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
+    with pytest.raises(ConfigError, match=r"expert_kernel is 'cuda'; expected one of torch, nki"):
+        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
 
 
 def test_the_dense_mlp_kernel_is_refused() -> None:
@@ -149,12 +188,17 @@ def test_the_planner_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_unrolled_blocks_are_counted_where_there_are_no_kernels() -> None:
+def test_unrolled_blocks_are_counted_for_each_way() -> None:
     eight = deployment(tp_degree=8, moe_ep_degree=8)
     assert token_blocks(PUBLISHED, eight) == 47
     trn1 = case("trn1.32xlarge", tp_degree=32, moe_tp_degree=4, moe_ep_degree=8)
     assert any("47 blocks" in finding.message for finding in lint(trn1))
-    assert not any(finding.rule == "R8" for finding in lint(case()))
+    kernel = case(blockwise_matmul="shard_on_intermediate")
+    assert not any(finding.rule == "R8" for finding in lint(kernel))
+    planned = plan_deployment(case())
+    assert planned.unrolled == {"torch": 19 * 62, "shard_on_intermediate": 62, "shard_on_block": 62}
+    assert "torch 1178 (chosen), shard_on_intermediate 62" in planned.render()
+    assert planned.to_json()["unrolled_expert_products"]["torch"] == 1178
 
 
 def test_the_largest_batch_and_longest_sequence_are_the_last_that_fit() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from neuron_minimax.cli.app import ConvertedDir, app
-from neuron_minimax.cli.models import parse_integers
+from neuron_minimax.cli.models import BlockwiseMatmul, parse_integers
 
 
 @app.command()
@@ -22,11 +22,15 @@ def check_device(
     batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
     buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: Annotated[str | None, typer.Option(help="torch or nki")] = None,
     layer: Annotated[int, typer.Option(min=0, help="the layer whose weights are tried")] = 0,
     traced: Annotated[Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")] = None,
     backend: Annotated[str, typer.Option(help="neuron, or cpu to rehearse without a device")] = "neuron",
     engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
+    allow_untested_versions: Annotated[
+        bool, typer.Option("--allow-untested-versions", help="go on with packages of another SDK")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Try one layer on this machine's device against the CPU, part by part; exit 1 when a check fails."""
@@ -40,7 +44,9 @@ def check_device(
         "tp_degree": tp_degree,
         "moe_tp_degree": moe_tp_degree,
         "moe_ep_degree": moe_ep_degree,
+        "blockwise_matmul": blockwise_matmul,
         "expert_kernel": expert_kernel,
+        "allow_untested_versions": allow_untested_versions or None,
         "engine": engine,
         "compute": "bf16" if backend == "cpu" else None,
     }

@@ -19,6 +19,12 @@ def parse_integers(option: str, text: str) -> list[int]:
         raise GenerationError(f"{option} is {text!r}; expected integers separated by commas, such as 1,2,3") from None
 
 
+BlockwiseMatmul = Annotated[
+    str | None,
+    typer.Option(help="neuron: experts in context encoding: torch, shard_on_intermediate or shard_on_block"),
+]
+
+
 @app.command()
 def plan(
     checkpoint: CheckpointDir,
@@ -29,6 +35,8 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
     seq_len: Annotated[int, typer.Option(min=1, help="positions per sequence")] = 1024,
     buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    blockwise_matmul: BlockwiseMatmul = "torch",
+    expert_kernel: Annotated[str, typer.Option(help="of token generation: torch, or nki")] = "torch",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say whether a deployment fits an instance, and why, before anything is compiled; exit 1 when it is refused."""
@@ -43,6 +51,8 @@ def plan(
         batch_size=batch_size,
         seq_len=seq_len,
         context_lengths=parse_integers("--buckets", ",".join(buckets)) if buckets else (),
+        blockwise_matmul=blockwise_matmul,
+        expert_kernel=expert_kernel,
     )
     print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
     raise typer.Exit(1 if report.refused else 0)
@@ -62,8 +72,12 @@ def compile_(
     tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks")] = None,
     moe_tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks that share an expert's channels")] = None,
     moe_ep_degree: Annotated[int | None, typer.Option(help="neuron: groups that share out the experts")] = None,
+    blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: Annotated[str | None, typer.Option(help="neuron: torch, or nki (trn2; not yet run on one)")] = None,
     expert_placement: Annotated[Path | None, typer.Option(help="neuron: file of `experts --placement`")] = None,
+    allow_untested_versions: Annotated[
+        bool, typer.Option("--allow-untested-versions", help="neuron: go on with packages of another SDK")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="compile even if up to date, or advised against")] = False,
 ) -> None:
     """Compile a converted directory once; up to date: says so and stops."""
@@ -79,8 +93,10 @@ def compile_(
         "tp_degree": tp_degree,
         "moe_tp_degree": moe_tp_degree,
         "moe_ep_degree": moe_ep_degree,
+        "blockwise_matmul": blockwise_matmul,
         "expert_kernel": expert_kernel,
         "expert_placement": str(expert_placement.resolve()) if expert_placement else None,
+        "allow_untested_versions": allow_untested_versions or None,
     }
     report = compile_model(
         out,

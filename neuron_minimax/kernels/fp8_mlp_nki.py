@@ -11,6 +11,10 @@ features are the moving one, so a product lands in PSUM as [P output features, T
 second projection. One scale belongs to one block, so PSUM never accumulates over blocks: each row of blocks leaves
 partial sums in PSUM, which are multiplied by their scales (one per block column) and added up in SBUF, all in float32.
 Weights stream through a ring of buffers, so the DMA of the next rows runs during the current products.
+
+How visits follow each other. The loop over them runs on the device, as often as there are experts to visit: an expert
+that nobody chose costs no bytes and no instructions, and no product ever reads a buffer that was not filled for it.
+The end of a visit fetches the head of the next one: its number, its scales and its first rows of weights.
 """
 
 import nki
@@ -21,6 +25,7 @@ import torch
 from neuron_minimax.kernels.fp8_mlp import BLOCK, check_shapes
 
 PARTITIONS = 128  # also the block size: one block is one contraction tile
+QUADRANT = 32  # partitions that a shuffle reaches at once
 PSUM_BANK = 512  # float32 values per partition and bank; one accumulation tile must fit in one bank
 ROWS_PER_LOAD = 4  # rows of blocks per DMA: 1.5 MB at the real size, far above the DMA's fixed cost of about 2 us
 RING = 3  # weight buffers per projection: one in use, two in flight
@@ -60,72 +65,147 @@ def expert_mlp(
             f"the NKI expert MLP needs {BLOCK} blocks and sizes that are multiples of {PARTITIONS}, not block {block}, "
             f"hidden {hidden_size}, intermediate {intermediate_size}; use expert_kernel='torch'"
         )
-    visits, affinity_VT = plan_visits(expert_index_TK, affinity_TK, gate_up.shape[0])
-    # As bytes, so that no framework operation sees an FP8 type; the kernel reads them as E4M3.
-    codes = (gate_up.view(torch.uint8), down.view(torch.uint8))
-    out_CTH = expert_mlp_kernel[cores](hidden_TH, visits, affinity_VT, codes[0], gate_up_scale, codes[1], down_scale)
+    plan = plan_visits(expert_index_TK, affinity_TK, gate_up.shape[0], cores)
+    # The weights go in as they are: a view as bytes has no XLA lowering and would cut them out of a traced graph.
+    out_CTH = expert_mlp_kernel[cores](hidden_TH, *plan, gate_up, gate_up_scale, down, down_scale)
     return out_CTH.sum(dim=0).to(hidden_TH.dtype)
 
 
 def plan_visits(
-    expert_index_TK: torch.Tensor, affinity_TK: torch.Tensor, experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which experts to visit, each at most once, and each token's weight for each visit; static shapes, any tracer.
+    expert_index_TK: torch.Tensor, affinity_TK: torch.Tensor, experts: int, cores: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which experts to visit, each once, and each token's weight for each visit; static shapes, int32 and float32 only.
 
-    Returns visits [1,V] int32 with V = min(T*K, E), and affinity [V,T] float32. A visit that is not needed (its expert
-    came earlier, was not chosen, or lives on another rank) has index E, which the kernel's DMAs skip, and affinity 0.
+    Returns rounds [1,1] int32, the visits of each core; visits [V,1] int32, where visit v belongs to core v % cores;
+    and affinity [V,T] float32. V is the most that T*K choices of E experts can need, in whole rounds, and one round
+    more. A round that is not full is filled with the first expert again, at affinity 0; the visits after the last round
+    are E: none of them is ever made.
     """
-    choices = expert_index_TK.reshape(-1)
+    index_TK = expert_index_TK.to(torch.int32)
+    choices = index_TK.reshape(-1)
     if choices.numel() < experts:
         repeated = (choices[:, None] == choices[None, :]).tril(-1).any(dim=1)
-        candidates, needed = choices, (choices >= 0) & (choices < experts) & ~repeated
+        # Compared with tensors: a number beside them would make the tracer compare in int64.
+        below, beyond = torch.full_like(choices, -1), torch.full_like(choices, experts)
+        candidates, needed = choices, (choices > below) & (choices < beyond) & ~repeated
     else:
-        candidates = torch.arange(experts, device=choices.device, dtype=choices.dtype)
+        candidates = torch.arange(experts, device=choices.device, dtype=torch.int32)
         needed = (choices[:, None] == candidates[None, :]).any(dim=0)
-    chosen_VTK = (expert_index_TK[None] == candidates[:, None, None]) & needed[:, None, None]
-    affinity_VT = torch.where(chosen_VTK, affinity_TK.float()[None], 0.0).sum(dim=-1)
-    return torch.where(needed, candidates, experts).to(torch.int32)[None], affinity_VT
+    most = candidates.numel()
+    before = torch.ones(most, most, device=choices.device, dtype=torch.int32).tril(-1)
+    place = (before * needed[None, :]).sum(dim=1, dtype=torch.int32)
+    count = needed.sum(dtype=torch.int32)
+    rounds = (torch.arange(0, most, cores, device=choices.device, dtype=torch.int32) < count).sum(dtype=torch.int32)
+
+    visit_V = torch.arange(ceil_div(most, cores) * cores + cores, device=choices.device, dtype=torch.int32)
+    placed_VC = (place[None, :] == visit_V[:, None]) & needed[None, :]
+    expert_V = (placed_VC * candidates[None, :]).sum(dim=1, dtype=torch.int32)
+    unmade_V = torch.full_like(visit_V, experts)
+    visits_V = torch.where(visit_V < count, expert_V, torch.where(visit_V < rounds * cores, expert_V[:1], unmade_V))
+    chosen_VTK = (index_TK[None] == visits_V[:, None, None]) & (visit_V < count)[:, None, None]
+    affinity_VT = (chosen_VTK * affinity_TK.to(torch.float32)[None]).sum(dim=-1)
+    return rounds.reshape(1, 1), visits_V[:, None], affinity_VT
 
 
 @nki.jit
-def expert_mlp_kernel(hidden_TH, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale):
-    """hidden [T,H]; visits [1,V] int32, E to skip; affinity [V,T]; codes [E,H,2I], [E,I,H]; scales as in ExpertMLP.
+def expert_mlp_kernel(hidden_TH, rounds, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale):
+    """hidden [T,H]; rounds, visits, affinity as in plan_visits; codes [E,H,2I], [E,I,H]; scales as in ExpertMLP.
 
     Returns [cores,T,H] float32: each core's sum over its share of the visits.
     """
     tokens, hidden_size = hidden_TH.shape
-    visit_count = visits.shape[1]
     hidden_blocks = hidden_size // PARTITIONS
     intermediate_blocks = down.shape[1] // PARTITIONS
     core, cores = 0, 1
     if nl.program_ndim() > 0:
         core, cores = nl.program_id(axis=0), nl.num_programs(axes=0)
 
-    visits_sb = nl.ndarray((1, visit_count), dtype=visits.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=visits_sb, src=visits)
     hidden = load_transposed(hidden_TH)
     gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2])
     down_ring = weight_ring(intermediate_blocks, hidden_size)
-    gate_up_scales = scale_ring(gate_up_scale)
-    down_scales = scale_ring(down_scale)
     out = nl.ndarray((PARTITIONS, hidden_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=out, value=0.0)
 
-    for visit in range(core, visit_count, cores):
-        turn = visit // cores
-        expert = visits_sb.ap(pattern=[[visit_count, 1], [1, 1]], offset=visit)
-        gate_up_out = block_scaled_product(hidden, gate_up, gate_up_scale, expert, gate_up_ring, gate_up_scales, turn)
+    visit = nl.ndarray((1, 1), dtype=nl.int32, buffer=nl.sbuf)
+    nisa.memset(dst=visit, value=core)
+    expert = nl.ndarray((1, 1), dtype=nl.int32, buffer=nl.sbuf)
+    affinity = row_like(affinity_VT)
+    gate_up_scales, down_scales = row_like(gate_up_scale), row_like(down_scale)
+    sources = (visits, affinity_VT, gate_up_scale, down_scale, gate_up)
+    head = (expert, affinity, gate_up_scales, down_scales, gate_up_ring[0])
+    fetch_head(visit, sources, head)
+
+    for _ in nl.dynamic_range(0, register_of(rounds), 1):
+        scales = broadcast(gate_up_scales)
+        gate_up_out = block_scaled_product(hidden, gate_up, scales, expert, gate_up_ring, 1)
         product = nl.ndarray((PARTITIONS, intermediate_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
         nisa.activation(dst=product, op=nl.silu, data=gate_up_out[:, 0:intermediate_blocks, :])
         activated = nl.ndarray((PARTITIONS, intermediate_blocks, tokens), dtype=hidden_TH.dtype, buffer=nl.sbuf)
         up = gate_up_out[:, intermediate_blocks : 2 * intermediate_blocks, :]
         nisa.tensor_tensor(dst=activated, data1=product, data2=up, op=nl.multiply)
-        down_out = block_scaled_product(activated, down, down_scale, expert, down_ring, down_scales, turn)
-        add_weighted(out, down_out, affinity_VT, visit)
+        down_out = block_scaled_product(activated, down, broadcast(down_scales), expert, down_ring, 0)
+        add_weighted(out, down_out, broadcast(affinity))
+        nisa.tensor_scalar(dst=visit, data=visit, op0=nl.add, operand0=cores)
+        fetch_head(visit, sources, head)
 
     result = nl.ndarray((cores, tokens, hidden_size), dtype=nl.float32, buffer=nl.shared_hbm)
     store_transposed(result, core, out)
     return result
+
+
+def register_of(value):
+    """The one value [1,1] int32 in HBM, in a register: a loop's bound."""
+    tile = nl.ndarray((1, 1), dtype=nl.int32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=value)
+    register = nisa.register_alloc()
+    nisa.register_load(register, tile)
+    return register
+
+
+def fetch_head(visit, sources, head):
+    """What a visit starts with: its expert, affinities, scales and first rows of codes.
+
+    The visit after the last one has no expert, and its loads are skipped: the loop has ended, so nothing reads them.
+    """
+    visits, affinity_VT, gate_up_scale, down_scale, gate_up = sources
+    expert, affinity, gate_up_scales, down_scales, codes = head
+    load_row(expert, visits, visit, nisa.oob_mode.error)
+    load_row(affinity, affinity_VT, visit, nisa.oob_mode.error)
+    load_row(gate_up_scales, gate_up_scale, expert, nisa.oob_mode.skip)
+    load_row(down_scales, down_scale, expert, nisa.oob_mode.skip)
+    load_codes(codes, gate_up, expert, 0, nisa.oob_mode.skip)
+
+
+def row_like(source):
+    """An empty row [1, n] for one index of `source` [N, ...] with n elements each."""
+    return nl.ndarray((1, row_size(source)), dtype=source.dtype, buffer=nl.sbuf)
+
+
+def row_size(source):
+    size = 1
+    for dimension in source.shape[1:]:
+        size = size * dimension
+    return size
+
+
+def load_row(row, source, index, oob_mode):
+    """row [1, n] = source[index] in HBM, flattened; `index` is one value in SBUF."""
+    size = row_size(source)
+    pattern = [[size, 1], [1, size]]
+    nisa.dma_copy(
+        dst=row,
+        src=source.ap(pattern=pattern, offset=0, scalar_offset=index, indirect_dim=0),
+        oob_mode=oob_mode,
+    )
+
+
+def broadcast(row):
+    """The row [1, n] in every partition [P, n]; copied bit by bit, a quadrant at a time."""
+    size = row.shape[1]
+    tile = nl.ndarray((PARTITIONS, size), dtype=row.dtype, buffer=nl.sbuf)
+    for start in range(0, PARTITIONS, QUADRANT):
+        nisa.nc_stream_shuffle(dst=tile[start : start + QUADRANT, :], src=row, shuffle_mask=[0] * QUADRANT)
+    return tile
 
 
 def load_transposed(hidden_TH):
@@ -155,41 +235,29 @@ def store_transposed(result, core, columns):
 
 
 def weight_ring(row_blocks, columns):
-    """Buffers [P, rows of blocks, columns] of codes. Zeroed: a skipped load must leave finite values behind."""
+    """Buffers [P, rows of blocks, columns] of codes, empty."""
     rows = min(ROWS_PER_LOAD, row_blocks)
-    words = rows * columns // 4
     ring = []
     for _ in range(RING):
-        tile = nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf)
-        # Four codes at a time: a memset writes one element per cycle.
-        nisa.memset(dst=tile.ap(pattern=[[words, PARTITIONS], [1, words]], offset=0, dtype=nl.float32), value=0.0)
-        ring.append(tile)
+        ring.append(nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf))
     return ring
 
 
-def scale_ring(scale):
-    """Two buffers [P, blocks]: one expert's scales, the same in every partition. Zeroed like the weights."""
-    ring = []
-    for _ in range(2):
-        tile = nl.ndarray((PARTITIONS, scale.shape[1] * scale.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.memset(dst=tile, value=0.0)
-        ring.append(tile)
-    return ring
+def block_scaled_product(moving, weight, scales, expert, ring, loaded):
+    """`moving` [P, R/128, T] times one expert's codes [E,R,C] and scales [P, R/128 * C/128]: [P, C/128, T] float32.
 
-
-def block_scaled_product(moving, weight, scale, expert, ring, scales, turn):
-    """`moving` [P, R/128, T] times one expert's codes [E,R,C] and scales [E,R/128,C/128]: [P, C/128, T] float32."""
+    The first `loaded` loads of the codes are in the ring already.
+    """
     row_blocks, tokens = moving.shape[1], moving.shape[2]
     column_blocks = weight.shape[2] // PARTITIONS
     group = min(column_blocks, PSUM_BANK // tokens)
-    loads = (row_blocks + ROWS_PER_LOAD - 1) // ROWS_PER_LOAD
-    scale_tile = load_scales(scales[turn % len(scales)], scale, expert)
     out = nl.ndarray((PARTITIONS, column_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
-    for load in range(loads):
+    for load in range(ceil_div(row_blocks, ROWS_PER_LOAD)):
         first = load * ROWS_PER_LOAD
-        rows = min(ROWS_PER_LOAD, row_blocks - first)
-        codes = load_codes(ring[(turn * loads + load) % len(ring)], weight, expert, first, rows)
-        for row in range(rows):
+        codes = ring[load % len(ring)]
+        if load >= loaded:
+            load_codes(codes, weight, expert, first, nisa.oob_mode.error)
+        for row in range(min(ROWS_PER_LOAD, row_blocks - first)):
             blocks = codes[:, row, :]
             if moving.dtype == nl.float32:
                 blocks = widened(blocks)
@@ -205,24 +273,14 @@ def block_scaled_product(moving, weight, scale, expert, ring, scales, turn):
                         accumulate=False,
                     )
                 first_block = (first + row) * column_blocks + column
-                add_scaled(out[:, column : column + width, :], partial, scale_tile, first_block, first + row == 0)
+                add_scaled(out[:, column : column + width, :], partial, scales, first_block, first + row == 0)
     return out
 
 
-def load_scales(tile, scale, expert):
-    """One expert's scales from HBM into every partition of `tile`; skipped when the visit is."""
-    size = scale.shape[1] * scale.shape[2]
-    nisa.dma_copy(
-        dst=tile,
-        src=scale.ap(pattern=[[0, PARTITIONS], [1, size]], offset=0, scalar_offset=expert, indirect_dim=0),
-        oob_mode=nisa.oob_mode.skip,
-    )
-    return tile
-
-
-def load_codes(tile, weight, expert, first, rows):
-    """Rows `first` to `first + rows` of one expert's blocks from HBM; nothing moves when `expert` is out of range."""
+def load_codes(tile, weight, expert, first, oob_mode):
+    """Rows of blocks from `first` on, as many as the tile holds or are left, of one expert [E,R,C] in HBM."""
     columns = weight.shape[2]
+    rows = min(ROWS_PER_LOAD, weight.shape[1] // PARTITIONS - first)
     nisa.dma_copy(
         dst=tile[:, 0:rows, :],
         src=weight.ap(
@@ -232,9 +290,8 @@ def load_codes(tile, weight, expert, first, rows):
             indirect_dim=0,
             dtype=nl.float8_e4m3,
         ),
-        oob_mode=nisa.oob_mode.skip,
+        oob_mode=oob_mode,
     )
-    return tile
 
 
 def widened(blocks):
@@ -263,12 +320,14 @@ def add_scaled(out, partial, scale_tile, first_block, is_first):
         nisa.tensor_tensor(dst=out, data1=out, data2=scaled, op=nl.add)
 
 
-def add_weighted(out, down_out, affinity_VT, visit):
-    """out += down_out * affinity of each token for this visit's expert."""
+def add_weighted(out, down_out, affinity):
+    """out += down_out * affinity [P, T] of each token for this visit's expert."""
     hidden_blocks, tokens = out.shape[1], out.shape[2]
-    affinity = nl.ndarray((PARTITIONS, tokens), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=affinity, src=affinity_VT.ap(pattern=[[0, PARTITIONS], [1, tokens]], offset=visit * tokens))
     by_token = affinity.ap(pattern=[[tokens, PARTITIONS], [0, hidden_blocks], [1, tokens]], offset=0)
     weighted = nl.ndarray((PARTITIONS, hidden_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=weighted, data1=down_out, data2=by_token, op=nl.multiply)
     nisa.tensor_tensor(dst=out, data1=out, data2=weighted, op=nl.add)
+
+
+def ceil_div(numerator, denominator):
+    return (numerator + denominator - 1) // denominator

@@ -41,6 +41,15 @@ def names() -> list[str]:
     return list(data()["instances"])
 
 
+def e4m3_max(family: str) -> int:
+    """Largest FP8 code that the chips of a family (trn1, inf2, trn2, trn3) read. Raises ConfigError for another one."""
+    chips = data()["chips"].values()
+    for chip in chips:
+        if chip["family"] == family:
+            return chip["e4m3_max"]
+    raise ConfigError(f"no chip is known as {family!r}; expected one of {', '.join(c['family'] for c in chips)}")
+
+
 def instance(name: str) -> Instance:
     """The instance of that name. Raises ConfigError listing the known ones."""
     known = data()["instances"]

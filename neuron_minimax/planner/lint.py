@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.planner.blockwise import DEFAULT, TOKEN_BLOCK, blockwise_matmul, token_blocks, unrolled_products
 from neuron_minimax.planner.instances import GIB, Instance
-from neuron_minimax.planner.memory import Deployment, heads, rank_memory
+from neuron_minimax.planner.memory import NEURON_E4M3_MAX, Deployment, heads, rank_memory
 
-# NxD's token block of the blockwise expert matmul (modules/moe/model_utils.py).
-TOKEN_BLOCK = 512
 REFUSE, WARN = "refuse", "warn"
+USE_TORCH = "use expert_kernel torch"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     deployment: Deployment
     instance: Instance
     ep_degree: int = 1
-    fp8_max: int = 240
+    fp8_max: int = NEURON_E4M3_MAX
     quantized_mlp_kernel: bool = False
 
 
@@ -95,13 +95,15 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
     """R3: NxD's expert-parallel token generation runs all local experts, and only when enough are chosen."""
     config, batch = case.config, case.deployment.batch_size
     needed = -(-config.num_local_experts // config.num_experts_per_tok)
+    if case.deployment.expert_kernel == "nki":
+        return  # the kernel visits the chosen experts of this rank, however few
     if case.deployment.moe_ep_degree > 1 and batch < needed:
         yield Finding(
             "R3",
             REFUSE,
             f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
             f"{config.num_local_experts} experts is below 1, for which NxD raises NotImplementedError",
-            f"use batch_size {needed} or more, or moe_ep_degree 1",
+            f"use batch_size {needed} or more, moe_ep_degree 1, or expert_kernel nki on trn2",
         )
 
 
@@ -164,35 +166,98 @@ def head_padding(case: Case) -> Iterator[Finding]:
 
 
 def unrolled_blocks(case: Case) -> Iterator[Finding]:
-    """R8: without NKI kernels blockwise context encoding is a Python loop, one block after another in the graph."""
-    if case.instance.nki_kernels:
+    """R8: blockwise context encoding in torch is a Python loop, one block after another in the graph."""
+    way = blockwise_matmul(case.deployment.blockwise_matmul)
+    if way.is_kernel:
         return
-    blocks = token_blocks(case.config, case.deployment)
+    products = unrolled_products(way, case.config, case.deployment)
     yield Finding(
         "R8",
         WARN,
-        f"{case.instance.family} has no NKI kernels in NxDI 0.9: context encoding of {case.deployment.context_length} "
-        f"tokens unrolls {blocks} blocks in each of {case.config.num_hidden_layers} layers into one graph",
-        "lower the largest bucket or raise moe_ep_degree; expect a long compile",
+        f"context encoding of {case.deployment.context_length} tokens in torch operations unrolls "
+        f"{token_blocks(case.config, case.deployment)} blocks in each of {case.config.num_hidden_layers} layers, "
+        f"{products} expert products in one graph",
+        f"lower the largest bucket or raise moe_ep_degree; expect a long compile. Elsewhere: {way.known}",
     )
 
 
-def token_blocks(config: ModelConfig, deployment: Deployment) -> int:
-    """Blocks of one expert's tokens in the worst case (NxD, ExpertMLPsV2.forward_blockwise)."""
-    experts = config.num_local_experts // deployment.moe_ep_degree
-    choices = deployment.context_length * config.num_experts_per_tok
-    return min(-(-(choices - (experts - 1)) // TOKEN_BLOCK) + experts - 1, choices)
+def blockwise_kernels(case: Case) -> Iterator[Finding]:
+    """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have not run here."""
+    way, instance, deployment = blockwise_matmul(case.deployment.blockwise_matmul), case.instance, case.deployment
+    if not way.is_kernel:
+        return
+    fix = f"use blockwise_matmul {DEFAULT}"
+    if not instance.nki_kernels or instance.logical_nc_config != 2:
+        yield Finding(
+            "R13",
+            REFUSE,
+            f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; on {instance.name} "
+            "NxD raises NotImplementedError",
+            fix,
+        )
+        return
+    channels = case.config.intermediate_size // deployment.moe_tp_degree
+    if channels % way.channel_multiple:
+        yield Finding(
+            "R13",
+            REFUSE,
+            f"blockwise_matmul {way.name} takes multiples of {way.channel_multiple} expert channels per rank; "
+            f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels}",
+            f"lower moe_tp_degree, or {fix}",
+        )
+    if deployment.moe_ep_degree == 2:
+        yield Finding(
+            "R13",
+            REFUSE,
+            f"with moe_ep_degree 2 the kernels of SDK 2.29, {way.name} among them, were reported to give wrong output "
+            "(a Kimi-K2 port)",
+            f"choose another moe_ep_degree, or {fix}",
+        )
+    yield Finding(
+        "R13",
+        WARN,
+        f"blockwise_matmul {way.name} has not run with this class; elsewhere: {way.known}",
+        "check it with `neuron-minimax check-device` first",
+    )
+
+
+def expert_kernel(case: Case) -> Iterator[Finding]:
+    """R14: the NKI expert kernel needs trn2's NKI, and reads codes as the E4M3 that ends at 240."""
+    if case.deployment.expert_kernel != "nki":
+        return
+    if not case.instance.nki_kernels:
+        yield Finding(
+            "R14", REFUSE, f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI", USE_TORCH
+        )
+    if case.fp8_max > NEURON_E4M3_MAX:
+        yield Finding(
+            "R14",
+            REFUSE,
+            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has codes up to "
+            f"{case.fp8_max}, which it would read as infinity or NaN",
+            f"convert with --fp8-range neuron, or {USE_TORCH}",
+        )
 
 
 def code_range(case: Case) -> Iterator[Finding]:
     """R9: codes above the chip's largest finite E4M3 value read as infinity or NaN."""
-    if case.fp8_max > case.instance.e4m3_max and (case.deployment.fp8_attention or case.deployment.fp8_experts):
+    if case.fp8_max == NEURON_E4M3_MAX or not (case.deployment.fp8_attention or case.deployment.fp8_experts):
+        return
+    if case.fp8_max > case.instance.e4m3_max:
         yield Finding(
             "R9",
             REFUSE,
             f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 ends at "
             f"{case.instance.e4m3_max}",
             "convert with --fp8-range neuron",
+        )
+    else:
+        yield Finding(
+            "R9",
+            WARN,
+            f"codes up to {case.fp8_max} are native on {case.instance.family}, so the compile leaves out the switch "
+            "with which NxDI reads FP8 up to 240 on every chip; no device and no compiler has shown that this suffices",
+            "codes of --fp8-range neuron are exact too, and read alike with and without the switch",
         )
 
 
@@ -233,6 +298,8 @@ RULES: tuple[Rule, ...] = (
     code_range,
     dense_kernel,
     host_memory,
+    blockwise_kernels,
+    expert_kernel,
 )
 
 

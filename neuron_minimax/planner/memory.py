@@ -10,6 +10,10 @@ from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
 
 BF16_BYTES, FP8_BYTES, FLOAT32_BYTES = 2, 1, 4
+# Largest finite values of Neuron's own E4M3 and of OCP's E4M3FN.
+NEURON_E4M3_MAX, OCP_E4M3_MAX = 240, 448
+# How experts compute in token generation; the first is the default until the other has run on a device.
+EXPERT_KERNELS = ("torch", "nki")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class Deployment:
     smallest_context: int  # the shortest
     fp8_attention: bool = True
     fp8_experts: bool = True
+    blockwise_matmul: str = "torch"  # of context encoding, a name of planner/blockwise.py
+    expert_kernel: str = EXPERT_KERNELS[0]  # of token generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,12 @@ class RankMemory:
 
     def to_json(self) -> dict[str, int]:
         return {**asdict(self), "weights": self.weights, "total": self.total}
+
+
+def largest_code(config: ModelConfig) -> int:
+    """Largest FP8 code of a checkpoint as it is loaded: 448 when converted with `--fp8-range ocp`, else 240."""
+    converted = config.raw.get("neuron_minimax") or {}
+    return OCP_E4M3_MAX if converted.get("fp8_range") == "ocp" else NEURON_E4M3_MAX
 
 
 def rank_memory(config: ModelConfig, deployment: Deployment) -> RankMemory:

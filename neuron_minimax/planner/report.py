@@ -1,16 +1,24 @@
 """The `plan` command's answer: does a deployment fit an instance, why, what would, and what to expect of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
-from neuron_minimax.planner import instances, lint
+from neuron_minimax.planner import blockwise, instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
 from neuron_minimax.planner.lint import REFUSE, Case, Finding
-from neuron_minimax.planner.memory import Deployment, RankMemory, cache_bytes_per_token, checkpoint_bytes, rank_memory
+from neuron_minimax.planner.memory import (
+    EXPERT_KERNELS,
+    Deployment,
+    RankMemory,
+    cache_bytes_per_token,
+    checkpoint_bytes,
+    largest_code,
+    rank_memory,
+)
 
 # First compiles of this model were reported to take 25 to 90 minutes; the limit leaves room.
 COMPILE_MINUTES = (25, 90)
@@ -33,6 +41,7 @@ class DeploymentPlan:
     longest_sequence: int
     fitting_instances: tuple[str, ...]
     converted_bytes: int
+    unrolled: Mapping[str, int]  # way of context encoding's expert products to how many of them its graph holds
 
     @property
     def fits(self) -> bool:
@@ -59,6 +68,7 @@ class DeploymentPlan:
             "largest_batch": self.largest_batch,
             "longest_sequence": self.longest_sequence,
             "fitting_instances": list(self.fitting_instances),
+            "unrolled_expert_products": dict(self.unrolled),
             "disk_bytes": {"converted": self.converted_bytes, "sharded": self.sharded_bytes},
         }
 
@@ -83,6 +93,11 @@ class DeploymentPlan:
             f"  largest batch at this length {self.largest_batch}, longest sequence at this batch "
             f"{self.longest_sequence}"
         )
+        ways = ", ".join(
+            f"{name} {count}{' (chosen)' if name == deployment.blockwise_matmul else ''}"
+            for name, count in self.unrolled.items()
+        )
+        lines.append(f"  expert products in the graph of {deployment.context_length} tokens: {ways}")
         if not self.fits:
             lines.append(f"  would fit: {', '.join(self.fitting_instances) or 'none of the known instances'}")
         lines.append(
@@ -110,6 +125,11 @@ def plan_deployment(case: Case) -> DeploymentPlan:
         longest_sequence=min(room // deployment.batch_size, config.max_position_embeddings),
         fitting_instances=() if fits(memory.total, instance.memory_per_core) else tuple(_fitting(case)),
         converted_bytes=checkpoint_bytes(config),
+        unrolled={
+            way.name: blockwise.unrolled_products(way, config, deployment)
+            for way in blockwise.BLOCKWISE_MATMULS.values()
+            if instance.nki_kernels or not way.is_kernel
+        },
     )
 
 
@@ -147,6 +167,8 @@ def deployment_case(
     batch_size: int = 1,
     seq_len: int = 1024,
     context_lengths: Sequence[int] = (),
+    blockwise_matmul: str = blockwise.DEFAULT,
+    expert_kernel: str = EXPERT_KERNELS[0],
 ) -> Case:
     """A case for a model whose config.json says how its weights are stored, converted or as published.
 
@@ -157,6 +179,8 @@ def deployment_case(
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; expected at least 1")
+    if expert_kernel not in EXPERT_KERNELS:
+        raise ConfigError(f"expert_kernel is {expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
     converted = config.raw.get("neuron_minimax") or {}
     fp8 = config.declares_fp8
     buckets = context_lengths or (seq_len,)
@@ -167,9 +191,11 @@ def deployment_case(
         smallest_context=min(buckets),
         fp8_attention=fp8 and converted.get("attention", "fp8") == "fp8",
         fp8_experts=fp8,
+        blockwise_matmul=blockwise.blockwise_matmul(blockwise_matmul).name,
+        expert_kernel=expert_kernel,
     )
-    fp8_max = 448 if converted.get("fp8_range") == "ocp" else 240
-    return Case(config=config, deployment=deployment, instance=instances.instance(instance), fp8_max=fp8_max)
+    machine = instances.instance(instance)
+    return Case(config=config, deployment=deployment, instance=machine, fp8_max=largest_code(config))
 
 
 def plan(directory: str | Path, **settings: Any) -> DeploymentPlan:

@@ -20,10 +20,10 @@ OPTIONS: dict[str, Any] = {
 TOLERANCE = 2e-5
 
 
-def application_on_cpu(model: Path, degrees: dict[str, int] | None = None, **overrides: Any) -> Any:
+def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> Any:
     """The application that `load` would make, in float32, each submodel built as a compile builds it.
 
-    With degrees over 1 every rank is a process, placed by RANK, MASTER_ADDR and MASTER_PORT.
+    With a tp degree over 1 every rank is a process, placed by RANK, MASTER_ADDR and MASTER_PORT.
     """
     import socket
 
@@ -35,7 +35,7 @@ def application_on_cpu(model: Path, degrees: dict[str, int] | None = None, **ove
     from neuron_minimax.backends.neuron.application import make_application
     from neuron_minimax.backends.neuron.options import NeuronOptions
 
-    options = NeuronOptions(**(OPTIONS | (degrees or {})))
+    options = options or NeuronOptions(**OPTIONS)
     if options.tp_degree == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -58,8 +58,12 @@ def application_on_cpu(model: Path, degrees: dict[str, int] | None = None, **ove
     return application.eval()
 
 
-def slots(model: str) -> None:
-    """Slots of the Neuron backend give what those of the eager one give: in any order, reused, and at rest."""
+def slots(model: str, length: str) -> None:
+    """Slots of the Neuron backend give what those of the eager one give: in any order, reused, and at rest.
+
+    A context of 256 tokens that choose 2 experts each reaches NxD's block of 512, so experts run block by block; one of
+    64 does not.
+    """
     import torch
 
     from neuron_minimax.backends.cpu import CPUOptions
@@ -67,11 +71,12 @@ def slots(model: str) -> None:
     from neuron_minimax.backends.neuron.options import NeuronOptions
     from neuron_minimax.backends.neuron.slots import NeuronBackend
 
-    options = NeuronOptions(**OPTIONS)
+    sizes = {"seq_len": int(length), "buckets": (int(length),)}
+    options = NeuronOptions(**OPTIONS | sizes)
     # Without buckets a CPU run pads every prompt to the one length; bucketing belongs to compiled graphs.
-    application = application_on_cpu(Path(model), enable_bucketing=False)
+    application = application_on_cpu(Path(model), options, enable_bucketing=False)
     neuron = NeuronBackend(application, Path(model), options)
-    eager = EagerBackend(Path(model), CPUOptions(slots=3, seq_len=64, buckets=(64,), engine="eager"))
+    eager = EagerBackend(Path(model), CPUOptions(slots=3, engine="eager", **sizes))
     worst = 0.0
 
     def encode(slot: int, ids: list[int]) -> int:
@@ -101,8 +106,9 @@ def slots(model: str) -> None:
     eager.reset(0)
     reused = encode(0, list(range(20, 52)))
     step([reused, 0, tokens[2]], [32, 0, 8], [True, False, True])
-    last = encode(1, list(range(63)))
-    step([0, last, 0], [0, 63, 0], [False, True, False])  # up to the last position
+    longest = options.seq_len - 1
+    last = encode(1, [number % 150 for number in range(longest)])
+    step([0, last, 0], [0, longest, 0], [False, True, False])  # up to the last position
     assert worst < TOLERANCE, worst
     print(f"largest difference {worst:.1e}")
 
@@ -120,7 +126,8 @@ def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, fault
     from neuron_minimax.device_check.run import answer
 
     degrees = {"tp_degree": int(tp_degree), "moe_tp_degree": int(tp_degree)}
-    application = application_on_cpu(Path(model), degrees, enable_bucketing=False, torch_dtype=getattr(torch, dtype))
+    options = NeuronOptions(**(OPTIONS | degrees))
+    application = application_on_cpu(Path(model), options, enable_bucketing=False, torch_dtype=getattr(torch, dtype))
     for wrapper in application.models:
         layer = wrapper.model.layers[0]
         if fault == "bias":
@@ -128,7 +135,7 @@ def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, fault
         elif fault == "norm":
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 norm.divisor, norm.ranks = norm.divisor / norm.ranks, 1
-    backend = NeuronBackend(application, Path(model), NeuronOptions(**(OPTIONS | degrees)))
+    backend = NeuronBackend(application, Path(model), options)
     answer(backend, Path(asked), Path(f"{logits}.rank{dist.get_rank()}"))
     if dist.get_rank() == 0:
         Path(f"{logits}.rank0").replace(logits)
@@ -212,7 +219,9 @@ def settings(model: str) -> None:
     from neuron_minimax.backends.neuron.application import make_application
     from neuron_minimax.backends.neuron.options import NeuronOptions
     from neuron_minimax.errors import ConfigError
+    from neuron_minimax.planner import blockwise
 
+    torch_blocks = blockwise.BLOCKWISE_MATMULS["torch"].settings
     options = NeuronOptions(**(OPTIONS | {"buckets": (32, 64)}))
     for field, value, said in (
         ("quantized_mlp_kernel_enabled", True, "dense MLP"),
@@ -222,9 +231,16 @@ def settings(model: str) -> None:
         ("moe_tp_degree", 2, "not tp_degree"),
         ("quantization_type", "per_channel_symmetric", "blockwise_symmetric"),
         ("quantization_block_axis", [0, 1], "[1, 2]"),
+        ("blockwise_matmul_config", {}, "NotImplementedError while context encoding is traced"),
+        ("blockwise_matmul_config", blockwise.BLOCKWISE_MATMULS["shard_on_block"].settings, "kernel for logical_nc"),
+        ("blockwise_matmul_config", torch_blocks | {"logical_nc_config": 2}, "leave its kernels out"),
     ):
         with pytest.raises(ConfigError, match=f"{field}.*{re.escape(said)}"):
             make_application(Path(model), options, **{field: value})
+    two_cores = {"logical_nc_config": 2, "blockwise_matmul_config": {"use_shard_on_block_dynamic_while": True}}
+    two_cores["blockwise_matmul_config"] |= {"logical_nc_config": 2}
+    with pytest.raises(ConfigError, match="block_sharding_strategy is HI_LO; shard_on_block takes PING_PONG only"):
+        make_application(Path(model), options, **two_cores)
     application = make_application(Path(model), options)
     assert application.neuron_config.torch_dtype == torch.bfloat16
     encoding, generation = (wrapper.compiler_args for wrapper in application.models)
@@ -232,10 +248,39 @@ def settings(model: str) -> None:
         assert "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3" in arguments
         assert "--auto-cast=none" in arguments
         assert "--lnc=1" in arguments
+        assert "--internal-enable-dge-levels vector_dynamic_offsets" in arguments
     assert "-O1" in encoding
     assert application.models[0].neuron_config.buckets == [32, 64]
     assert [wrapper.neuron_config.batch_size for wrapper in application.models] == [1, 3]
     assert neuron_config.names_module(["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+
+
+def code_range(model: str, directory: str) -> None:
+    """Codes up to 448 are refused but where they are native, and there they are not read as the chip's own E4M3."""
+    import json
+
+    from neuron_minimax.backends.neuron.application import make_application
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.errors import ConfigError
+
+    raw = json.loads((Path(model) / "config.json").read_text())
+    raw["neuron_minimax"]["fp8_range"] = "ocp"
+    (Path(directory) / "config.json").write_text(json.dumps(raw))
+    flag = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
+    native = OPTIONS | {"instance": "trn3 Gen1 server (1/4 of Gen1)"}
+    with pytest.raises(ConfigError, match="codes up to 448, and trn1 reads those above 240 as infinity"):
+        make_application(Path(directory), NeuronOptions(**OPTIONS))
+    os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = "trn3"
+    application = make_application(Path(directory), NeuronOptions(**native))
+    assert not any(flag in wrapper.compiler_args for wrapper in application.models)
+    assert all("--verify-hlo=true" in wrapper.compiler_args for wrapper in application.models)
+    with pytest.raises(ConfigError, match="expert_kernel='nki' reads E4M3 up to 240"):
+        make_application(Path(directory), NeuronOptions(**native, expert_kernel="nki"))
+    halved = make_application(Path(model), NeuronOptions(**native))
+    assert all(flag in wrapper.compiler_args for wrapper in halved.models)
+    sampling = {"on_device_sampling_config": {"do_sample": True, "top_k_kernel_enabled": False}}
+    with pytest.raises(ConfigError, match="known accuracy issue at batches up to 4"):
+        make_application(Path(model), NeuronOptions(**native), **sampling)
 
 
 def vllm(model: str) -> None:
@@ -337,7 +382,7 @@ def main() -> None:
     standins.install()
     checks = {
         check.__name__: check
-        for check in (trace, slots, probe, adapter, on_device_sampling, rank_files, settings, vllm)
+        for check in (trace, slots, probe, adapter, on_device_sampling, rank_files, settings, code_range, vllm)
     }
     checks[sys.argv[1]](*sys.argv[2:])
 

@@ -9,15 +9,17 @@ import pytest
 from tests.neuron import standins
 
 HERE = Path(__file__).parent
+# What makes the environment and fetches nothing: docs/neuron_proof.md says where the sources are.
+RUN = "`make test-neuron SOURCES=DIR` (docs/neuron_proof.md)"
 
 
 def why_not() -> str | None:
     for package in ("neuronx_distributed", "neuronx_distributed_inference"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed (docs/neuron_instance.md says how; its Python sources suffice)"
+            return f"{package} is not installed; run {RUN}"
     transformers = metadata.version("transformers")
     if int(transformers.split(".")[0]) >= 5:
-        return f"NxD cannot be imported with transformers {transformers}; it needs 4.57"
+        return f"NxD cannot be imported with transformers {transformers}, it needs 4.57; run {RUN}"
     return None
 
 

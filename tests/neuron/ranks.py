@@ -98,7 +98,7 @@ def build(configuration: Run) -> Any:
     from neuron_minimax.backends.neuron import nxdi
     from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
     from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
-    from neuron_minimax.backends.neuron.options import quantization_options
+    from neuron_minimax.backends.neuron.options import MOE_SETTINGS, quantization_options
     from tests.neuron.cases import LENGTHS, SEQ_LEN
 
     options = {
@@ -113,6 +113,7 @@ def build(configuration: Run) -> Any:
         "tp_degree": configuration.tp_degree,
         "moe_tp_degree": configuration.moe_tp_degree,
         "moe_ep_degree": configuration.moe_ep_degree,
+        **MOE_SETTINGS,
         **quantization_options(configuration.directory),
         **configuration.options,
     }
@@ -163,9 +164,8 @@ def generate(application: Any) -> dict[str, Any]:
     rows, chosen = [], []
     with torch.no_grad():
         for step in range(STEPS + 1):
-            logits = application(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=slots).logits[
-                :, -1
-            ]
+            answer = application(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=slots)
+            logits = answer.logits[:, -1, : application.config.vocab_size]
             rows.append(logits.float())
             chosen.append(logits.argmax(-1))
             ids, positions = chosen[-1][:, None], lengths + step

@@ -9,6 +9,7 @@ import pytest
 
 from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
+from tests.neuron.conftest import RUN
 from tests.neuron.ranks import ROOT
 from tests.neuron.standins import is_real
 from tests.tiny import write_tiny
@@ -31,8 +32,9 @@ def check(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_slots_give_what_the_eager_backend_gives(model: Path) -> None:
-    assert "largest difference" in check("slots", model)
+@pytest.mark.parametrize("length", [64, 256])
+def test_slots_give_what_the_eager_backend_gives(length: int, model: Path) -> None:
+    assert "largest difference" in check("slots", model, length)
 
 
 def test_nxdis_own_generation_adapter_generates_the_same_tokens(model: Path) -> None:
@@ -51,11 +53,15 @@ def test_unserved_settings_are_refused_with_the_reason(model: Path) -> None:
     check("settings", model)
 
 
+def test_codes_up_to_448_are_read_as_such_or_refused(model: Path, tmp_path: Path) -> None:
+    check("code_range", model, tmp_path)
+
+
 def test_vllm_neuron_finds_and_configures_the_class(model: Path) -> None:
     check("vllm", model)
 
 
-@pytest.mark.skipif(not is_real("torch_xla"), reason="the real torch_xla is not installed")
+@pytest.mark.skipif(not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN}")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_submodels_are_xla_graphs_with_the_values_of_eager_torch(model: Path, dtype: str) -> None:
     assert check("trace", model, dtype).count("largest difference") == 2

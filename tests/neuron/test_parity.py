@@ -118,6 +118,24 @@ def test_a_hugging_face_checkpoint_loads_without_conversion_to_disk(tmp_path: Pa
     check(run(Run(directory=str(source), through_load_module=True), tmp_path / "out"), "grouped")
 
 
+def test_a_dense_checkpoint_loads_without_conversion_and_without_rounding(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", seed=SEED, dense=True, **MODELS["grouped"])
+    check(run(Run(directory=str(source)), tmp_path / "out"), "grouped")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "degrees"), [(161, SPLIT), (159, {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2})]
+)
+def test_the_last_tokens_of_a_vocabulary_that_the_ranks_do_not_divide_keep_their_logits(
+    vocabulary: int, degrees: dict, tmp_path: Path
+) -> None:
+    converted = tmp_path / "converted"
+    convert(write_tiny(tmp_path / "source", seed=SEED, **MODELS["grouped"] | {"vocab_size": vocabulary}), converted)
+    result = run(Run(directory=str(converted), through_load_module=True, **degrees), tmp_path / "out")
+    assert result["logits"].shape[-1] == vocabulary
+    check_against_cpu_model(result, converted, torch.float32, TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,9 @@
 Counted per instruction: calls; for on-chip engines also elements per partition (`<name>_elements`), which with the
 documented minimum of 64 cycles per instruction gives `<name>_cycles`; for DMA the bytes to and from HBM, and how many
 loads went into the buffer that the last matmul read (`dma_into_busy`), so that they could not overlap with it.
+
+A load that is skipped leaves its destination unwritten, whatever was there before: which memory a tile names is the
+compiler's business, so a kernel may not count on what an earlier load left in it.
 """
 
 from enum import Enum
@@ -11,8 +14,9 @@ from math import prod
 import numpy as np
 
 from tests.nki_interpreter import machine as memory
-from tests.nki_interpreter.machine import Machine, Tensor, require
+from tests.nki_interpreter.machine import Machine, Register, Tensor, require
 
+QUADRANT = 32
 STATIONARY_COLUMNS = 128
 MOVING_COLUMNS = 512
 MINIMUM_CYCLES = 64
@@ -35,7 +39,7 @@ class Instructions:
 
     names = (
         *("dma_copy", "nc_matmul", "nc_transpose", "tensor_copy", "tensor_tensor", "tensor_scalar", "tensor_reduce"),
-        *("activation", "memset"),
+        *("activation", "memset", "nc_stream_shuffle", "register_alloc", "register_load"),
     )
 
     def __init__(self, machine: Machine):
@@ -45,14 +49,17 @@ class Instructions:
         return {name: getattr(self, name) for name in self.names} | {"oob_mode": OobMode, "engine": Engine}
 
     def dma_copy(self, dst: Tensor, src: Tensor, oob_mode=OobMode.error, name=None) -> None:
-        """dst = src between HBM and SBUF; nothing happens when a dynamic index is out of range and may be skipped."""
+        """dst = src between HBM and SBUF; nothing moves when a dynamic index is out of range and may be skipped."""
         require(dst.buffer != "psum" and src.buffer != "psum", "DMA reaches HBM and SBUF, not PSUM")
         require(dst.shape == src.shape, f"DMA between shapes {src.shape} and {dst.shape}")
         require(dst.dtype == src.dtype, f"DMA here moves bytes: {src.dtype.name} is not {dst.dtype.name}")
+        self.machine.record("dma_copy", dst, src)
         source, target = src.resolved(), dst.resolved()
         if source is None or target is None:
             require(oob_mode is OobMode.skip, "DMA index out of range")
             self.machine.counts["dma_skipped"] += 1
+            if target is not None:
+                target.lose()
             return
         require(bool(source.written.all()), f"DMA of unwritten {source.buffer} memory")
         target.data[...] = source.data
@@ -85,6 +92,7 @@ class Instructions:
         dst.write(result)
         self.machine.busy = stationary.storage
         passes = 4 if wide[0] else 1
+        self.machine.record("nc_matmul", dst, stationary, moving)
         self._count("nc_matmul", moving.shape[1], passes)
 
     def nc_transpose(self, dst: Tensor, data: Tensor, engine=Engine.unknown, name=None) -> None:
@@ -95,7 +103,33 @@ class Instructions:
         require(dst.dtype == data.dtype, "a transpose keeps the dtype")
         require(dst.shape == data.shape[::-1], f"transpose of {data.shape} does not fit {dst.shape}")
         dst.write(data.read().T)
+        self.machine.record("nc_transpose", dst, data)
         self._count("nc_transpose", data.shape[0], 1)
+
+    def nc_stream_shuffle(self, dst: Tensor, src: Tensor, shuffle_mask, name=None) -> None:
+        """Partition i of dst = partition shuffle_mask[i] of src, in each quadrant of 32 partitions by itself."""
+        self._check_on_chip("nc_stream_shuffle", dst, src)
+        require(dst.dtype == src.dtype, "a shuffle keeps the dtype")
+        require(dst.shape[1:] == src.shape[1:], f"shuffle of shape {src.shape} into {dst.shape}")
+        require(len(shuffle_mask) == QUADRANT, f"a shuffle mask has {QUADRANT} entries, not {len(shuffle_mask)}")
+        active = (max(dst.shape[0], src.shape[0]) + QUADRANT - 1) // QUADRANT * QUADRANT
+        allowed = {32: (0, 32, 64, 96), 64: (0, 64)}.get(active, (0,))
+        starts = (dst.start_partition, src.start_partition)
+        require(all(start in allowed for start in starts), f"{active} shuffled partitions start at {allowed}")
+        partitions = np.arange(dst.shape[0])
+        sources = partitions - partitions % QUADRANT + np.array(shuffle_mask)[partitions % QUADRANT]
+        require(max(sources) < src.shape[0], f"the shuffle reads partition {max(sources)} of {src.shape[0]}")
+        dst.write(src.read()[sources])
+        self.machine.record("nc_stream_shuffle", dst, src, *shuffle_mask)
+        self._count("nc_stream_shuffle", prod(dst.shape[1:]), 1)
+
+    def register_alloc(self, x: int | None = None) -> Register:
+        return Register(x)
+
+    def register_load(self, dst: Register, src: Tensor) -> None:
+        require(prod(src.shape) == 1 and not src.dtype.is_float, "a register takes one integer")
+        self.machine.record("register_load", src)
+        dst.value = int(src.read().reshape(-1)[0])
 
     def tensor_copy(self, dst: Tensor, src: Tensor, engine=Engine.unknown, name=None) -> None:
         self._elementwise("tensor_copy", dst, (src,), lambda value: value)
@@ -133,6 +167,7 @@ class Instructions:
         result = op.reduce(data.read().astype(np.float32), axis=axes)
         require(result.size == prod(dst.shape), f"reduction to {result.shape} does not fit {dst.shape}")
         dst.write(-result if negate else result)
+        self.machine.record("tensor_reduce", dst, data)
         self._count("tensor_reduce", prod(data.shape[1:]), 1)
 
     def memset(self, dst: Tensor, value, engine=None, name=None) -> None:
@@ -141,6 +176,7 @@ class Instructions:
         require(dst.dtype is not memory.FLOAT8_E4M3 or value == 0, "FP8 memset is interpreted for zero only")
         dst.data[...] = value
         dst.written[...] = True
+        self.machine.record("memset", dst, value)
         self._count("memset", prod(dst.shape[1:]), 1)
 
     def _elementwise(self, name: str, dst: Tensor, operands: tuple[Tensor, ...], function) -> None:
@@ -152,6 +188,7 @@ class Instructions:
         if any(operand.dtype != dst.dtype for operand in operands) or name != "tensor_copy":
             values = [value.astype(np.float32) for value in values]
         dst.write(function(*values))
+        self.machine.record(name, dst, *operands)
         self._count(name, prod(dst.shape[1:]), 1)
 
     def _check_on_chip(self, name: str, *tensors: Tensor) -> None:

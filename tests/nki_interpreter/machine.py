@@ -2,7 +2,9 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from math import prod
 
 import numpy as np
@@ -38,6 +40,7 @@ class Dtype:
 FLOAT32 = Dtype("float32", 4, np.float32)
 BFLOAT16 = Dtype("bfloat16", 2, np.float32)  # held as the float32 of equal value
 FLOAT8_E4M3 = Dtype("float8_e4m3", 1, np.uint8)  # held as its codes
+FLOAT8_E4M3FN = Dtype("float8_e4m3fn", 1, np.uint8)  # the OCP type: moved, or read through a view of another type
 UINT8 = Dtype("uint8", 1, np.uint8)
 INT32 = Dtype("int32", 4, np.int32)
 UINT32 = Dtype("uint32", 4, np.uint32)
@@ -73,6 +76,10 @@ class Machine:
     shared: list = field(default_factory=list)
     shared_used: int = 0
     busy: "Storage | None" = None
+    trips: list[int] = field(default_factory=list)  # of the first core's dynamic loops
+    loops: int = 0  # dynamic loops of this core so far
+    body: list | None = None  # the instructions of this pass through a dynamic loop
+    outside: int = 0  # tensors that are older than this pass
 
     def allocate(self, shape: tuple[int, ...], dtype: Dtype, buffer: str) -> "Tensor":
         shape = tuple(int(size) for size in shape)
@@ -109,11 +116,43 @@ class Machine:
     def _release(self, buffer: str, amount: int) -> None:
         self.in_use[buffer] -= amount
 
+    def dynamic_passes(self, values: range) -> Iterator["Register"]:
+        """A loop on the device. It has one body, so every pass issues the same instructions on the same places."""
+        require(self.body is None, "a dynamic loop inside another is not interpreted")
+        self.loops += 1
+        if self.core == 0:
+            self.trips.append(len(values))
+        # NKI documentation, "Logical NeuronCore configuration": control flow that differs between cores is undefined.
+        trips = self.trips[self.loops - 1]
+        require(trips == len(values), f"the cores disagree on the passes of a loop: {trips}, {len(values)}")
+        first = None
+        for value in values:
+            self.body, self.outside = [], next(Storage.numbers)
+            yield Register(value)
+            first = self.body if first is None else first
+            require(first == self.body, "a dynamic loop has one body, and this pass differs from the first")
+        self.body = None
+
+    def record(self, name: str, *operands: "Tensor | float") -> None:
+        if self.body is not None:
+            places = [each.place(self.outside) if isinstance(each, Tensor) else each for each in operands]
+            self.body.append((name, *places))
+
+
+@dataclass
+class Register:
+    """One value on the device; the program cannot compute with it."""
+
+    value: int | None
+
 
 class Storage:
     """Memory of one tensor: values, and which of them were written."""
 
+    numbers = count()
+
     def __init__(self, shape: tuple[int, ...], dtype: Dtype, buffer: str, data: np.ndarray | None = None):
+        self.number = next(self.numbers)
         self.dtype, self.buffer = dtype, buffer
         self.data = np.zeros(shape, dtype.storage) if data is None else data
         self.written = np.full(self.data.shape, data is not None)
@@ -197,13 +236,31 @@ class Tensor:
             access.dtype,
         )
 
+    def place(self, outside: int) -> tuple:
+        """Which elements of which tensor; a tensor of this pass through a loop is known by its order in it."""
+        start = self.data.__array_interface__["data"][0] - self.storage.data.__array_interface__["data"][0]
+        number = self.storage.number
+        tensor = ("outside", number) if number < outside else ("inside", number - outside)
+        dynamic = None
+        if self.dynamic is not None:
+            access = self.dynamic
+            index = access.scalar_offset and access.scalar_offset.place(outside)
+            dynamic = (str(access.pattern), access.offset, index, access.indirect_dim)
+        return (*tensor, start, self.data.shape, self.data.strides, self.dtype.name, dynamic)
+
+    def lose(self) -> None:
+        """What was here is gone: reading it is an error until it is written again."""
+        self.written[...] = False
+
     def read(self) -> np.ndarray:
         """The values; FP8 as float32. Reading what nobody wrote is an error."""
+        require(self.dtype is not FLOAT8_E4M3FN, "NeuronCore-v3 computes with float8_e4m3, not with float8_e4m3fn")
         require(bool(self.written.all()), f"use of unwritten {self.buffer} memory (shape {self.shape})")
         return E4M3_VALUES[self.data] if self.dtype is FLOAT8_E4M3 else self.data
 
     def write(self, values: np.ndarray) -> None:
-        require(self.dtype is not FLOAT8_E4M3, "no instruction here computes FP8 values; they are only moved")
+        fp8 = (FLOAT8_E4M3, FLOAT8_E4M3FN)
+        require(self.dtype not in fp8, "no instruction here computes FP8 values; they are only moved")
         if self.dtype is BFLOAT16:
             values = round_to_bfloat16(np.asarray(values, np.float32))
         self.data[...] = np.asarray(values).reshape(self.data.shape)

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_minimax.backends.manifest import Manifest, versions_of
 from neuron_minimax.backends.neuron import options as neuron_options
-from neuron_minimax.backends.neuron.packages import INSTALL, PACKAGES
+from neuron_minimax.backends.neuron.packages import PACKAGES, install_lines, installed_versions
 from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
+from neuron_minimax.planner import instances
+from neuron_minimax.planner.sdks import sdk_for, untested
 
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
 
 SOURCES = ("backends/neuron/*.py", "convert/*.py", "kernels/fp8*.py", "model/rope.py", "planner/sharding.py")
 COMPILE_SECONDS = 7200.0
+ALLOW_UNTESTED = "allow_untested_versions"
 LOG_NAME = "compile.log"
 OPTIONS_NAME = "options.json"
 # Written by NxDI below the graphs directory.
@@ -28,11 +32,30 @@ MODEL_NAME, PARAMETERS_NAME = "model.pt", "parameters.json"
 
 
 def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
-    """Defaults filled in and judged by the planner. Raises BackendError when it refuses, unless `force`."""
+    """Defaults filled in and judged by the planner.
+
+    Raises BackendError when it refuses, unless `force`, and when the installed Neuron packages are of other versions
+    than the SDK's, unless `options` has allow_untested_versions; that changes no graph and is not kept.
+    """
     foreign = {name for name in ("engine", "compute") if options.get(name) is not None}
     if foreign:
         raise BackendError(f"--{min(foreign)} belongs to the cpu backend; a Neuron compile is BF16 over FP8 weights")
-    return neuron_options.check(config, options, force)
+    allowed = options.get(ALLOW_UNTESTED, False)
+    checked = neuron_options.check(
+        config, {name: value for name, value in options.items() if name != ALLOW_UNTESTED}, force
+    )
+    lines = untested_versions(checked["instance"])
+    if lines and not allowed:
+        raise BackendError(
+            f"these packages are not of the Neuron SDK that {checked['instance']} was prepared for: "
+            f"{'; '.join(lines)}. {install_lines()}; or compile with --allow-untested-versions"
+        )
+    return checked
+
+
+def untested_versions(instance: str) -> list[str]:
+    """A line for each installed Neuron package of another version than the instance's SDK has."""
+    return untested(sdk_for(instances.instance(instance).family), installed_versions())
 
 
 def environment() -> tuple[dict[str, str], dict[str, Any]]:
@@ -40,9 +63,7 @@ def environment() -> tuple[dict[str, str], dict[str, Any]]:
     versions = versions_of(["torch"], SOURCES)
     for distribution, package in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
-            raise BackendError(
-                f"the Neuron backend needs {package}, which is not installed; on a Neuron instance, run: {INSTALL}"
-            )
+            raise BackendError(f"the Neuron backend needs {package}, which is not installed; {install_lines()}")
         try:
             versions[distribution] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -58,22 +79,29 @@ def build(
     The log stays in `graphs`. Raises BackendError with its last lines when the compile fails or takes too long.
     """
     parsed = neuron_options.parse(options)
+    notes = [f"untested version: {line}" for line in untested_versions(parsed.instance)]
+    stored = TensorDirectory(model).entries.values()
+    rounded = neuron_options.rounded_weights((entry.name, entry.dtype == "F32") for entry in stored)
+    if rounded:
+        notes.append(neuron_options.rounding_note(rounded))
+    for note in notes:
+        progress(f"warning: {note}")
     (graphs / OPTIONS_NAME).write_text(json.dumps(dict(options)), encoding="utf-8")
     command = [sys.executable, "-m", "neuron_minimax.backends.neuron.compile", str(model), str(graphs)]
     seconds = run_supervised(
         command,
-        os.environ | neuron_options.environment(graphs, parsed),
+        os.environ | neuron_options.environment(model, graphs, parsed),
         graphs / LOG_NAME,
         progress,
         limit=COMPILE_SECONDS,
     )
-    return {MODEL_NAME: seconds, PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}"]
+    return {MODEL_NAME: seconds, PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}", *notes]
 
 
 def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
     """The model on the device, from the compiled directory alone; each rank's weights are checked first."""
     parsed = neuron_options.parse(manifest.options)
-    os.environ.update(neuron_options.environment(graphs, parsed))
+    os.environ.update(neuron_options.environment(model, graphs, parsed))
     from neuron_minimax.backends.neuron.application import load_application
     from neuron_minimax.backends.neuron.slots import NeuronBackend
 

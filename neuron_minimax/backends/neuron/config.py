@@ -1,5 +1,6 @@
 """The NxDI config of MiniMax-M2: read from either style of config.json, its settings checked before anything runs."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.neuron import nxdi
-from neuron_minimax.backends.neuron.options import BLOCKWISE, EXPERT_KERNELS
+from neuron_minimax.backends.neuron.options import BLOCKWISE
 from neuron_minimax.config import ARCHITECTURE, ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.planner import blockwise, instances
+from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
+from neuron_minimax.planner.sdks import SDKS
 
 QUANTIZED_MLP = (
     "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel scales; no expert layer "
@@ -35,6 +39,8 @@ UNSERVED: tuple[tuple[str, Any, str], ...] = (
     ("is_medusa", False, "there are no Medusa heads for this model"),
     ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
 )
+FEW_SEQUENCES = 4
+TORCH = blockwise.BLOCKWISE_MATMULS[blockwise.DEFAULT]
 EXPERT_MODULE = "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
 
 
@@ -78,7 +84,11 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             )
         if options.quantized:
             self._validate_quantization()
+            self._validate_code_range()
         self._validate_expert_kernel()
+        if not options.on_cpu:
+            self._validate_blockwise_matmul()
+            self._validate_sampling()
 
     def _validate_expert_kernel(self) -> None:
         options, rows = self.neuron_config, self.model_config.weight_block_size
@@ -111,6 +121,66 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             raise ConfigError(
                 f"head_dim {model.head_dim} is not whole blocks of {rows}, so a rank's share of FP8 attention is not "
                 "either; convert with --attention bf16"
+            )
+
+    def _validate_code_range(self) -> None:
+        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native, and not for the NKI kernel."""
+        largest = largest_code(self.model_config)
+        chip = nxdi.get_platform_target()
+        if largest > instances.e4m3_max(chip):
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and {chip} reads those above "
+                f"{instances.e4m3_max(chip)} as infinity or NaN; convert with --fp8-range neuron"
+            )
+        if self.expert_kernel == "nki" and largest > NEURON_E4M3_MAX:
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and expert_kernel='nki' reads E4M3 up to "
+                f"{NEURON_E4M3_MAX}; convert with --fp8-range neuron, or use expert_kernel='torch'"
+            )
+
+    def _validate_sampling(self) -> None:
+        """SDK 2.29 names an accuracy issue at batches up to 4 where its top-k kernel is off (NxDI release notes)."""
+        sampling, batch = self.neuron_config.on_device_sampling_config, self.neuron_config.max_batch_size
+        if sampling is None or not sampling.do_sample or getattr(sampling, "top_k_kernel_enabled", False):
+            return
+        if batch <= FEW_SEQUENCES and nxdi.get_platform_target() in SDKS["2.29"].families:
+            raise ConfigError(
+                f"on-device sampling with top_k_kernel_enabled=False and batch {batch}: SDK 2.29 has a known accuracy "
+                f"issue at batches up to {FEW_SEQUENCES}; leave the kernel on, or sample on the host"
+            )
+
+    def _validate_blockwise_matmul(self) -> None:
+        """One of NxD's ways has to be chosen: its default for two cores per rank is a kernel that SDK 2.29 lacks."""
+        found = self.neuron_config.blockwise_matmul_config
+        chosen = [
+            way
+            for way in blockwise.BLOCKWISE_MATMULS.values()
+            if any(getattr(found, name) for name, value in way.settings.items() if value is True)
+        ]
+        if len(chosen) != 1:
+            known = "; ".join(
+                f"{json.dumps(way.settings)} ({way.name})" for way in blockwise.BLOCKWISE_MATMULS.values()
+            )
+            raise ConfigError(
+                f"blockwise_matmul_config chooses {len(chosen)} ways to multiply blocks of tokens with their experts; "
+                f"expected one of {known}: NxD's default raises NotImplementedError while context encoding is traced"
+            )
+        (way,) = chosen
+        if way.is_kernel and self.neuron_config.logical_nc_config != 2:
+            raise ConfigError(
+                f"blockwise_matmul_config chooses {way.name}, a kernel for logical_nc_config 2, not "
+                f"{self.neuron_config.logical_nc_config}; use {json.dumps(TORCH.settings)}"
+            )
+        if int(found.logical_nc_config) != self.neuron_config.logical_nc_config:
+            raise ConfigError(
+                f"blockwise_matmul_config has logical_nc_config {int(found.logical_nc_config)}, the model "
+                f"{self.neuron_config.logical_nc_config}: NxD would leave its kernels out with only a warning; set "
+                "both alike, or NEURON_LOGICAL_NC_CONFIG before anything is imported"
+            )
+        strategy = way.settings.get("block_sharding_strategy")
+        if strategy is not None and found.block_sharding_strategy.name != strategy:
+            raise ConfigError(
+                f"block_sharding_strategy is {found.block_sharding_strategy.name}; {way.name} takes {strategy} only"
             )
 
     @property

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H hidden.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,16 @@ from neuron_minimax.backends.neuron import coverage, nxdi
 from neuron_minimax.backends.neuron.attention import NeuronMiniMaxM2Attention
 from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig
 from neuron_minimax.backends.neuron.moe import build_moe
-from neuron_minimax.checkpoint import schema
+from neuron_minimax.backends.neuron.options import FLOAT32_NAMES, rounded_weights, rounding_note
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.convert.placement import Placement
 from neuron_minimax.convert.plan import AttentionPrecision, Layout
-from neuron_minimax.convert.rules import RANK_TENSORS, RULES
+from neuron_minimax.convert.rules import RANK_TENSORS
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.planner.memory import NEURON_E4M3_MAX, largest_code
 
-# Ends of the names of the weights that stay float32 under every cast: the router's gate and bias.
-FLOAT32_NAMES = tuple(
-    rule.target.rpartition("{l}")[2]
-    for rule in RULES
-    if any(weight.float32_only and weight.template in rule.sources for weight in schema.WEIGHTS)
-)
+logger = logging.getLogger(__name__)
 
 
 class HiddenRMSNorm(nxdi.CustomRMSNorm):
@@ -117,6 +114,8 @@ class NeuronMiniMaxM2Model(nxdi.NeuronBaseModel):
             bias=False,
             pad=True,
             gather_output=not self.on_device_sampling,
+            # NxDI masks as many logits at the end as there are padded rows: they have to be there.
+            keep_padded_output=True,
             dtype=options.torch_dtype,
         )
 
@@ -161,8 +160,10 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
         """
         options = config.neuron_config
         if any(name.startswith("model.") for name in state_dict):
-            quantizes_attention = config.quantizes("layers.0.self_attn.qkv_proj.q_proj")
-            attention = AttentionPrecision.FP8 if quantizes_attention else AttentionPrecision.BF16
+            # BF16 is a choice against FP8 only; what is stored otherwise stays as it is.
+            stored_fp8 = any(coverage.is_fp8(tensor) for name, tensor in state_dict.items() if ".self_attn." in name)
+            to_bf16 = stored_fp8 and not config.quantizes("layers.0.self_attn.qkv_proj.q_proj")
+            attention = AttentionPrecision.BF16 if to_bf16 else AttentionPrecision.FP8
             layout = Layout(attention=attention, tp_degree=options.tp_degree)
             return convert_hf_to_neuron_state_dict(state_dict, config.model_config, layout)
         layers = range(config.model_config.num_hidden_layers)
@@ -190,21 +191,35 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
         if self.config.expert_placement:
             # Renumbered experts are copies in host memory, 3.6 GB per layer of the real model.
             state = Placement.load(self.config.expert_placement).for_ranks(options.moe_ep_degree).apply(state)
+        rounded = rounded_weights((name, tensor.dtype == torch.float32) for name, tensor in state.items())
+        if rounded and options.torch_dtype == torch.bfloat16:
+            logger.warning("%s", rounding_note(rounded))
         return {name: cast_for(name, tensor, options.torch_dtype) for name, tensor in state.items()}
 
     def enable_context_encoding(self, **model_init_kwargs: Any) -> None:
         self.compile_tag = nxdi.CONTEXT_ENCODING_MODEL_TAG
         super().enable_context_encoding(**model_init_kwargs)
+        self._read_fp8_as_the_chip_does()
 
     def enable_token_generation(self, enable_wlt_optimization: bool = True, **model_init_kwargs: Any) -> None:
         self.compile_tag = nxdi.TOKEN_GENERATION_MODEL_TAG
         super().enable_token_generation(enable_wlt_optimization, **model_init_kwargs)
+        self._read_fp8_as_the_chip_does()
+
+    def _read_fp8_as_the_chip_does(self) -> None:
+        """Take the compiler's FP8 switch away for codes up to 448, of which it would read those above 240 as infinity.
+
+        NxDI adds it on every chip; it is for trn1 and trn2 (compiler error page NCC_EVRF051).
+        """
+        if largest_code(self.config.model_config) > NEURON_E4M3_MAX:
+            wrapper = self.models[-1]
+            wrapper.compiler_args = wrapper.compiler_args.replace(nxdi.READ_FP8_AS_IEEE, "")
 
     def get_compiler_args(self) -> str:
         """neuronx-cc options of the submodel being enabled. NxDI adds the FP8 one when the config is quantized.
 
         `--auto-cast=none` keeps the router and the norms in float32. Context encoding takes -O1, whose modular flow
-        compiles one layer and reuses it.
+        compiles one layer and reuses it. Gathers and scatters take their addresses on the device.
         """
         options = self.neuron_config
         context_encoding = self.compile_tag == nxdi.CONTEXT_ENCODING_MODEL_TAG
@@ -216,6 +231,7 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
             f"--lnc={options.logical_nc_config}",
             "--tensorizer-options='--enable-ccop-compute-overlap "
             f"--cc-pipeline-tiling-factor={options.cc_pipeline_tiling_factor if context_encoding else 1}'",
+            "--internal-enable-dge-levels vector_dynamic_offsets",
             "-O1" if context_encoding or options.moe_ep_degree == 1 else "-O3",
         ]
         if options.scratchpad_page_size:
@@ -225,7 +241,7 @@ class NeuronMiniMaxM2ForCausalLM(nxdi.NeuronBaseForCausalLM):
 
 def cast_for(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A checkpoint tensor in the dtype that its parameter has; routing and scales are float32 whatever `dtype` is."""
-    if name.endswith(FLOAT32_NAMES) or name.endswith(".scale"):
+    if name.endswith(FLOAT32_NAMES):
         return tensor.to(torch.float32)
     if tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn:
         return tensor.to(dtype)

@@ -30,7 +30,8 @@ class Router(nxdi.RouterTopK):
             act_fn="sigmoid",
             sequence_dimension=1,
         )
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32), requires_grad=False)
+        # Values that differ, because a compiler may prove that adding equal ones changes no choice, and drop the bias.
+        self.e_score_correction_bias = nn.Parameter(torch.arange(experts, dtype=torch.float32), requires_grad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits [T,E] float32, affinities [T,E] in the dtype of the hidden states, and chosen experts [T,K].
@@ -94,8 +95,8 @@ class KernelExperts(nxdi.ExpertMLPsV2):
             return expert_index_TK
         local_E = self.get_spmd_rank().get_local_expert_indices().reshape(-1)
         here_TKE = expert_index_TK[..., None] == local_E
-        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device)
-        return (here_TKE * places_E).sum(dim=-1) - 1
+        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device, dtype=torch.int32)
+        return (here_TKE * places_E).sum(dim=-1, dtype=torch.int32) - 1
 
 
 def expert_kernel(name: str, cores: int) -> ExpertMLP | None:

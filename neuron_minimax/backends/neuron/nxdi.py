@@ -5,9 +5,8 @@ Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (
 # ruff: noqa: F401, E402
 
 import importlib
-from importlib import metadata
 
-from neuron_minimax.backends.neuron.packages import INSTALL, PACKAGES, REAL_MODULES
+from neuron_minimax.backends.neuron.packages import PACKAGES, REAL_MODULES, install_lines, installed_versions
 from neuron_minimax.errors import BackendError
 
 
@@ -18,15 +17,14 @@ def require_packages() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise BackendError(
-                f"the Neuron backend needs {package}, which cannot be imported ({error}); "
-                f"on a Neuron instance, run: {INSTALL}"
+                f"the Neuron backend needs {package}, which cannot be imported ({error}); {install_lines()}"
             ) from error
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise BackendError(
                 f"the installed {package} cannot import {module} ({error}): either it is the empty placeholder of the "
-                f"public package index, or it does not fit the other Neuron packages; run: {INSTALL}"
+                f"public package index, or it does not fit the other Neuron packages; {install_lines()}"
             ) from error
 
 
@@ -55,17 +53,16 @@ from neuronx_distributed_inference.modules.attention.gqa import GroupQueryAttent
 from neuronx_distributed_inference.modules.attention.utils import move_heads_front
 from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
 from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
+from torch_neuronx.utils import get_platform_target
+
+# NxDI gives it to the compiler of every chip (models/model_wrapper.py) when the weights are f8e4m3.
+READ_FP8_AS_IEEE = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each Neuron package, as its metadata says."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    """Installed version of each Neuron package, "unknown" where its metadata is missing."""
+    found = installed_versions()
+    return {name: found.get(name, "unknown") for name in PACKAGES}
 
 
 def register_model(key: str, task: str, model: type) -> None:

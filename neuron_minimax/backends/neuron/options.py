@@ -1,14 +1,17 @@
 """Options of a Neuron compile: checked by the planner first, and turned into NxDI's settings and environment."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.rules import RULES
 from neuron_minimax.errors import BackendError
-from neuron_minimax.planner import instances
+from neuron_minimax.planner import blockwise, instances
+from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.report import deployment_case, plan_deployment
 
 # NxDI's settings for weights with a scale per block; the axes are those of the experts' [E, in, out].
@@ -17,8 +20,19 @@ BLOCKWISE = {
     "quantization_dtype": "f8e4m3",
     "quantization_block_axis": [1, 2],
 }
-# How experts compute in token generation; the first is the default until the other has run on a device.
-EXPERT_KERNELS = ("torch", "nki")
+# NxDI's switches that other mixtures of experts set on devices: padding takes no place in the blocks of experts, and
+# collectives take no extra addition and product from the token that torch_xla threads through them.
+MOE_SETTINGS = {"moe_mask_padded_tokens": True, "disable_numeric_cc_token": True}
+FP8_CASTS = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+# Ends of the names of what stays float32 under every cast: the router's gate and bias, and scales.
+FLOAT32_NAMES = (
+    *(
+        rule.target.rpartition("{l}")[2]
+        for rule in RULES
+        if any(weight.float32_only and weight.template in rule.sources for weight in schema.WEIGHTS)
+    ),
+    ".scale",
+)
 DEFAULT_INSTANCE = "trn2.48xlarge"
 DEFAULT_SEQ_LEN = 1024
 SMALLEST_BUCKET = 128
@@ -35,6 +49,7 @@ class NeuronOptions:
     slots: int
     seq_len: int
     buckets: tuple[int, ...]
+    blockwise_matmul: str = blockwise.DEFAULT  # experts in context encoding, a name of planner/blockwise.py
     expert_kernel: str = EXPERT_KERNELS[0]
     expert_placement: str | None = None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
     expert_placement_sha256: str | None = None  # of that file's contents, filled in by `check`
@@ -45,6 +60,7 @@ class NeuronOptions:
             raise BackendError(f"expert_kernel is {self.expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
         if self.expert_kernel == "nki" and not instances.instance(self.instance).nki_kernels:
             raise BackendError(f"expert_kernel='nki' needs trn2 or later; {self.instance} has no such NKI: use 'torch'")
+        blockwise.blockwise_matmul(self.blockwise_matmul)
         ascending = tuple(sorted(set(self.buckets)))
         if self.slots < 1 or self.seq_len < 2 or min(self.tp_degree, self.moe_tp_degree, self.moe_ep_degree) < 1:
             raise BackendError("batch size and degrees have to be at least 1, seq_len at least 2")
@@ -87,6 +103,8 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
             batch_size=checked.slots,
             seq_len=checked.seq_len,
             context_lengths=checked.buckets,
+            blockwise_matmul=checked.blockwise_matmul,
+            expert_kernel=checked.expert_kernel,
         )
     )
     if plan.refused and not force:
@@ -135,20 +153,32 @@ def neuron_config_fields(options: NeuronOptions) -> dict[str, Any]:
         "padding_side": "right",
         "logical_nc_config": machine.logical_nc_config,
         "save_sharded_checkpoint": True,
-        # NxDI 0.9 has no NKI kernels for trn1 and inf2; there the expert blocks run as torch operations.
-        "blockwise_matmul_config": {} if machine.nki_kernels else {"use_torch_block_wise": True},
+        **MOE_SETTINGS,
+        # NxD's default number of cores is that of the chip it finds when it is imported; with a wrong one it leaves a
+        # kernel out with no more than a warning.
+        "blockwise_matmul_config": blockwise.blockwise_matmul(options.blockwise_matmul).settings
+        | {"logical_nc_config": machine.logical_nc_config},
     }
 
 
-def environment(graphs: Path, options: NeuronOptions) -> dict[str, str]:
+def rounded_weights(weights: Iterable[tuple[str, bool]]) -> list[str]:
+    """Names of the weights that a BF16 compile rounds, of (name, is it float32?)."""
+    return [name for name, is_float32 in weights if is_float32 and not name.endswith(FLOAT32_NAMES)]
+
+
+def rounding_note(rounded: Sequence[str]) -> str:
+    return f"{len(rounded)} float32 weights are rounded to BF16 for this compile, the first {rounded[0]}"
+
+
+def environment(model: Path, graphs: Path, options: NeuronOptions) -> dict[str, str]:
     """Variables to set before the Neuron packages are imported; work and cache directories are this compile's own.
 
-    FP8 weights need the two cast switches (NxDI's MoE FP8 guide): the compiler reads OCP bytes as its own E4M3.
+    FP8 codes up to 240 need the two cast switches (NxDI's MoE FP8 guide): the compiler reads OCP bytes as its own E4M3.
     """
     machine = instances.instance(options.instance)
-    return {
-        "XLA_HANDLE_SPECIAL_SCALAR": "1",
-        "UNSAFE_FP8FNCAST": "1",
+    native = largest_code(ModelConfig.from_dir(model)) > NEURON_E4M3_MAX
+    return ({} if native else FP8_CASTS) | {
+        "DISABLE_NUMERIC_CC_TOKEN": "1",
         "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
         "NEURON_RT_NUM_CORES": str(options.tp_degree),
         "NEURON_PLATFORM_TARGET_OVERRIDE": machine.family,

@@ -1,6 +1,6 @@
 """The backend contract over an NxDI application with continuous batching: one sequence id per slot.
 
-Shapes: S slots, T tokens, V vocabulary.
+Shapes: S slots, T tokens, V vocabulary, which comes padded to a multiple of the ranks.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ class NeuronBackend(Backend):
             seq_ids=torch.tensor([slot]),
         ).logits
         self._lengths[slot] = len(ids)
-        return logits_1TV[0, -1].float()
+        return logits_1TV[0, -1, : self.config.vocab_size].float()
 
     @torch.inference_mode()
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
@@ -63,4 +63,4 @@ class NeuronBackend(Backend):
         ).logits
         for slot in active.nonzero().flatten().tolist():
             self._lengths[slot] = int(positions[slot]) + 1
-        return logits_S1V[:, -1].float()
+        return logits_S1V[:, -1, : self.config.vocab_size].float()

@@ -2,7 +2,7 @@
 
 `install()` adds a finder at the end of `sys.meta_path`, so a real package always wins. An attribute of a stand-in
 module is a `Standin`: it can be named, subclassed, passed on and used as a decorator, and raises when called.
-What CPU mode really calls is written out in `operations.py`.
+What CPU mode really calls is written out in `operations.py`, what a traced graph calls in `kernels.py`.
 """
 
 import importlib
@@ -58,11 +58,35 @@ class _Base:
     """What a class gets in place of a closed base class."""
 
 
+class Kernel(Standin):
+    """A kernel in place of a compiled one. On a traced tensor its call is one operation of the graph, with the outputs
+    that `kernels.py` knows; otherwise it raises as any stand-in does."""
+
+    def __init__(self, name: str, function: Any = None, grid: Any = None) -> None:
+        super().__init__(name)
+        self._function, self._grid = function, grid
+
+    def __getitem__(self, key: Any) -> "Kernel":
+        return Kernel(self._name, self._function, key)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from tests.neuron.standins import kernels
+
+        if not kernels.traced(arguments, options):
+            return super().__call__(*arguments, **options)
+        return kernels.call(self._name, self._function, self._grid, arguments, options)
+
+
 def _decorate(arguments: tuple[Any, ...], name: str) -> Any:
-    """A decorator, with or without options: keeps the name of the kernel, which must not be called either."""
-    if len(arguments) == 1 and (callable(arguments[0]) or isinstance(arguments[0], Standin)):
-        return Standin(f"{name}({getattr(arguments[0], '__name__', arguments[0])})")
-    return lambda kernel: Standin(f"{name}({getattr(kernel, '__name__', kernel)})")
+    """A decorator, with or without options, makes a kernel, which keeps its name and, where there is one, its code."""
+    if len(arguments) != 1 or not (callable(arguments[0]) or isinstance(arguments[0], Standin)):
+        return lambda kernel: _decorate((kernel,), name)
+    (kernel,) = arguments
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, Standin):
+        return Kernel(kernel._name.rsplit(".", 1)[-1])
+    return Kernel(kernel.__name__, kernel)
 
 
 class _Module(ModuleType):

@@ -1,9 +1,21 @@
-"""What NxDI's CPU mode really calls in the closed packages, as plain torch; everything else stays a loud stand-in."""
+"""What NxDI's CPU mode really calls in the closed packages, as plain torch; everything else stays a loud stand-in.
+
+In a graph that is recorded (`OPAQUE`), torch_neuronx's operators are the custom calls that they are on a device.
+"""
 
 import os
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
+
+from tests.neuron.standins.kernels import custom_call, xla_hlo_call
+
+OPAQUE = False  # set where graphs are recorded; where their values are compared, the operators are torch's
+
+
+def opaque(tensor: torch.Tensor) -> bool:
+    return OPAQUE and tensor.device.type == "xla"
 
 
 class RmsNorm:
@@ -11,6 +23,8 @@ class RmsNorm:
 
     @staticmethod
     def apply(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, dimension: int) -> torch.Tensor:
+        if opaque(hidden):
+            return custom_call("AwsNeuronRmsNorm", [hidden, weight], [(tuple(hidden.shape), hidden.dtype)])
         wide = hidden.to(torch.float32)
         normed = wide * torch.rsqrt(wide.pow(2).mean(dimension, keepdim=True) + epsilon)
         return (normed * weight.to(torch.float32)).to(hidden.dtype)
@@ -21,18 +35,26 @@ class TopK:
 
     @staticmethod
     def apply(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
+        if opaque(scores):
+            shape = (*scores.shape[:-1], k)
+            return custom_call("AwsNeuronTopK", [scores], [(shape, scores.dtype), (shape, torch.int32)])
         return torch.topk(scores, k, dim=dim)
 
 
 class Argmax:
     @staticmethod
     def apply(scores: torch.Tensor, dim: int = -1, keepdim: bool = False) -> torch.Tensor:
+        if opaque(scores):
+            kept = (*scores.shape[:-1], 1) if keepdim else tuple(scores.shape[:-1])
+            return custom_call("AwsNeuronArgMax", [scores], [(kept, torch.int32)])
         return torch.argmax(scores, dim=dim, keepdim=keepdim)
 
 
 class Softmax:
     @staticmethod
     def apply(scores: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        if opaque(scores):
+            return custom_call("AwsNeuronSoftmax", [scores], [(tuple(scores.shape), scores.dtype)])
         return torch.softmax(scores, dim=dim)
 
 
@@ -48,6 +70,13 @@ class SkipMode(NamedTuple):
     skip_weight: bool = False
 
 
+class BlockShardStrategy(Enum):
+    """nkilib's two ways to share blocks out over two cores."""
+
+    HI_LO = 0
+    PING_PONG = 1
+
+
 class CollectivesConfig:
     """What NxD notes about groups of ranks for context parallelism, which CPU mode here never runs."""
 
@@ -59,7 +88,8 @@ class CollectivesConfig:
 OPERATORS = {"RmsNorm": RmsNorm, "TopK": TopK, "Argmax": Argmax, "Softmax": Softmax}
 PROVIDED: dict[str, dict[str, Any]] = {
     "torch_neuronx.xla_impl.ops": OPERATORS,
-    "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": SkipMode},
+    "torch_neuronx.xla_impl.base": {"xla_hlo_call": xla_hlo_call},
+    "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": SkipMode, "BlockShardStrategy": BlockShardStrategy},
     "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
     "torch_neuronx.utils": {"get_platform_target": get_platform_target},
     "torch_neuronx.utils.utils": {"get_platform_target": get_platform_target},
