@@ -20,7 +20,7 @@ ORDER = [
     {"model", "planner"},
     {"backends"},
     {"generation"},
-    {"serving", "experts", "explain", "training", "vllm_plugin"},
+    {"serving", "experts", "explain", "training", "device_check", "vllm_plugin"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -46,6 +46,7 @@ def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
         "expert_kernel": "torch",
         "expert_placement": None,
         "expert_placement_sha256": None,
+        "compiler_cache": None,
     }
     assert backend.check_options(PUBLISHED, checked) == checked
 
@@ -108,6 +109,8 @@ def test_settings_fit_the_chip_and_directories_belong_to_one_compile(tmp_path: P
     )
     assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in options.environment(tmp_path, tmp_path / "a", checked)
     fields = options.neuron_config_fields(checked)
+    shared = options.parse({**backend.check_options(PUBLISHED, {"slots": 32}), "compiler_cache": "/nvme/cache"})
+    assert options.environment(tmp_path, tmp_path / "a", shared)["NEURON_COMPILE_CACHE_URL"] == "/nvme/cache"
     assert (fields["logical_nc_config"], fields["tp_degree"]) == (1, 24)
     assert fields["blockwise_matmul_config"] == {"use_torch_block_wise": True, "logical_nc_config": 1}
 

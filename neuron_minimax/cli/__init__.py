@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from neuron_minimax.cli import checkpoints, models, studies  # noqa: F401 (they add their commands)
+from neuron_minimax.cli import checkpoints, devices, models, studies  # noqa: F401 (they add their commands)
 from neuron_minimax.cli.app import app
 from neuron_minimax.errors import NeuronMiniMaxError
 

@@ -21,7 +21,10 @@ TOLERANCE = 2e-5
 
 
 def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> Any:
-    """The application that `load` would make, in float32, each submodel built as a compile builds it."""
+    """The application that `load` would make, in float32, each submodel built as a compile builds it.
+
+    With a tp degree over 1 every rank is a process, placed by RANK, MASTER_ADDR and MASTER_PORT.
+    """
     import socket
 
     import torch
@@ -32,20 +35,24 @@ def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> An
     from neuron_minimax.backends.neuron.application import make_application
     from neuron_minimax.backends.neuron.options import NeuronOptions
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
+    options = options or NeuronOptions(**OPTIONS)
+    if options.tp_degree == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    else:
+        dist.init_process_group("gloo", world_size=options.tp_degree)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp_degree, skip_collective_init=True)
     on_cpu = {"on_cpu": True, "torch_dtype": torch.float32, "attn_kernel_enabled": False, **overrides}
-    application = make_application(model, options or NeuronOptions(**OPTIONS), **on_cpu)
+    application = make_application(model, options, **on_cpu)
     for wrapper in application.models:
         parallel_state.set_aot_mode(True)
         instance = wrapper.get_model_instance()
         instance.load_module()
         parallel_state.set_aot_mode(False)
         state = application.checkpoint_loader_fn()
-        get_sharded_checkpoint(state, instance.module, 0, 1)
+        get_sharded_checkpoint(state, instance.module, dist.get_rank(), options.tp_degree)
         instance.module.load_state_dict(state)
         wrapper.model = instance.module
     return application.eval()
@@ -104,6 +111,35 @@ def slots(model: str, length: str) -> None:
     step([0, last, 0], [0, longest, 0], [False, True, False])  # up to the last position
     assert worst < TOLERANCE, worst
     print(f"largest difference {worst:.1e}")
+
+
+def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, fault: str) -> None:
+    """The device of the device check: NxDI in CPU mode runs a probe over slots; rank 0 writes its logits.
+
+    Fault "bias" loses the router's bias, "norm" lets each rank take the QK norm over its own heads, "none" is none.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.neuron.slots import NeuronBackend
+    from neuron_minimax.device_check.run import answer
+
+    degrees = {"tp_degree": int(tp_degree), "moe_tp_degree": int(tp_degree)}
+    options = NeuronOptions(**(OPTIONS | degrees))
+    application = application_on_cpu(Path(model), options, enable_bucketing=False, torch_dtype=getattr(torch, dtype))
+    for wrapper in application.models:
+        layer = wrapper.model.layers[0]
+        if fault == "bias":
+            torch.nn.init.zeros_(layer.block_sparse_moe.router.e_score_correction_bias)
+        elif fault == "norm":
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                norm.divisor, norm.ranks = norm.divisor / norm.ranks, 1
+    backend = NeuronBackend(application, Path(model), options)
+    answer(backend, Path(asked), Path(f"{logits}.rank{dist.get_rank()}"))
+    if dist.get_rank() == 0:
+        Path(f"{logits}.rank0").replace(logits)
+    dist.barrier()
 
 
 def adapter(model: str) -> None:
@@ -352,7 +388,7 @@ def main() -> None:
     standins.install()
     checks = {
         check.__name__: check
-        for check in (trace, slots, adapter, on_device_sampling, rank_files, settings, code_range, vllm)
+        for check in (trace, slots, probe, adapter, on_device_sampling, rank_files, settings, code_range, vllm)
     }
     checks[sys.argv[1]](*sys.argv[2:])
 

@@ -53,6 +53,7 @@ class NeuronOptions:
     expert_kernel: str = EXPERT_KERNELS[0]
     expert_placement: str | None = None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
     expert_placement_sha256: str | None = None  # of that file's contents, filled in by `check`
+    compiler_cache: str | None = None  # a directory for compiles that run one after another; default: their own
 
     def __post_init__(self) -> None:
         if self.expert_kernel not in EXPERT_KERNELS:
@@ -175,20 +176,18 @@ def environment(model: Path, graphs: Path, options: NeuronOptions) -> dict[str, 
     FP8 codes up to 240 need the two cast switches (NxDI's MoE FP8 guide): the compiler reads OCP bytes as its own E4M3.
     """
     machine = instances.instance(options.instance)
-    native = largest_code(ModelConfig.from_dir(model)) > NEURON_E4M3_MAX
-    # The override has no name for inf2: NxD 0.17 takes "inf2" there for a chip it does not know. That instance tells.
-    target = {} if machine.family == "inf2" else {"NEURON_PLATFORM_TARGET_OVERRIDE": machine.family}
-    return (
-        ({} if native else FP8_CASTS)
-        | target
-        | {
-            "DISABLE_NUMERIC_CC_TOKEN": "1",
-            "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
-            "NEURON_RT_NUM_CORES": str(options.tp_degree),
-            "NEURON_COMPILE_CACHE_URL": str(graphs.resolve() / "compiler_cache"),
-            "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
-        }
-    )
+    variables = {
+        "DISABLE_NUMERIC_CC_TOKEN": "1",
+        "NEURON_LOGICAL_NC_CONFIG": str(machine.logical_nc_config),
+        "NEURON_RT_NUM_CORES": str(options.tp_degree),
+        "NEURON_COMPILE_CACHE_URL": options.compiler_cache or str(graphs.resolve() / "compiler_cache"),
+        "BASE_COMPILE_WORK_DIR": str(graphs.resolve() / "compiler_work") + "/",
+    }
+    if largest_code(ModelConfig.from_dir(model)) == NEURON_E4M3_MAX:
+        variables |= FP8_CASTS
+    if machine.family != "inf2":  # NxD 0.17 takes that name for a chip it does not know; the instance itself tells it
+        variables["NEURON_PLATFORM_TARGET_OVERRIDE"] = machine.family
+    return variables
 
 
 def quantization_options(directory: str | Path) -> dict[str, Any]:

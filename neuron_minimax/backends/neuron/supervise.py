@@ -21,8 +21,9 @@ def run_supervised(
     *,
     limit: float,
     interval: float = PROGRESS_SECONDS,
+    what: str = "the compile",
 ) -> float:
-    """Run to the end and return the seconds it took.
+    """Run to the end and return the seconds it took; `what` names the command in messages.
 
     Raises BackendError with the log's last lines when it fails or is stopped after `limit` seconds; the command's own
     children (the compiler's) end with it.
@@ -37,7 +38,7 @@ def run_supervised(
                 passed = time.monotonic() - start
                 if passed >= limit:
                     raise BackendError(
-                        f"the compile was stopped after {limit:.0f} seconds; its log is {log}:\n{last_lines(log)}"
+                        f"{what} was stopped after {limit:.0f} seconds; its log is {log}:\n{last_lines(log)}"
                     )
                 try:
                     process.wait(min(interval, limit - passed))
@@ -48,9 +49,7 @@ def run_supervised(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        raise BackendError(
-            f"the compile failed with exit code {process.returncode}; its log is {log}:\n{last_lines(log)}"
-        )
+        raise BackendError(f"{what} failed with exit code {process.returncode}; its log is {log}:\n{last_lines(log)}")
     return time.monotonic() - start
 
 

@@ -1,0 +1,262 @@
+"""The CPU's side of a check: the eager model over the same probe, and the same model with one known fault.
+
+A fault's logits serve twice: they show that the probe would see it, and name it when the device gives them.
+Shapes: N rows, V vocabulary, H hidden, Q width of a projection, A attention heads, D head_dim, B batch, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from neuron_minimax.backends.cpu import CPUOptions
+from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.device_check.schedule import Limits, Round, run_rounds
+from neuron_minimax.kernels.fp8 import FP8_DTYPES
+from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Weight
+from neuron_minimax.model.minimax import DecoderLayer, MiniMaxM2
+from neuron_minimax.model.moe import Router, Routing
+from neuron_minimax.planner.sharding import head_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that a model can do wrong: in words, and done to the eager model."""
+
+    name: str
+    says: str  # completes "the device's logits are those of a model where ..."
+    apply: Callable[[MiniMaxM2], None]
+
+
+class Reference(EagerBackend):
+    """The eager backend over a probe; it keeps what the router was given.
+
+    A `fault` makes all of it wrong, or with `only_steps` token generation alone.
+    """
+
+    def __init__(
+        self, probe: Path, limits: Limits, compute: str, fault: Fault | None = None, *, only_steps: bool = False
+    ) -> None:
+        options = CPUOptions(
+            slots=limits.slots, seq_len=limits.seq_len, buckets=limits.buckets, compute=compute, engine="eager"
+        )
+        super().__init__(probe, options)
+        self.encoding_model = self.model
+        if fault is not None and only_steps:
+            self.model = EagerBackend(probe, options).model
+        if fault is not None:
+            fault.apply(self.model)
+        self.generation_model = self.model
+        if fault is not None and not only_steps:
+            self.encoding_model = self.model
+        self.router_inputs: list[torch.Tensor] = []  # [tokens of a call, H]
+        for model in {self.encoding_model, self.generation_model}:
+            moe = layer_of(model).block_sparse_moe
+            moe.router = RecordingRouter(self.config, moe.router, self.router_inputs)
+
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        self.model = self.encoding_model
+        return super()._encode(slot, ids, start, all_positions)
+
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        self.model = self.generation_model
+        return super()._step(tokens, positions, active)
+
+    def run(self, rounds: Sequence[Round]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N,V] and what the router was given [N,H], in the order of `rows_of`."""
+        self.router_inputs.clear()
+        logits_NV = run_rounds(self, rounds)
+        calls = iter(self.router_inputs)
+        inputs = []
+        for round_ in rounds:
+            inputs += [next(calls)[-1] for _ in round_]
+            in_order = sorted(sequence.slot for sequence in round_)  # as a step gives the active slots to the model
+            for _ in round_[0].continuation:
+                call = next(calls)
+                inputs += [call[in_order.index(sequence.slot)] for sequence in round_]
+        return logits_NV, torch.stack(inputs)
+
+
+class RecordingRouter(Router):
+    """A router that keeps the hidden states it is given."""
+
+    def __init__(self, config: ModelConfig, router: Router, inputs: list[torch.Tensor]) -> None:
+        super().__init__(config)
+        self.linear_router, self.inputs = router.linear_router, inputs
+        self.e_score_correction_bias = router.e_score_correction_bias
+
+    def forward(self, hidden_TH: torch.Tensor) -> Routing:
+        self.inputs.append(hidden_TH)
+        return super().forward(hidden_TH)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm that takes the mean square of each head from some heads only; `shares` [A,A] says with which weight."""
+
+    def __init__(self, norm: RMSNorm, shares: torch.Tensor) -> None:
+        super().__init__(norm.weight.shape[0], norm.epsilon)
+        self.weight, self.shares = norm.weight, shares
+
+    def forward(self, projected_BTQ: torch.Tensor) -> torch.Tensor:
+        by_head = projected_BTQ.float().unflatten(-1, (self.shares.shape[0], -1))
+        mean_squares = by_head.pow(2).mean(-1) @ self.shares.T
+        normed = (by_head * torch.rsqrt(mean_squares + self.epsilon)[..., None]).flatten(-2)
+        return self.weight.to(projected_BTQ.dtype) * normed.to(projected_BTQ.dtype)
+
+
+class RolledHeads(Linear):
+    """A projection whose heads come out one place further."""
+
+    def __init__(self, projection: Linear, head_dim: int) -> None:
+        super().__init__(projection.weight.shape[1], projection.weight.shape[0], projection.block)
+        self.weight, self.scale, self.head_dim = projection.weight, projection.scale, head_dim
+
+    def forward(self, hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        return super().forward(hidden, kernels).roll(self.head_dim, -1)
+
+
+def layer_of(model: MiniMaxM2) -> DecoderLayer:
+    """The one layer of a probe."""
+    layer = model.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    return layer
+
+
+def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
+    """What can go wrong with this model between the projections and the softmax."""
+    config, faults = model.config, []
+    if tp_degree > 1:
+        faults.append(
+            Fault(
+                name="norm per rank",
+                says=f"each of the {tp_degree} ranks takes the QK norm over its own heads instead of the full width",
+                apply=lambda model: _group_norms(model, *_rank_shares(config, tp_degree)),
+            )
+        )
+    faults.append(
+        Fault(
+            name="norm per head",
+            says="the QK norm is taken per head instead of over the full width",
+            apply=lambda model: _group_norms(
+                model, torch.eye(config.num_attention_heads), torch.eye(config.num_key_value_heads)
+            ),
+        )
+    )
+    if config.rotary_dim < config.head_dim:
+        faults.append(
+            Fault(
+                name="RoPE over all channels",
+                says=f"RoPE rotates all {config.head_dim} channels of a head instead of the first {config.rotary_dim}",
+                apply=_rotate_all,
+            )
+        )
+    return faults
+
+
+def value_faults(model: MiniMaxM2) -> list[Fault]:
+    """What can go wrong with this model in the value and output projections."""
+    faults = []
+    if model.config.num_key_value_heads > 1:
+        faults.append(
+            Fault(
+                name="value heads moved",
+                says="each group of query heads gets the value of another key/value head",
+                apply=_roll_values,
+            )
+        )
+    if layer_of(model).self_attn.o_proj.o_proj.scale is not None:
+        faults.append(
+            Fault(
+                name="attention without scales",
+                says="the block scales of the value and output projections are not applied",
+                apply=_drop_attention_scales,
+            )
+        )
+    return faults
+
+
+def expert_faults(model: MiniMaxM2) -> list[Fault]:
+    """What can go wrong with this model in the experts."""
+    faults = [
+        Fault(
+            name="gate and up swapped",
+            says="the gate and up projections of the experts are swapped",
+            apply=_swap_gate_up,
+        )
+    ]
+    if layer_of(model).block_sparse_moe.expert_mlps.mlp_op.down_proj.scale is not None:
+        faults.append(
+            Fault(
+                name="experts without scales",
+                says="the block scales of the experts are not applied",
+                apply=_drop_expert_scales,
+            )
+        )
+    return faults
+
+
+def _rank_shares(config: ModelConfig, tp_degree: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For queries and for keys, how much of each head's mean square a rank's norm takes into each of its heads'."""
+    layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp_degree)
+    queries = [layout.query_slots_of(rank) for rank in range(tp_degree)]
+    keys = [layout.key_value_slots_of(rank) for rank in range(tp_degree)]
+    return _shares(queries, config.num_attention_heads), _shares(keys, config.num_key_value_heads)
+
+
+def _shares(ranks: Sequence[Sequence[int | None]], heads: int) -> torch.Tensor:
+    """[A,A]; a head that is on several ranks counts with the first of them, as padding its zeros count."""
+    shares = torch.zeros(heads, heads)
+    seen: set[int] = set()
+    for slots in ranks:
+        for head in {slot for slot in slots if slot is not None} - seen:
+            for other in slots:
+                if other is not None:
+                    shares[head, other] += 1 / len(slots)
+            seen.add(head)
+    return shares
+
+
+def _group_norms(model: MiniMaxM2, queries: torch.Tensor, keys: torch.Tensor) -> None:
+    attention = layer_of(model).self_attn
+    attention.q_norm = GroupedRMSNorm(attention.q_norm, queries)
+    attention.k_norm = GroupedRMSNorm(attention.k_norm, keys)
+
+
+def _rotate_all(model: MiniMaxM2) -> None:
+    model.config = replace(model.config, rotary_dim=model.config.head_dim)
+
+
+def _roll_values(model: MiniMaxM2) -> None:
+    projections = layer_of(model).self_attn.qkv_proj
+    projections.v_proj = RolledHeads(projections.v_proj, model.config.head_dim)
+
+
+def _drop_attention_scales(model: MiniMaxM2) -> None:
+    attention = layer_of(model).self_attn
+    for weight in (attention.qkv_proj.v_proj, attention.o_proj.o_proj):
+        _drop_scale(weight)
+
+
+def _drop_expert_scales(model: MiniMaxM2) -> None:
+    experts = layer_of(model).block_sparse_moe.expert_mlps.mlp_op
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        _drop_scale(weight)
+
+
+def _drop_scale(module: Weight) -> None:
+    if module.scale is not None:
+        module.scale = nn.Parameter(torch.ones_like(module.scale), requires_grad=False)
+
+
+def _swap_gate_up(model: MiniMaxM2) -> None:
+    gate_up = layer_of(model).block_sparse_moe.expert_mlps.mlp_op.gate_up_proj
+    weight = gate_up.weight
+    bits = weight.view(torch.uint8) if weight.dtype in FP8_DTYPES else weight
+    half = bits.shape[-1] // 2
+    gate_up.weight = nn.Parameter(bits.roll(half, -1).view(weight.dtype), requires_grad=False)
+    if gate_up.scale is not None:
+        half = gate_up.scale.shape[-1] // 2
+        gate_up.scale = nn.Parameter(gate_up.scale.roll(half, -1), requires_grad=False)
