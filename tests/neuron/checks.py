@@ -113,10 +113,10 @@ def slots(model: str, length: str) -> None:
     print(f"largest difference {worst:.1e}")
 
 
-def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, fault: str) -> None:
+def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, state: str) -> None:
     """The device of the device check: NxDI in CPU mode runs a probe over slots; rank 0 writes its logits.
 
-    Fault "bias" loses the router's bias, "norm" lets each rank take the QK norm over its own heads, "none" is none.
+    A "broken" model has lost the router's bias, and each of its ranks takes the QK norm over its own heads.
     """
     import torch
     import torch.distributed as dist
@@ -130,9 +130,8 @@ def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, fault
     application = application_on_cpu(Path(model), options, enable_bucketing=False, torch_dtype=getattr(torch, dtype))
     for wrapper in application.models:
         layer = wrapper.model.layers[0]
-        if fault == "bias":
+        if state == "broken":
             torch.nn.init.zeros_(layer.block_sparse_moe.router.e_score_correction_bias)
-        elif fault == "norm":
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 norm.divisor, norm.ranks = norm.divisor / norm.ranks, 1
     backend = NeuronBackend(application, Path(model), options)
