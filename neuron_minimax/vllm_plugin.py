@@ -11,7 +11,7 @@ from typing import Any
 
 from neuron_minimax.backends.neuron.options import MOE_SETTINGS, default_buckets, quantization_options
 from neuron_minimax.config import ARCHITECTURE
-from neuron_minimax.errors import BackendError
+from neuron_minimax.errors import BackendError, ConfigError
 from neuron_minimax.planner import blockwise
 from neuron_minimax.planner.sdks import sdk_for, untested
 
@@ -32,8 +32,12 @@ def register() -> bool:
     except BackendError as error:
         logger.info("MiniMax-M2 is not registered for Neuron: %s", error)
         return False
-    for line in untested(sdk_for(nxdi.get_platform_target()), nxdi.installed_versions()):
-        logger.warning("this Neuron package is not of the SDK that MiniMax-M2 was prepared for: %s", line)
+    try:
+        lines = untested(sdk_for(nxdi.get_platform_target()), nxdi.installed_versions())
+    except ConfigError as error:
+        lines = [str(error)]
+    for line in lines:
+        logger.warning("MiniMax-M2 was not prepared for the Neuron packages that are here: %s", line)
     nxdi.register_model(MODEL_KEY, TASK, NeuronMiniMaxM2ForCausalLM)
     register_config()
     return True

@@ -90,7 +90,7 @@ def build(
     command = [sys.executable, "-m", "neuron_minimax.backends.neuron.compile", str(model), str(graphs)]
     seconds = run_supervised(
         command,
-        os.environ | neuron_options.environment(model, graphs, parsed),
+        process_environment(model, graphs, parsed),
         graphs / LOG_NAME,
         progress,
         limit=COMPILE_SECONDS,
@@ -98,9 +98,17 @@ def build(
     return {MODEL_NAME: seconds, PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}", *notes]
 
 
+def process_environment(model: Path, graphs: Path, options: neuron_options.NeuronOptions) -> dict[str, str]:
+    """This process's variables with those of the options; a cast left over from another model is taken out."""
+    inherited = {name: value for name, value in os.environ.items() if name not in neuron_options.FP8_CASTS}
+    return inherited | neuron_options.environment(model, graphs, options)
+
+
 def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
     """The model on the device, from the compiled directory alone; each rank's weights are checked first."""
     parsed = neuron_options.parse(manifest.options)
+    for name in neuron_options.FP8_CASTS:
+        os.environ.pop(name, None)
     os.environ.update(neuron_options.environment(model, graphs, parsed))
     from neuron_minimax.backends.neuron.application import load_application
     from neuron_minimax.backends.neuron.slots import NeuronBackend
