@@ -1,4 +1,6 @@
-"""Devices for the device check: the eager backend, right or with one fault built into its model or its steps."""
+"""Devices for the device check: the eager backend, right or with one fault built into its model
+or its steps.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +19,9 @@ Break = Callable[[MiniMaxM2], None]
 
 
 class Norms(nn.Module):
-    """A QK norm over each of `parts` equal parts of the width, as ranks that do not reduce would take it."""
+    """A QK norm over each of `parts` equal parts of the width, as ranks that do not reduce would
+    take it.
+    """
 
     def __init__(self, norm: nn.Module, parts: int) -> None:
         super().__init__()
@@ -49,7 +53,10 @@ def round_router(model: MiniMaxM2) -> None:
 
 def move_experts(model: MiniMaxM2) -> None:
     """What a wrong order of experts over ranks does."""
-    for weight in (moe(model).expert_mlps.mlp_op.gate_up_proj, moe(model).expert_mlps.mlp_op.down_proj):
+    for weight in (
+        moe(model).expert_mlps.mlp_op.gate_up_proj,
+        moe(model).expert_mlps.mlp_op.down_proj,
+    ):
         order = torch.arange(weight.weight.shape[0]).roll(1)
         codes = weight.weight.view(torch.uint8)[order].view(weight.weight.dtype)
         weight.weight = nn.Parameter(codes, requires_grad=False)
@@ -75,7 +82,9 @@ def swap_gate_and_up(model: MiniMaxM2) -> None:
 
 
 def double_a_scale(model: MiniMaxM2) -> None:
-    """One block of every expert's gate, which silent and coded experts do not tell from the right one."""
+    """One block of every expert's gate, which silent and coded experts do not tell from the
+    right one.
+    """
     weight = moe(model).expert_mlps.mlp_op.gate_up_proj
     scale = weight.scale.clone()
     scale[:, 0, 0] *= 2
@@ -118,7 +127,9 @@ class LateSteps(EagerBackend):
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
-    """A device in this process, whose backend is made from a probe and the options of the request."""
+    """A device in this process, whose backend is made from a probe and the options of the
+    request.
+    """
 
     request: Request
     make: Callable[[Path, CPUOptions], EagerBackend] = EagerBackend

@@ -1,5 +1,7 @@
-"""The device check with CPU backends on both sides: a right device passes, and each fault is found where it is and
-named. The device's faults are built in `tests/faulty_device.py`, apart from the faults that the check knows."""
+"""The device check with CPU backends on both sides: a right device passes, and each fault is
+found where it is and named. The device's faults are built in `tests/faulty_device.py`, apart
+from the faults that the check knows.
+"""
 
 import json
 import sys
@@ -17,7 +19,13 @@ from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.run import convert
 from neuron_minimax.device_check import schedule, tokens
-from neuron_minimax.device_check.check import CompiledDevice, Device, Request, check_device, run_checks
+from neuron_minimax.device_check.check import (
+    CompiledDevice,
+    Device,
+    Request,
+    check_device,
+    run_checks,
+)
 from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault
 from neuron_minimax.device_check.router import Choice, RouterCase, judge_router
@@ -79,13 +87,43 @@ def test_a_device_that_rounds_elsewhere_passes_every_check(converted: Path, work
 @pytest.mark.parametrize(
     ("broken", "wanted", "check", "cause"),
     [
-        (faults.drop_bias, "FPPS", "router", "without e_score_correction_bias: it is missing on the device"),
-        (faults.round_router, "FPPS", "router", "with the gate and e_score_correction_bias rounded to BF16"),
-        (faults.move_experts, "FPPS", "router", "no known fault explains it: experts may be out of place"),
+        (
+            faults.drop_bias,
+            "FPPS",
+            "router",
+            "without e_score_correction_bias: it is missing on the device",
+        ),
+        (
+            faults.round_router,
+            "FPPS",
+            "router",
+            "with the gate and e_score_correction_bias rounded to BF16",
+        ),
+        (
+            faults.move_experts,
+            "FPPS",
+            "router",
+            "no known fault explains it: experts may be out of place",
+        ),
         (faults.halve_values, "PFSS", "value and output projection", "no known fault explains it"),
-        (faults.split_norms, "PPFS", "QK norm", "each of the 2 ranks takes the QK norm over its own heads"),
-        (faults.rotate_everything, "PPFS", "QK norm", "RoPE rotates all 128 channels of a head instead of the"),
-        (faults.swap_gate_and_up, "PPPF", "one layer", "the gate and up projections of the experts are swapped"),
+        (
+            faults.split_norms,
+            "PPFS",
+            "QK norm",
+            "each of the 2 ranks takes the QK norm over its own heads",
+        ),
+        (
+            faults.rotate_everything,
+            "PPFS",
+            "QK norm",
+            "RoPE rotates all 128 channels of a head instead of the",
+        ),
+        (
+            faults.swap_gate_and_up,
+            "PPPF",
+            "one layer",
+            "the gate and up projections of the experts are swapped",
+        ),
         (faults.double_a_scale, "PPPF", "one layer", "what is left is the experts"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -133,7 +171,13 @@ def test_a_bias_lost_in_token_generation_alone_is_counted_by_phase(converted: Pa
 
 
 def compiled(work: Path, *command: str, limit: float = 120.0) -> Device:
-    options = {"slots": 3, "seq_len": 40, "buckets": (8, 24), "engine": "eager", "compute": "float32"}
+    options = {
+        "slots": 3,
+        "seq_len": 40,
+        "buckets": (8, 24),
+        "engine": "eager",
+        "compute": "float32",
+    }
     device = CompiledDevice(work=work, backend="cpu", options=options, progress=lambda line: None, limit=limit)
     return replace(device, command=command) if command else device
 
@@ -290,7 +334,10 @@ def test_near_ties_may_fall_either_way_and_nothing_else_may() -> None:
 def test_the_margin_of_a_choice_covers_what_rounding_the_hidden_state_to_bf16_moves() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(400, 256, generator=generator)
-    gate, bias = torch.randn(32, 256, generator=generator) / 8, torch.randn(32, generator=generator) / 4
+    gate, bias = (
+        torch.randn(32, 256, generator=generator) / 8,
+        torch.randn(32, generator=generator) / 4,
+    )
     exact = RouterCase(gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4)
     rounded = replace(exact, inputs_NH=hidden.bfloat16())
     moved = (exact.choice().choice_NE - rounded.choice().choice_NE).abs()
@@ -318,14 +365,21 @@ def test_probes_differ_in_weights_alone(converted: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(own.array(name), stored)
 
 
-def test_coded_experts_write_one_channel_each_in_every_block_of_their_channels(tmp_path: Path) -> None:
+def test_coded_experts_write_one_channel_each_in_every_block_of_their_channels(
+    tmp_path: Path,
+) -> None:
     convert(write_tiny(tmp_path / "source", intermediate_size=256), tmp_path / "converted")
     layer = Layer(tmp_path / "converted", 0)
     write_probe(layer, Probe.ROUTER, tmp_path / "probe")
     stored = TensorDirectory(tmp_path / "probe")
     prefix = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
     gate_up, down = (
-        dequantize(stored.tensor(f"{prefix}{name}.weight"), stored.tensor(f"{prefix}{name}.scale"), (128, 128), parts)
+        dequantize(
+            stored.tensor(f"{prefix}{name}.weight"),
+            stored.tensor(f"{prefix}{name}.scale"),
+            (128, 128),
+            parts,
+        )
         for name, parts in (("gate_up_proj", 2), ("down_proj", 1))
     )
     for expert in range(8):
@@ -398,7 +452,16 @@ def test_the_full_model_is_checked_last_from_its_compiled_directory(tmp_path: Pa
 def test_the_command_prints_verdicts_and_exits_by_them(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    arguments = ["check-device", str(converted), str(tmp_path), "--backend", "cpu", "--engine", "eager", "--json"]
+    arguments = [
+        "check-device",
+        str(converted),
+        str(tmp_path),
+        "--backend",
+        "cpu",
+        "--engine",
+        "eager",
+        "--json",
+    ]
     code = main([*arguments, "--seq-len", "40", "--buckets", "8,24", "--batch-size", "2", "--layer", "1"])
     found = json.loads(capsys.readouterr().out)
     assert (code, found["passed"], len(found["verdicts"])) == (0, True, 4)

@@ -33,7 +33,9 @@ def check_device(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Try one layer on this machine's device against the CPU, part by part; exit 1 when a check fails."""
+    """Try one layer on this machine's device against the CPU, part by part; exit 1 when a check
+    fails.
+    """
     from neuron_minimax.device_check.check import check_device as run_checks
 
     options: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""All checks in order: write the probes, have the device run them one after another, judge each against the CPU."""
+"""All checks in order: write the probes, have the device run them one after another, judge each
+against the CPU.
+"""
 
 import importlib
 import os
@@ -21,7 +23,14 @@ from neuron_minimax.device_check.probes import TARGETS, Layer, Probe, write_prob
 from neuron_minimax.device_check.reference import Fault, Reference
 from neuron_minimax.device_check.run import read_logits, write_prompts, write_rounds
 from neuron_minimax.device_check.schedule import Limits, Round
-from neuron_minimax.device_check.verdicts import Expectation, KnownFault, Report, Status, Verdict, judge_logits
+from neuron_minimax.device_check.verdicts import (
+    Expectation,
+    KnownFault,
+    Report,
+    Status,
+    Verdict,
+    judge_logits,
+)
 from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.model.minimax import MiniMaxM2
 
@@ -35,7 +44,9 @@ Run = Callable[[Path, Path, Path], None]
 
 
 class Device(Protocol):
-    """What runs models, each in a process of its own; raises BackendError when that fails, crashes or hangs."""
+    """What runs models, each in a process of its own; raises BackendError when that fails,
+    crashes or hangs.
+    """
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
         """Compile a probe, unless that was done, and run it."""
@@ -88,7 +99,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check of a probe: what is asked, the faults it has to see, and the words for a failure without a cause."""
+    """One check of a probe: what is asked, the faults it has to see, and the words for a failure
+    without a cause.
+    """
 
     name: str
     probe: Probe
@@ -146,10 +159,12 @@ def check_device(
     traced: Path | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
-    """Compile and run the probes of one layer on this machine's device, then the full model in `traced` if given.
+    """Compile and run the probes of one layer on this machine's device, then the full model in
+    `traced` if given.
 
-    `options` are the backend's, None counts as absent. On backend "cpu" it is a rehearsal. Raises BackendError for
-    options that cannot work or packages that are missing, and what `run_checks` raises.
+    `options` are the backend's, None counts as absent. On backend "cpu" it is a rehearsal. Raises
+    BackendError for options that cannot work or packages that are missing, and what `run_checks`
+    raises.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} does not exist; expected {' or '.join(BACKENDS)}")
@@ -184,11 +199,17 @@ def run_checks(
 ) -> Report:
     """Run all checks on a device; a check that contains what has failed is skipped.
 
-    `full_model` is a compiled directory, for the first tokens. Probes, compiled probes and logits lie in `work`.
-    Raises ConversionError, BackendError or GenerationError for an input that nothing can be checked with.
+    `full_model` is a compiled directory, for the first tokens. Probes, compiled probes and logits
+    lie in `work`. Raises ConversionError, BackendError or GenerationError for an input that nothing
+    can be checked with.
     """
     layer = Layer(converted, request.layer)
-    limits = Limits(slots=request.slots, seq_len=request.seq_len, buckets=request.buckets, vocabulary=layer.vocabulary)
+    limits = Limits(
+        slots=request.slots,
+        seq_len=request.seq_len,
+        buckets=request.buckets,
+        vocabulary=layer.vocabulary,
+    )
     if work.resolve() == converted.resolve():
         raise ConversionError(f"{work} is the converted directory itself; choose another work directory")
     prompts = [] if full_model is None else tokens.read_prompts(full_model / "model")
@@ -219,7 +240,9 @@ def _answer_directory(work: Path, check: str) -> Path:
 
 
 def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The verdict of a check that holds parts which have failed, or were not checked; None when all are right."""
+    """The verdict of a check that holds parts which have failed, or were not checked; None when
+    all are right.
+    """
     missing = [verdict.check for verdict in verdicts if verdict.check in needs and verdict.status is not Status.PASS]
     if not missing:
         return None
@@ -283,7 +306,10 @@ def _router_case(layer: Layer, inputs_NH: torch.Tensor) -> router.RouterCase:
         for kind in ("gate", "e_score_correction_bias")
     )
     return router.RouterCase(
-        gate_EH=gate, bias_E=bias, inputs_NH=inputs_NH, experts_per_token=layer.config.num_experts_per_tok
+        gate_EH=gate,
+        bias_E=bias,
+        inputs_NH=inputs_NH,
+        experts_per_token=layer.config.num_experts_per_tok,
     )
 
 
@@ -306,7 +332,10 @@ def _ask(run: Run, model: Path, answer: Path, name: str) -> torch.Tensor | Verdi
 
 
 def _first_tokens(
-    converted: Path, prompts: Sequence[Sequence[int]], compute: str, found_PTV: torch.Tensor | Verdict
+    converted: Path,
+    prompts: Sequence[Sequence[int]],
+    compute: str,
+    found_PTV: torch.Tensor | Verdict,
 ) -> Verdict:
     if isinstance(found_PTV, Verdict):
         return found_PTV

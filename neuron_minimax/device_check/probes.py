@@ -1,8 +1,9 @@
 """Probes: converted directories of one real layer whose logits show one thing each.
 
-All have the same tensors, dtypes and shapes, so that their graphs are the same; only weights differ. What is not
-under test is put to zero, and where a probe reads channels of the residual stream, one logit is one channel: the
-embedding is zero there, so that nothing is added to what the layer wrote.
+All have the same tensors, dtypes and shapes, so that their graphs are the same; only weights
+differ. What is not under test is put to zero, and where a probe reads channels of the residual
+stream, one logit is one channel: the embedding is zero there, so that nothing is added to what the
+layer wrote.
 Shapes: V tokens of the probe, H hidden, E experts, I intermediate.
 """
 
@@ -31,13 +32,15 @@ from neuron_minimax.convert.rules import RULES, Rule, module_of, target_scale_na
 from neuron_minimax.convert.run import FORMAT_VERSION, MANIFEST_NAME, read_manifest
 from neuron_minimax.errors import ConversionError
 
-# Most tokens of a probe. A layer computes the same for any vocabulary, and 200,064 tokens would add 2.4 GB to each
-# probe; 6144 is a multiple of every tp degree, so that no rank's share of the head is padded.
+# Most tokens of a probe. A layer computes the same for any vocabulary, and 200,064 tokens would add
+# 2.4 GB to each probe; 6144 is a multiple of every tp degree, so that no rank's share of the head
+# is padded.
 MOST_TOKENS = 6144
 # In units of the embedding's root mean square, which the coded probes make 1.
 CONSTANT = 4.0
 EXPERT_OUTPUT = 16.0
-# Per-layer fields of config.json that are lists, and fields that name tokens of the whole vocabulary.
+# Per-layer fields of config.json that are lists, and fields that name tokens of the whole
+# vocabulary.
 PER_LAYER_FIELDS = ("attn_type_list",)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -63,7 +66,9 @@ class Target:
     is_scale: bool
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """Float32 values as stored elements; those of probes are powers of two, or rounded once to BF16."""
+        """Float32 values as stored elements; those of probes are powers of two, or rounded once
+        to BF16.
+        """
         if self.dtype == "F8_E4M3":
             return fp8.encode(values)
         if self.dtype == "BF16":
@@ -78,8 +83,10 @@ Change = Callable[[Target], Content]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCode:
-    """How an expert shows that it was chosen: it writes one channel of the residual stream, the same amount whichever
-    expert it is. Its input is channel `constant`, which every token's embedding holds alike."""
+    """How an expert shows that it was chosen: it writes one channel of the residual stream, the
+    same amount whichever expert it is. Its input is channel `constant`, which every token's
+    embedding holds alike.
+    """
 
     constant: int
     channels: np.ndarray  # [E], what each expert writes
@@ -125,7 +132,10 @@ class Layer:
     def targets(self) -> Iterator[Target]:
         """Every tensor of a probe, by the conversion's rules."""
         for kind, rule in TARGETS.items():
-            for is_scale, template in ((False, rule.target), (True, target_scale_name(rule.target))):
+            for is_scale, template in (
+                (False, rule.target),
+                (True, target_scale_name(rule.target)),
+            ):
                 source = template.format(l=self.number)
                 if is_scale and source not in self.tensors.entries:
                     continue
@@ -133,7 +143,14 @@ class Layer:
                 cut = SCHEMA[rule.sources[0]].dimensions[0] == "V"
                 shape = (self.vocabulary, *entry.shape[1:]) if cut else entry.shape
                 name = template.format(l=0)
-                yield Target(kind=kind, name=name, source=source, dtype=entry.dtype, shape=shape, is_scale=is_scale)
+                yield Target(
+                    kind=kind,
+                    name=name,
+                    source=source,
+                    dtype=entry.dtype,
+                    shape=shape,
+                    is_scale=is_scale,
+                )
 
     def probe_config(self) -> dict[str, Any]:
         """config.json of a probe: one layer, fewer tokens, else the converted directory's."""
@@ -154,7 +171,9 @@ class Layer:
 
     @cached_property
     def code(self) -> ExpertCode:
-        """The experts' code for this layer. Raises ConversionError when the norm before the experts is all zero."""
+        """The experts' code for this layer. Raises ConversionError when the norm before the
+        experts is all zero.
+        """
         config = self.config
         norm = dense.to_float32(self.stored("post_attention_layernorm"))
         constant = int(np.abs(norm).argmax())
@@ -177,12 +196,15 @@ class Layer:
 
     @cached_property
     def attention_channels(self) -> np.ndarray:
-        """Channels of the residual stream that the attention probe reads: every other one, as far as logits go."""
+        """Channels of the residual stream that the attention probe reads: every other one, as
+        far as logits go.
+        """
         return np.arange(0, self.config.hidden_size, 2)[: self.vocabulary]
 
 
 def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
-    """Write a probe as a converted directory, or recognize it as written; piece by piece, never half.
+    """Write a probe as a converted directory, or recognize it as written; piece by piece, never
+    half.
 
     Raises ConversionError when the disk is too small, or the directory holds something else.
     """
@@ -260,8 +282,10 @@ def _silent(layer: Layer, target: Target) -> Content:
 
 
 def _masked_embedding(layer: Layer, read: np.ndarray, coded: bool, target: Target) -> Content:
-    """The tokens' own embeddings, each of root mean square 1 (the norm takes its size away in any case), zero in the
-    channels that are read; with the experts' constant channel when `coded`."""
+    """The tokens' own embeddings, each of root mean square 1 (the norm takes its size away in
+    any case), zero in the channels that are read; with the experts' constant channel when
+    `coded`.
+    """
 
     def content(taken: slice) -> np.ndarray:
         rows = dense.to_float32(layer.tensors.array(target.source)[layer.token_rows[taken]]).copy()
@@ -311,7 +335,9 @@ def _coded_down(layer: Layer, target: Target) -> Content:
 
 
 def _one_row(target: Target, row: int, columns: np.ndarray, value: float) -> Content:
-    """Experts that read one input channel; of FP8 the size is in the scales and the sign in the codes."""
+    """Experts that read one input channel; of FP8 the size is in the scales and the sign in the
+    codes.
+    """
     if target.is_scale:
         return _scales(target, abs(value))
     value = float(np.sign(value)) if target.dtype == "F8_E4M3" else value

@@ -1,7 +1,10 @@
-"""The CPU's side of a check: the eager model over the same probe, and the same model with one known fault.
+"""The CPU's side of a check: the eager model over the same probe, and the same model with one known
+fault.
 
-A fault's logits serve twice: they show that the probe would see it, and name it when the device gives them.
-Shapes: N rows, V vocabulary, H hidden, Q width of a projection, A attention heads, D head_dim, B batch, T tokens.
+A fault's logits serve twice: they show that the probe would see it, and name it when the device
+gives them.
+Shapes: N rows, V vocabulary, H hidden, Q width of a projection, A attention heads, D head_dim, B
+batch, T tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,30 +13,97 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from neuron_minimax.backends.cpu import CPUOptions
 from neuron_minimax.backends.eager import EagerBackend
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check.schedule import Limits, Round, run_rounds
-from neuron_minimax.kernels.fp8 import FP8_DTYPES
-from neuron_minimax.kernels.fp8_mlp import expert_mlp
+from neuron_minimax.kernels.fp8 import FP8_DTYPES, dequantize
+from neuron_minimax.kernels.fp8_mlp import BLOCK
 from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Weight
 from neuron_minimax.model.minimax import DecoderLayer, MiniMaxM2
 from neuron_minimax.model.moe import Router, Routing
 from neuron_minimax.planner.sharding import head_layout
 
 
-def last_token_experts(
-    hidden_TH: torch.Tensor, expert_index_TK: torch.Tensor, affinity_TK: torch.Tensor, *weights: Any, **named: Any
-) -> torch.Tensor:
-    """The experts' output [T,H] for the last token alone, zero before it, which spares most of the work."""
-    out_TH = torch.zeros_like(hidden_TH)
-    out_TH[-1:] = expert_mlp(hidden_TH[-1:], expert_index_TK[-1:], affinity_TK[-1:], *weights, **named)
-    return out_TH
+class ExpandedWeights:
+    """The eager kernels over weights that are expanded from FP8 once and kept, not for every token
+    again.
 
+    A product of BF16 is one of float32 whose inputs and result are rounded to BF16: that is how the
+    device defines it, and few CPUs have another way that is fast. With `last_token` experts run for
+    the last token alone, zero before it.
+    """
 
-LAST_TOKEN = Kernels(expert_mlp=last_token_experts)
+    def __init__(self, compute: torch.dtype) -> None:
+        self.compute = compute
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def kernels(self, *, last_token: bool) -> Kernels:
+        return Kernels(
+            linear=self.linear,
+            expert_mlp=self.last_token_experts if last_token else self.expert_mlp,
+        )
+
+    def linear(
+        self,
+        hidden_NI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        scale: torch.Tensor | None,
+        block: tuple[int, int],
+    ) -> torch.Tensor:
+        expanded_OI = self._expanded((id(weight_OI), 0), weight_OI, scale, block)
+        return F.linear(hidden_NI.float(), expanded_OI).to(self.compute)
+
+    def expert_mlp(
+        self,
+        hidden_TH: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        affinity_TK: torch.Tensor,
+        gate_up: torch.Tensor,
+        gate_up_scale: torch.Tensor | None,
+        down: torch.Tensor,
+        down_scale: torch.Tensor | None,
+        block: tuple[int, int] = BLOCK,
+    ) -> torch.Tensor:
+        out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        for expert in expert_index_TK.unique().tolist():
+            tokens, places = torch.where(expert_index_TK == expert)
+            scales = [None if scale is None else scale[expert] for scale in (gate_up_scale, down_scale)]
+            wide_H2I = self._expanded((id(gate_up), expert), gate_up[expert], scales[0], block, parts=2)
+            down_IH = self._expanded((id(down), expert), down[expert], scales[1], block)
+            gate_TI, up_TI = (hidden_TH[tokens].float() @ wide_H2I).to(self.compute).chunk(2, dim=-1)
+            product_TH = ((F.silu(gate_TI) * up_TI).float() @ down_IH).to(self.compute)
+            out_TH = out_TH.index_add(0, tokens, product_TH.float() * affinity_TK[tokens, places, None])
+        return out_TH.to(hidden_TH.dtype)
+
+    def last_token_experts(
+        self,
+        hidden_TH: torch.Tensor,
+        expert_index_TK: torch.Tensor,
+        affinity_TK: torch.Tensor,
+        *weights: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        out_TH = torch.zeros_like(hidden_TH)
+        last = slice(-1, None)
+        out_TH[last] = self.expert_mlp(hidden_TH[last], expert_index_TK[last], affinity_TK[last], *weights, **named)
+        return out_TH
+
+    def _expanded(
+        self,
+        key: tuple[int, int],
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        block: tuple[int, int],
+        parts: int = 1,
+    ) -> torch.Tensor:
+        """The weight's values in the compute dtype, held in float32."""
+        if key not in self.kept:
+            self.kept[key] = dequantize(weight, scale, block, parts).to(self.compute).float()
+        return self.kept[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +122,20 @@ class Reference(EagerBackend):
     """
 
     def __init__(
-        self, probe: Path, limits: Limits, compute: str, fault: Fault | None = None, *, only_steps: bool = False
+        self,
+        probe: Path,
+        limits: Limits,
+        compute: str,
+        fault: Fault | None = None,
+        *,
+        only_steps: bool = False,
     ) -> None:
         options = CPUOptions(
-            slots=limits.slots, seq_len=limits.seq_len, buckets=limits.buckets, compute=compute, engine="eager"
+            slots=limits.slots,
+            seq_len=limits.seq_len,
+            buckets=limits.buckets,
+            compute=compute,
+            engine="eager",
         )
         super().__init__(probe, options)
         self.encoding_model = self.model
@@ -66,6 +146,7 @@ class Reference(EagerBackend):
         self.generation_model = self.model
         if fault is not None and not only_steps:
             self.encoding_model = self.model
+        self.weights = ExpandedWeights(self.model.compute)
         self.router_inputs: list[torch.Tensor] = []  # [tokens of a call, H]
         for model in {self.encoding_model, self.generation_model}:
             moe = layer_of(model).block_sparse_moe
@@ -80,18 +161,24 @@ class Reference(EagerBackend):
         return super()._step(tokens, positions, active)
 
     def _run(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
-        """As the eager backend; no logits and no keys of one layer depend on what experts give for earlier tokens."""
-        kernels = LAST_TOKEN if ids_BT.shape[1] > 1 else Kernels()
+        """As the eager backend; no logits and no keys of one layer depend on what experts give
+        for earlier tokens.
+        """
+        kernels = self.weights.kernels(last_token=ids_BT.shape[1] > 1)
         filled = int(positions_BT.max()) + 1
         hidden_BTH, _ = self.model.hidden_states(
             ids_BT, positions_BT, cache=self.cache, rows_B=rows_B, filled=filled, kernels=kernels
         )
         return hidden_BTH
 
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden, self.weights.kernels(last_token=False)).float()
+
     def run(self, rounds: Sequence[Round]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N,V] and what the router was given [N,H], in the order of `rows_of`."""
         self.router_inputs.clear()
         logits_NV = run_rounds(self, rounds)
+        self.weights.kept.clear()
         calls = iter(self.router_inputs)
         inputs = []
         for round_ in rounds:
@@ -117,7 +204,9 @@ class RecordingRouter(Router):
 
 
 class GroupedRMSNorm(RMSNorm):
-    """RMSNorm that takes the mean square of each head from some heads only; `shares` [A,A] says with which weight."""
+    """RMSNorm that takes the mean square of each head from some heads only; `shares` [A,A] says
+    with which weight.
+    """
 
     def __init__(self, norm: RMSNorm, shares: torch.Tensor) -> None:
         super().__init__(norm.weight.shape[0], norm.epsilon)
@@ -222,7 +311,9 @@ def expert_faults(model: MiniMaxM2) -> list[Fault]:
 
 
 def _rank_shares(config: ModelConfig, tp_degree: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For queries and for keys, how much of each head's mean square a rank's norm takes into each of its heads'."""
+    """For queries and for keys, how much of each head's mean square a rank's norm takes into
+    each of its heads'.
+    """
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp_degree)
     queries = [layout.query_slots_of(rank) for rank in range(tp_degree)]
     keys = [layout.key_value_slots_of(rank) for rank in range(tp_degree)]
@@ -230,7 +321,9 @@ def _rank_shares(config: ModelConfig, tp_degree: int) -> tuple[torch.Tensor, tor
 
 
 def _shares(ranks: Sequence[Sequence[int | None]], heads: int) -> torch.Tensor:
-    """[A,A]; a head that is on several ranks counts with the first of them, as padding its zeros count."""
+    """[A,A]; a head that is on several ranks counts with the first of them, as padding its zeros
+    count.
+    """
     shares = torch.zeros(heads, heads)
     seen: set[int] = set()
     for slots in ranks:

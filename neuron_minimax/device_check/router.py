@@ -1,4 +1,5 @@
-"""The router's verdict: which experts the coded probe shows, against what the CPU chooses from the same hidden states.
+"""The router's verdict: which experts the coded probe shows, against what the CPU chooses from the
+same hidden states.
 
 Shapes: N rows, H hidden, E experts, K chosen per token.
 """
@@ -11,22 +12,31 @@ from functools import cached_property
 import torch
 
 from neuron_minimax.device_check.schedule import Phase, Row
-from neuron_minimax.device_check.verdicts import Measurement, Status, Verdict, tool_failure, unusable_logits
+from neuron_minimax.device_check.verdicts import (
+    Measurement,
+    Status,
+    Verdict,
+    tool_failure,
+    unusable_logits,
+)
 
 CHECK = "router"
-# An expert that wrote less than this part of what the largest wrote was not chosen: its channel is zero.
+# An expert that wrote less than this part of what the largest wrote was not chosen: its channel is
+# zero.
 SHOWN = 1e-6
 # A known fault is named as the cause when it explains so many of the wrong tokens.
 EXPLAINED = 0.9
-# Standard deviations of a router logit under rounding of its inputs; and roundings of an affinity on its way to a
-# logit: itself, the expert's output, the sum, the norm, the head.
+# Standard deviations of a router logit under rounding of its inputs; and roundings of an affinity
+# on its way to a logit: itself, the expert's output, the sum, the norm, the head.
 DEVIATIONS, ROUNDINGS = 3, 8
 LEAST_AFFINITY = 1e-4  # relative; float32 sums in another order give less
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is chosen from scores: `chosen_NE` bool, and by how much rounding may move each expert's `choice_NE`."""
+    """What is chosen from scores: `chosen_NE` bool, and by how much rounding may move each
+    expert's `choice_NE`.
+    """
 
     choice_NE: torch.Tensor
     margin_NE: torch.Tensor
@@ -53,7 +63,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterCase:
-    """The layer's gate [E,H] and bias [E] in float32, and what the router was given, [N,H] in the compute dtype."""
+    """The layer's gate [E,H] and bias [E] in float32, and what the router was given, [N,H] in
+    the compute dtype.
+    """
 
     gate_EH: torch.Tensor
     bias_E: torch.Tensor
@@ -63,7 +75,8 @@ class RouterCase:
     def choice(self, *, gate_EH: torch.Tensor | None = None, bias_E: torch.Tensor | None = None) -> Choice:
         """The choice with this gate and bias in place of the layer's own.
 
-        The hidden state is rounded twice, after the norm and after its weight; the margin is what that may do.
+        The hidden state is rounded twice, after the norm and after its weight; the margin is what
+        that may do.
         """
         gate_EH = self.gate_EH if gate_EH is None else gate_EH
         bias_E = self.bias_E if bias_E is None else bias_E
@@ -74,7 +87,11 @@ class RouterCase:
         margin_NE = DEVIATIONS * deviation_NE * scores_NE * (1 - scores_NE)
         # Sums in float32 in any order, and the rounding of score + bias.
         margin_NE = margin_NE + 4 * torch.finfo(torch.float32).eps * (1 + bias_E.abs())
-        return Choice(choice_NE=scores_NE + bias_E, margin_NE=margin_NE, experts_per_token=self.experts_per_token)
+        return Choice(
+            choice_NE=scores_NE + bias_E,
+            margin_NE=margin_NE,
+            experts_per_token=self.experts_per_token,
+        )
 
     @property
     def affinity_NE(self) -> torch.Tensor:
@@ -84,7 +101,10 @@ class RouterCase:
 
     def known_faults(self) -> dict[str, Choice]:
         """What each known fault would choose, by what it completes: "the choices are those ..."."""
-        short_gate_EH, short_bias_E = self.gate_EH.bfloat16().float(), self.bias_E.bfloat16().float()
+        short_gate_EH, short_bias_E = (
+            self.gate_EH.bfloat16().float(),
+            self.bias_E.bfloat16().float(),
+        )
         summed_NE = (self.inputs_NH.float() @ short_gate_EH.T).sigmoid().bfloat16() + self.bias_E.bfloat16()
         in_bf16 = Choice(
             choice_NE=summed_NE.float(),
@@ -105,11 +125,15 @@ class RouterCase:
 
 
 def judge_router(
-    case: RouterCase, rows: Sequence[Row], read_NE: tuple[torch.Tensor, torch.Tensor], vocabulary_NV: torch.Tensor
+    case: RouterCase,
+    rows: Sequence[Row],
+    read_NE: tuple[torch.Tensor, torch.Tensor],
+    vocabulary_NV: torch.Tensor,
 ) -> Verdict:
     """Compare what the device's logits show with the CPU's choice.
 
-    `read_NE` are the experts' logits of the CPU and of the device, `vocabulary_NV` all logits of the device.
+    `read_NE` are the experts' logits of the CPU and of the device, `vocabulary_NV` all logits of
+    the device.
     """
     expected_NE, found_NE = read_NE
     blind = _why_blind(case, expected_NE)
@@ -148,7 +172,9 @@ def _why_blind(case: RouterCase, expected_NE: torch.Tensor) -> Verdict | None:
     everywhere = case.gate_EH.shape[0] == case.experts_per_token
     if everywhere or len({tuple(row) for row in own.chosen_NE.tolist()}) < 2:
         return tool_failure(
-            CHECK, "every token has the same experts, so nothing can be seen", "choose another layer with --layer"
+            CHECK,
+            "every token has the same experts, so nothing can be seen",
+            "choose another layer with --layer",
         )
     without = case.choice(bias_E=torch.zeros_like(case.bias_E))
     spread = float(case.bias_E.max() - case.bias_E.min())
@@ -197,11 +223,20 @@ def _wrong_experts(case: RouterCase, rows: Sequence[Row], shown_NE: torch.Tensor
             "look for the parameter in the compiled graph's inputs and its dtype after NxDI's layout transformation; "
             "believe no later check before this one passes"
         )
-    return Verdict(check=CHECK, status=Status.FAIL, finding=finding, measured=measured, meaning=meaning, next_step=step)
+    return Verdict(
+        check=CHECK,
+        status=Status.FAIL,
+        finding=finding,
+        measured=measured,
+        meaning=meaning,
+        next_step=step,
+    )
 
 
 def _cause(case: RouterCase, shown_NE: torch.Tensor, wrong_N: torch.Tensor) -> str | None:
-    """The known fault that explains the wrong tokens and contradicts no other; the first that explains most."""
+    """The known fault that explains the wrong tokens and contradicts no other; the first that
+    explains most.
+    """
     explained = {
         cause: float(choice.allows(shown_NE).float().mean()) * float(choice.allows(shown_NE)[wrong_N].float().mean())
         for cause, choice in case.known_faults().items()

@@ -1,6 +1,8 @@
-"""The process that runs a check on a compiled model: `python -m neuron_minimax.device_check.run TRACED ASKED LOGITS`.
+"""The process that runs a check on a compiled model: `python -m neuron_minimax.device_check.run
+TRACED ASKED LOGITS`.
 
-ASKED is a JSON file of `write_rounds` or `write_prompts`; LOGITS a safetensors file, there when all went well.
+ASKED is a JSON file of `write_rounds` or `write_prompts`; LOGITS a safetensors file, there when all
+went well.
 """
 
 import json
@@ -31,7 +33,9 @@ def write_prompts(path: Path, prompts: Sequence[Sequence[int]], tokens: int) -> 
 
 
 def answer(backend: "Backend", asked: Path, logits: Path) -> None:
-    """Run what is asked and write {"logits"}: [N,V] of rounds, or [P,tokens,V] of prompts that are continued."""
+    """Run what is asked and write {"logits"}: [N,V] of rounds, or [P,tokens,V] of prompts that
+    are continued.
+    """
     from safetensors.torch import save_file
 
     from neuron_minimax.device_check.schedule import SlotTokens, greedy, run_rounds
@@ -40,7 +44,11 @@ def answer(backend: "Backend", asked: Path, logits: Path) -> None:
     if "rounds" in request:
         rounds = [
             tuple(
-                SlotTokens(slot=row["slot"], prompt=tuple(row["prompt"]), continuation=tuple(row["continuation"]))
+                SlotTokens(
+                    slot=row["slot"],
+                    prompt=tuple(row["prompt"]),
+                    continuation=tuple(row["continuation"]),
+                )
                 for row in round_
             )
             for round_ in request["rounds"]

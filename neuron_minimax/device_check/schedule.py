@@ -1,4 +1,5 @@
-"""What a probe is asked: prompts in slots and tokens after them, the same for the device and the CPU.
+"""What a probe is asked: prompts in slots and tokens after them, the same for the device and the
+CPU.
 
 Shapes: N rows, one for each prompt and each step of each slot; V vocabulary.
 """
@@ -78,7 +79,9 @@ def rows_of(rounds: Sequence[Round]) -> list[Row]:
 
 
 def run_rounds(backend: Backend, rounds: Sequence[Round]) -> torch.Tensor:
-    """Logits [N,V] float32: each prompt of a round is encoded, then all its slots take their steps together."""
+    """Logits [N,V] float32: each prompt of a round is encoded, then all its slots take their
+    steps together.
+    """
     logits = []
     for round_ in rounds:
         for sequence in round_:
@@ -102,7 +105,9 @@ def _step(slots: int, round_: Round, step: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def router_rounds(limits: Limits) -> list[Round]:
-    """Many prompts of unequal lengths with one step each: a token's experts do not depend on other tokens here."""
+    """Many prompts of unequal lengths with one step each: a token's experts do not depend on
+    other tokens here.
+    """
     return _short_rounds(limits, ROUTER_ROWS, 16, 1)
 
 
@@ -127,7 +132,9 @@ def attention_rounds(limits: Limits) -> list[Round]:
 
 
 def layer_rounds(limits: Limits) -> list[Round]:
-    """Those of `attention_rounds`, and more short ones, since tokens whose experts nearly tie are left out."""
+    """Those of `attention_rounds`, and more short ones, since tokens whose experts nearly tie
+    are left out.
+    """
     return attention_rounds(limits) + _short_rounds(limits, LAYER_ROWS, 16, 2)
 
 

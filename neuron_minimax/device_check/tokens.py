@@ -1,4 +1,5 @@
-"""The last check: the full model's first tokens on the device, each held against the CPU after the same tokens.
+"""The last check: the full model's first tokens on the device, each held against the CPU after the
+same tokens.
 
 Shapes: P prompts, T tokens of each answer, V vocabulary.
 """
@@ -30,7 +31,9 @@ TEXTS = (
 
 
 def read_prompts(model: Path) -> list[list[int]]:
-    """The tokens of a few questions. Raises GenerationError when the directory has no usable tokenizer."""
+    """The tokens of a few questions. Raises GenerationError when the directory has no usable
+    tokenizer.
+    """
     from neuron_minimax.generation.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer.from_dir(model)
@@ -38,7 +41,9 @@ def read_prompts(model: Path) -> list[list[int]]:
 
 
 def cpu_logits(model: Path, prompts: Sequence[Sequence[int]], answers_PT: torch.Tensor, compute: str) -> torch.Tensor:
-    """Logits [P,T,V] of the eager model after each prompt and the device's tokens before: one pass per prompt."""
+    """Logits [P,T,V] of the eager model after each prompt and the device's tokens before: one
+    pass per prompt.
+    """
     count = answers_PT.shape[1]
     longest = max(len(prompt) for prompt in prompts) + count
     options = CPUOptions(slots=1, seq_len=longest, buckets=(longest,), compute=compute, engine="eager")
@@ -51,7 +56,9 @@ def cpu_logits(model: Path, prompts: Sequence[Sequence[int]], answers_PT: torch.
 
 
 def judge_tokens(found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PTV: torch.Tensor) -> Verdict:
-    """Every token of the device has to be the CPU's first choice, or so near to it that rounding may decide."""
+    """Every token of the device has to be the CPU's first choice, or so near to it that rounding
+    may decide.
+    """
     unusable = unusable_logits(CHECK, found_PTV.flatten(0, 1), expected_PTV.flatten(0, 1))
     if unusable is not None:
         return unusable

@@ -16,8 +16,8 @@ from neuron_minimax.device_check.schedule import Phase, Row
 
 # Least relative error that counts as one, per compute dtype: the order of sums alone gives less.
 LEAST_TOLERANCE = {"float32": 1e-4, "bf16": 0.01}
-# The device and the CPU's BF16 each lie about one rounding error away from float32, in different directions; the
-# largest of other rows may be twice as far away.
+# The device and the CPU's BF16 each lie about one rounding error away from float32, in different
+# directions; the largest of other rows may be twice as far away.
 ROUNDING_ERRORS = 4
 
 
@@ -29,7 +29,9 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A difference and what is allowed, in the unit that `what` names, and where the tolerance comes from."""
+    """A difference and what is allowed, in the unit that `what` names, and where the tolerance
+    comes from.
+    """
 
     what: str
     difference: float
@@ -90,7 +92,9 @@ class Report:
 
 
 def relative_error(found_NV: torch.Tensor, expected_NV: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the difference over that of the expected logits, [N]; infinite where nothing is finite."""
+    """Root mean square of the difference over that of the expected logits, [N]; infinite where
+    nothing is finite.
+    """
     difference_NV = found_NV.double() - expected_NV.double()
     error_N = difference_NV.norm(dim=1) / expected_NV.double().norm(dim=1).clamp_min(1e-30)
     return torch.where(error_N.isfinite(), error_N, torch.inf)
@@ -98,7 +102,9 @@ def relative_error(found_NV: torch.Tensor, expected_NV: torch.Tensor) -> torch.T
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFault:
-    """A fault, its logits [N,V] in both phases, and a way to those with the fault in token generation alone."""
+    """A fault, its logits [N,V] in both phases, and a way to those with the fault in token
+    generation alone.
+    """
 
     fault: Fault
     logits_NV: torch.Tensor
@@ -107,7 +113,9 @@ class KnownFault:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What the CPU says of one check. Rows that are not `compared_N` are left out, because experts nearly tie there."""
+    """What the CPU says of one check. Rows that are not `compared_N` are left out, because
+    experts nearly tie there.
+    """
 
     check: str
     rows: Sequence[Row]
@@ -145,7 +153,9 @@ def tool_failure(check: str, finding: str, next_step: str) -> Verdict:
 
 
 def unusable_logits(check: str, found_NV: torch.Tensor, expected_NV: torch.Tensor) -> Verdict | None:
-    """A failure when logits are of another shape, not finite, or all alike; None when they can be compared."""
+    """A failure when logits are of another shape, not finite, or all alike; None when they can
+    be compared.
+    """
     if found_NV.shape != expected_NV.shape:
         return Verdict(
             check=check,
@@ -175,7 +185,9 @@ def unusable_logits(check: str, found_NV: torch.Tensor, expected_NV: torch.Tenso
 
 
 def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
-    """Compare row by row, and name the cause of a difference where a known fault gives the same logits."""
+    """Compare row by row, and name the cause of a difference where a known fault gives the same
+    logits.
+    """
     blind = _why_blind(expectation)
     if blind is not None:
         return blind
@@ -249,7 +261,9 @@ def _where(expectation: Expectation, wrong_N: torch.Tensor) -> str:
 
 
 def _cause(expectation: Expectation, found_NV: torch.Tensor, wrong_N: torch.Tensor) -> str | None:
-    """The known fault whose logits are the device's, if one is; in token generation alone when the rest is right."""
+    """The known fault whose logits are the device's, if one is; in token generation alone when
+    the rest is right.
+    """
     steps_N = torch.tensor([row.phase is Phase.TOKEN_GENERATION for row in expectation.rows])
     only_steps = bool(steps_N.any()) and not bool((wrong_N & ~steps_N).any())
     for known in expectation.faults:

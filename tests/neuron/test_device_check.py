@@ -1,4 +1,6 @@
-"""The device check with real NxDI in CPU mode as the device: each probe in processes of its own, one per rank."""
+"""The device check with real NxDI in CPU mode as the device: each probe in processes of its own,
+one per rank.
+"""
 
 import os
 import socket
@@ -97,6 +99,11 @@ def test_nxdi_passes_every_check(converted: Path, tmp_path: Path, dtype: str, tp
 def test_faults_in_nxdis_own_modules_are_named(converted: Path, tmp_path: Path) -> None:
     report = check(converted, tmp_path, CPUMode(dtype="bfloat16", tp_degree=2, broken=True))
     router, value, norm, layer = report.verdicts
-    assert [router.status, value.status, norm.status, layer.status] == ["FAIL", "PASS", "FAIL", "SKIPPED"]
+    assert [router.status, value.status, norm.status, layer.status] == [
+        "FAIL",
+        "PASS",
+        "FAIL",
+        "SKIPPED",
+    ]
     assert "without e_score_correction_bias: it is missing on the device" in router.meaning
     assert "each of the 2 ranks takes the QK norm over its own heads" in norm.meaning
