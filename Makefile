@@ -30,7 +30,7 @@ NEURON_PATH = $(SOURCES)/neuronx-distributed-inference/src:$(SOURCES)/neuronx-di
 	.venv-neuron/bin/python -m pip install --quiet --editable '.[neuron-test]'
 	touch $@
 
-test-neuron: .venv-neuron/stamp neuron-sources
+test-neuron: neuron-sources .venv-neuron/stamp
 	PYTHONPATH=$(NEURON_PATH) .venv-neuron/bin/python -m pytest tests/neuron
 
 # The graphs themselves, by torch_xla. The CPU build of torch comes from PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL); with
@@ -41,11 +41,11 @@ XLA_TORCH ?= torch==2.9.1+cpu
 	.venv-xla/bin/python -m pip install --quiet $(XLA_TORCH) torch_xla==2.9.0 --editable '.[neuron-test]'
 	touch $@
 
-trace-neuron: .venv-xla/stamp neuron-sources
+trace-neuron: neuron-sources .venv-xla/stamp
 	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m pytest tests/neuron/test_tracing.py tests/neuron/test_backend.py
 
 # Writes tests/data/neuron_traces.json anew; look at what changed in it.
-record-neuron: .venv-xla/stamp neuron-sources
+record-neuron: neuron-sources .venv-xla/stamp
 	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m tests.neuron.tracing
 
 neuron-sources:

@@ -16,6 +16,7 @@ from neuron_minimax import vllm_plugin
 from neuron_minimax.backends import compile_model
 from neuron_minimax.backends.neuron import backend, coverage, options
 from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.run import convert
 from neuron_minimax.errors import BackendError, CheckpointError, NeuronMiniMaxError
@@ -120,6 +121,7 @@ def test_the_fp8_casts_are_left_out_for_codes_that_the_chip_reads_by_itself(
 ) -> None:
     raw = published_config() | {"neuron_minimax": {"fp8_range": "ocp"}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
+    # The plan refuses them while no compiler has shown that this suffices; --force goes on.
     native = options.parse(options.check(PUBLISHED, {"slots": 32, "instance": TRN3}, False))
     variables = options.environment(tmp_path, tmp_path, native)
     assert not {"XLA_HANDLE_SPECIAL_SCALAR", "UNSAFE_FP8FNCAST"} & variables.keys()
@@ -159,6 +161,25 @@ def test_packages_of_another_sdk_stop_a_compile_unless_they_are_allowed(monkeypa
     assert backend.check_options(PUBLISHED, inf2)
     with pytest.raises(BackendError, match=r"neuronx-distributed 0\.17\.26814 \(tested: 0\.18\.27753\)"):
         backend.check_options(PUBLISHED, {"slots": 32})
+
+
+def test_what_a_compile_rounds_and_what_it_was_made_with_stands_in_its_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "run_supervised", lambda *_, **__: 1.0)
+    monkeypatch.setattr(backend, "installed_versions", lambda: SDKS["2.29"].python | {"nki": "0.4.0"})
+    checked = backend.check_options(PUBLISHED, {"slots": 32, "allow_untested_versions": True})
+    said: dict[str, list[str]] = {}
+    for name, sizes in (("fp8", {}), ("dense", {"dense": True})):
+        convert(write_tiny(tmp_path / f"{name}-source", **sizes), tmp_path / name)
+        (tmp_path / f"{name}-graphs").mkdir()
+        lines: list[str] = []
+        _, notes = backend.build(tmp_path / name, tmp_path / f"{name}-graphs", checked, lines.append)
+        assert [f"warning: {note}" for note in notes[1:]] == lines
+        said[name] = notes[1:]
+    assert said["fp8"] == ["untested version: nki 0.4.0 (tested: 0.3.0)"]
+    rounded = len(TensorDirectory(tmp_path / "dense").entries) - 2 * 2  # but for gate and bias of two layers
+    assert said["dense"][1].startswith(f"{rounded} float32 weights are rounded to BF16 for this compile, the first ")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/neuron_instance.md"])
@@ -213,8 +234,9 @@ def runs(process: int) -> bool:
 @WITHOUT_NXDI
 def test_without_the_packages_there_is_one_message_with_the_install_line(tmp_path: Path) -> None:
     convert(write_tiny(tmp_path / "source"), tmp_path / "converted")
+    one_rank = {"instance": "trn2.3xlarge", "tp_degree": 1}
     with pytest.raises(BackendError) as caught:
-        compile_model(tmp_path / "converted", tmp_path / "traced", backend="neuron", options={"slots": 32})
+        compile_model(tmp_path / "converted", tmp_path / "traced", backend="neuron", options=one_rank)
     for sdk in SDKS.values():
         assert sdk.install_line in str(caught.value)
     assert "torch_neuronx, which is not installed" in str(caught.value)

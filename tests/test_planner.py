@@ -131,11 +131,11 @@ def test_outer_expert_parallelism_is_refused_with_the_setting_to_use() -> None:
     assert "moe_ep_degree" in finding.fix
 
 
-def test_ocp_codes_are_refused_below_trn3_and_remarked_upon_there() -> None:
-    assert "R9" in refusals(replace(case(), fp8_max=448))
-    native = replace(case(TRN3), fp8_max=448)
-    assert "R9" not in refusals(native)
-    assert any(finding.rule == "R9" and "leaves out the switch" in finding.message for finding in lint(native))
+def test_ocp_codes_are_refused_below_trn3_and_unproven_there() -> None:
+    for name, said in (("trn2.48xlarge", "infinite or NaN"), (TRN3, "no compiler has shown")):
+        native = replace(case(name), fp8_max=448)
+        assert "R9" in refusals(native)
+        assert any(finding.rule == "R9" and said in finding.message for finding in lint(native))
     assert not any(finding.rule == "R9" for finding in lint(case(TRN3)))
 
 
@@ -146,6 +146,10 @@ def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it
     assert "R14" not in refusals(replace(case(), deployment=kernel))
     assert any("simulator only" in finding.message for finding in lint(replace(case(), deployment=kernel)))
     assert "R3" not in refusals(replace(case(), deployment=replace(kernel, batch_size=1)))
+    for changes in ({"batch_size": 129}, {"fp8_experts": False}):
+        assert "R14" in refusals(replace(case(), deployment=replace(kernel, **changes)))
+    assert "R14" not in refusals(replace(case(), deployment=replace(kernel, batch_size=128)))
+    assert not any(finding.rule == "R14" for finding in lint(replace(case(), deployment=deployment(fp8_experts=False))))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +176,20 @@ def test_an_unknown_way_through_the_blocks_is_named(tmp_path: Path) -> None:
         plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
     with pytest.raises(ConfigError, match=r"expert_kernel is 'cuda'; expected one of torch, nki"):
         plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
+
+
+@pytest.mark.parametrize("buckets", [(0,), (1,), (256, 128), (4096,)])
+def test_buckets_that_a_compile_refuses_are_refused_by_the_plan(buckets: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_config()))
+    with pytest.raises(ConfigError, match=r"buckets .*expected ascending lengths from 2 to 1024"):
+        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
+
+
+def test_a_sequence_ends_where_the_models_positions_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_config() | {"max_position_embeddings": 512}))
+    settings: dict[str, Any] = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 32}
+    assert plan(tmp_path, **settings).deployment.seq_len == 512
+    assert any(finding.rule == "R15" for finding in plan(tmp_path, seq_len=513, **settings).findings)
 
 
 def test_the_dense_mlp_kernel_is_refused() -> None:

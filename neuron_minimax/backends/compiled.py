@@ -128,10 +128,11 @@ def _request(converted: Path, backend: str, options: Mapping[str, Any], force: b
     module = _module(backend)
     config = ModelConfig.from_dir(converted)
     read_conversion(converted)  # refuses what is no finished conversion
+    checked = module.check_options(config, options, force)
     versions, machine = module.environment()
     return Manifest(
         backend=backend,
-        options=module.check_options(config, options, force),
+        options=checked,
         checkpoint=fingerprint(converted),
         versions=versions,
         machine=machine,

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,9 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
     `force` is for backends that advise against what they could compile; here there is no such thing.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    foreign = sorted(given.keys() - {field.name for field in fields(CPUOptions)})
+    if foreign:
+        raise BackendError(f"the cpu backend does not take --{foreign[0].replace('_', '-')}; it belongs to another one")
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     default = tuple(size for size in DEFAULT_BUCKETS if size <= seq_len) or (seq_len,)
     given["buckets"] = tuple(given.get("buckets", default))
@@ -72,10 +75,7 @@ def check_options(config: ModelConfig, options: Mapping[str, Any], force: bool =
         raise BackendError(
             f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} of config.json"
         )
-    try:
-        return {**asdict(CPUOptions(**given)), "buckets": list(given["buckets"])}
-    except TypeError as error:
-        raise BackendError(f"the cpu backend does not take this option: {error}") from None
+    return {**asdict(CPUOptions(**given)), "buckets": list(given["buckets"])}
 
 
 def environment() -> tuple[dict[str, str], dict[str, Any]]:

@@ -33,7 +33,7 @@ def plan(
     moe_tp_degree: Annotated[int, typer.Option(min=1, help="ranks that share an expert's channels")] = 1,
     moe_ep_degree: Annotated[int | None, typer.Option(min=1, help="groups that share out the experts")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
-    seq_len: Annotated[int, typer.Option(min=1, help="positions per sequence")] = 1024,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="positions per sequence; default 1024")] = None,
     buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
     blockwise_matmul: BlockwiseMatmul = "torch",
     expert_kernel: Annotated[str, typer.Option(help="of token generation: torch, or nki")] = "torch",

@@ -169,8 +169,8 @@ def check_device(
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} does not exist; expected {' or '.join(BACKENDS)}")
     module = importlib.import_module(BACKENDS[backend])
-    module.environment()
     resolved = module.check_options(ModelConfig.from_dir(converted), options)
+    module.environment()
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(converted):
         raise BackendError(f"{traced} was compiled from another directory than {converted}; give the one it came from")
     request = Request(
@@ -210,8 +210,10 @@ def run_checks(
         buckets=request.buckets,
         vocabulary=layer.vocabulary,
     )
-    if work.resolve() == converted.resolve():
-        raise ConversionError(f"{work} is the converted directory itself; choose another work directory")
+    if work.resolve().is_relative_to(converted.resolve()) or converted.resolve().is_relative_to(work.resolve()):
+        raise ConversionError(
+            f"{work} and the converted directory {converted} lie in each other; choose another work directory"
+        )
     prompts = [] if full_model is None else tokens.read_prompts(full_model / "model")
     verdicts: list[Verdict] = []
     for check in CHECKS:

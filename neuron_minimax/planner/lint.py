@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.planner.blockwise import DEFAULT, TOKEN_BLOCK, blockwise_matmul, token_blocks, unrolled_products
 from neuron_minimax.planner.instances import GIB, Instance
-from neuron_minimax.planner.memory import NEURON_E4M3_MAX, Deployment, heads, rank_memory
+from neuron_minimax.planner.memory import KERNEL_TOKENS, NEURON_E4M3_MAX, Deployment, heads, rank_memory
 from neuron_minimax.planner.sdks import SDKS
 
 REFUSE, WARN = "refuse", "warn"
@@ -231,6 +231,15 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R14", REFUSE, f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI", USE_TORCH
         )
+    elif not case.deployment.fp8_experts or case.config.weight_block_size != (128, 128):
+        yield Finding("R14", REFUSE, "expert_kernel nki takes FP8 experts with 128 x 128 block scales only", USE_TORCH)
+    elif case.deployment.batch_size > KERNEL_TOKENS:
+        yield Finding(
+            "R14",
+            REFUSE,
+            f"expert_kernel nki takes batches of at most {KERNEL_TOKENS}, not {case.deployment.batch_size}",
+            f"lower the batch size, or {USE_TORCH}",
+        )
     else:
         yield Finding(
             "R14",
@@ -263,10 +272,10 @@ def code_range(case: Case) -> Iterator[Finding]:
     else:
         yield Finding(
             "R9",
-            WARN,
-            f"codes up to {case.fp8_max} are native on {case.instance.family}, so the compile leaves out the switch "
-            "with which NxDI reads FP8 up to 240 on every chip; no device and no compiler has shown that this suffices",
-            "codes of --fp8-range neuron are exact too, and read alike with and without the switch",
+            REFUSE,
+            f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has shown that it reads "
+            "them so once NxDI's FP8 switch, which ends at 240, is left out",
+            "convert with --fp8-range neuron, whose codes are as exact and read alike with and without the switch",
         )
 
 
@@ -308,6 +317,18 @@ def supported_sdk(case: Case) -> Iterator[Finding]:
         )
 
 
+def positions(case: Case) -> Iterator[Finding]:
+    """R15: a sequence ends where the model's positions end."""
+    most = case.config.max_position_embeddings
+    if case.deployment.seq_len > most:
+        yield Finding(
+            "R15",
+            REFUSE,
+            f"seq_len {case.deployment.seq_len} is beyond max_position_embeddings {most} of config.json",
+            f"use seq_len {most} or less",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     shares,
     whole_blocks,
@@ -323,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     supported_sdk,
     blockwise_kernels,
     expert_kernel,
+    positions,
 )
 
 

@@ -14,6 +14,7 @@ BF16_BYTES, FP8_BYTES, FLOAT32_BYTES = 2, 1, 4
 NEURON_E4M3_MAX, OCP_E4M3_MAX = 240, 448
 # How experts compute in token generation; the first is the default until the other has run on a device.
 EXPERT_KERNELS = ("torch", "nki")
+KERNEL_TOKENS = 128  # most sequences that the NKI kernel takes at once: its tokens lie along the chip's 128 partitions
 
 
 @dataclass(frozen=True, kw_only=True)

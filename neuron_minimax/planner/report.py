@@ -20,6 +20,7 @@ from neuron_minimax.planner.memory import (
     rank_memory,
 )
 
+DEFAULT_SEQ_LEN = 1024
 # First compiles of this model were reported to take 25 to 90 minutes; the limit leaves room.
 COMPILE_MINUTES = (25, 90)
 
@@ -157,6 +158,13 @@ def _fitting(case: Case) -> list[str]:
     return found
 
 
+def check_buckets(buckets: Sequence[int], seq_len: int) -> None:
+    """Raise ConfigError unless context-encoding lengths ascend between 2 and `seq_len`."""
+    ascending = sorted(set(buckets))
+    if not buckets or list(buckets) != ascending or not 1 < buckets[0] <= buckets[-1] <= seq_len:
+        raise ConfigError(f"buckets {list(buckets)}: expected ascending lengths from 2 to {seq_len}")
+
+
 def deployment_case(
     config: ModelConfig,
     *,
@@ -165,16 +173,18 @@ def deployment_case(
     moe_tp_degree: int = 1,
     moe_ep_degree: int | None = None,
     batch_size: int = 1,
-    seq_len: int = 1024,
+    seq_len: int | None = None,
     context_lengths: Sequence[int] = (),
     blockwise_matmul: str = blockwise.DEFAULT,
     expert_kernel: str = EXPERT_KERNELS[0],
 ) -> Case:
     """A case for a model whose config.json says how its weights are stored, converted or as published.
 
-    `moe_ep_degree` defaults to what is left of tp_degree, the context-encoding buckets to one of `seq_len`.
-    Raises ConfigError for an unknown instance or a size below 1.
+    `moe_ep_degree` defaults to what is left of tp_degree, `seq_len` to 1024 or the model's positions, the
+    context-encoding buckets to one of `seq_len`. Raises ConfigError for an unknown name, a size below 1, or buckets
+    that do not lie between 2 and `seq_len` in ascending order.
     """
+    seq_len = seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     sizes = {"tp_degree": tp_degree, "moe_tp_degree": moe_tp_degree, "batch_size": batch_size, "seq_len": seq_len}
     for name, size in sizes.items():
         if size < 1:
@@ -183,7 +193,8 @@ def deployment_case(
         raise ConfigError(f"expert_kernel is {expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
     converted = config.raw.get("neuron_minimax") or {}
     fp8 = config.declares_fp8
-    buckets = context_lengths or (seq_len,)
+    buckets = tuple(context_lengths) or (seq_len,)
+    check_buckets(buckets, seq_len)
     deployment = Deployment(
         **sizes,
         moe_ep_degree=moe_ep_degree or max(1, tp_degree // moe_tp_degree),

@@ -97,12 +97,13 @@ def sdk_for(family: str) -> SDK:
 
 
 def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
-    """One line for each installed package whose version is not the release's; packages that are not there are left
-    out."""
+    """One line for each package that is not installed in the release's version; none where nothing is installed."""
+    if not installed:
+        return []
     lines = []
     for name, tested in sdk.python.items():
-        found = installed.get(name)
-        if found is None or found.split("+")[0] == tested:
+        found = installed.get(name, "missing")
+        if found.split("+")[0] == tested:
             continue
         faults = [what for package, start, what in KNOWN_FAULTS if package == name and found.startswith(start)]
         lines.append(f"{name} {found} (tested: {tested})" + "".join(f": {what}" for what in faults))

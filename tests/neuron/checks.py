@@ -95,7 +95,15 @@ def slots(model: str, length: str) -> None:
         assert torch.equal(ours.argmax(-1)[chosen], theirs.argmax(-1)[chosen])
         return theirs.argmax(-1).tolist()
 
+    masks: list[Any] = []
+    experts = application.models[0].model.layers[0].block_sparse_moe.expert_mlps
+    watch = experts.register_forward_pre_hook(
+        lambda _, __, named: masks.append(named.get("padding_mask")), with_kwargs=True
+    )
     first = encode(2, [5, 9, 2, 77, 31])
+    watch.remove()
+    assert masks[0] is not None, "padding is not masked"
+    assert masks[0].flatten().tolist() == [1.0] * 5 + [0.0] * (options.seq_len - 5)
     tokens = step([0, 0, first], [0, 0, 5], [False, False, True])
     second = encode(0, [44])  # a prompt of one token, beside a slot that has begun and one that is empty
     tokens = step([second, 0, tokens[2]], [1, 0, 6], [True, False, True])

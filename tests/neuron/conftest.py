@@ -11,6 +11,7 @@ from tests.neuron import standins
 HERE = Path(__file__).parent
 # What makes the environment and fetches nothing: docs/neuron_proof.md says where the sources are.
 RUN = "`make test-neuron SOURCES=DIR` (docs/neuron_proof.md)"
+RUN_TRACES = "`make trace-neuron SOURCES=DIR` (docs/neuron_proof.md)"
 
 
 def why_not() -> str | None:

@@ -9,7 +9,7 @@ import pytest
 
 from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
-from tests.neuron.conftest import RUN
+from tests.neuron.conftest import RUN_TRACES
 from tests.neuron.ranks import ROOT
 from tests.neuron.standins import is_real
 from tests.tiny import write_tiny
@@ -63,7 +63,7 @@ def test_vllm_neuron_finds_and_configures_the_class(model: Path) -> None:
     check("vllm", model)
 
 
-@pytest.mark.skipif(not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN}")
+@pytest.mark.skipif(not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN_TRACES}")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_submodels_are_xla_graphs_with_the_values_of_eager_torch(model: Path, dtype: str) -> None:
     assert check("trace", model, dtype).count("largest difference") == 2

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from tests.neuron import tracing
-from tests.neuron.conftest import RUN
+from tests.neuron.conftest import RUN_TRACES
 from tests.neuron.standins import is_real
 
-pytestmark = pytest.mark.skipif(not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN}")
+pytestmark = pytest.mark.skipif(
+    not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN_TRACES}"
+)
 
 
 @pytest.mark.parametrize("name", tracing.CASES)

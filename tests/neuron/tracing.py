@@ -24,13 +24,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TRACES = ROOT / "tests" / "data" / "neuron_traces.json"
-# What decides the graphs, of this project.
+# What decides the graphs, of this project; and what the closed packages are stood in for with.
 SOURCES = (
-    "backends/neuron/*.py",
-    "kernels/fp8_mlp*.py",
-    "model/rope.py",
-    "planner/sharding.py",
-    "planner/blockwise.py",
+    "neuron_minimax/backends/neuron/*.py",
+    "neuron_minimax/config.py",
+    "neuron_minimax/kernels/fp8_mlp*.py",
+    "neuron_minimax/model/rope.py",
+    "neuron_minimax/planner/blockwise.py",
+    "neuron_minimax/planner/memory.py",
+    "neuron_minimax/planner/sharding.py",
+    "tests/neuron/standins/*.py",
 )
 CONTEXT_ENCODING, TOKEN_GENERATION = "context_encoding_model", "token_generation_model"
 BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f8e4m3fn": 1, "s8": 1, "u8": 1, "pred": 1}
@@ -277,21 +280,28 @@ def nodes(tensors: Sequence[Any]) -> list[int]:
 
 
 def sources_digest() -> str:
-    """Digest of the code that decides the graphs, without its comments and docstrings."""
+    """Digest of the code that decides the graphs, the same with every Python version."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
-        for path in sorted((ROOT / "neuron_minimax").glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                body = getattr(node, "body", None)
-                if isinstance(body, list) and body and _is_text(body[0]):
-                    body[0] = ast.Pass()
-            digest.update(ast.dump(tree).encode())
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update("\n".join(code_lines(path.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()
 
 
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def code_lines(text: str) -> list[str]:
+    """The lines of a module without docstrings, comments of their own, and blank lines."""
+    dropped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_text(body[0]):
+            dropped.update(range(body[0].lineno, body[0].end_lineno + 1))
+    numbered = enumerate(text.splitlines(), 1)
+    return [line for number, line in numbered if number not in dropped and line.strip() and line.strip()[0] != "#"]
+
+
+def _is_text(statement: Any) -> bool:
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def run(name: str) -> dict[str, Any]:
@@ -309,6 +319,14 @@ def versions() -> dict[str, str]:
     for name in ("neuronx_distributed", "neuronx_distributed_inference"):
         found[name] = importlib.import_module(f"{name}._version").__version__
     return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the recorded graphs is not as it was, for somebody to look at."""
+    found = [f"{graph} is new" for graph in now if graph not in before]
+    for graph in now.keys() & before.keys():
+        found += [f"{graph}: {what}" for what, value in now[graph].items() if value != before[graph].get(what)]
+    return sorted(found)
 
 
 def belongs_here(case: Case) -> bool:
@@ -334,7 +352,9 @@ def main(argv: Sequence[str]) -> None:
     document = json.loads(TRACES.read_text(encoding="utf-8")) if TRACES.exists() else {}
     for name, case in CASES.items():
         if belongs_here(case):
-            document[name] = {"versions": versions(), "sources": sources_digest(), "graphs": run(name)}
+            graphs = json.loads(json.dumps(run(name)))
+            print(f"{name}: {'; '.join(changes(document.get(name, {}).get('graphs', {}), graphs)) or 'as before'}")
+            document[name] = {"versions": versions(), "sources": sources_digest(), "graphs": graphs}
     TRACES.write_text(json.dumps({name: document[name] for name in CASES if name in document}, indent=1) + "\n")
 
 

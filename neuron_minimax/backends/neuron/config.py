@@ -1,6 +1,7 @@
 """The NxDI config of MiniMax-M2: read from either style of config.json, its settings checked before anything runs."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.neuron import nxdi
-from neuron_minimax.backends.neuron.options import BLOCKWISE
+from neuron_minimax.backends.neuron.options import BLOCKWISE, FP8_CASTS
 from neuron_minimax.config import ARCHITECTURE, ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances
-from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
+from neuron_minimax.planner.memory import EXPERT_KERNELS, KERNEL_TOKENS, NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.sdks import SDKS
 
 QUANTIZED_MLP = (
@@ -98,8 +99,10 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             raise ConfigError(
                 "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' for others"
             )
-        if self.expert_kernel == "nki" and options.max_batch_size > 128:
-            raise ConfigError(f"expert_kernel='nki' takes batches of at most 128, not {options.max_batch_size}")
+        if self.expert_kernel == "nki" and options.max_batch_size > KERNEL_TOKENS:
+            raise ConfigError(
+                f"expert_kernel='nki' takes batches of at most {KERNEL_TOKENS}, not {options.max_batch_size}"
+            )
 
     def _validate_quantization(self) -> None:
         options, model = self.neuron_config, self.model_config
@@ -134,6 +137,12 @@ class MiniMaxM2InferenceConfig(nxdi.InferenceConfig):
             raise ConfigError(
                 f"the checkpoint has FP8 codes up to {largest}, and {family} reads those above {readable} as infinity "
                 "or NaN; convert with --fp8-range neuron"
+            )
+        casts = sorted(FP8_CASTS.keys() & os.environ.keys())
+        if casts:
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and {' and '.join(casts)} would have them read up to "
+                f"{NEURON_E4M3_MAX}; unset them, or convert with --fp8-range neuron"
             )
         if self.expert_kernel == "nki":
             raise ConfigError(

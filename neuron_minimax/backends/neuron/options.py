@@ -12,7 +12,7 @@ from neuron_minimax.convert.rules import RULES
 from neuron_minimax.errors import BackendError
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
-from neuron_minimax.planner.report import deployment_case, plan_deployment
+from neuron_minimax.planner.report import DEFAULT_SEQ_LEN, check_buckets, deployment_case, plan_deployment
 
 # NxDI's settings for weights with a scale per block; the axes are those of the experts' [E, in, out].
 BLOCKWISE = {
@@ -34,7 +34,6 @@ FLOAT32_NAMES = (
     ".scale",
 )
 DEFAULT_INSTANCE = "trn2.48xlarge"
-DEFAULT_SEQ_LEN = 1024
 SMALLEST_BUCKET = 128
 
 
@@ -61,11 +60,9 @@ class NeuronOptions:
         if self.expert_kernel == "nki" and not instances.instance(self.instance).nki_kernels:
             raise BackendError(f"expert_kernel='nki' needs trn2 or later; {self.instance} has no such NKI: use 'torch'")
         blockwise.blockwise_matmul(self.blockwise_matmul)
-        ascending = tuple(sorted(set(self.buckets)))
         if self.slots < 1 or self.seq_len < 2 or min(self.tp_degree, self.moe_tp_degree, self.moe_ep_degree) < 1:
             raise BackendError("batch size and degrees have to be at least 1, seq_len at least 2")
-        if not self.buckets or self.buckets != ascending or not 1 < self.buckets[0] <= self.buckets[-1] <= self.seq_len:
-            raise BackendError(f"buckets {list(self.buckets)}: expected ascending lengths from 2 to {self.seq_len}")
+        check_buckets(self.buckets, self.seq_len)
 
 
 def parse(options: Mapping[str, Any]) -> NeuronOptions:
