@@ -112,7 +112,7 @@ def test_bf16_keeps_the_router_in_float32_and_equals_a_model_with_the_same_casts
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, stored.tensor(name))
     assert result["parameters"]["layers.0.self_attn.q_norm.weight"][0] == "torch.bfloat16"
-    check_against_cpu_model(result, converted, torch.bfloat16, 0.1)  # measured: at most 0.055
+    check_against_cpu_model(result, converted, torch.bfloat16, 0.1)  # measured: at most 0.0625
 
 
 def test_a_hugging_face_checkpoint_loads_without_conversion_to_disk(tmp_path: Path) -> None:
