@@ -3,12 +3,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from neuron_minimax.cli.app import ConvertedDir, app
-from neuron_minimax.cli.models import BlockwiseMatmul, parse_integers
+from neuron_minimax.cli.models import BlockwiseMatmul, given_options
 
 
 @app.command()
@@ -38,24 +38,24 @@ def check_device(
     """
     from neuron_minimax.device_check.check import check_device as run_checks
 
-    options: dict[str, Any] = {
-        "slots": batch_size,
-        "seq_len": seq_len,
-        "buckets": parse_integers("--buckets", ",".join(buckets)) if buckets else None,
-        "instance": instance,
-        "tp_degree": tp_degree,
-        "moe_tp_degree": moe_tp_degree,
-        "moe_ep_degree": moe_ep_degree,
-        "blockwise_matmul": blockwise_matmul,
-        "expert_kernel": expert_kernel,
-        "allow_untested_versions": allow_untested_versions or None,
-        "engine": engine,
-        "compute": "bf16" if backend == "cpu" else None,
-    }
+    options = given_options(
+        buckets,
+        slots=batch_size,
+        seq_len=seq_len,
+        instance=instance,
+        tp_degree=tp_degree,
+        moe_tp_degree=moe_tp_degree,
+        moe_ep_degree=moe_ep_degree,
+        blockwise_matmul=blockwise_matmul,
+        expert_kernel=expert_kernel,
+        allow_untested_versions=allow_untested_versions or None,
+        engine=engine,
+        compute="bf16" if backend == "cpu" else None,
+    )
     report = run_checks(
         out,
         work_dir,
-        {name: value for name, value in options.items() if value is not None},
+        options,
         backend=backend,
         layer=layer,
         traced=traced,

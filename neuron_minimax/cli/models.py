@@ -19,6 +19,12 @@ def parse_integers(option: str, text: str) -> list[int]:
         raise GenerationError(f"{option} is {text!r}; expected integers separated by commas, such as 1,2,3") from None
 
 
+def given_options(buckets: list[str] | None, **options: Any) -> dict[str, Any]:
+    """A backend's options as it takes them: those that were given, with context-encoding lengths as numbers."""
+    lengths = parse_integers("--buckets", ",".join(buckets)) if buckets else None
+    return {name: value for name, value in {**options, "buckets": lengths}.items() if value is not None}
+
+
 BlockwiseMatmul = Annotated[
     str | None,
     typer.Option(help="neuron: experts in context encoding: torch, shard_on_intermediate or shard_on_block"),
@@ -83,26 +89,26 @@ def compile_(
     """Compile a converted directory once; up to date: says so and stops."""
     from neuron_minimax.backends import compile_model
 
-    options: dict[str, Any] = {
-        "slots": batch_size,
-        "seq_len": seq_len,
-        "buckets": parse_integers("--buckets", ",".join(buckets)) if buckets else None,
-        "compute": compute,
-        "engine": engine,
-        "instance": instance,
-        "tp_degree": tp_degree,
-        "moe_tp_degree": moe_tp_degree,
-        "moe_ep_degree": moe_ep_degree,
-        "blockwise_matmul": blockwise_matmul,
-        "expert_kernel": expert_kernel,
-        "expert_placement": str(expert_placement.resolve()) if expert_placement else None,
-        "allow_untested_versions": allow_untested_versions or None,
-    }
+    options = given_options(
+        buckets,
+        slots=batch_size,
+        seq_len=seq_len,
+        compute=compute,
+        engine=engine,
+        instance=instance,
+        tp_degree=tp_degree,
+        moe_tp_degree=moe_tp_degree,
+        moe_ep_degree=moe_ep_degree,
+        blockwise_matmul=blockwise_matmul,
+        expert_kernel=expert_kernel,
+        expert_placement=str(expert_placement.resolve()) if expert_placement else None,
+        allow_untested_versions=allow_untested_versions or None,
+    )
     report = compile_model(
         out,
         traced,
         backend=backend,
-        options={name: value for name, value in options.items() if value is not None},
+        options=options,
         force=force,
         progress=lambda line: print(line, file=sys.stderr),
     )

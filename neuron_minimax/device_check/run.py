@@ -36,9 +36,10 @@ def answer(backend: "Backend", asked: Path, logits: Path) -> None:
     """Run what is asked and write {"logits"}: [N,V] of rounds, or [P,tokens,V] of prompts that
     are continued.
     """
+    import torch
     from safetensors.torch import save_file
 
-    from neuron_minimax.device_check.schedule import SlotTokens, greedy, run_rounds
+    from neuron_minimax.device_check.schedule import SlotTokens, run_rounds
 
     request = json.loads(asked.read_text(encoding="utf-8"))
     if "rounds" in request:
@@ -55,10 +56,25 @@ def answer(backend: "Backend", asked: Path, logits: Path) -> None:
         ]
         found = run_rounds(backend, rounds)
     else:
-        found = greedy(backend, request["prompts"], request["tokens"])
+        found = torch.stack(
+            [
+                continued(backend, prompt, request["tokens"], number % backend.capabilities.slots)
+                for number, prompt in enumerate(request["prompts"])
+            ]
+        )
     partial = logits.with_name(logits.name + ".partial")
     save_file({"logits": found.contiguous()}, partial)
     os.replace(partial, logits)
+
+
+def continued(backend: "Backend", prompt: Sequence[int], tokens: int, slot: int) -> "torch.Tensor":
+    """The logits [tokens,V] float32 behind a prompt's most likely tokens."""
+    import torch
+
+    from neuron_minimax.generation.generate import generate
+
+    steps = generate(backend, prompt, max_new_tokens=tokens, slot=slot)
+    return torch.stack([step.logits for step in steps]).float()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,27 +159,3 @@ def _slots(limits: Limits, count: int, generator: random.Random) -> list[int]:
 def _sequence(limits: Limits, generator: random.Random, slot: int, length: int, steps: int) -> SlotTokens:
     tokens = tuple(generator.randrange(limits.vocabulary) for _ in range(length + steps))
     return SlotTokens(slot=slot, prompt=tokens[:length], continuation=tokens[length:])
-
-
-def greedy(backend: Backend, prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
-    """Continue each prompt by its `tokens` most likely tokens; the logits [P,tokens,V] behind them.
-
-    Prompts are taken as many at a time as there are slots.
-    """
-    slots = backend.capabilities.slots
-    found = []
-    for start in range(0, len(prompts), slots):
-        batch = prompts[start : start + slots]
-        rows = [[backend.encode(slot, prompt)] for slot, prompt in enumerate(batch)]
-        active = torch.arange(slots) < len(batch)
-        for step in range(tokens - 1):
-            chosen = torch.zeros(slots, dtype=torch.long)
-            positions = torch.zeros(slots, dtype=torch.long)
-            for slot, prompt in enumerate(batch):
-                chosen[slot] = rows[slot][-1].argmax()
-                positions[slot] = len(prompt) + step
-            logits_SV = backend.step(chosen, positions, active)
-            for slot in range(len(batch)):
-                rows[slot].append(logits_SV[slot])
-        found += [torch.stack(slot_rows) for slot_rows in rows]
-    return torch.stack(found).float()
