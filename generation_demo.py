@@ -2,8 +2,9 @@
 
 Without arguments it runs on the embedded demo checkpoint and the CPU. On a Neuron instance:
 
-    python generation_demo.py --checkpoint MiniMax-M2 --traced-model-dir traced_model/m2 --backend neuron \\
-        --instance trn2.48xlarge --tp-degree 64 --moe-tp-degree 1 --moe-ep-degree 64 --batch-size 32 --seq-len 1024
+    python generation_demo.py --checkpoint MiniMax-M2 --traced-model-dir traced_model/m2 \\
+        --backend neuron --instance trn2.48xlarge --tp-degree 64 --moe-tp-degree 1 \\
+        --moe-ep-degree 64 --batch-size 32 --seq-len 1024
 """
 
 import argparse
@@ -17,18 +18,25 @@ from typing import Any
 
 from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.checkpoint.precision import inspect
 from neuron_minimax.cli.bars import progress_bar
 from neuron_minimax.cli.models import parse_integers
 from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert
 from neuron_minimax.convert.verify import verify
+from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.generation.chat import Chat
-from neuron_minimax.generation.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
+from neuron_minimax.generation.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Content,
+    Event,
+    Reasoning,
+)
 from neuron_minimax.generation.generate import generate
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions, distinct_ratio
 from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.inspection.precision import inspect
 
 DEMO_CHECKPOINT = Path(__file__).parent / "neuron_minimax" / "demo"
 PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
@@ -39,30 +47,60 @@ DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help="default: the embedded demo")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, default=DEMO_CHECKPOINT, help="default: the embedded demo"
+    )
     parser.add_argument("--traced-model-dir", type=Path, default=Path("traced_model/demo"))
-    parser.add_argument("--converted-dir", type=Path, help="default: beside the traced model, with -converted appended")
+    parser.add_argument(
+        "--converted-dir",
+        type=Path,
+        help="default: beside the traced model, with -converted appended",
+    )
     parser.add_argument("--attention", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument("--backend", choices=("cpu", "neuron"), default="cpu")
-    parser.add_argument("--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled")
-    parser.add_argument("--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ...")
+    parser.add_argument(
+        "--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled"
+    )
+    parser.add_argument(
+        "--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ..."
+    )
     for name in ("tp", "moe-tp", "moe-ep"):
         parser.add_argument(f"--{name}-degree", type=int, help="neuron")
-    parser.add_argument("--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block")
+    parser.add_argument(
+        "--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block"
+    )
     parser.add_argument("--expert-kernel", choices=("torch", "nki"), help="neuron")
-    parser.add_argument("--allow-untested-versions", action="store_true", help="neuron: packages of another SDK")
+    parser.add_argument(
+        "--allow-untested-versions", action="store_true", help="neuron: packages of another SDK"
+    )
     parser.add_argument("--batch-size", type=int, help="sequences alive at the same time")
-    parser.add_argument("--seq-len", type=int, help="positions per sequence, prompt and answer together")
+    parser.add_argument(
+        "--seq-len", type=int, help="positions per sequence, prompt and answer together"
+    )
     parser.add_argument("--buckets", help="context-encoding lengths, such as 128,512")
-    parser.add_argument("--force", action="store_true", help="compile although the planner advises against it")
-    parser.add_argument("--skip-compile", action="store_true", help="use the compiled model that is there")
-    parser.add_argument("--prompt", action="append", help="instead of the three built-in prompts; may be repeated")
+    parser.add_argument(
+        "--force", action="store_true", help="compile although the planner advises against it"
+    )
+    parser.add_argument(
+        "--skip-compile", action="store_true", help="use the compiled model that is there"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="instead of the three built-in prompts; may be repeated"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--sample", action="store_true", help="sample with the checkpoint's settings, not greedily")
+    parser.add_argument(
+        "--sample", action="store_true", help="sample with the checkpoint's settings, not greedily"
+    )
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--chat", action="store_true", help="talk to the model; /reset starts anew, /quit ends")
-    parser.add_argument("--tools", type=Path, help="chat: JSON file with a list of tools in OpenAI's form")
+    parser.add_argument(
+        "--chat", action="store_true", help="talk to the model; /reset starts anew, /quit ends"
+    )
+    parser.add_argument(
+        "--tools", type=Path, help="chat: JSON file with a list of tools in OpenAI's form"
+    )
     return parser.parse_args(argv)
 
 
@@ -84,9 +122,13 @@ def prepare(arguments: argparse.Namespace) -> None:
         report = inspect(arguments.checkpoint)
         print("   " + report.summary().replace("\n", "\n   "))
         if not report.usable:
-            raise CheckpointError(f"{report.render()}\n{arguments.checkpoint} cannot be used as it is")
+            raise CheckpointError(
+                f"{report.render()}\n{arguments.checkpoint} cannot be used as it is"
+            )
     with stage(f"convert into {converted}"), progress_bar("  ", report.bytes) as advance:
-        result = convert(arguments.checkpoint, converted, Layout(attention=arguments.attention), progress=advance)
+        result = convert(
+            arguments.checkpoint, converted, Layout(attention=arguments.attention), progress=advance
+        )
         if result.was_finished:
             advance(report.bytes)
     print("   " + result.render(converted).replace("\n", "\n   "))
@@ -97,7 +139,9 @@ def prepare(arguments: argparse.Namespace) -> None:
             verification = verify(arguments.checkpoint, converted, advance)
         print("   " + verification.render().replace("\n", "\n   "))
         if not verification.equal:
-            raise ConversionError(f"{converted} does not equal its source; convert again with --overwrite")
+            raise ConversionError(
+                f"{converted} does not equal its source; convert again with --overwrite"
+            )
     with stage(f"compile for {arguments.backend} into {arguments.traced_model_dir}"):
         compiled = compile_model(
             converted,
@@ -166,14 +210,24 @@ def answer_prompts(chat: Chat, prompts: Sequence[str], max_new_tokens: int) -> N
 
 
 def smoke_test(backend: Backend, tokenizer: TextTokenizer, seed: int | None) -> None:
-    """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop at."""
-    prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}]))
+    """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop
+    at.
+    """
+    prompt = tokenizer.encode(
+        tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
+    )
     options = SamplingOptions(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
     steps = generate(backend, prompt, options=options, max_new_tokens=SMOKE_TOKENS)
     ratio = distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
-    print(f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} expected)")
+    print(
+        f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} "
+        "expected)"
+    )
     if ratio < SMOKE_RATIO:
-        raise BackendError("the generated text collapses into repetition: the model is computed wrongly; do not use it")
+        raise BackendError(
+            "the generated text collapses into repetition: the model is computed wrongly; do not "
+            "use it"
+        )
 
 
 def talk(chat: Chat, max_new_tokens: int) -> None:
@@ -192,7 +246,10 @@ def talk(chat: Chat, max_new_tokens: int) -> None:
             try:
                 show(chat.say(text, max_new_tokens))
                 while chat.last.tool_calls:
-                    results = [input(f"result of {call.name}({call.arguments})> ") for call in chat.last.tool_calls]
+                    results = [
+                        input(f"result of {call.name}({call.arguments})> ")
+                        for call in chat.last.tool_calls
+                    ]
                     show(chat.give_results(results, max_new_tokens))
             except NeuronMiniMaxError as error:
                 print(f"error: {error}")

@@ -22,7 +22,9 @@ def read_into_cache(directory: Path) -> None:
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Push a directory's files out of the page cache, after what earlier steps wrote has gone to disk."""
+    """Push a directory's files out of the page cache, after what earlier steps wrote has gone to
+    disk.
+    """
     os.sync()
     for path in directory.iterdir():
         with path.open("rb") as file:
@@ -30,9 +32,11 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def pause() -> None:
-    """Before each side that writes: a virtual machine gives free blocks of 2 MB back to its host within two seconds.
+    """Before each side that writes: a virtual machine gives free blocks of 2 MB back to its host
+    within two seconds.
 
-    It gets them again page by page: writing into them then runs at 0.4 GB/s here, not at 2 to 4, whoever does it.
+    It gets them again page by page: writing into them then runs at 0.4 GB/s here, not at 2 to 4,
+    whoever does it.
     """
     time.sleep(4)
 
@@ -64,8 +68,9 @@ def time_cat(source: Path) -> float:
 
 
 def time_plain_write(sizes: list[int], target: Path) -> float:
-    """Seconds to write and sync files of these sizes from memory, as much at a time as pays most; they are removed
-    again."""
+    """Seconds to write and sync files of these sizes from memory, as much at a time as pays most;
+    they are removed again.
+    """
     block = np.random.default_rng(0).integers(0, 256, WRITE_BYTES, dtype=np.uint8)
     target.mkdir()
     start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""`inspect --check-values` against `cat` of the same files, warm and cold, in alternating pairs; and the headers alone.
+"""`inspect --check-values` against `cat` of the same files, warm and cold, in alternating pairs;
+and the headers alone.
 
 python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds N]
 """
@@ -18,7 +19,7 @@ FIVE_SECONDS = Goal(figure="ours", value=5, at_most=True)
 
 def time_values(source: Path) -> float:
     from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.checkpoint.values import check_values
+    from neuron_minimax.inspection.values import check_values
 
     start = time.perf_counter()
     check_values(Checkpoint(source))
@@ -26,7 +27,7 @@ def time_values(source: Path) -> float:
 
 
 def time_headers(directory: Path) -> float:
-    from neuron_minimax.checkpoint.precision import inspect
+    from neuron_minimax.inspection.precision import inspect
 
     start = time.perf_counter()
     inspect(directory)
@@ -67,7 +68,9 @@ def rows(directory: Path, rounds: int = 3, source: Path | None = None) -> list[R
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, arguments.rounds, arguments.checkpoint)))

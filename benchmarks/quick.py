@@ -1,8 +1,10 @@
-"""Guards in two minutes: fails when a ratio fell by more than a third against the one kept in benchmarks/results/.
+"""Guards in two minutes: fails when a ratio fell by more than a third against the one kept in
+benchmarks/results/.
 
 python -m benchmarks.quick [--directory DIR] [--keep]
 
-Small models and few rounds: the ratios are steady enough to guard, and are no statement of how fast anything is.
+Small models and few rounds: the ratios are steady enough to guard, and are no statement of how fast
+anything is.
 """
 
 import os
@@ -42,18 +44,26 @@ class Fall:
 
     def render(self) -> str:
         if self.found is None:
-            return f"{self.what}: ratio {self.kept:.3f} was kept, and now there is none; see why the row is missing"
+            return (
+                f"{self.what}: ratio {self.kept:.3f} was kept, and now there is none; see why the "
+                "row is missing"
+            )
         lost = 1 - self.found / self.kept
         return (
-            f"{self.what}: ratio {self.kept:.3f} was kept, {self.found:.3f} found ({lost:.0%} lost, at most "
-            f"{MOST_LOST:.0%} expected); find what became slower, or keep the new ratio with --keep"
+            f"{self.what}: ratio {self.kept:.3f} was kept, {self.found:.3f} found ({lost:.0%} "
+            f"lost, at most {MOST_LOST:.0%} expected); find what became slower, or keep the new "
+            "ratio with --keep"
         )
 
 
 def falls(kept: Sequence[Row], found: Sequence[Row]) -> list[Fall]:
-    """What fell, in the order of what was kept. Rows without a ratio are not guarded; new rows are not yet."""
+    """What fell, in the order of what was kept. Rows without a ratio are not guarded; new rows are
+    not yet.
+    """
     ratios = {each.what: each.ratio for each in found}
-    guarded = [(each.what, each.ratio, ratios.get(each.what)) for each in kept if each.ratio is not None]
+    guarded = [
+        (each.what, each.ratio, ratios.get(each.what)) for each in kept if each.ratio is not None
+    ]
     return [
         Fall(what=what, kept=before, found=now)
         for what, before, now in guarded
@@ -69,17 +79,39 @@ def best(what: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequenc
 def model_rows(directory: Path) -> list[Row]:
     """Tokens per second of both engines against transformers in float32, decoding and encoding."""
     options: dict[str, Any] = {"slots": 1, "seq_len": 512, "buckets": (PROMPT,)}
-    sources = {name: compiled(directory, *MODEL, name, engine=name, **options) for name in ("compiled", "eager")}
+    sources = {
+        name: compiled(directory, *MODEL, name, engine=name, **options)
+        for name in ("compiled", "eager")
+    }
     with ExitStack() as stack:
-        peer = stack.enter_context(Side(transformers, checkpoint(directory, *MODEL), "float32", STEPS, PROMPT))
-        sides = {name: stack.enter_context(Side(ours, path, STEPS, PROMPT)) for name, path in sources.items()}
-        turns = [({name: side.measure() for name, side in sides.items()}, peer.measure()) for _ in range(ROUNDS)]
+        peer = stack.enter_context(
+            Side(transformers, checkpoint(directory, *MODEL), "float32", STEPS, PROMPT)
+        )
+        sides = {
+            name: stack.enter_context(Side(ours, path, STEPS, PROMPT))
+            for name, path in sources.items()
+        }
+        turns = [
+            ({name: side.measure() for name, side in sides.items()}, peer.measure())
+            for _ in range(ROUNDS)
+        ]
     table = []
     for name in sources:
-        for figure, what, tokens in (("step", "decode", 1), ("encode", f"encode {PROMPT} tokens", PROMPT)):
+        for figure, what, tokens in (
+            ("step", "decode", 1),
+            ("encode", f"encode {PROMPT} tokens", PROMPT),
+        ):
             rates = [tokens / mine[name][figure] for mine, _ in turns]
             theirs = [tokens / peers[figure] for _, peers in turns]
-            table.append(best(f"{what}, small model, {name}", "tokens/s", rates, "transformers float32", theirs))
+            table.append(
+                best(
+                    f"{what}, small model, {name}",
+                    "tokens/s",
+                    rates,
+                    "transformers float32",
+                    theirs,
+                )
+            )
     return table
 
 
@@ -92,16 +124,25 @@ def file_rows(directory: Path) -> list[Row]:
     return [
         best("convert 0.2 GB, warm", "GB/s", converting, "cp + sync", copying),
         best("inspect --check-values 0.2 GB, warm", "GB/s", checking, "cat", reading),
-        best("cache of 0.2 GB, float32, written", "GB/s", building, "plain writing + sync", writing),
+        best(
+            "cache of 0.2 GB, float32, written", "GB/s", building, "plain writing + sync", writing
+        ),
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--keep", action="store_true", help=f"write benchmarks/results/{KEPT}.json and .md")
+    parser.add_argument(
+        "--keep", action="store_true", help=f"write benchmarks/results/{KEPT}.json and .md"
+    )
     arguments = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other are slowed down by whatever else runs
-    parts = [(name, partial(work, arguments.directory)) for name, work in (("model", model_rows), ("files", file_rows))]
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # threads that wait for each other are slowed down by whatever else runs
+    )
+    parts = [
+        (name, partial(work, arguments.directory))
+        for name, work in (("model", model_rows), ("files", file_rows))
+    ]
     rows, seconds = collect(parts, lambda line: None)
     table = Table(rows=tuple(rows), machine=this_machine(), seconds=seconds)
     print(table.render())
@@ -112,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     path = RESULTS / f"{KEPT}.json"
     if not path.exists():
-        print(f"{path} does not exist: nothing is guarded; run with --keep on a commit that is good", file=sys.stderr)
+        print(
+            f"{path} does not exist: nothing is guarded; run with --keep on a commit that is good",
+            file=sys.stderr,
+        )
         return 1
     fallen = falls(read_rows(path), rows)
     for fall in fallen:

@@ -1,7 +1,8 @@
-"""Load on `neuron-minimax serve` and on `transformers serve`: the same model, requests and machine in one run.
+"""Load on `neuron-minimax serve` and on `transformers serve`: the same model, requests and machine
+in one run.
 
-python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3] [--continuous-batching]
-python -m benchmarks.serving --soak-minutes 10
+python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3]
+[--continuous-batching] python -m benchmarks.serving --soak-minutes 10
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
 from benchmarks.soak import soak
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
-from neuron_minimax.checkpoint.fp32_cache import build_cache
+from neuron_minimax.convert.cache import build_cache
 
 DEMO = Path(__file__).resolve().parent.parent / "neuron_minimax" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -52,13 +53,17 @@ def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
         shutil.copyfile(DEMO / name, source / name)
         shutil.copyfile(DEMO / name, cache / name)
     suffix = f"{slots}-slots-{engine}"
-    traced = compiled(directory, *model, suffix, slots=slots, seq_len=SEQ_LEN, buckets=BUCKETS, engine=engine)
+    traced = compiled(
+        directory, *model, suffix, slots=slots, seq_len=SEQ_LEN, buckets=BUCKETS, engine=engine
+    )
     return traced, cache
 
 
 @contextmanager
 def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, int]]:
-    """Run a server until the block ends; gives its URL and process id once `pattern` is in its log."""
+    """Run a server until the block ends; gives its URL and process id once `pattern` is in its
+    log.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of two cores the clients need one
     with log.open("w") as file:
         child = subprocess.Popen(
@@ -67,7 +72,9 @@ def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, 
     try:
         while not (found := re.search(pattern, log.read_text(errors="replace"))):
             if child.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended:\n{log.read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"{' '.join(command)} ended:\n{log.read_text(errors='replace')[-2000:]}"
+                )
             time.sleep(0.1)
         url = found.group(1)
         while httpx.get(f"{url}/health").status_code != 200:
@@ -86,7 +93,9 @@ def cpu_seconds(pid: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One comparison: clients at once, requests of a round, tokens per answer, slots of our server."""
+    """One comparison: clients at once, requests of a round, tokens per answer, slots of our
+    server.
+    """
 
     clients: tuple[int, ...] = (1, 8, 32)
     rounds: int = 3
@@ -106,32 +115,50 @@ def peer_command(cache: Path, continuous_batching: bool) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache), "--device", "cpu"]
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(cache),
+        "--device",
+        "cpu",
+    ]
     command += ["--dtype", "float32", "--port", str(port)]
     return [*command, *(["--continuous-batching"] * continuous_batching)]
 
 
 def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
-    """What clients saw in each round, by server and number of clients; the one server idles while the other answers."""
+    """What clients saw in each round, by server and number of clients; the one server idles while
+    the other answers.
+    """
     traced, cache = make_models(directory, setting.engine, setting.slots)
     work = empty_scratch(directory)
     ours = process(our_command(traced), r"listening on (http://\S+)", work / "ours.log")
-    peer = process(peer_command(cache, setting.continuous_batching), r"running on (http://\S+)", work / "peer.log")
+    peer = process(
+        peer_command(cache, setting.continuous_batching),
+        r"running on (http://\S+)",
+        work / "peer.log",
+    )
     results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
     with ours as of_ours, peer as of_peer:
         servers = ("ours", *of_ours, "model"), ("peer", *of_peer, str(cache))
         for _, url, _, model in servers:
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
-        for _, clients, (name, url, pid, model) in product(range(setting.rounds), setting.clients, servers):
+        for _, clients, (name, url, pid, model) in product(
+            range(setting.rounds), setting.clients, servers
+        ):
             before = cpu_seconds(pid)
-            found = asyncio.run(load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens))
+            found = asyncio.run(
+                load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens)
+            )
             found["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / found["tokens"]
             results[name, clients].append(found)
     return results
 
 
 def rows(directory: Path, **options: Any) -> list[Row]:
-    """Rate, wait for the first token and CPU time per token, for each number of clients; options of Setting."""
+    """Rate, wait for the first token and CPU time per token, for each number of clients; options of
+    Setting.
+    """
     setting = Setting(**options)
     results = compare(directory, setting)
     table = []
@@ -148,21 +175,30 @@ def rows(directory: Path, **options: Any) -> list[Row]:
         ):
             less, other = unit != "tokens/s", ("transformers serve", [found[key] for found in peer])
             of_ours = [found[key] for found in ours]
-            table.append(row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal))
+            table.append(
+                row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal)
+            )
     return table
 
 
 def main(argv: list[str] | None = None) -> int:
     default, parser = Setting(), parser_of(__doc__)
     parser.add_argument(
-        "--clients", type=lambda text: tuple(int(part) for part in text.split(",")), default=default.clients
+        "--clients",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        default=default.clients,
     )
     parser.add_argument("--rounds", type=int, default=default.rounds)
     parser.add_argument(
-        "--requests", type=int, default=default.requests, help="of a round, at every number of clients, or one of each"
+        "--requests",
+        type=int,
+        default=default.requests,
+        help="of a round, at every number of clients, or one of each",
     )
     parser.add_argument("--new-tokens", type=int, default=default.new_tokens)
-    parser.add_argument("--slots", type=int, default=default.slots, help="more clients than that wait in the queue")
+    parser.add_argument(
+        "--slots", type=int, default=default.slots, help="more clients than that wait in the queue"
+    )
     parser.add_argument("--engine", default=default.engine, choices=("compiled", "eager"))
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
@@ -173,7 +209,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     setting = Setting(**arguments)
     traced, _ = make_models(directory, setting.engine, setting.slots)
-    with process(our_command(traced), r"listening on (http://\S+)", empty_scratch(directory) / "soak.log") as server:
+    with process(
+        our_command(traced), r"listening on (http://\S+)", empty_scratch(directory) / "soak.log"
+    ) as server:
         return 0 if asyncio.run(soak(*server, minutes)) else 1
 
 

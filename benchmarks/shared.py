@@ -1,4 +1,5 @@
-"""The one directory of all benchmarks: seeded checkpoints, their conversions and compiled models, each made once.
+"""The one directory of all benchmarks: seeded checkpoints, their conversions and compiled models,
+each made once.
 
 DIR/checkpoints/NAME   written by synthetic.py
 DIR/converted/NAME     its conversion
@@ -21,9 +22,14 @@ REAL = ("2-layers-64-experts", real_layers())
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """A benchmark's parser: every one takes the same --directory."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--directory", type=Path, default=DEFAULT, help=f"what is made once is kept here (default: {DEFAULT})"
+        "--directory",
+        type=Path,
+        default=DEFAULT,
+        help=f"what is made once is kept here (default: {DEFAULT})",
     )
     return parser
 
@@ -34,15 +40,19 @@ def checkpoint(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
 
 def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
     """The conversion of a checkpoint; converting again recognizes what is there."""
-    from neuron_minimax.convert.run import convert
+    from neuron_minimax.convert.write import convert
 
     output = directory / "converted" / name
     convert(checkpoint(directory, name, config_json), output)
     return output
 
 
-def compiled(directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any) -> Path:
-    """A compiled model with these options of the CPU backend; compiled again only when its code has changed."""
+def compiled(
+    directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any
+) -> Path:
+    """A compiled model with these options of the CPU backend; compiled again only when its code has
+    changed.
+    """
     from neuron_minimax.backends import compile_model
 
     traced = directory / "traced" / f"{name}-{suffix}"

@@ -1,10 +1,13 @@
-"""Seeded checkpoints with the real layer dimensions, for benchmarks: FP8 codes as a gaussian weight gives them."""
+"""Seeded checkpoints with the real layer dimensions, for benchmarks: FP8 codes as a gaussian weight
+gives them.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8, schema
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.writer import ShardWriter, write_index, write_json
 from neuron_minimax.config import ModelConfig
@@ -52,7 +55,9 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     config = ModelConfig.from_dict(config_json)
     generator = np.random.default_rng(seed)
     side = max(config.hidden_size, config.query_size)
-    pool, _ = fp8.quantize(generator.normal(0, 1, (side, side)).astype(np.float32), config.weight_block_size)
+    pool, _ = fp8.quantize(
+        generator.normal(0, 1, (side, side)).astype(np.float32), config.weight_block_size
+    )
     shards: list[list[schema.Expected]] = [[]]
     size = 0
     for wanted in schema.expected(config):
@@ -65,7 +70,9 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     weight_map = {}
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with ShardWriter(directory / name, {wanted.name: (wanted.dtype, wanted.shape) for wanted in tensors}) as writer:
+        with ShardWriter(
+            directory / name, {wanted.name: (wanted.dtype, wanted.shape) for wanted in tensors}
+        ) as writer:
             for wanted in tensors:
                 weight_map[wanted.name] = name
                 writer.write(_elements(wanted, pool, generator))
@@ -74,18 +81,25 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     return directory
 
 
-def _elements(wanted: schema.Expected, pool: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _elements(
+    wanted: schema.Expected, pool: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
     if wanted.is_scale:
         return generator.uniform(1e-4, 3e-4, wanted.shape).astype(np.float32)
     if wanted.dtype == "F8_E4M3":  # another stretch of the pool for every tensor
         rows, columns = wanted.shape
         return np.resize(np.roll(pool, int(generator.integers(pool.size))), (rows, columns))
     if wanted.weight.kind == "e_score_correction_bias":
-        # Of the real size, and nearly equal, so that random tokens spread over the experts as a balanced model's do.
+        # Of the real size, and nearly equal, so that random tokens spread over the experts as a
+        # balanced model's do.
         values = 7 + generator.normal(0, 0.02, wanted.shape)
     elif wanted.weight.module_group == "norm":
         values = np.ones(wanted.shape)
-    else:  # embeddings outweigh what attention averages over the tokens, else all tokens would choose the same experts
-        values = generator.normal(0, 4 if wanted.weight.kind == "embed_tokens" else 0.02, wanted.shape)
+    # Embeddings outweigh what attention averages over the tokens, else all tokens would choose the
+    # same experts
+    else:
+        values = generator.normal(
+            0, 4 if wanted.weight.kind == "embed_tokens" else 0.02, wanted.shape
+        )
     values = values.astype(np.float32)
     return values if wanted.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)

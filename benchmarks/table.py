@@ -1,4 +1,6 @@
-"""A row of the benchmarks' table, what it is compared with and its goal; rendering as text and Markdown."""
+"""A row of the benchmarks' table, what it is compared with and its goal; rendering as text and
+Markdown.
+"""
 
 import json
 import statistics
@@ -12,7 +14,9 @@ HEADINGS = ("what", "ours", "peer", "ratio", "limit", "share", "goal")
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """What a figure is held against: a peer, or a limit of the machine; `times` is how often its figure ours is."""
+    """What a figure is held against: a peer, or a limit of the machine; `times` is how often its
+    figure ours is.
+    """
 
     name: str
     value: float
@@ -23,7 +27,9 @@ class Against:
     def spread(self) -> str:
         """The ratio, and of several rounds the lowest and the highest."""
         one = self.lowest == self.highest
-        return _number(self.times) + ("" if one else f" ({_number(self.lowest)} to {_number(self.highest)})")
+        return _number(self.times) + (
+            "" if one else f" ({_number(self.lowest)} to {_number(self.highest)})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,8 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. Ratio and share say how many times as good it is as its peer and as its limit: more is better.
+    """One figure. Ratio and share say how many times as good it is as its peer and as its limit:
+    more is better.
 
     A benchmark that failed is a row too: `failure` says why, and it has no figure.
     """
@@ -137,13 +144,18 @@ def render(rows: Sequence[Row]) -> str:
     measured = [HEADINGS, *(each.cells() for each in rows if not each.failure)]
     widths = [max(len(line[column]) for line in measured) for column in range(len(HEADINGS))]
     widths[0] = max(len(line[0]) for line in lines)
-    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rendered = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
     return "\n".join(line.rstrip() for line in rendered)
 
 
 def render_markdown(rows: Sequence[Row]) -> str:
     lines = [HEADINGS, ("---",) * len(HEADINGS), *(each.cells() for each in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -165,7 +177,11 @@ def from_json(found: Sequence[dict[str, Any]]) -> list[Row]:
 
     return [
         Row(
-            **{key: value for key, value in each.items() if key not in ("reached", "peer", "limit", "goal")},
+            **{
+                key: value
+                for key, value in each.items()
+                if key not in ("reached", "peer", "limit", "goal")
+            },
             peer=part(Against, each["peer"]),
             limit=part(Against, each["limit"]),
             goal=part(Goal, each["goal"]),

@@ -2,7 +2,9 @@
 
 
 class NeuronMiniMaxError(Exception):
-    """Base of all errors with a message meant for the user: the thing, what was found and expected, the next step."""
+    """Base of all errors with a message meant for the user: the thing, what was found and expected,
+    the next step.
+    """
 
 
 class ConfigError(NeuronMiniMaxError):

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neuron_minimax.backends.cpu import CPUOptions
-from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.backends.cpu.eager import EagerBackend
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.check import Request
 from neuron_minimax.device_check.run import answer
-from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.model.decoder import MiniMaxM2
 
 Break = Callable[[MiniMaxM2], None]
 
@@ -29,7 +29,8 @@ class Norms(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         pieces = [
-            piece.float() / (piece.float().square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
+            piece.float()
+            / (piece.float().square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
             for piece in hidden.chunk(self.parts, dim=-1)
         ]
         return self.norm.weight.to(hidden.dtype) * torch.cat(pieces, -1).to(hidden.dtype)
@@ -46,9 +47,13 @@ def drop_bias(model: MiniMaxM2) -> None:
 
 def round_router(model: MiniMaxM2) -> None:
     router = moe(model).router
-    router.e_score_correction_bias = router.e_score_correction_bias.to(torch.bfloat16).to(torch.float32)
+    router.e_score_correction_bias = router.e_score_correction_bias.to(torch.bfloat16).to(
+        torch.float32
+    )
     gate = router.linear_router
-    gate.weight = nn.Parameter(gate.weight.to(torch.bfloat16).to(torch.float32), requires_grad=False)
+    gate.weight = nn.Parameter(
+        gate.weight.to(torch.bfloat16).to(torch.float32), requires_grad=False
+    )
 
 
 def move_experts(model: MiniMaxM2) -> None:
@@ -76,7 +81,9 @@ def swap_gate_and_up(model: MiniMaxM2) -> None:
     weight = moe(model).expert_mlps.mlp_op.gate_up_proj
     codes = weight.weight.view(torch.uint8)
     gate, up = codes.chunk(2, dim=-1)
-    weight.weight = nn.Parameter(torch.cat([up, gate], -1).view(weight.weight.dtype), requires_grad=False)
+    weight.weight = nn.Parameter(
+        torch.cat([up, gate], -1).view(weight.weight.dtype), requires_grad=False
+    )
     gate, up = weight.scale.chunk(2, dim=-1)
     weight.scale = nn.Parameter(torch.cat([up, gate], -1), requires_grad=False)
 
@@ -102,7 +109,9 @@ def halve_values(model: MiniMaxM2) -> None:
 class Faulty(EagerBackend):
     """`encoding` breaks the model of context encoding, `generation` that of token generation."""
 
-    def __init__(self, model: Path, options: CPUOptions, encoding: Break | None, generation: Break | None) -> None:
+    def __init__(
+        self, model: Path, options: CPUOptions, encoding: Break | None, generation: Break | None
+    ) -> None:
         super().__init__(model, options)
         self.models = {True: self.model, False: EagerBackend(model, options).model}
         for is_encoding, broken in ((True, encoding), (False, generation)):
@@ -113,7 +122,9 @@ class Faulty(EagerBackend):
         self.model = self.models[True]
         return super()._encode(slot, ids, start, all_positions)
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         self.model = self.models[False]
         return super()._step(tokens, positions, active)
 
@@ -121,7 +132,9 @@ class Faulty(EagerBackend):
 class LateSteps(EagerBackend):
     """Token generation forgets the last position of the cache."""
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         return super()._step(tokens, (positions - 1).clamp_min(0), active)
 
 
@@ -151,4 +164,6 @@ class InProcess:
 
 def with_fault(request: Request, encoding: Break | None, generation: Break | None) -> InProcess:
     """A device with a fault in one phase or both."""
-    return InProcess(request=request, make=lambda probe, options: Faulty(probe, options, encoding, generation))
+    return InProcess(
+        request=request, make=lambda probe, options: Faulty(probe, options, encoding, generation)
+    )

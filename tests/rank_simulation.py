@@ -1,7 +1,8 @@
-"""One decoder layer computed rank by rank from a converted state: each rank its own shards, then sums over ranks.
+"""One decoder layer computed rank by rank from a converted state: each rank its own shards, then
+sums over ranks.
 
-Shapes: T tokens, H hidden. The shards follow `planner/sharding.py`, which `tests/data/nxd_slices.json` ties to NxD; the
-arithmetic of a rank is the eager model's own.
+Shapes: T tokens, H hidden. The shards follow `planner/sharding.py`, which
+`tests/data/nxd_slices.json` ties to NxD; the arithmetic of a rank is the eager model's own.
 """
 
 from collections.abc import Mapping
@@ -9,11 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from neuron_minimax.backends.neuron.heads import rearrange
+from neuron_minimax.backends.nxdi.heads import rearrange
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.kernels.attention import attend
-from neuron_minimax.kernels.fp8 import linear
-from neuron_minimax.kernels.fp8_mlp import expert_mlp
+from neuron_minimax.kernels.reference import attend, expert_mlp, linear
 from neuron_minimax.model.rope import rope_table, rotate
 from neuron_minimax.planner.sharding import expert_shard, head_layout
 
@@ -53,7 +52,9 @@ def placed_attention(state: State, config: ModelConfig, tp: int) -> dict[str, to
 
 
 def attention(state: State, config: ModelConfig, hidden_TH: torch.Tensor, tp: int) -> torch.Tensor:
-    """[T,H] to [T,H]: projections per rank, sums of squares over ranks, heads per rank, partial outputs over ranks."""
+    """[T,H] to [T,H]: projections per rank, sums of squares over ranks, heads per rank, partial
+    outputs over ranks.
+    """
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp)
     placed, block = placed_attention(state, config, tp), config.weight_block_size
     positions = torch.arange(hidden_TH.shape[0])[None]
@@ -63,21 +64,33 @@ def attention(state: State, config: ModelConfig, hidden_TH: torch.Tensor, tp: in
         weight, scale = (placed.get(f"{QKV}{name}_proj.{part}") for part in ("weight", "scale"))
         assert weight is not None
         return linear(
-            hidden_TH, share(weight, 0, tp, rank), None if scale is None else share(scale, 0, tp, rank), block
+            hidden_TH,
+            share(weight, 0, tp, rank),
+            None if scale is None else share(scale, 0, tp, rank),
+            block,
         )
 
     local = {name: [project(name, rank) for rank in range(tp)] for name in "qkv"}
-    for name, width, copies in (("q", config.query_size, 1), ("k", config.key_value_size, layout.key_value_copies)):
-        squares_T1 = sum(part.pow(2).sum(-1, keepdim=True) for part in local[name]) / (width * copies)
+    for name, width, copies in (
+        ("q", config.query_size, 1),
+        ("k", config.key_value_size, layout.key_value_copies),
+    ):
+        squares_T1 = sum(part.pow(2).sum(-1, keepdim=True) for part in local[name]) / (
+            width * copies
+        )
         scale_T1 = torch.rsqrt(squares_T1 + config.rms_norm_eps)
         norm = placed[f"self_attn.{name}_norm.weight"].float()
-        local[name] = [share(norm, 0, tp, rank) * (part * scale_T1) for rank, part in enumerate(local[name])]
+        local[name] = [
+            share(norm, 0, tp, rank) * (part * scale_T1) for rank, part in enumerate(local[name])
+        ]
 
     total = torch.zeros_like(hidden_TH)
     weight, scale = (placed.get(f"self_attn.o_proj.o_proj.{part}") for part in ("weight", "scale"))
     assert weight is not None
     for rank in range(tp):
-        query, key, value = (local[name][rank].unflatten(-1, (-1, config.head_dim))[None] for name in "qkv")
+        query, key, value = (
+            local[name][rank].unflatten(-1, (-1, config.head_dim))[None] for name in "qkv"
+        )
         query, key = rotate(query, rope), rotate(key, rope)
         attended = attend(query, key.transpose(1, 2), value.transpose(1, 2), positions)[0]
         part_scale = None if scale is None else share(scale, 1, tp, rank)
@@ -85,16 +98,26 @@ def attention(state: State, config: ModelConfig, hidden_TH: torch.Tensor, tp: in
     return total
 
 
-def experts(state: State, config: ModelConfig, hidden_TH: torch.Tensor, degrees: Degrees) -> torch.Tensor:
-    """[T,H] to [T,H]: the router on every rank, each rank's experts and channels, partial outputs over ranks."""
+def experts(
+    state: State, config: ModelConfig, hidden_TH: torch.Tensor, degrees: Degrees
+) -> torch.Tensor:
+    """[T,H] to [T,H]: the router on every rank, each rank's experts and channels, partial outputs
+    over ranks.
+    """
     router = "block_sparse_moe.router."
     scores = (hidden_TH @ state[router + "linear_router.weight"].T).sigmoid()
-    index_TK = (scores + state[router + "e_score_correction_bias"]).topk(config.num_experts_per_tok, -1).indices
+    index_TK = (
+        (scores + state[router + "e_score_correction_bias"])
+        .topk(config.num_experts_per_tok, -1)
+        .indices
+    )
     affinity_TK = scores.gather(1, index_TK)
     affinity_TK = affinity_TK / affinity_TK.sum(-1, keepdim=True)
     total = torch.zeros_like(hidden_TH)
     for rank in range(degrees.tp):
-        held = expert_shard(config, moe_tp_degree=degrees.moe_tp, moe_ep_degree=degrees.moe_ep, rank=rank)
+        held = expert_shard(
+            config, moe_tp_degree=degrees.moe_tp, moe_ep_degree=degrees.moe_ep, rank=rank
+        )
         here = (index_TK >= held.experts.start) & (index_TK < held.experts.stop)
         local = torch.where(here, index_TK - held.experts.start, -1)
         weights = expert_weights(state, config, held.experts, held.intermediate)
@@ -102,8 +125,12 @@ def experts(state: State, config: ModelConfig, hidden_TH: torch.Tensor, degrees:
     return total
 
 
-def expert_weights(state: State, config: ModelConfig, chosen: range, channels: range) -> list[torch.Tensor | None]:
-    """gate_up, its scale, down, its scale of some experts and intermediate channels; gate and up are cut separately."""
+def expert_weights(
+    state: State, config: ModelConfig, chosen: range, channels: range
+) -> list[torch.Tensor | None]:
+    """gate_up, its scale, down, its scale of some experts and intermediate channels; gate and up
+    are cut separately.
+    """
     rows = config.weight_block_size[0]
     cut: list[torch.Tensor | None] = []
     for name, dimension in (("gate_up_proj", 2), ("down_proj", 1)):
@@ -112,8 +139,16 @@ def expert_weights(state: State, config: ModelConfig, chosen: range, channels: r
             if tensor is None:
                 cut.append(None)
                 continue
-            halves = tensor[chosen.start : chosen.stop].chunk(2 if name == "gate_up_proj" else 1, dimension)
-            kept = [half.narrow(dimension, channels.start // step, len(channels) // step) for half in halves]
-            bits = [piece.view(torch.uint8) if piece.dtype == torch.float8_e4m3fn else piece for piece in kept]
+            halves = tensor[chosen.start : chosen.stop].chunk(
+                2 if name == "gate_up_proj" else 1, dimension
+            )
+            kept = [
+                half.narrow(dimension, channels.start // step, len(channels) // step)
+                for half in halves
+            ]
+            bits = [
+                piece.view(torch.uint8) if piece.dtype == torch.float8_e4m3fn else piece
+                for piece in kept
+            ]
             cut.append(torch.cat(bits, dimension))
     return cut

@@ -24,11 +24,18 @@ def test_a_turn_is_the_answer_to_the_rendered_history(model):
     for text in ("hello", "and Paris?"):
         history = [*chat.messages, {"role": "user", "content": text}]
         prompt = tokenizer.encode(tokenizer.render_chat(history))
-        expected = answer(backend, prompt, stop_token_ids=tokenizer.stop_token_ids, max_new_tokens=12)
+        expected = answer(
+            backend, prompt, stop_token_ids=tokenizer.stop_token_ids, max_new_tokens=12
+        )
         said = collect(chat.say(text, max_new_tokens=12))
         assert chat.token_ids == expected.token_ids
         assert said == chat.last
-    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in chat.messages] == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     chat.reset()
     assert chat.messages == []
 

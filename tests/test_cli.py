@@ -13,12 +13,22 @@ from tests.tiny import write_tiny
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """checkpoint, converted, traced (eager) of one tiny model, and the float32 twin of the checkpoint."""
+    """checkpoint, converted, traced (eager) of one tiny model, and the float32 twin of the
+    checkpoint.
+    """
     base = tmp_path_factory.mktemp("cli")
     write_tiny(base / "ckpt", shards=2)
     write_tiny(base / "twin", dense=True)
     assert main(["convert", str(base / "ckpt"), str(base / "out"), "--fp8-range", "ocp"]) == 0
-    compiled = ["compile", str(base / "out"), str(base / "traced"), "--engine", "eager", "--seq-len", "64"]
+    compiled = [
+        "compile",
+        str(base / "out"),
+        str(base / "traced"),
+        "--engine",
+        "eager",
+        "--seq-len",
+        "64",
+    ]
     assert main([*compiled, "--buckets", "16,64"]) == 0
     return base
 
@@ -77,7 +87,16 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
     prompt = [3, 77, 120, 9, 150]
     ids = ",".join(map(str, prompt))
     dump = tmp_path / "logits.safetensors"
-    command = ["generate", traced / "traced", "--token-ids", ids, "--greedy", "--json", "--max-new-tokens", 6]
+    command = [
+        "generate",
+        traced / "traced",
+        "--token-ids",
+        ids,
+        "--greedy",
+        "--json",
+        "--max-new-tokens",
+        6,
+    ]
     code, out, _ = run(capsys, *command, "--dump-logits", dump)
     assert code == 0
     found = json.loads(out)
@@ -99,16 +118,28 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
     [
         (["inspect", "absent"], 1, ["absent", "does not exist"]),
         (["convert", "absent", "out"], 1, ["absent"]),
-        (["convert", "{ckpt}", "{base}/x", "--attention", "int4"], 1, ["attention", "int4", "fp8, bf16"]),
+        (
+            ["convert", "{ckpt}", "{base}/x", "--attention", "int4"],
+            1,
+            ["attention", "int4", "fp8, bf16"],
+        ),
         (["convert", "{ckpt}", "{base}/x", "--keep-in-bf16", "lm_hed"], 1, ["lm_hed", "lm_head"]),
         (["convert", "{ckpt}", "{base}/out"], 1, ["another run", "--overwrite"]),
         (["verify", "{ckpt}", "{ckpt}"], 1, ["conversion.json", "neuron-minimax convert"]),
         (["compile", "{ckpt}", "{base}/x"], 1, ["conversion.json"]),
         (["generate", "{traced}", "--token-ids", "1,a"], 1, ["--token-ids", "1,a"]),
         (["generate", "{traced}", "--token-ids", "1,160"], 1, ["160", "vocabulary"]),
-        (["generate", "{traced}", "--token-ids", "1", "--max-new-tokens", "999"], 1, ["999", "seq_len 64"]),
+        (
+            ["generate", "{traced}", "--token-ids", "1", "--max-new-tokens", "999"],
+            1,
+            ["999", "seq_len 64"],
+        ),
         (["generate", "{traced}", "--prompt", "hi"], 1, ["tokenizer.json"]),
-        (["generate", "{traced}", "--token-ids", "1", "--greedy", "--top-k", "3"], 1, ["--greedy", "--top-k"]),
+        (
+            ["generate", "{traced}", "--token-ids", "1", "--greedy", "--top-k", "3"],
+            1,
+            ["--greedy", "--top-k"],
+        ),
         (["generate", "{base}", "--token-ids", "1"], 1, ["manifest"]),
         (["generate", "{traced}"], 2, ["--prompt"]),
         (["convert", "{ckpt}"], 2, ["OUT"]),

@@ -1,4 +1,6 @@
-"""Conversion against slow, obvious code that builds each Neuron tensor from the safetensors library's own reading."""
+"""Conversion against slow, obvious code that builds each Neuron tensor from the safetensors
+library's own reading.
+"""
 
 import errno
 import json
@@ -13,17 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuron_minimax.checkpoint import parallel, stream
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax.checkpoint import workers, writer
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import ShardWriter
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import Layout, plan, unquantized_modules
-from neuron_minimax.convert.rules import module_of
-from neuron_minimax.convert.run import convert, plan_conversion, read_manifest
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict, neuron_to_hf_state_dict
+from neuron_minimax.convert.state_dict import (
+    convert_hf_to_neuron_state_dict,
+    neuron_to_hf_state_dict,
+)
 from neuron_minimax.convert.verify import verify
+from neuron_minimax.convert.write import convert, plan_conversion, read_manifest
 from neuron_minimax.errors import CheckpointError, ConversionError
+from neuron_minimax.families import module_of
+from neuron_minimax.fp8 import ScaleConvention
 from tests.full_size import write_sparse
 from tests.tiny import write_tiny
 
@@ -32,7 +37,11 @@ W1 = "model.layers.1.block_sparse_moe.experts.5.w1.weight"
 
 
 def read_all(directory):
-    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+    return {
+        name: t
+        for path in sorted(directory.glob("*.safetensors"))
+        for name, t in load_file(path).items()
+    }
 
 
 def bits(tensor):
@@ -41,18 +50,37 @@ def bits(tensor):
 
 def obvious_conversion(source, layers=2, experts=8):
     """Neuron names and shapes, codes and scales as they are stored."""
-    result = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    result = {
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+    }
     result["lm_head.weight"] = "lm_head.weight"
     for layer in range(layers):
         old, new = f"model.layers.{layer}.", f"layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+        for norm in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "self_attn.q_norm",
+            "self_attn.k_norm",
+        ):
             result[f"{new}{norm}.weight"] = f"{old}{norm}.weight"
-        for name, place in (("q", "qkv_proj"), ("k", "qkv_proj"), ("v", "qkv_proj"), ("o", "o_proj")):
-            result[f"{new}self_attn.{place}.{name}_proj.weight"] = f"{old}self_attn.{name}_proj.weight"
-            result[f"{new}self_attn.{place}.{name}_proj.scale"] = f"{old}self_attn.{name}_proj.weight_scale_inv"
+        for name, place in (
+            ("q", "qkv_proj"),
+            ("k", "qkv_proj"),
+            ("v", "qkv_proj"),
+            ("o", "o_proj"),
+        ):
+            result[f"{new}self_attn.{place}.{name}_proj.weight"] = (
+                f"{old}self_attn.{name}_proj.weight"
+            )
+            result[f"{new}self_attn.{place}.{name}_proj.scale"] = (
+                f"{old}self_attn.{name}_proj.weight_scale_inv"
+            )
         moe = f"{old}block_sparse_moe."
         result[f"{new}block_sparse_moe.router.linear_router.weight"] = f"{moe}gate.weight"
-        result[f"{new}block_sparse_moe.router.e_score_correction_bias"] = f"{moe}e_score_correction_bias"
+        result[f"{new}block_sparse_moe.router.e_score_correction_bias"] = (
+            f"{moe}e_score_correction_bias"
+        )
     tensors = {name: source[old] for name, old in result.items() if old in source}
     for layer in range(layers):
         experts_of = f"model.layers.{layer}.block_sparse_moe.experts."
@@ -60,11 +88,16 @@ def obvious_conversion(source, layers=2, experts=8):
         for old, new in (("weight", "weight"), ("weight_scale_inv", "scale")):
             if f"{experts_of}0.w1.{old}" not in source:
                 continue
-            pick = lambda e, w, old=old, experts_of=experts_of: source[f"{experts_of}{e}.{w}.{old}"].t()  # noqa: E731
+
+            def pick(e, w, old=old, experts_of=experts_of):
+                return source[f"{experts_of}{e}.{w}.{old}"].t()
+
             tensors[f"{target}gate_up_proj.{new}"] = torch.stack(
                 [torch.cat([pick(e, "w1"), pick(e, "w3")], dim=1) for e in range(experts)]
             )
-            tensors[f"{target}down_proj.{new}"] = torch.stack([pick(e, "w2") for e in range(experts)])
+            tensors[f"{target}down_proj.{new}"] = torch.stack(
+                [pick(e, "w2") for e in range(experts)]
+            )
     return tensors
 
 
@@ -88,7 +121,9 @@ def test_neuron_range_halves_codes_and_doubles_scales(tmp_path, sizes):
     rounded = 0
     for name, tensor in expected.items():
         if tensor.dtype == torch.float8_e4m3fn:
-            assert torch.equal(bits(found[name]), bits((tensor.float() / 2).to(torch.float8_e4m3fn))), name
+            assert torch.equal(
+                bits(found[name]), bits((tensor.float() / 2).to(torch.float8_e4m3fn))
+            ), name
             rounded += int((found[name].float() * 2 != tensor.float()).sum())
             assert found[name].float().abs().max() <= 240
         else:
@@ -131,11 +166,18 @@ def test_attention_in_bf16_is_the_dequantized_weight_rounded_once(tmp_path, size
 
 def test_one_layers_modules_can_be_kept_in_bf16(tmp_path):
     source = write_tiny(tmp_path / "source")
-    convert(source, tmp_path / "out", Layout(keep_in_bf16=("layers.1.self_attn", "layers.0.block_sparse_moe.experts")))
+    convert(
+        source,
+        tmp_path / "out",
+        Layout(keep_in_bf16=("layers.1.self_attn", "layers.0.block_sparse_moe.experts")),
+    )
     stored, found = read_all(source), read_all(tmp_path / "out")
     assert found["layers.0.self_attn.o_proj.o_proj.weight"].dtype == torch.float8_e4m3fn
     assert found["layers.1.self_attn.o_proj.o_proj.weight"].dtype == torch.bfloat16
-    down = [dequantized(stored, f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight").bfloat16() for e in range(8)]
+    down = [
+        dequantized(stored, f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight").bfloat16()
+        for e in range(8)
+    ]
     kept = found["layers.0.block_sparse_moe.expert_mlps.mlp_op.down_proj.weight"]
     assert torch.equal(kept, torch.stack([weight.t() for weight in down]))
     assert found["layers.0.block_sparse_moe.router.linear_router.weight"].dtype == torch.float32
@@ -159,13 +201,18 @@ def test_a_module_that_cannot_be_kept_is_refused_with_the_reason(tmp_path, modul
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(attention="bf16"), Layout(keep_in_bf16=("layers.1.self_attn",))])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(attention="bf16"), Layout(keep_in_bf16=("layers.1.self_attn",))]
+)
 def test_no_entry_of_modules_to_not_convert_is_a_substring_of_a_quantized_module(tmp_path, layout):
     source = write_tiny(tmp_path / "source", num_hidden_layers=12)
     conversion, _ = plan_conversion(Checkpoint(source), layout)
     entries = unquantized_modules(conversion.outputs)
     for output in conversion.outputs:
-        module, listed = module_of(output.name), any(entry in module_of(output.name) for entry in entries)
+        module, listed = (
+            module_of(output.name),
+            any(entry in module_of(output.name) for entry in entries),
+        )
         if output.dtype == "F8_E4M3":
             assert not listed, module
         elif len(output.shape) > 1 and not output.is_scale:
@@ -208,12 +255,17 @@ def test_a_state_dict_in_memory_becomes_the_same_bytes(tmp_path, sizes):
     source = write_tiny(tmp_path / "source", **sizes)
     convert(source, tmp_path / "out")
     stored, on_disk = read_all(source), read_all(tmp_path / "out")
-    stripped = {name.removeprefix("model."): tensor for name, tensor in stored.items()}  # as NxDI hands it over
+    stripped = {
+        name.removeprefix("model."): tensor for name, tensor in stored.items()
+    }  # as NxDI hands it over
     config = ModelConfig.from_dir(source)
     for state_dict in (stored, stripped):
         found = convert_hf_to_neuron_state_dict(state_dict, config, Layout(tp_degree=4))
         ranks = {name for name in found if name.endswith("rank_util.rank")}
-        assert ranks == {"rank_util.rank", *(f"layers.{n}.self_attn.rank_util.rank" for n in range(2))}
+        assert ranks == {
+            "rank_util.rank",
+            *(f"layers.{n}.self_attn.rank_util.rank" for n in range(2)),
+        }
         assert all(torch.equal(found[name], torch.arange(4, dtype=torch.int32)) for name in ranks)
         assert set(found) - ranks == set(on_disk)
         assert all(torch.equal(bits(found[name]), bits(tensor)) for name, tensor in on_disk.items())
@@ -221,8 +273,13 @@ def test_a_state_dict_in_memory_becomes_the_same_bytes(tmp_path, sizes):
 
 @pytest.mark.parametrize("sizes", [{}, RAGGED], ids=["aligned", "ragged"])
 def test_the_rules_read_backwards_give_the_checkpoint_again(tmp_path, sizes):
-    stored, config = read_all(write_tiny(tmp_path / "c", **sizes)), ModelConfig.from_dir(tmp_path / "c")
-    back = neuron_to_hf_state_dict(convert_hf_to_neuron_state_dict(stored, config, Layout(fp8_range="ocp")), config)
+    stored, config = (
+        read_all(write_tiny(tmp_path / "c", **sizes)),
+        ModelConfig.from_dir(tmp_path / "c"),
+    )
+    back = neuron_to_hf_state_dict(
+        convert_hf_to_neuron_state_dict(stored, config, Layout(fp8_range="ocp")), config
+    )
     assert set(back) == set(stored)
     for name, tensor in stored.items():
         copy = back[name].clone(memory_format=torch.contiguous_format)
@@ -238,17 +295,31 @@ def test_every_source_is_used_exactly_once(tmp_path):
     with pytest.raises(ConversionError, match=r"used by no rule.*model\.extra"):
         plan(tensors | {"model.extra": ("F32", (1,))}, source.config, Layout())
     del tensors[W1]
-    with pytest.raises(ConversionError, match=r"gate_up_proj\.weight lacks 1 of its 16 sources.*experts\.5\.w1"):
+    with pytest.raises(
+        ConversionError, match=r"gate_up_proj\.weight lacks 1 of its 16 sources.*experts\.5\.w1"
+    ):
         plan(tensors, source.config, Layout())
 
 
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("model.layers.0.block_sparse_moe.gate.weight", lambda t: t.bfloat16(), "is BF16; expected F32"),
-        ("model.layers.1.block_sparse_moe.e_score_correction_bias", lambda t: t.bfloat16(), "is BF16; expected F32"),
+        (
+            "model.layers.0.block_sparse_moe.gate.weight",
+            lambda t: t.bfloat16(),
+            "is BF16; expected F32",
+        ),
+        (
+            "model.layers.1.block_sparse_moe.e_score_correction_bias",
+            lambda t: t.bfloat16(),
+            "is BF16; expected F32",
+        ),
         (W1, lambda t: t[:, :1].contiguous(), r"has shape \[128, 1\]"),
-        (W1 + "_scale_inv", lambda t: t[:1, :1].contiguous(), r"has shape \[1, 1\]; config.json implies \[1, 2\]"),
+        (
+            W1 + "_scale_inv",
+            lambda t: t[:1, :1].contiguous(),
+            r"has shape \[1, 1\]; config.json implies \[1, 2\]",
+        ),
     ],
 )
 def test_a_state_dict_in_memory_is_held_to_the_table(tmp_path, name, change, words):
@@ -266,7 +337,9 @@ def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):
     tensors[W1] = tensors[W1].bfloat16()
     del tensors[W1 + "_scale_inv"]
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"layers\.1\..*gate_up_proj.*15 F8_E4M3, 1 BF16.*experts\.5\.w1"):
+    with pytest.raises(
+        ConversionError, match=r"layers\.1\..*gate_up_proj.*15 F8_E4M3, 1 BF16.*experts\.5\.w1"
+    ):
         convert(source, tmp_path / "out")
 
 
@@ -275,18 +348,30 @@ def test_the_full_size_plan_converts_47864_scales(tmp_path):
     source = Checkpoint(write_sparse(tmp_path / "real"))
     conversion, _ = plan_conversion(source, layout)
     assert conversion.scale_count == 47_864
-    assert conversion.nbytes == sum(entry.nbytes for entry in source.entries.values()) == 230_121_630_720
+    assert (
+        conversion.nbytes
+        == sum(entry.nbytes for entry in source.entries.values())
+        == 230_121_630_720
+    )
     assert "x 62" in conversion.render()
 
 
 Fault = namedtuple("Fault", "tensor change words")
 FAULTS = {
     "nan code": Fault(W1, lambda t: t.view(torch.uint8).view(-1)[7:8].fill_(0x7F), ["1 NaN codes"]),
-    "negative nan code": Fault(W1, lambda t: t.view(torch.uint8).view(-1)[0:1].fill_(0xFF), ["1 NaN codes"]),
-    "zero scale": Fault(W1 + "_scale_inv", lambda t: t[0, 1].fill_(0), ["1 scales", "block [0, 1]"]),
-    "nan scale": Fault(W1 + "_scale_inv", lambda t: t[0, 0].fill_(float("nan")), ["1 scales", "nan"]),
+    "negative nan code": Fault(
+        W1, lambda t: t.view(torch.uint8).view(-1)[0:1].fill_(0xFF), ["1 NaN codes"]
+    ),
+    "zero scale": Fault(
+        W1 + "_scale_inv", lambda t: t[0, 1].fill_(0), ["1 scales", "block [0, 1]"]
+    ),
+    "nan scale": Fault(
+        W1 + "_scale_inv", lambda t: t[0, 0].fill_(float("nan")), ["1 scales", "nan"]
+    ),
     "negative scale": Fault(W1 + "_scale_inv", lambda t: t.neg_(), ["2 scales"]),
-    "nan norm": Fault("model.norm.weight", lambda t: t[3].fill_(float("nan")), ["1 NaN or infinite"]),
+    "nan norm": Fault(
+        "model.norm.weight", lambda t: t[3].fill_(float("nan")), ["1 NaN or infinite"]
+    ),
     "infinite bias": Fault(
         "model.layers.0.block_sparse_moe.e_score_correction_bias",
         lambda t: t[0].fill_(float("inf")),
@@ -303,7 +388,9 @@ def test_a_bad_value_stops_the_run_with_its_name_and_leaves_no_manifest(tmp_path
     bad.change(tensors[bad.tensor])
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CheckpointError) as refused:
-        convert(source, tmp_path / "out", Layout(scale_convention="multiplier", attention=attention))
+        convert(
+            source, tmp_path / "out", Layout(scale_convention="multiplier", attention=attention)
+        )
     assert all(word in str(refused.value) for word in [bad.tensor, *bad.words])
     with pytest.raises(ConversionError, match="did not finish"):
         read_manifest(tmp_path / "out")
@@ -316,9 +403,9 @@ def contents(directory):
 # Converts in several processes, and kills itself without warning once this many bytes are written.
 CONVERT_AND_DIE = """
 import os, signal, sys
-from neuron_minimax.checkpoint import parallel
-from neuron_minimax.convert.run import convert
-parallel.PARALLEL_FROM = 0
+from neuron_minimax.checkpoint import workers
+from neuron_minimax.convert.write import convert
+workers.PARALLEL_FROM = 0
 left = int(sys.argv[3])
 def progress(nbytes):
     global left
@@ -346,7 +433,7 @@ def test_after_kill_9_the_next_run_ends_bit_identical(tmp_path, moment, reused):
 def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, layout):
     source = write_tiny(tmp_path / "source", **RAGGED)
     convert(source, tmp_path / "one", layout)
-    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
     convert(source, tmp_path / "several", layout)
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
     assert verify(source, tmp_path / "several").equal
@@ -357,7 +444,7 @@ def test_a_bad_value_found_by_another_process_has_its_name(tmp_path, monkeypatch
     tensors = load_file(source / "model.safetensors")
     bad.change(tensors[bad.tensor])
     save_file(tensors, source / "model.safetensors")
-    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
     with pytest.raises(CheckpointError, match=f"{bad.tensor} has 1 NaN codes"):
         convert(source, tmp_path / "out")
 
@@ -366,13 +453,16 @@ def test_resuming_rechecks_what_it_trusts_and_rebuilds_what_is_damaged(tmp_path)
     source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
     convert(source, tmp_path / "whole")
     convert(source, out)
-    # As if the run had been stopped before its end: journals as a stopped run leaves them, no manifest.
+    # As if the run had been stopped before its end: journals as a stopped run leaves them, no
+    # manifest.
     manifest = json.loads((out / "conversion.json").read_text())
     (out / ".unfinished").mkdir()
     (out / ".unfinished" / "identity.json").write_text(json.dumps(manifest["identity"]))
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     for shard in shards:
-        records = {name: record for name, record in manifest["tensors"].items() if record["shard"] == shard}
+        records = {
+            name: record for name, record in manifest["tensors"].items() if record["shard"] == shard
+        }
         (out / ".unfinished" / f"{shard}.json").write_text(json.dumps(records))
     (out / "conversion.json").unlink()
     data = bytearray((out / shards[1]).read_bytes())
@@ -426,7 +516,9 @@ def test_the_second_run_into_one_output_is_refused(tmp_path):
 def test_too_little_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
-    with pytest.raises(ConversionError, match=r"needs 0\.02 GB more and its disk has 0\.00 GB free"):
+    with pytest.raises(
+        ConversionError, match=r"needs 0\.02 GB more and its disk has 0\.00 GB free"
+    ):
         convert(write_tiny(tmp_path / "source"), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
@@ -449,14 +541,18 @@ def test_a_disk_that_fills_up_is_one_message_and_the_next_run_resumes(tmp_path, 
 
 
 def test_a_sync_that_fails_once_fails_the_run(tmp_path, monkeypatch):
-    source, real_sync, failures = write_tiny(tmp_path / "source"), os.fdatasync, [OSError(errno.EIO, "I/O error")]
+    source, real_sync, failures = (
+        write_tiny(tmp_path / "source"),
+        os.fdatasync,
+        [OSError(errno.EIO, "I/O error")],
+    )
 
     def fail_once(descriptor):
         if failures:
             raise failures.pop()
         real_sync(descriptor)
 
-    monkeypatch.setattr(stream, "SYNC_EVERY", 1)
+    monkeypatch.setattr(writer, "SYNC_EVERY", 1)
     monkeypatch.setattr(os, "fdatasync", fail_once)
     with pytest.raises(ConversionError, match=r"cannot be written \(I/O error\)"):
         convert(source, tmp_path / "out")
@@ -472,7 +568,12 @@ def test_a_place_that_cannot_hold_a_directory_is_named(tmp_path):
 
 def test_companion_files_come_along_but_no_code(tmp_path):
     source = write_tiny(tmp_path / "source")
-    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "modeling_minimax_m2.py"):
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "modeling_minimax_m2.py",
+    ):
         (source / name).write_text(name)
     convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
@@ -519,6 +620,10 @@ def test_the_manifest_says_what_became_of_every_tensor(tmp_path):
     manifest = read_manifest(out)
     assert manifest["scales_converted"] == 56
     assert set(manifest["operations"]) == set(manifest["tensors"]) == set(read_all(out))
-    gate_up = manifest["operations"]["layers.1.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj.weight"]
-    assert gate_up["sources"] == [f"model.layers.1.block_sparse_moe.experts.{{e}}.{w}.weight" for w in ("w1", "w3")]
+    gate_up = manifest["operations"][
+        "layers.1.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj.weight"
+    ]
+    assert gate_up["sources"] == [
+        f"model.layers.1.block_sparse_moe.experts.{{e}}.{w}.weight" for w in ("w1", "w3")
+    ]
     assert gate_up["treatment"] == "codes halved"

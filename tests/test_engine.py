@@ -1,4 +1,6 @@
-"""The engine: joining and leaving between steps, fairness, limits, and answers that do not depend on neighbours."""
+"""The engine: joining and leaving between steps, fairness, limits, and answers that do not depend
+on neighbours.
+"""
 
 import dataclasses
 import queue
@@ -85,8 +87,14 @@ def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine
     clients = []
     for number in range(14):  # more than there are slots, of all lengths, joining while others run
         prompt = [(11 * number + 7 * place) % VOCAB for place in range(3 + 9 * number)]
-        options = GREEDY if number % 2 else SamplingOptions(seed=number, top_p=0.9, repetition_penalty=1.2)
-        clients.append((Client(tokenizer, prompt, 5 + number, options), prompt, options, 5 + number))
+        options = (
+            GREEDY
+            if number % 2
+            else SamplingOptions(seed=number, top_p=0.9, repetition_penalty=1.2)
+        )
+        clients.append(
+            (Client(tokenizer, prompt, 5 + number, options), prompt, options, 5 + number)
+        )
         engine.submit(clients[-1][0].job)
         time.sleep(0.01 * (number % 3))
     for client, prompt, options, new_tokens in clients:
@@ -116,7 +124,9 @@ def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answ
     again = Client(tokenizer, prompt)
     engine.submit(again.job)
     again.wait()
-    assert again.job.cached_tokens == len(prompt) - 1  # the last token is computed again: its logits are needed
+    assert (
+        again.job.cached_tokens == len(prompt) - 1
+    )  # the last token is computed again: its logits are needed
 
 
 def test_a_backend_that_cannot_continue_a_slot_gets_every_prompt_whole(make_engine, tokenizer):
@@ -207,7 +217,9 @@ def test_requests_are_admitted_in_the_order_of_their_arrival(make_engine, tokeni
     engine = make_engine(backend)
     order, clients = [], [Client(tokenizer, [number, 9]) for number in range(6)]
     for number, client in enumerate(clients):
-        client.job.receive = lambda output, number=number: order.append(number) if output.last else None
+        client.job.receive = lambda output, number=number: (
+            order.append(number) if output.last else None
+        )
     engine.submit(*(client.job for client in clients))
     assert engine.drain(30)
     assert order == list(range(6))
@@ -217,7 +229,10 @@ def test_a_deadline_ends_running_and_waiting_requests(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 1000, slots=1)
     engine = make_engine(backend)
     backend.before_call = lambda: time.sleep(0.01)
-    running, waiting = Client(tokenizer, [1], 1000, timeout=0.2), Client(tokenizer, [2], 5, timeout=0.1)
+    running, waiting = (
+        Client(tokenizer, [1], 1000, timeout=0.2),
+        Client(tokenizer, [2], 5, timeout=0.1),
+    )
     engine.submit(running.job)
     engine.submit(waiting.job)
     assert waiting.wait()[1].error[0] == "timeout"
@@ -241,7 +256,9 @@ def test_draining_finishes_what_runs_and_waits_and_takes_nothing_new(make_engine
     assert [client.wait()[0] for client in clients] == ["one two three"] * 3
 
 
-def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(make_engine, tokenizer):
+def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(
+    make_engine, tokenizer
+):
     backend = scripted(tokenizer, "fine")
     engine = make_engine(backend)
 

@@ -1,9 +1,11 @@
-"""Each statistic against a slow, obvious computation, and the permutation tests against planted patterns and chance."""
+"""Each statistic against a slow, obvious computation, and the permutation tests against planted
+patterns and chance.
+"""
 
 import numpy as np
 import pytest
 
-from neuron_minimax.experts import stats
+from neuron_minimax.studies.experts import stats
 
 LAYERS, TOKENS, TOP_K, EXPERTS = 5, 40, 3, 12
 
@@ -12,13 +14,18 @@ LAYERS, TOKENS, TOP_K, EXPERTS = 5, 40, 3, 12
 def index():
     generator = np.random.default_rng(0)
     return np.stack(
-        [[generator.choice(EXPERTS - 2, TOP_K, replace=False) for _ in range(TOKENS)] for _ in range(LAYERS)]
+        [
+            [generator.choice(EXPERTS - 2, TOP_K, replace=False) for _ in range(TOKENS)]
+            for _ in range(LAYERS)
+        ]
     ).astype(np.int16)
 
 
 @pytest.fixture
 def affinity():
-    return np.random.default_rng(1).dirichlet(np.ones(TOP_K), size=(LAYERS, TOKENS)).astype(np.float32)
+    return (
+        np.random.default_rng(1).dirichlet(np.ones(TOP_K), size=(LAYERS, TOKENS)).astype(np.float32)
+    )
 
 
 def test_counts_frequency_and_weight_equal_counting_by_hand(index, affinity):
@@ -35,7 +42,8 @@ def test_counts_frequency_and_weight_equal_counting_by_hand(index, affinity):
     assert np.array_equal(stats.counts(index, EXPERTS), counts)
     assert np.allclose(stats.frequency(index, EXPERTS), counts / TOKENS)
     means = [
-        [total / max(1, count) for total, count in zip(*rows, strict=True)] for rows in zip(sums, counts, strict=True)
+        [total / max(1, count) for total, count in zip(*rows, strict=True)]
+        for rows in zip(sums, counts, strict=True)
     ]
     assert np.allclose(stats.mean_weight(index, affinity, EXPERTS), means)
 
@@ -45,7 +53,9 @@ def test_load_balance_equals_its_definitions(index):
     found = stats.load_balance(counts)
     for layer, row in enumerate(counts):
         shares = row / row.sum()
-        assert np.isclose(found.entropy[layer], -sum(p * np.log(p) for p in shares if p) / np.log(EXPERTS))
+        assert np.isclose(
+            found.entropy[layer], -sum(p * np.log(p) for p in shares if p) / np.log(EXPERTS)
+        )
         gini = sum(abs(a - b) for a in row for b in row) / (2 * EXPERTS * row.sum())
         assert np.isclose(found.gini[layer], gini)
         assert np.isclose(found.max_to_mean[layer], row.max() / row.mean())
@@ -64,15 +74,21 @@ def test_load_balance_at_its_ends():
 
 def test_bias_effect_counts_the_choices_that_would_be_others():
     generator = np.random.default_rng(2)
-    scores, bias = generator.random((LAYERS, TOKENS, EXPERTS)), generator.normal(7, 0.3, (LAYERS, EXPERTS))
+    scores, bias = (
+        generator.random((LAYERS, TOKENS, EXPERTS)),
+        generator.normal(7, 0.3, (LAYERS, EXPERTS)),
+    )
     found = stats.bias_effect(scores, bias, TOP_K)
     for layer in range(LAYERS):
         changed = 0
         for token in range(TOKENS):
-            plain = sorted(range(EXPERTS), key=lambda e: -np.float32(scores[layer, token, e]))[:TOP_K]
-            biased = sorted(range(EXPERTS), key=lambda e: -(np.float32(scores[layer, token, e]) + bias[layer, e]))[
+            plain = sorted(range(EXPERTS), key=lambda e: -np.float32(scores[layer, token, e]))[
                 :TOP_K
             ]
+            biased = sorted(
+                range(EXPERTS),
+                key=lambda e: -(np.float32(scores[layer, token, e]) + bias[layer, e]),
+            )[:TOP_K]
             changed += len(set(biased) - set(plain))
         assert np.isclose(found[layer], changed / (TOKENS * TOP_K))
     assert stats.bias_effect(scores, np.full_like(bias, 7.0), TOP_K).max() == 0
@@ -85,7 +101,9 @@ def test_correlation_equals_numpy_and_a_constant_pattern_gives_zero():
     assert np.array_equal(stats.layer_correlation(patterns)[1], np.zeros(LAYERS))
     correlation = np.corrcoef(np.random.default_rng(4).random((6, EXPERTS)))
     for distance, mean in enumerate(stats.mean_by_distance(correlation), start=1):
-        assert np.isclose(mean, np.mean([correlation[i, i + distance] for i in range(6 - distance)]))
+        assert np.isclose(
+            mean, np.mean([correlation[i, i + distance] for i in range(6 - distance)])
+        )
 
 
 def test_a_planted_period_is_found_and_chance_is_not_called_a_pattern():
@@ -100,7 +118,9 @@ def test_a_planted_period_is_found_and_chance_is_not_called_a_pattern():
     false_alarms = 0
     for seed in range(20):
         noise = np.random.default_rng(100 + seed).random((12, 64))
-        false_alarms += stats.correlation_by_distance(noise, permutations=99, seed=seed).p_values.min() < 0.05
+        false_alarms += (
+            stats.correlation_by_distance(noise, permutations=99, seed=seed).p_values.min() < 0.05
+        )
         false_alarms += stats.periodicity(noise, permutations=99, seed=seed).p_values.min() < 0.05
     assert false_alarms <= 6  # 2 of 40 are expected; more than 6 has a probability below 0.01
 
@@ -123,5 +143,7 @@ def test_groups_and_their_distance_equal_selecting_tokens_by_hand(index):
     distance = stats.total_variation(found["code"], found["digits"])
     for layer in range(LAYERS):
         shares = [group[layer] / group[layer].sum() for group in found.values()]
-        assert np.isclose(distance[layer], sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2)
+        assert np.isclose(
+            distance[layer], sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2
+        )
     assert stats.total_variation(np.eye(2)[:1], np.eye(2)[1:]) == 1

@@ -35,7 +35,9 @@ def tokenizer(backend):
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    directory = write_tiny(tmp_path_factory.mktemp("oracle"), dense=True, vocab_size=VOCAB, use_mtp=False)
+    directory = write_tiny(
+        tmp_path_factory.mktemp("oracle"), dense=True, vocab_size=VOCAB, use_mtp=False
+    )
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
@@ -43,7 +45,11 @@ def test_greedy_tokens_and_dumped_logits_are_those_of_transformers(backend, orac
     result = answer(backend, PROMPT, max_new_tokens=20, dump_logits=tmp_path / "logits.safetensors")
     ids = torch.tensor([PROMPT])
     wanted = oracle.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert result.token_ids == wanted[0, len(PROMPT) :].tolist()
     assert (result.text, result.finish_reason) == ("", "length")
@@ -65,7 +71,9 @@ def test_a_backend_without_all_positions_dumps_the_last_one(backend, tmp_path, m
     answer(backend, PROMPT, max_new_tokens=2, dump_logits=tmp_path / "last")
     last, whole = load_file(tmp_path / "last"), load_file(tmp_path / "all")
     assert last["prefill_logits"].shape == (1, VOCAB)
-    torch.testing.assert_close(last["prefill_logits"][0], whole["prefill_logits"][-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        last["prefill_logits"][0], whole["prefill_logits"][-1], atol=1e-5, rtol=0
+    )
 
 
 def test_a_stop_token_ends_the_answer_and_is_its_last_token(backend):
@@ -80,7 +88,9 @@ def test_tokens_arrive_one_by_one(backend):
     steps = generate(backend, PROMPT, max_new_tokens=5)
     first = next(steps)
     assert first.finish_reason is None
-    assert [first.token, *(step.token for step in steps)] == answer(backend, PROMPT, max_new_tokens=5).token_ids
+    assert [first.token, *(step.token for step in steps)] == answer(
+        backend, PROMPT, max_new_tokens=5
+    ).token_ids
 
 
 def test_the_streamed_text_is_the_text_of_the_answer(backend, tokenizer):
@@ -94,7 +104,11 @@ def test_every_slot_and_a_long_prompt_in_chunks_give_the_same_tokens(backend, or
     prompt = [(7 * place) % VOCAB for place in range(50)]  # longer than the largest bucket
     ids = torch.tensor([prompt])
     wanted = oracle.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
     )
     for slot in range(backend.capabilities.slots):
         tokens = [step.token for step in generate(backend, prompt, max_new_tokens=6, slot=slot)]
@@ -129,7 +143,9 @@ def test_an_answer_may_fill_the_slot_to_its_last_position(backend):
         ([-1], 1, "token -1"),
     ],
 )
-def test_a_request_that_does_not_fit_is_one_clear_error_before_any_work(backend, prompt, new, words):
+def test_a_request_that_does_not_fit_is_one_clear_error_before_any_work(
+    backend, prompt, new, words
+):
     with pytest.raises(GenerationError, match=words):
         generate(backend, prompt, max_new_tokens=new)
 

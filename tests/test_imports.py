@@ -8,23 +8,32 @@ from pathlib import Path
 import pytest
 
 import neuron_minimax
-from neuron_minimax.backends import cpu
-from neuron_minimax.backends.neuron import backend as neuron
+from neuron_minimax.backends.cpu import options as cpu
+from neuron_minimax.backends.nxdi import backend as neuron
 
 PACKAGE = Path(neuron_minimax.__file__).parent
 # Left to right; a module may import from its own group and from those before it.
 ORDER = [
-    {"errors", "config", "__init__"},
+    {"errors", "fp8", "families", "__init__"},
+    {"config"},
     {"checkpoint"},
-    {"convert", "kernels"},
+    {"inspection", "kernels"},
+    {"convert"},
     {"model", "planner"},
     {"backends"},
     {"generation"},
-    {"serving", "experts", "explain", "training", "device_check", "vllm_plugin"},
+    {"serving", "training", "device_check"},
+    {"studies"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-NEURON_PACKAGES = {"torch_neuronx", "torch_xla", "neuronx_distributed", "neuronx_distributed_inference", "nki"}
+NEURON_PACKAGES = {
+    "torch_neuronx",
+    "torch_xla",
+    "neuronx_distributed",
+    "neuronx_distributed_inference",
+    "nki",
+}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -54,8 +63,8 @@ def test_a_module_imports_only_from_its_left(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_one_door_leads_to_the_neuron_packages(path):
     doors = {
-        "backends/neuron/nxdi.py",
-        "kernels/fp8_mlp_nki.py",
+        "backends/nxdi/imports.py",
+        "kernels/nki/expert_mlp.py",
     }  # the second holds NKI code, imported through the first
     if str(path.relative_to(PACKAGE)) not in doors:
         assert not {name.split(".")[0] for name, _ in imports_of(path)} & NEURON_PACKAGES
@@ -64,15 +73,20 @@ def test_only_one_door_leads_to_the_neuron_packages(path):
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import neuron_minimax.cli; neuron_minimax.cli.main(['--help'])", {"torch", "numpy", "transformers", "rich"}),
-        ("import neuron_minimax.checkpoint.precision", {"torch", "transformers"}),
+        (
+            "import neuron_minimax.cli; neuron_minimax.cli.main(['--help'])",
+            {"torch", "numpy", "transformers", "rich"},
+        ),
+        ("import neuron_minimax.inspection.precision", {"torch", "transformers"}),
         ("import neuron_minimax.convert.verify", {"torch", "transformers"}),
-        ("import neuron_minimax.model.minimax", {"transformers", "numba"} | NEURON_PACKAGES),
+        ("import neuron_minimax.model.decoder", {"transformers", "numba"} | NEURON_PACKAGES),
         ("import neuron_minimax.backends", {"torch", "transformers"} | NEURON_PACKAGES),
     ],
 )
 def test_what_does_not_need_a_heavy_package_does_not_load_it(code, absent):
-    probe = f"import sys; {code}; print('loaded:', *sorted({sorted(absent)!r} & sys.modules.keys()))"
+    probe = (
+        f"import sys; {code}; print('loaded:', *sorted({sorted(absent)!r} & sys.modules.keys()))"
+    )
     probe = probe.replace(repr(sorted(absent)), f"set({sorted(absent)!r})")
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded:", done.stdout
@@ -88,7 +102,7 @@ def package_files(path):
 
 @pytest.mark.parametrize(
     ("sources", "first"),
-    [(cpu.SOURCES, "backends/aot.py"), (neuron.SOURCES, "backends/neuron/model.py")],
+    [(cpu.SOURCES, "backends/cpu/graphs.py"), (neuron.SOURCES, "backends/nxdi/model.py")],
     ids=["cpu", "neuron"],
 )
 def test_a_change_to_any_file_that_graphs_are_made_of_asks_for_a_compile(sources, first):

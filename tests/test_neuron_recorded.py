@@ -1,4 +1,6 @@
-"""Sharding as NxD does it, recorded in tests/data, against the planner's rules, the conversion, and a run by ranks."""
+"""Sharding as NxD does it, recorded in tests/data, against the planner's rules, the conversion, and
+a run by ranks.
+"""
 
 import json
 from pathlib import Path
@@ -9,9 +11,9 @@ import torch
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.write import convert
+from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.model.layers import Kernels
-from neuron_minimax.model.minimax import MiniMaxM2, load_model
 from neuron_minimax.model.rope import rope_table
 from neuron_minimax.planner.memory import Deployment, rank_memory
 from neuron_minimax.planner.sharding import expert_shard, head_layout
@@ -52,19 +54,33 @@ def test_the_ranks_together_hold_the_whole_model_and_pair_queries_with_their_key
         keys_per_query = len(rank["q_proj"]) // len(rank["k_proj"])
         for place, head in enumerate(rank["q_proj"]):
             assert head is None or rank["k_proj"][place // keys_per_query] == head // 6
-    pieces = [(expert, block) for rank in recorded for expert in rank["experts"] for block in rank["gate_up_blocks"]]
+    pieces = [
+        (expert, block)
+        for rank in recorded
+        for expert in rank["experts"]
+        for block in rank["gate_up_blocks"]
+    ]
     assert sorted(pieces) == [(expert, block) for expert in range(256) for block in range(24)]
     assert len({tuple(rank["down_blocks"]) for rank in recorded}) == moe_tp
 
 
 @pytest.mark.parametrize("name", RECORDED["tiny"])
-def test_the_conversion_makes_exactly_the_tensors_that_nxdi_loads(name: str, tmp_path: Path) -> None:
+def test_the_conversion_makes_exactly_the_tensors_that_nxdi_loads(
+    name: str, tmp_path: Path
+) -> None:
     case = RECORDED["tiny"][name]
     tp, moe_tp, moe_ep = case["degrees"]
     convert(write_tiny(tmp_path / "source", **case["overrides"]), tmp_path / "converted")
     config = ModelConfig.from_dir(tmp_path / "converted")
-    stored = {entry.name: entry.shape for entry in TensorDirectory(tmp_path / "converted").entries.values()}
-    local = {key: shape for key, (_, shape) in case["rank 0"].items() if "rank_util" not in key and "spmd" not in key}
+    stored = {
+        entry.name: entry.shape
+        for entry in TensorDirectory(tmp_path / "converted").entries.values()
+    }
+    local = {
+        key: shape
+        for key, (_, shape) in case["rank 0"].items()
+        if "rank_util" not in key and "spmd" not in key
+    }
     assert stored.keys() == local.keys()
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp)
     placed_queries = len(layout.query_slots) / config.num_attention_heads
@@ -117,8 +133,12 @@ def test_the_planner_counts_the_bytes_that_nxdi_holds(name: str) -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, Degrees(2, 2, 1)),
     ],
 )
-def test_a_run_by_ranks_gives_the_logits_of_one_rank(overrides: dict, degrees: Degrees, tmp_path: Path) -> None:
-    convert(write_tiny(tmp_path / "source", intermediate_size=256, **overrides), tmp_path / "converted")
+def test_a_run_by_ranks_gives_the_logits_of_one_rank(
+    overrides: dict, degrees: Degrees, tmp_path: Path
+) -> None:
+    convert(
+        write_tiny(tmp_path / "source", intermediate_size=256, **overrides), tmp_path / "converted"
+    )
     model = load_model(tmp_path / "converted")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -136,7 +156,9 @@ def test_a_run_by_ranks_gives_the_logits_of_one_rank(overrides: dict, degrees: D
 
 @pytest.fixture(scope="module")
 def real_layer() -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """One layer of the published dimensions but for 16 experts and a small vocabulary; random codes and scales."""
+    """One layer of the published dimensions but for 16 experts and a small vocabulary; random codes
+    and scales.
+    """
     sizes = PUBLISHED_SIZES | {"num_hidden_layers": 1, "num_local_experts": 16, "vocab_size": 384}
     config = ModelConfig.from_dict(tiny_config(**sizes))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""Streams larger than half of memory leave no pages behind, and smaller ones stay; mincore(2) is the witness."""
+"""Streams larger than half of memory leave no pages behind, and smaller ones stay; mincore(2) is
+the witness.
+"""
 
 import ctypes
 import mmap
@@ -7,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.checkpoint import page_cache, parallel
-from neuron_minimax.checkpoint.fp32_cache import build_cache
+from neuron_minimax.checkpoint import page_cache, workers
 from neuron_minimax.checkpoint.page_cache import available_memory, too_large_to_keep
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.values import check_values
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.cache import build_cache
 from neuron_minimax.convert.verify import verify
+from neuron_minimax.convert.write import convert
+from neuron_minimax.inspection.values import check_values
 from tests.tiny import write_tiny
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -41,7 +43,9 @@ def read_all(directory: Path) -> None:
 
 
 def require_kept(directory: Path, witness: Path) -> None:
-    """Skips when somebody else drops pages meanwhile, as a host does that wants its memory back: the witness's too."""
+    """Skips when somebody else drops pages meanwhile, as a host does that wants its memory back:
+    the witness's too.
+    """
     share = cached_share(directory)
     if share < 1 and cached_share(witness) < 1:
         pytest.skip("something else on this machine drops pages")
@@ -66,7 +70,7 @@ def source(tmp_path, monkeypatch):
     """A few megabytes, streamed by several processes and dropped every 64 KiB."""
     directory = write_tiny(tmp_path / "source", num_hidden_layers=3)
     read_all(directory)
-    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
     monkeypatch.setattr(page_cache, "WINDOW", 1 << 16)
     return directory
 
@@ -80,7 +84,9 @@ def witness(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(source, witness, tmp_path, monkeypatch, command):
+def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(
+    source, witness, tmp_path, monkeypatch, command
+):
     if cached_share(source) < 1:
         pytest.skip("this file system keeps no pages")
     COMMANDS[command](source, tmp_path / "fits")

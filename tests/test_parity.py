@@ -1,4 +1,6 @@
-"""The eager model over converted FP8 checkpoints against transformers in float32 on the exactly dequantized weights."""
+"""The eager model over converted FP8 checkpoints against transformers in float32 on the exactly
+dequantized weights.
+"""
 
 from pathlib import Path
 
@@ -7,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert
-from neuron_minimax.model.minimax import load_model
+from neuron_minimax.convert.write import convert
+from neuron_minimax.model.decoder import load_model
 from tests.tiny import write_tiny
 
 STEPS = 16
@@ -47,14 +49,19 @@ CASES = {
 
 def make(directory: Path, layout: Layout | None = None, shards: int = 1, **overrides):
     """(model over the converted FP8 checkpoint, transformers over the same weights dequantized)."""
-    convert(write_tiny(directory / "fp8", shards=shards, **overrides), directory / "converted", layout)
+    convert(
+        write_tiny(directory / "fp8", shards=shards, **overrides), directory / "converted", layout
+    )
     dense = write_tiny(directory / "dense", dense=True, use_mtp=False, **overrides)
     return load_model(directory / "converted"), load_oracle(dense)
 
 
 def load_oracle(dense: Path):
-    # Its grouped matrix products refuse odd sizes and add up in another order; the plain loop does neither.
-    return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, experts_implementation="eager").float()
+    # Its grouped matrix products refuse odd sizes and add up in another order; the plain loop does
+    # neither.
+    return AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, experts_implementation="eager"
+    ).float()
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
@@ -151,7 +158,8 @@ def test_the_cache_grows_past_its_first_capacity_without_a_change(aligned):
 
 @torch.no_grad()
 def test_bf16_compute_equals_transformers_with_the_same_casts(tmp_path):
-    # Every expert is chosen: else a last bit decides between two of them, and nothing can be compared.
+    # Every expert is chosen: else a last bit decides between two of them, and nothing can be
+    # compared.
     everyone = {"num_local_experts": 4, "num_experts_per_tok": 4}
     _, oracle = make(tmp_path, **everyone)
     low = load_model(tmp_path / "converted", compute=torch.bfloat16)
@@ -162,7 +170,8 @@ def test_bf16_compute_equals_transformers_with_the_same_casts(tmp_path):
         layer.mlp.gate.weight = torch.nn.Parameter(router.linear_router.weight)
         layer.mlp.e_score_correction_bias = router.e_score_correction_bias
     mine, theirs = low(ids)[0].float(), oracle(ids).logits.float()
-    # Measured, of logits of rms 1: 0.009 between the two, which add up in different orders; 0.011 and 0.012 to float32.
+    # Measured, of logits of rms 1: 0.009 between the two, which add up in different orders; 0.011
+    # and 0.012 to float32.
     assert rms(mine - theirs) < 0.011
     assert rms(mine - exact) < 1.1 * rms(theirs - exact)
 

@@ -12,7 +12,10 @@ from neuron_minimax.serving.pipeline import Pipeline, StopStrings
 from tests.tiny_tokenizer import write_tokenizer
 
 TOOL_LIST = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-CALL = '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">END</parameter>\n</invoke>\n</minimax:tool_call>'
+CALL = (
+    '<minimax:tool_call>\n<invoke name="f">\n<parameter '
+    'name="a">END</parameter>\n</invoke>\n</minimax:tool_call>'
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,9 @@ def tokenizer(tmp_path_factory):
 
 
 def run(tokenizer, text, **options):
-    """Push the tokens of `text` until the pipeline stops; returns the message and the text not read."""
+    """Push the tokens of `text` until the pipeline stops; returns the message and the text not
+    read.
+    """
     pipeline = Pipeline(tokenizer, **options)
     events, ids = [], tokenizer.encode(text)
     read = 0
@@ -56,7 +61,13 @@ def test_text_is_cut_before_the_first_stop_string_however_it_arrives(text, stops
 
 def test_what_cannot_become_a_stop_string_is_shown_at_once():
     stopper = StopStrings(["<end>"])
-    assert [stopper.push(piece) for piece in ("a", "<", "e", "x", "<en")] == ["a", "", "", "<ex", ""]
+    assert [stopper.push(piece) for piece in ("a", "<", "e", "x", "<en")] == [
+        "a",
+        "",
+        "",
+        "<ex",
+        "",
+    ]
     assert stopper.finish() == "<en"
 
 
@@ -67,7 +78,9 @@ def test_a_stop_string_ends_plain_text(tokenizer):
 
 def test_stop_strings_do_not_count_inside_the_reasoning(tokenizer):
     chat = {"in_reasoning": True, "tools": None}
-    message, _, pipeline = run(tokenizer, "so END it\n</think>\n\nThe END of it", stops=["END"], chat=chat)
+    message, _, pipeline = run(
+        tokenizer, "so END it\n</think>\n\nThe END of it", stops=["END"], chat=chat
+    )
     assert (message.reasoning, message.content) == ("so END it", "The ")
     assert pipeline.stopped
     assert not pipeline.in_reasoning
@@ -96,4 +109,7 @@ def test_an_unfinished_character_and_a_half_tag_are_shown_at_the_end(tokenizer):
     pipeline = Pipeline(tokenizer, chat={"in_reasoning": False, "tools": TOOL_LIST})
     ids = tokenizer.encode("a <minimax:tool_cal") + tokenizer.encode("é")[:1]
     events = [event for token in ids for event in pipeline.push(token)] + pipeline.finish()
-    assert "".join(event.text for event in events if isinstance(event, Content)) == "a <minimax:tool_cal\ufffd"
+    assert (
+        "".join(event.text for event in events if isinstance(event, Content))
+        == "a <minimax:tool_cal\ufffd"
+    )

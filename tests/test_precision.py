@@ -1,4 +1,6 @@
-"""The precision report: what it says of good checkpoints, of lists of modules, of values, and of two checkpoints."""
+"""The precision report: what it says of good checkpoints, of lists of modules, of values, and of
+two checkpoints.
+"""
 
 import json
 import subprocess
@@ -12,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from neuron_minimax.checkpoint.compare import compare
-from neuron_minimax.checkpoint.modules import Framework, Module, judge, modules_of, needed, reaches
-from neuron_minimax.checkpoint.precision import inspect
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.values import check_values
 from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.rules import module_of
-from neuron_minimax.convert.run import convert, plan_conversion
+from neuron_minimax.convert.write import convert, plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
+from neuron_minimax.families import module_of
+from neuron_minimax.inspection.compare import compare
+from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed, reaches
+from neuron_minimax.inspection.precision import inspect
+from neuron_minimax.inspection.values import check_values
 from tests.full_size import write_sparse
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_tiny
 
@@ -45,7 +47,11 @@ def test_a_published_checkpoint_is_usable_and_counted_by_dtype_and_kind(tiny):
     assert sum(row.bytes + row.scale_bytes for row in report.kinds) == report.bytes
     stored = [path.stat().st_size for path in tiny.glob("*.safetensors")]
     assert report.bytes < sum(stored) < report.bytes + 100_000
-    assert all(row.precision == "FP8 with scales" for row in report.kinds if row.group in ("attention", "experts"))
+    assert all(
+        row.precision == "FP8 with scales"
+        for row in report.kinds
+        if row.group in ("attention", "experts")
+    )
     assert all(row.precision == "F32" for row in report.kinds if row.group == "router")
 
 
@@ -57,17 +63,37 @@ def test_a_ragged_checkpoint_has_partial_blocks_and_is_usable(tmp_path):
 
 def test_transformers_agrees_on_what_an_entry_reaches():
     paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 11)]
-    paths += ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.mlp.experts", "model.layers.11.mlp.gate"]
-    entries = ["gate", "lm_head", "self_attn", "q_proj", "model.layers.1", "model.layers.*.self_attn", "experts", "mlp"]
+    paths += [
+        "lm_head",
+        "model.layers.1.mlp.gate",
+        "model.layers.1.mlp.experts",
+        "model.layers.11.mlp.gate",
+    ]
+    entries = [
+        "gate",
+        "lm_head",
+        "self_attn",
+        "q_proj",
+        "model.layers.1",
+        "model.layers.*.self_attn",
+        "experts",
+        "mlp",
+    ]
     entries += ["model.layers.1.mlp", "head", "e_score_correction_bias", "model"]
     for entry in entries:
         for path in paths:
-            assert reaches(Framework.HUGGING_FACE, entry, path) != should_convert_module(path, [entry]), (entry, path)
-    assert reaches(Framework.HUGGING_FACE, "block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate")
+            assert reaches(Framework.HUGGING_FACE, entry, path) != should_convert_module(
+                path, [entry]
+            ), (entry, path)
+    assert reaches(
+        Framework.HUGGING_FACE, "block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate"
+    )
 
 
 def test_nxdi_finds_gate_inside_gate_up_proj():
-    assert reaches(Framework.NXDI, "gate", "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+    assert reaches(
+        Framework.NXDI, "gate", "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
+    )
 
 
 def test_the_module_paths_are_those_the_conversion_writes(tiny):
@@ -93,7 +119,10 @@ def test_listing_self_attn_is_an_error_that_counts_its_weights(tiny):
     assert not report.usable
     (finding,) = errors(report)
     assert finding.subject == "self_attn"
-    assert all(word in finding.message for word in ("8 weights", "FP8 with scales", "AssertionError", "gqa.py:134"))
+    assert all(
+        word in finding.message
+        for word in ("8 weights", "FP8 with scales", "AssertionError", "gqa.py:134")
+    )
 
 
 def test_a_given_list_without_lm_head_is_an_error(tiny):
@@ -111,7 +140,10 @@ def test_the_needed_list_is_the_one_a_conversion_writes_and_judged_right(tiny):
 
 
 def test_a_needed_entry_reaches_one_layer_and_not_its_namesakes():
-    modules = [Module(path=f"layers.{n}.self_attn.o_proj.o_proj", weights=1, fp8=int(n != 1)) for n in range(12)]
+    modules = [
+        Module(path=f"layers.{n}.self_attn.o_proj.o_proj", weights=1, fp8=int(n != 1))
+        for n in range(12)
+    ]
     entries = needed(Framework.NXDI, modules)
     assert entries == ("layers.1.self_attn",)
     assert [verdict.verdict for verdict in judge(Framework.NXDI, entries, modules)] == ["right"]
@@ -123,7 +155,9 @@ def test_a_list_that_is_no_list_of_names_is_refused(tmp_path, listed):
     raw = json.loads((directory / "config.json").read_text())
     raw["quantization_config"]["modules_to_not_convert"] = listed
     (directory / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"modules_to_not_convert.*expected a list of module names"):
+    with pytest.raises(
+        ConfigError, match=r"modules_to_not_convert.*expected a list of module names"
+    ):
         inspect(directory)
 
 
@@ -140,7 +174,9 @@ def test_a_missing_quantization_config_is_a_warning_since_the_tensors_decide(tmp
     (directory / "config.json").write_text(json.dumps(raw))
     report = inspect(directory)
     assert report.usable
-    assert any("quantization_config" in f.message and "silently" in f.message for f in report.findings)
+    assert any(
+        "quantization_config" in f.message and "silently" in f.message for f in report.findings
+    )
 
 
 def test_multi_token_prediction_tensors_are_reported_and_tolerated(tmp_path):
@@ -172,9 +208,17 @@ def test_no_checkpoint_at_all_is_an_error(tmp_path):
 
 
 def test_the_json_report_has_the_documented_keys_and_no_nan(tiny):
-    values = json.loads(json.dumps(inspect(tiny, ["lm_head"], check_values=True).to_json(), allow_nan=False))
+    values = json.loads(
+        json.dumps(inspect(tiny, ["lm_head"], check_values=True).to_json(), allow_nan=False)
+    )
     text = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
-    for place in (values, values["kinds"][0], values["findings"][0], values["values"], values["values"]["scales"][0]):
+    for place in (
+        values,
+        values["kinds"][0],
+        values["findings"][0],
+        values["values"],
+        values["values"]["scales"][0],
+    ):
         for key in place:
             assert f"`{key}`" in text, key
 
@@ -190,7 +234,9 @@ def test_value_statistics_equal_a_slow_computation(tmp_path):
     values = check_values(Checkpoint(directory))
     assert values.convention == "multiplier"
     assert values.codes == sum(codes.size for codes, _ in stored.values())
-    scales = np.concatenate([scale.ravel() for name, (_, scale) in stored.items() if ".w2." in name])
+    scales = np.concatenate(
+        [scale.ravel() for name, (_, scale) in stored.items() if ".w2." in name]
+    )
     row = next(row for row in values.scales if row.kind == "w2")
     assert (row.blocks, row.minimum, row.maximum) == (scales.size, scales.min(), scales.max())
     assert row.median == np.median(scales.astype(np.float64))
@@ -199,9 +245,14 @@ def test_value_statistics_equal_a_slow_computation(tmp_path):
 
 
 def sampled_rows(name, rows):
-    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's name."""
+    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's
+    name.
+    """
     blocks = range(0, rows, 128)
-    return [first + (crc32(name.encode()) + 37 * i) % min(128, rows - first) for i, first in enumerate(blocks)]
+    return [
+        first + (crc32(name.encode()) + 37 * i) % min(128, rows - first)
+        for i, first in enumerate(blocks)
+    ]
 
 
 def norm_of_samples(name, weight):
@@ -211,10 +262,15 @@ def norm_of_samples(name, weight):
 
 
 def load_codes(directory):
-    """Codes (uint8) and scales of every FP8 weight of a single-file checkpoint, read by the safetensors library."""
+    """Codes (uint8) and scales of every FP8 weight of a single-file checkpoint, read by the
+    safetensors library.
+    """
     tensors = load_file(directory / "model.safetensors")
     fp8_names = [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]
-    return {n: (tensors[n].view(torch.uint8).numpy(), tensors[n + "_scale_inv"].numpy()) for n in fp8_names}
+    return {
+        n: (tensors[n].view(torch.uint8).numpy(), tensors[n + "_scale_inv"].numpy())
+        for n in fp8_names
+    }
 
 
 def dequantized(codes, scales):
@@ -241,10 +297,17 @@ def test_expert_norms_are_those_of_samples_and_near_those_of_the_dequantized_wei
     for layer in range(2):
         for expert in range(8):
             start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-            weights = {f"{start}{w}.weight": dequantized(*stored[f"{start}{w}.weight"]) for w in ("w1", "w2", "w3")}
+            weights = {
+                f"{start}{w}.weight": dequantized(*stored[f"{start}{w}.weight"])
+                for w in ("w1", "w2", "w3")
+            }
             found = values.expert_norms[layer][expert]
-            assert found == pytest.approx(np.sqrt(sum(norm_of_samples(*each) for each in weights.items())), rel=1e-6)
-            assert found == pytest.approx(np.sqrt(sum(np.sum(weight**2) for weight in weights.values())), rel=0.1)
+            assert found == pytest.approx(
+                np.sqrt(sum(norm_of_samples(*each) for each in weights.items())), rel=1e-6
+            )
+            assert found == pytest.approx(
+                np.sqrt(sum(np.sum(weight**2) for weight in weights.values())), rel=0.1
+            )
 
 
 def test_two_equal_checkpoints_compare_equal_and_one_changed_byte_is_named(tmp_path):
@@ -272,10 +335,11 @@ def test_a_comparison_names_other_shapes_dtypes_and_names(tmp_path):
     assert ("vocab_size", 160, 176) in found.config_fields
 
 
-# The high-water mark of this program alone: getrusage would count the parent's pages from before exec.
+# The high-water mark of this program alone: getrusage would count the parent's pages from before
+# exec.
 MEASURED = """
 import re, sys
-from neuron_minimax.checkpoint.precision import inspect
+from neuron_minimax.inspection.precision import inspect
 report = inspect(sys.argv[1])
 assert "torch" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]

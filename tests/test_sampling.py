@@ -14,7 +14,13 @@ from transformers import (
 )
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.sampling import GREEDY, Sampler, SamplingOptions, distinct_ratio, log_probabilities
+from neuron_minimax.generation.sampling import (
+    GREEDY,
+    Sampler,
+    SamplingOptions,
+    distinct_ratio,
+    log_probabilities,
+)
 
 VOCAB = 1500  # more than the head that is sorted first
 
@@ -38,7 +44,9 @@ def random_logits(seed):
 )
 def test_candidates_and_their_probabilities_are_those_of_transformers(options):
     prompt = [1, 2, 3, 250]
-    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty)])
+    warpers = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty)]
+    )
     warpers.append(TemperatureLogitsWarper(options.temperature))
     if options.top_k:
         warpers.append(TopKLogitsWarper(options.top_k))
@@ -58,7 +66,10 @@ def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answe
     sampler, counts = Sampler(options, prompt_ids=[0, 1, 2]), Counter()
     logits = random_logits(5)
     for _ in range(30):
-        scores = [float(logits[token]) - (0.75 + 0.5 * counts[token] if counts[token] else 0) for token in range(VOCAB)]
+        scores = [
+            float(logits[token]) - (0.75 + 0.5 * counts[token] if counts[token] else 0)
+            for token in range(VOCAB)
+        ]
         wanted = scores.index(max(scores))
         assert sampler.choose(logits) == wanted
         counts[wanted] += 1

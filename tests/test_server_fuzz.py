@@ -13,17 +13,34 @@ from tests.tiny_tokenizer import write_tokenizer
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]), "content": st.text(max_size=20)},
+    {
+        "role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]),
+        "content": st.text(max_size=20),
+    },
     optional={"tool_calls": ANY_JSON, "reasoning_content": ANY_JSON, "tool_call_id": ANY_JSON},
 )
 SCHEMA = st.recursive(
-    st.sampled_from([{"type": "string"}, {"type": "integer"}, {"type": ["null", "number"]}, {"enum": ["a", 1]}, {}]),
+    st.sampled_from(
+        [
+            {"type": "string"},
+            {"type": "integer"},
+            {"type": ["null", "number"]},
+            {"enum": ["a", 1]},
+            {},
+        ]
+    ),
     lambda inner: (
-        st.builds(lambda a, b: {"type": "object", "properties": {"a": a, "b": b}, "required": ["a"]}, inner, inner)
+        st.builds(
+            lambda a, b: {"type": "object", "properties": {"a": a, "b": b}, "required": ["a"]},
+            inner,
+            inner,
+        )
         | st.builds(lambda items: {"type": "array", "items": items, "maxItems": 2}, inner)
         | st.builds(lambda a, b: {"anyOf": [a, b]}, inner, inner)
     ),
@@ -38,7 +55,8 @@ TOOLS = st.lists(
     max_size=2,
 )
 FIELDS = {
-    name: ANY_JSON for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "model"}
+    name: ANY_JSON
+    for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "model"}
 }
 
 
@@ -47,7 +65,10 @@ def client(tmp_path_factory):
     backend = ScriptedBackend(
         write_tokenizer(tmp_path_factory.mktemp("tokenizer")), lambda prompt: "x\n</think>\n\nyes"
     )
-    with serving(backend, request_timeout=60) as served, httpx.Client(base_url=served.url, timeout=30) as client:
+    with (
+        serving(backend, request_timeout=60) as served,
+        httpx.Client(base_url=served.url, timeout=30) as client,
+    ):
         yield client
 
 
@@ -60,7 +81,11 @@ def client(tmp_path_factory):
             "tools": TOOLS,
             "tool_choice": st.sampled_from(["auto", "none", "required"]),
             "response_format": st.builds(
-                lambda schema: {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}, SCHEMA
+                lambda schema: {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": schema},
+                },
+                SCHEMA,
             ),
             "temperature": st.floats(0, 2),
             "stream": st.booleans(),
@@ -75,7 +100,9 @@ def client(tmp_path_factory):
 @example({"prompt": [[]]}, "/v1/completions")
 @example({"prompt": [True]}, "/v1/completions")
 def test_no_request_makes_the_server_fail(client, body, path):
-    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    response = client.post(
+        path, content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     assert response.status_code in (200, 400), response.text
     if response.status_code == 400:
         assert response.json()["error"]["message"]

@@ -36,7 +36,11 @@ def running(served):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_slot(slow, stream):
     served, _ = slow
-    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1000, "stream": stream}
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 1000,
+        "stream": stream,
+    }
     address = ("127.0.0.1", served.port)
     with socket.create_connection(address) as connection:
         payload = json.dumps(body).encode()
@@ -57,7 +61,10 @@ def test_a_full_queue_answers_429_with_retry_after(slow):
     served, client = slow
     with ask(client, max_tokens=1000, stream=True):
         wait_until(lambda: running(served) == 1)
-        with ask(client, max_tokens=1000, stream=True), pytest.raises(openai.RateLimitError) as refused:
+        with (
+            ask(client, max_tokens=1000, stream=True),
+            pytest.raises(openai.RateLimitError) as refused,
+        ):
             ask(client)
         assert refused.value.response.headers["retry-after"] == "1"
 

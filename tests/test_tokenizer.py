@@ -1,4 +1,6 @@
-"""The tokenizer of a checkpoint: its chat template, stop tokens and streaming, against the tokenizers library."""
+"""The tokenizer of a checkpoint: its chat template, stop tokens and streaming, against the
+tokenizers library.
+"""
 
 import json
 
@@ -18,7 +20,9 @@ TEXTS = ["Hello, wörld! 12345", "雪 🙂‍↔️ \n\n tabs\t", "<think>\nreas
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    (directory / "config.json").write_text(json.dumps({"model_type": "minimax_m2", "eos_token_id": None}))
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "minimax_m2", "eos_token_id": None})
+    )
     return directory
 
 
@@ -82,7 +86,9 @@ def test_no_half_character_is_ever_shown(tokenizer, text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
-    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    assert (
+        b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,9 @@ def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
         ({"eos_token_id": [5, 999]}, {}, 7, 300, (5,)),
     ],
 )
-def test_stop_tokens_come_from_the_first_file_that_names_any(tmp_path, generation, config, fallback, size, stops):
+def test_stop_tokens_come_from_the_first_file_that_names_any(
+    tmp_path, generation, config, fallback, size, stops
+):
     for name, contents in (("generation_config.json", generation), ("config.json", config)):
         if contents is not None:
             (tmp_path / name).write_text(json.dumps(contents))
@@ -131,9 +139,14 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     settings_path = tmp_path / "tokenizer_config.json"
     contents = json.loads(settings_path.read_text())
-    contents |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    contents |= {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     settings_path.write_text(json.dumps(contents))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}})
+    )
     with pytest.raises(GenerationError, match="cannot be loaded"):
         TextTokenizer.from_dir(tmp_path)
     assert not (tmp_path / "ran").exists()

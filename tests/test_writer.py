@@ -1,4 +1,6 @@
-"""Writing safetensors files: the safetensors library reads them back, and no file has its name before it is whole."""
+"""Writing safetensors files: the safetensors library reads them back, and no file has its name
+before it is whole.
+"""
 
 import fcntl
 import os
@@ -15,7 +17,11 @@ from neuron_minimax.checkpoint.writer import ShardWriter, write_json
 def test_the_safetensors_library_reads_what_was_streamed_in_pieces(tmp_path):
     codes = np.random.default_rng(0).integers(0, 256, (7, 13), dtype=np.uint8)
     values = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
-    layout = {"codes": ("F8_E4M3", codes.shape), "values": ("F32", values.shape), "none": ("BF16", (0, 4))}
+    layout = {
+        "codes": ("F8_E4M3", codes.shape),
+        "values": ("F32", values.shape),
+        "none": ("BF16", (0, 4)),
+    }
     with ShardWriter(tmp_path / "a.safetensors", layout) as writer:
         for row in codes:
             writer.write(row)
@@ -58,9 +64,15 @@ def test_an_interrupted_file_has_no_final_name(tmp_path):
 
 
 def test_too_few_or_too_many_bytes_are_our_own_bug(tmp_path):
-    with pytest.raises(AssertionError, match="lacks 2"), ShardWriter(tmp_path / "a", {"x": ("U8", (4,))}) as writer:
+    with (
+        pytest.raises(AssertionError, match="lacks 2"),
+        ShardWriter(tmp_path / "a", {"x": ("U8", (4,))}) as writer,
+    ):
         writer.write(np.zeros(2, np.uint8))
-    with pytest.raises(AssertionError, match="more bytes"), ShardWriter(tmp_path / "a", {"x": ("U8", (4,))}) as writer:
+    with (
+        pytest.raises(AssertionError, match="more bytes"),
+        ShardWriter(tmp_path / "a", {"x": ("U8", (4,))}) as writer,
+    ):
         writer.write(np.zeros(5, np.uint8))
 
 
@@ -72,4 +84,6 @@ def test_files_have_the_modes_that_the_umask_allows(tmp_path):
         write_json(tmp_path / "b.json", {})
     finally:
         os.umask(mask)
-    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.safetensors", "b.json")} == {0o644}
+    assert {
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.safetensors", "b.json")
+    } == {0o644}

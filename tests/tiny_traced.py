@@ -1,10 +1,12 @@
-"""Tiny compiled models with a tokenizer, from checkpoint to loaded CPU backend, made on the spot for tests."""
+"""Tiny compiled models with a tokenizer, from checkpoint to loaded CPU backend, made on the spot
+for tests.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.write import convert
 from tests.tiny import write_tiny
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -12,9 +14,16 @@ VOCAB = 384
 
 
 def write_traced(
-    directory: Path, *, slots: int = 4, seq_len: int = 128, buckets: tuple[int, ...] = (16, 32), **overrides: Any
+    directory: Path,
+    *,
+    slots: int = 4,
+    seq_len: int = 128,
+    buckets: tuple[int, ...] = (16, 32),
+    **overrides: Any,
 ) -> Path:
-    """Make directory/{checkpoint,converted,traced}; returns the last. Eager engine, float32, random weights."""
+    """Make directory/{checkpoint,converted,traced}; returns the last. Eager engine, float32, random
+    weights.
+    """
     checkpoint = write_tokenizer(directory / "checkpoint", VOCAB)
     write_tiny(checkpoint, vocab_size=VOCAB, **overrides)
     convert(checkpoint, directory / "converted")

@@ -1,4 +1,6 @@
-"""Write the precision report of a checkpoint to a file and print it: `neuron-minimax inspect` with a default file."""
+"""Write the precision report of a checkpoint to a file and print it: `neuron-minimax inspect` with
+a default file.
+"""
 
 import sys
 from collections.abc import Sequence

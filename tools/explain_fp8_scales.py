@@ -1,4 +1,6 @@
-"""Explain one FP8 block step by step: prints it, and writes it as Markdown and HTML with a plot of the errors."""
+"""Explain one FP8 block step by step: prints it, and writes it as Markdown and HTML with a plot of
+the errors.
+"""
 
 import argparse
 import sys
@@ -6,17 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.explain.fp8_block import from_checkpoint, made_here
-from neuron_minimax.explain.fp8_walkthrough import write_guide
+from neuron_minimax.studies.explain.fp8 import from_checkpoint, made_here, write_guide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 when there is no such block."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", help="default: a normal weight made here")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CKPT",
+        nargs="?",
+        help="default: a normal weight made here",
+    )
     parser.add_argument("--tensor", metavar="NAME", help="an FP8 weight (default: the first)")
-    parser.add_argument("--block", type=int, nargs=2, default=(0, 0), metavar=("I", "J"), help="row and column of it")
-    parser.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="default: here")
+    parser.add_argument(
+        "--block",
+        type=int,
+        nargs=2,
+        default=(0, 0),
+        metavar=("I", "J"),
+        help="row and column of it",
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path(), metavar="DIR", help="default: here"
+    )
     arguments = parser.parse_args(argv)
     if arguments.checkpoint is None and arguments.tensor is not None:
         parser.error("--tensor needs CKPT")

@@ -6,24 +6,35 @@ from pathlib import Path
 
 from neuron_minimax.cli.bars import token_bar
 from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.experts.command import DEMO, analyse_checkpoint
+from neuron_minimax.studies.experts.command import DEMO, analyse_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="checkpoint directory (default: the demo model)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEMO,
+        help="checkpoint directory (default: the demo model)",
+    )
     parser.add_argument("--prompt", nargs="+", default=["Who are you?"], metavar="TEXT_OR_FILE")
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--no_sample", action="store_true", help="greedy")
-    parser.add_argument("--cache_dir", type=Path, help="dequantized cache; used when it is there and good")
+    parser.add_argument(
+        "--cache_dir", type=Path, help="dequantized cache; used when it is there and good"
+    )
     parser.add_argument("--dump_cache", action="store_true", help="build the cache first")
     parser.add_argument("--dump_only", action="store_true", help="build the cache and exit")
     parser.add_argument("--output_dir", type=Path, default=Path("experts"))
-    parser.add_argument("--disable_structured_output", action="store_true", help="plots and report only")
+    parser.add_argument(
+        "--disable_structured_output", action="store_true", help="plots and report only"
+    )
     parser.add_argument("--output_format", choices=("json", "jsonl", "parquet"), default="json")
-    parser.add_argument("--enable_expert_similarity", action="store_true", help="compare expert weights")
+    parser.add_argument(
+        "--enable_expert_similarity", action="store_true", help="compare expert weights"
+    )
     parser.add_argument("--n_jobs", type=int, help="threads for the similarity")
     arguments = parser.parse_args(argv)
     if (arguments.dump_cache or arguments.dump_only) and arguments.cache_dir is None:

@@ -1,7 +1,7 @@
 """One safetensors file's header, checked against the file's length without reading its data.
 
-The format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data
-(https://github.com/huggingface/safetensors#format).
+The format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}},
+then the data (https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -52,7 +52,9 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: dtype as safetensors spells it, shape, shard file name, absolute byte range in it."""
+    """Where a tensor lies: dtype as safetensors spells it, shape, shard file name, absolute byte
+    range in it.
+    """
 
     name: str
     dtype: str
@@ -77,14 +79,18 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise CheckpointError(
-                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is empty, truncated or no "
-                    "safetensors file: download it again"
+                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is "
+                    "empty, truncated or no safetensors file: download it again"
                 )
             header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, though the index lists it; download it") from None
+        raise CheckpointError(
+            f"{path} is missing, though the index lists it; download it"
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path} has a header that is not JSON ({error}); download it again") from None
+        raise CheckpointError(
+            f"{path} has a header that is not JSON ({error}); download it again"
+        ) from None
     header.pop("__metadata__", None)
     position = base = 8 + length
     try:
@@ -92,15 +98,24 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
         for name, fields in ordered:
             yield (entry := _entry(path, name, fields, base))
             if entry.start != position:
-                what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-                raise CheckpointError(f"{path}: {name} {what} (starts at {entry.start}, expected {position})")
+                what = (
+                    "overlaps the tensor before it"
+                    if entry.start < position
+                    else "leaves a gap before it"
+                )
+                raise CheckpointError(
+                    f"{path}: {name} {what} (starts at {entry.start}, expected {position})"
+                )
             position = entry.end
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed header entry ({error!r}); download it again") from None
+        raise CheckpointError(
+            f"{path} has a malformed header entry ({error!r}); download it again"
+        ) from None
     if position != size:
         state = "truncated" if size < position else "longer than its tensors"
         raise CheckpointError(
-            f"{path} is {state}: its header describes {position} bytes, the file has {size}; download it again"
+            f"{path} is {state}: its header describes {position} bytes, the file has {size}; "
+            "download it again"
         )
 
 
@@ -115,10 +130,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, fields: Mapping[str, Any], base: int) -> TensorEntry:
     dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     if dtype not in STORED_DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}"
+        )
     needed = prod(shape) * STORED_DTYPES[dtype].itemsize
     if begin < 0 or min(shape, default=0) < 0 or end - begin != needed:
         raise CheckpointError(
-            f"{path}: {name} is {dtype} {list(shape)}, {needed} bytes, but its header gives it {end - begin} bytes"
+            f"{path}: {name} is {dtype} {list(shape)}, {needed} bytes, but its header gives it "
+            f"{end - begin} bytes"
         )
     return TensorEntry(name, dtype, shape, path.name, base + begin, base + end)

@@ -1,4 +1,6 @@
-"""What a stream leaves in the page cache: all of it when it fits, so that the next command is fast, else nothing."""
+"""What a stream leaves in the page cache: all of it when it fits, so that the next command is fast,
+else nothing.
+"""
 
 import os
 import sys
@@ -18,12 +20,16 @@ class Forgetful(Protocol):
 
 
 def too_large_to_keep(nbytes: int, available: int) -> bool:
-    """Whether a checkpoint of this size would push out other programs' files: more than half of available memory."""
+    """Whether a checkpoint of this size would push out other programs' files: more than half of
+    available memory.
+    """
     return nbytes > available // 2
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping, page cache included (MemAvailable); no limit where it is not known."""
+    """Bytes that can be had without swapping, page cache included (MemAvailable); no limit where it
+    is not known.
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return sys.maxsize
@@ -37,7 +43,9 @@ def drop_pages(descriptor: int) -> None:
 
 
 class Trail:
-    """Drops the pages of these directories behind a stream, when the larger side of it has too many bytes to keep."""
+    """Drops the pages of these directories behind a stream, when the larger side of it has too many
+    bytes to keep.
+    """
 
     def __init__(self, directories: Sequence[Forgetful], nbytes: int) -> None:
         self.drops = too_large_to_keep(nbytes, available_memory())

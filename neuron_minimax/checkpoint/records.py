@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.page_cache import Trail
-from neuron_minimax.checkpoint.parallel import WORKERS
 from neuron_minimax.checkpoint.reader import TensorDirectory
+from neuron_minimax.checkpoint.workers import WORKERS
 from neuron_minimax.errors import NeuronMiniMaxError
 
 CHECK_PIECE = 8 << 20
@@ -21,7 +21,9 @@ CRC_POLYNOMIAL = 0xEDB88320  # of crc32, lowest bit first
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What the manifest says of a written tensor: crc32 of its bytes, and codes rounded on the way."""
+    """What the manifest says of a written tensor: crc32 of its bytes, and codes rounded on the
+    way.
+    """
 
     shard: str
     dtype: str
@@ -37,7 +39,10 @@ def records_as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, 
 
 def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
     """The inverse of records_as_json."""
-    return {name: TensorRecord(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in raw.items()}
+    return {
+        name: TensorRecord(**{**fields, "shape": tuple(fields["shape"])})
+        for name, fields in raw.items()
+    }
 
 
 def crc32_of(array: np.ndarray) -> str:
@@ -57,7 +62,9 @@ def joined_crc32(first: int, second: int, nbytes: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """Product of polynomials over GF(2) modulo that of crc32; the highest bit is the coefficient of x^0."""
+    """Product of polynomials over GF(2) modulo that of crc32; the highest bit is the coefficient of
+    x^0.
+    """
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -82,10 +89,14 @@ def damaged_tensors(
     shard: str | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[str]:
-    """Names whose stored bytes, dtype or shape are not what the records say; all are re-read, or those of one shard."""
+    """Names whose stored bytes, dtype or shape are not what the records say; all are re-read, or
+    those of one shard.
+    """
     wanted = {name: record for name, record in records.items() if shard in (None, record.shard)}
     try:
-        stored = TensorDirectory(directory, shards=sorted({record.shard for record in wanted.values()}))
+        stored = TensorDirectory(
+            directory, shards=sorted({record.shard for record in wanted.values()})
+        )
     except NeuronMiniMaxError:
         return list(wanted)
 
@@ -101,4 +112,8 @@ def damaged_tensors(
         return damaged
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        return [name for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True) if damaged]
+        return [
+            name
+            for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True)
+            if damaged
+        ]

@@ -1,7 +1,6 @@
-"""The one table of MiniMax-M2's weights; reports, coverage checks, planners and tests are derived from it.
+"""The tensors that a config implies, from its family's table of weights.
 
-Dimension symbols: V vocabulary, H hidden, I intermediate, Q query width, K key/value width, E experts.
-Source of the table: the headers of the published checkpoints.
+Reports, coverage checks, planners and tests are derived from it.
 """
 
 from collections.abc import Iterator
@@ -10,44 +9,17 @@ from functools import cached_property, partial
 from math import prod
 
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.families.family import Weight
+from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
-# Declared by config.json (`num_mtp_modules`), in no published checkpoint; tolerated and reported where present.
-MTP_MARKERS = ("mtp", "nextn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One row: a name template over layer `{l}` and expert `{e}`, its dimensions, and how it is published."""
-
-    template: str
-    dimensions: tuple[str, ...]
-    published_dtype: str
-    kind: str
-    module_group: str
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the published checkpoint stores it as FP8 codes with block scales."""
-        return self.published_dtype == "F8_E4M3"
-
-    @property
-    def float32_only(self) -> bool:
-        """Routing needs float32: bias values are 4.7 to 9.5, where BF16 steps are 0.03 to 0.06 and flip experts."""
-        return self.published_dtype == "F32"
-
-    @property
-    def per_layer(self) -> bool:
-        return "{l}" in self.template
-
-    @property
-    def per_expert(self) -> bool:
-        return "{e}" in self.template
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """One tensor that a checkpoint of a given config holds: its name, row, shape, layer and expert."""
+    """One tensor that a checkpoint of a given config holds: its name, row, shape, layer and
+    expert.
+    """
 
     name: str
     weight: Weight
@@ -60,35 +32,6 @@ class Expected:
     @cached_property
     def elements(self) -> int:
         return prod(self.shape)
-
-
-def _row(template: str, dimensions: str, dtype: str, kind: str, group: str) -> Weight:
-    return Weight(template=template, dimensions=tuple(dimensions), published_dtype=dtype, kind=kind, module_group=group)
-
-
-LAYER = "model.layers.{l}."
-ATTENTION = LAYER + "self_attn."
-MOE = LAYER + "block_sparse_moe."
-EXPERT = MOE + "experts.{e}."
-
-WEIGHTS: tuple[Weight, ...] = (
-    _row("model.embed_tokens.weight", "VH", "BF16", "embed_tokens", "embedding"),
-    _row(LAYER + "input_layernorm.weight", "H", "BF16", "input_layernorm", "norm"),
-    _row(ATTENTION + "q_proj.weight", "QH", "F8_E4M3", "q_proj", "attention"),
-    _row(ATTENTION + "k_proj.weight", "KH", "F8_E4M3", "k_proj", "attention"),
-    _row(ATTENTION + "v_proj.weight", "KH", "F8_E4M3", "v_proj", "attention"),
-    _row(ATTENTION + "o_proj.weight", "HQ", "F8_E4M3", "o_proj", "attention"),
-    _row(ATTENTION + "q_norm.weight", "Q", "BF16", "q_norm", "norm"),
-    _row(ATTENTION + "k_norm.weight", "K", "BF16", "k_norm", "norm"),
-    _row(LAYER + "post_attention_layernorm.weight", "H", "BF16", "post_attention_layernorm", "norm"),
-    _row(MOE + "gate.weight", "EH", "F32", "gate", "router"),
-    _row(MOE + "e_score_correction_bias", "E", "F32", "e_score_correction_bias", "router"),
-    _row(EXPERT + "w1.weight", "IH", "F8_E4M3", "w1", "experts"),
-    _row(EXPERT + "w2.weight", "HI", "F8_E4M3", "w2", "experts"),
-    _row(EXPERT + "w3.weight", "IH", "F8_E4M3", "w3", "experts"),
-    _row("model.norm.weight", "H", "BF16", "norm", "norm"),
-    _row("lm_head.weight", "VH", "BF16", "lm_head", "head"),
-)
 
 
 def dimension_sizes(config: ModelConfig) -> dict[str, int]:
@@ -108,14 +51,11 @@ def shape_of(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
     return tuple(sizes[symbol] for symbol in weight.dimensions)
 
 
-def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a [rows, columns] weight: one per block, partial last blocks included."""
-    return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
-
-
 def expected(config: ModelConfig) -> Iterator[Expected]:
-    """Every tensor of the published format, scales included, in layer order: 96,103 for the real config."""
-    for weight in WEIGHTS:
+    """Every tensor of the published format, scales included, in layer order: 96,103 for the real
+    config.
+    """
+    for weight in config.family.weights:
         shape = shape_of(weight, config)
         grid = block_grid(shape, config.weight_block_size) if weight.quantized else ()
         for layer in range(config.num_hidden_layers) if weight.per_layer else (None,):
@@ -132,14 +72,15 @@ def scale_name(weight_name: str) -> str:
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not run: named so, or a
-    layer beyond the last where config.json declares such modules."""
+    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not
+    run: named so, or a layer beyond the last where config.json declares such modules.
+    """
     parts = name.split(".")
-    if any(part.startswith(MTP_MARKERS) for part in parts):
+    if any(part.startswith(config.family.ignored_markers) for part in parts):
         return True
     in_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
-    return in_layer and int(parts[2]) >= config.num_hidden_layers and bool(config.raw.get("num_mtp_modules"))
-
-
-def count_parameters(config: ModelConfig) -> int:
-    return sum(weight.elements for weight in expected(config) if not weight.is_scale)
+    return (
+        in_layer
+        and int(parts[2]) >= config.num_hidden_layers
+        and bool(config.raw.get("num_mtp_modules"))
+    )

@@ -1,12 +1,17 @@
-"""Streaming safetensors files: tensors are written piece by piece, and a name appears only when its file is whole."""
+"""Shards written in parallel: one process computes, digests and writes a piece of a tensor, another
+the next.
+"""
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.page_cache import drop_pages
+from neuron_minimax.checkpoint.page_cache import Trail, drop_pages
 from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from neuron_minimax.checkpoint.records import TensorRecord, joined_crc32
 
 PARTIAL_SUFFIX = ".partial"
 # What travels with the weights, as it is, when the source has it; code files are never copied.
@@ -31,19 +37,22 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Bytes at a time. The page cache takes memory in blocks as large as a write, up to 2 MB, and a virtual machine gives
-# free blocks of 2 MB back to its host: 9 MB at a time were written at 0.4 GB/s there, 64 KB at a time at 1.2 to 2.6.
+# Bytes at a time. The page cache takes memory in blocks as large as a write, up to 2 MB, and a
+# virtual machine gives free blocks of 2 MB back to its host: 9 MB at a time were written at 0.4
+# GB/s there, 64 KB at a time at 1.2 to 2.6.
 WRITE_BYTES = 64 << 10
-# Bytes; where the data starts in a file. A register of a mapped weight then lies in one cache line, not in two.
+# Bytes; where the data starts in a file. A register of a mapped weight then lies in one cache line,
+# not in two.
 ALIGNMENT = 64
 
 
 class ShardWriter:
-    """One safetensors file, declared first and then filled: in order by `write`, or anywhere by `write_at`.
+    """One safetensors file, declared first and then filled: in order by `write`, or anywhere by
+    `write_at`.
 
-    `tensors` maps each name to (dtype as safetensors spells it, shape). `finish`, or leaving the `with` block, syncs
-    the file and gives it its final name; an exception leaves only the partial file. The file is opened when it is first
-    written to, in each process that does.
+    `tensors` maps each name to (dtype as safetensors spells it, shape). `finish`, or leaving the
+    `with` block, syncs the file and gives it its final name; an exception leaves only the partial
+    file. The file is opened when it is first written to, in each process that does.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -72,14 +81,20 @@ class ShardWriter:
         self._write_all(len(self._header) + position, data.reshape(-1).view(np.uint8).data)
 
     def sync(self, drop: bool = False) -> None:
-        """Push what any process has written so far to the disk, and `drop` it from the page cache."""
+        """Push what any process has written so far to the disk, and `drop` it from the page
+        cache.
+        """
         os.fdatasync(self._descriptor)
         if drop:
             drop_pages(self._descriptor)
 
     def finish(self, drop: bool = False) -> None:
-        """Write the header, sync the file, which must be whole, and give it its name; `drop` as in `sync`."""
-        assert self.written == self.nbytes, f"{self.path.name} lacks {self.nbytes - self.written} of its declared bytes"
+        """Write the header, sync the file, which must be whole, and give it its name; `drop` as in
+        `sync`.
+        """
+        assert self.written == self.nbytes, (
+            f"{self.path.name} lacks {self.nbytes - self.written} of its declared bytes"
+        )
         self._write_all(0, memoryview(self._header))
         os.fsync(self._descriptor)
         if drop:
@@ -98,8 +113,8 @@ class ShardWriter:
         return os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _write_all(self, position: int, data: memoryview) -> None:
-        # Processes that write into one file wait for each other in any case, and without this lock they spin meanwhile.
-        # A file system that has no locks is written without.
+        # Processes that write into one file wait for each other in any case, and without this lock
+        # they spin meanwhile. A file system that has no locks is written without.
         with suppress(OSError):
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
@@ -115,7 +130,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.finish()
@@ -152,15 +170,23 @@ def sync_directory(directory: Path) -> None:
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
     """The index that names each tensor's shard, in Hugging Face's format."""
-    write_json(directory / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
+    write_json(
+        directory / INDEX_NAME,
+        {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)},
+    )
 
 
 def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, np.ndarray]], shards: int = 1
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, str, np.ndarray]],
+    shards: int = 1,
 ) -> None:
-    """A whole checkpoint directory from (name, safetensors dtype, array of stored elements) that fit in memory.
+    """A whole checkpoint directory from (name, safetensors dtype, array of stored elements) that
+    fit in memory.
 
-    FP8 arrays are uint8 codes, BF16 arrays uint16. Tensors are spread evenly over the shards, in order.
+    FP8 arrays are uint8 codes, BF16 arrays uint16. Tensors are spread evenly over the shards, in
+    order.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = list(tensors)
@@ -168,10 +194,139 @@ def write_checkpoint(
     for number in range(shards):
         part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
         name = SINGLE_NAME if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        with ShardWriter(directory / name, {key: (dtype, array.shape) for key, dtype, array in part}) as writer:
+        with ShardWriter(
+            directory / name, {key: (dtype, array.shape) for key, dtype, array in part}
+        ) as writer:
             for key, _, array in part:
                 weight_map[key] = name
                 writer.write(np.ascontiguousarray(array))
     if shards > 1:
         write_index(directory, weight_map, sum(array.nbytes for _, _, array in rows))
     write_json(directory / "config.json", dict(config))
+
+
+SYNC_EVERY = 128 << 20  # bytes between background syncs, so that writing back overlaps computing
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some elements of a tensor: their bytes, and what puts them into memory (uint8 [nbytes]) and
+    returns how many codes it had to round.
+    """
+
+    nbytes: int
+    fill: Callable[[np.ndarray], int]
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor to write: name, stored dtype and shape, and the pieces that give its elements in
+    order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Sequence[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class StreamedShard:
+    """One file to write and its tensors, in order."""
+
+    name: str
+    tensors: tuple[StreamedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a piece on its way to the disk: its crc32, and how many of its codes were
+    rounded.
+    """
+
+    crc32: int
+    rounded: int
+
+
+class ShardStream:
+    """A shard on its way to its file: the tasks that write its pieces, and what their results add
+    up to.
+    """
+
+    def __init__(self, shard: StreamedShard, directory: Path, trail: Trail) -> None:
+        self.shard, self.trail = shard, trail
+        layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
+        self.writer = ShardWriter(directory / shard.name, layout)
+        self.largest_piece = max(
+            (piece.nbytes for tensor in shard.tensors for piece in tensor.pieces), default=0
+        )
+
+    def tasks(self, memory: np.ndarray) -> Iterator[Callable[[], Written]]:
+        """One for each piece, in order; `memory` holds the largest and is used again for each by
+        every process.
+        """
+        start = 0
+        for tensor in self.shard.tensors:
+            position = start
+            for piece in tensor.pieces:
+                yield partial(self._write_piece, position, piece, memory[: piece.nbytes])
+                position += piece.nbytes
+            start += tensor.nbytes
+            assert position == start, (
+                f"the pieces of {tensor.name} end at byte {position}, its elements at {start}"
+            )
+
+    def collect(
+        self,
+        results: Iterator[Written],
+        syncer: ThreadPoolExecutor,
+        progress: Callable[[int], None],
+    ) -> dict[str, TensorRecord]:
+        """Take the results of this shard's tasks and join them into records; the file is synced on
+        the way.
+
+        Raises OSError when a sync failed.
+        """
+        records = {}
+        syncing: Future[None] | None = None
+        synced = 0
+        for tensor in self.shard.tensors:
+            crc = rounded = 0
+            for piece in tensor.pieces:
+                written = next(results)
+                crc = joined_crc32(crc, written.crc32, piece.nbytes)
+                rounded += written.rounded
+                self.writer.written += piece.nbytes
+                progress(piece.nbytes)
+                self.trail.advance(piece.nbytes)
+                if self.writer.written - synced >= SYNC_EVERY and (
+                    syncing is None or syncing.done()
+                ):
+                    if syncing is not None:
+                        # The kernel reports an error once: the last sync would not see it again
+                        syncing.result()
+                    syncing, synced = (
+                        syncer.submit(self.writer.sync, self.trail.drops),
+                        self.writer.written,
+                    )
+            records[tensor.name] = TensorRecord(
+                self.shard.name, tensor.dtype, tensor.shape, f"{crc:08x}", rounded
+            )
+        if syncing is not None:
+            syncing.result()
+        return records
+
+    def _write_piece(self, position: int, piece: Piece, memory: np.ndarray) -> Written:
+        rounded = piece.fill(memory)
+        crc32 = zlib.crc32(memory.data)
+        self.writer.write_at(position, memory)
+        self.trail.unmap()
+        return Written(crc32, rounded)

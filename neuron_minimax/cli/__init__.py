@@ -1,4 +1,6 @@
-"""The `neuron-minimax` command: parse, call one function of the library, print. Exit 0 good, 1 bad input, 2 usage."""
+"""The `neuron-minimax` command: parse, call one function of the library, print. Exit 0 good, 1 bad
+input, 2 usage.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output is gone; nothing is wrong
         return 0
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'input or output'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 1
     return 0

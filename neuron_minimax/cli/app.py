@@ -10,9 +10,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="MiniMax-M2 from its Hugging Face FP8 checkpoint to served tokens on AWS Neuron, proven on a CPU first.",
+    help="MiniMax-M2 from its Hugging Face FP8 checkpoint to served tokens on AWS Neuron, proven "
+    "on a CPU first.",
 )
 
-CheckpointDir = Annotated[Path, typer.Argument(metavar="CKPT", help="Hugging Face checkpoint directory")]
+CheckpointDir = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Hugging Face checkpoint directory")
+]
 ConvertedDir = Annotated[Path, typer.Argument(metavar="OUT", help="converted directory")]
 TracedDir = Annotated[Path, typer.Argument(metavar="TRACED", help="compiled directory")]

@@ -18,16 +18,30 @@ def _split(names: str | None) -> list[str] | None:
 def inspect(
     checkpoint: CheckpointDir,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    output: Annotated[Path | None, typer.Option(help="write the report to this file as well")] = None,
-    html: Annotated[Path | None, typer.Option(help="write the report as one self-contained page")] = None,
-    check_values: Annotated[bool, typer.Option("--check-values", help="also read every weight and scale")] = False,
-    against: Annotated[Path | None, typer.Option(metavar="CKPT2", help="compare with this checkpoint")] = None,
-    modules_to_not_convert: Annotated[str | None, typer.Option(metavar="A,B", help="judge this list")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write the report to this file as well")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write the report as one self-contained page")
+    ] = None,
+    check_values: Annotated[
+        bool, typer.Option("--check-values", help="also read every weight and scale")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="CKPT2", help="compare with this checkpoint")
+    ] = None,
+    modules_to_not_convert: Annotated[
+        str | None, typer.Option(metavar="A,B", help="judge this list")
+    ] = None,
 ) -> None:
-    """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint cannot be used."""
-    from neuron_minimax.explain.inspection import run_inspection, write_text
+    """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint
+    cannot be used.
+    """
+    from neuron_minimax.inspection.command import run_inspection, write_text
 
-    found = run_inspection(checkpoint, _split(modules_to_not_convert), check_values, against, progress_bar)
+    found = run_inspection(
+        checkpoint, _split(modules_to_not_convert), check_values, against, progress_bar
+    )
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
         write_text(output, text.rstrip() + "\n")
@@ -42,17 +56,25 @@ def convert(
     checkpoint: CheckpointDir,
     out: ConvertedDir,
     attention: Annotated[str, typer.Option(help="fp8 (exact) or bf16")] = "fp8",
-    fp8_range: Annotated[str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")] = "neuron",
+    fp8_range: Annotated[
+        str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")
+    ] = "neuron",
     scale_convention: Annotated[str, typer.Option(help="auto, multiplier or reciprocal")] = "auto",
-    keep_in_bf16: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the space it needs")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another output in OUT")] = False,
+    keep_in_bf16: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and the space it needs")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace another output in OUT")
+    ] = False,
 ) -> None:
     """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
     from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.convert.plan import Layout
-    from neuron_minimax.convert.run import convert as run_conversion
-    from neuron_minimax.convert.run import plan_conversion
+    from neuron_minimax.convert.write import convert as run_conversion
+    from neuron_minimax.convert.write import plan_conversion
 
     layout = Layout(
         attention=attention,  # type: ignore[arg-type]
@@ -76,7 +98,9 @@ def convert(
 def verify(
     checkpoint: CheckpointDir,
     out: ConvertedDir,
-    logits: Annotated[bool, typer.Option("--logits", help="also run both through the eager model")] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="also run both through the eager model")
+    ] = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
     from neuron_minimax.checkpoint.reader import TensorDirectory
@@ -104,13 +128,19 @@ def cache(
     check: Annotated[
         bool, typer.Option("--check", help="re-read a finished cache and rebuild what is damaged")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")
+    ] = False,
 ) -> None:
-    """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and resumes by itself."""
-    from neuron_minimax.checkpoint.fp32_cache import build_cache, cache_bytes
+    """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and
+    resumes by itself.
+    """
+    from neuron_minimax.convert.cache import build_cache, cache_bytes
 
     with progress_bar("dequantizing", cache_bytes(checkpoint, dtype)) as advance:
-        result = build_cache(checkpoint, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
+        result = build_cache(
+            checkpoint, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance
+        )
         if result.was_finished:
             advance(result.nbytes)
     print(result.render(cache_dir))

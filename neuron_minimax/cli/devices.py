@@ -14,19 +14,31 @@ from neuron_minimax.cli.models import BlockwiseMatmul, given_options
 @app.command()
 def check_device(
     out: ConvertedDir,
-    work_dir: Annotated[Path, typer.Argument(metavar="WORK_DIR", help="for probes, their compiles and answers")],
+    work_dir: Annotated[
+        Path, typer.Argument(metavar="WORK_DIR", help="for probes, their compiles and answers")
+    ],
     instance: Annotated[str | None, typer.Option(help="such as trn2.48xlarge")] = None,
     tp_degree: Annotated[int | None, typer.Option(help="ranks")] = None,
-    moe_tp_degree: Annotated[int | None, typer.Option(help="ranks that share an expert's channels")] = None,
-    moe_ep_degree: Annotated[int | None, typer.Option(help="groups that share out the experts")] = None,
+    moe_tp_degree: Annotated[
+        int | None, typer.Option(help="ranks that share an expert's channels")
+    ] = None,
+    moe_ep_degree: Annotated[
+        int | None, typer.Option(help="groups that share out the experts")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
-    buckets: Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")] = None,
+    buckets: Annotated[
+        list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")
+    ] = None,
     blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: Annotated[str | None, typer.Option(help="torch or nki")] = None,
     layer: Annotated[int, typer.Option(min=0, help="the layer whose weights are tried")] = 0,
-    traced: Annotated[Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")] = None,
-    backend: Annotated[str, typer.Option(help="neuron, or cpu to rehearse without a device")] = "neuron",
+    traced: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="neuron, or cpu to rehearse without a device")
+    ] = "neuron",
     engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
     allow_untested_versions: Annotated[
         bool, typer.Option("--allow-untested-versions", help="go on with packages of another SDK")

@@ -4,42 +4,64 @@ import difflib
 from collections.abc import Sequence
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.rules import RULES, Rule, module_of
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.families import module_of
+from neuron_minimax.families.family import Rule
 
 
 def check_module_names(modules: Sequence[str], config: ModelConfig) -> None:
-    """Raise ConversionError with near matches when a name matches no module, or one that must stay float32."""
+    """Raise ConversionError with near matches when a name matches no module, or one that must stay
+    float32.
+    """
     known: set[str] = set()
-    for rule in RULES:
+    for rule in config.family.rules:
         for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
             for template in (rule.target, *rule.sources):
                 parts = module_of(template.format(l=layer, e=0)).split(".")
-                known |= {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+                known |= {
+                    ".".join(parts[i:j])
+                    for i in range(len(parts))
+                    for j in range(i + 1, len(parts) + 1)
+                }
     for module in modules:
         if module not in known:
             near = difflib.get_close_matches(module, sorted(known), n=3, cutoff=0.5)
             hint = (
-                f"near matches: {', '.join(near)}" if near else "give a whole module name such as lm_head or self_attn"
+                f"near matches: {', '.join(near)}"
+                if near
+                else "give a whole module name such as lm_head or self_attn"
             )
             raise ConversionError(f"--keep-in-bf16 {module} is no module of this model; {hint}")
         if module.split(".")[-1] in ("gate", "router", "linear_router"):
-            raise ConversionError(f"--keep-in-bf16 {module}: routing stays in float32; BF16 flips experts")
+            raise ConversionError(
+                f"--keep-in-bf16 {module}: routing stays in float32; BF16 flips experts"
+            )
 
 
-def _module_paths(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]]) -> list[tuple[str, list[str]]]:
+def _module_paths(
+    rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]]
+) -> list[tuple[str, list[str]]]:
     """The target's module path, and those of the sources, each with its dotted parts."""
-    paths = [module_of(rule.target.format(l=layer)), *(module_of(name) for group in groups for name in group)]
+    paths = [
+        module_of(rule.target.format(l=layer)),
+        *(module_of(name) for group in groups for name in group),
+    ]
     return [(path, path.split(".")) for path in paths]
 
 
 def _names_module(module: str, path: list[str]) -> bool:
-    """Whether a dotted name matches whole consecutive parts of a path (`self_attn` yes, `attn` no)."""
+    """Whether a dotted name matches whole consecutive parts of a path (`self_attn` yes, `attn`
+    no).
+    """
     parts = module.split(".")
-    return any(path[start : start + len(parts)] == parts for start in range(len(path) - len(parts) + 1))
+    return any(
+        path[start : start + len(parts)] == parts for start in range(len(path) - len(parts) + 1)
+    )
 
 
-def kept_in_bf16(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]], modules: Sequence[str]) -> bool:
+def kept_in_bf16(
+    rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]], modules: Sequence[str]
+) -> bool:
     """Whether one of the modules names this rule's target or all of its sources.
 
     Raises ConversionError when it names some of the weights that are stored in one tensor.
@@ -51,8 +73,9 @@ def kept_in_bf16(rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]
         hits = [_names_module(module, parts) for _, parts in sources]
         if any(hits) and not all(hits):
             raise ConversionError(
-                f"--keep-in-bf16 {module} names {sum(hits)} of the {len(hits)} weights that become {target}; name "
-                "`expert_mlps` (all experts) or one layer's, since its experts are stored together"
+                f"--keep-in-bf16 {module} names {sum(hits)} of the {len(hits)} weights that become "
+                f"{target}; name `expert_mlps` (all experts) or one layer's, since its experts are "
+                "stored together"
             )
         if all(hits):
             return True

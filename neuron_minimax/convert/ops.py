@@ -1,7 +1,8 @@
-"""The arithmetic of a conversion on numpy arrays of stored bytes: arrange weights, treat their codes and scales.
+"""The arithmetic of a conversion on numpy arrays of stored bytes: arrange weights, treat their
+codes and scales.
 
-R rows and C columns of a source weight, E experts. Codes are uint8, BF16 is uint16, scales are float32. Arranging a
-grid of block scales is arranging its weight: the same function serves both.
+R rows and C columns of a source weight, E experts. Codes are uint8, BF16 is uint16, scales are
+float32. Arranging a grid of block scales is arranging its weight: the same function serves both.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
-from neuron_minimax.convert.rules import Operation
+from neuron_minimax.families.family import Operation
+from neuron_minimax.fp8 import ScaleConvention
 
 
 class Treatment(StrEnum):
@@ -37,11 +38,19 @@ SCALE_TREATMENTS = {
 
 
 def piece_shape(operation: Operation, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of what is made of sources of these shapes: [R, C] as it is, or one expert's [C, sum of R]."""
-    return shapes[0] if operation is Operation.COPY else (shapes[0][1], sum(rows for rows, _ in shapes))
+    """Shape of what is made of sources of these shapes: [R, C] as it is, or one expert's [C, sum of
+    R].
+    """
+    return (
+        shapes[0]
+        if operation is Operation.COPY
+        else (shapes[0][1], sum(rows for rows, _ in shapes))
+    )
 
 
-def arranged_shape(operation: Operation, shapes: Sequence[tuple[int, ...]], experts: int) -> tuple[int, ...]:
+def arranged_shape(
+    operation: Operation, shapes: Sequence[tuple[int, ...]], experts: int
+) -> tuple[int, ...]:
     """Shape of the whole target: [E, C, sum of R] when stacked."""
     shape = piece_shape(operation, shapes)
     return shape if operation is Operation.COPY else (experts, *shape)
@@ -53,14 +62,17 @@ def place(operation: Operation, piece: np.ndarray, start: int, strip: np.ndarray
     if operation is Operation.COPY:
         piece[start:end] = strip
     elif strip.dtype == np.uint8 and start % 4 == end % 4 == piece.shape[1] % 4 == 0:
-        # Four rows of bytes travel as one row of 32-bit words: a quarter as many elements to transpose.
+        # Four rows of bytes travel as one row of 32-bit words: a quarter as many elements to
+        # transpose.
         piece.view("<u4")[:, start // 4 : end // 4] = _pack_rows(_pack_rows(strip)).T
     else:
         piece[:, start:end] = strip.T
 
 
 def _pack_rows(rows: np.ndarray) -> np.ndarray:
-    """Pairs of rows [2R, C] as one row [R, C] of elements twice as wide, the first row in the lower half."""
+    """Pairs of rows [2R, C] as one row [R, C] of elements twice as wide, the first row in the lower
+    half.
+    """
     width = rows.itemsize
     pairs = rows.reshape(-1, 2, rows.shape[1])
     packed = pairs[:, 1].astype(f"<u{2 * width}")
@@ -70,8 +82,9 @@ def _pack_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def take_apart(operation: Operation, piece: Any, row_counts: Sequence[int]) -> list[Any]:
-    """The inverse of `place`, for numpy arrays and torch tensors alike: one expert's [C, sum of R] back into its
-    [R, C] sources, as views."""
+    """The inverse of `place`, for numpy arrays and torch tensors alike: one expert's [C, sum of R]
+    back into its [R, C] sources, as views.
+    """
     if operation is Operation.COPY:
         return [piece]
     ends = list(accumulate(row_counts))

@@ -1,4 +1,6 @@
-"""The conversion as data: the rules bound to one checkpoint, refused unless every source is used exactly once."""
+"""The conversion as data: the rules bound to one checkpoint, refused unless every source is used
+exactly once.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,22 +9,22 @@ from enum import StrEnum
 from math import prod
 from typing import Any
 
+from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.modules import Framework, Module, needed
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.kept_modules import check_module_names, kept_in_bf16
 from neuron_minimax.convert.ops import SCALE_TREATMENTS, Treatment, arranged_shape
-from neuron_minimax.convert.rules import RULES, Rule, ScalePolicy, module_of, target_scale_name
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.families import module_of, target_scale_name
+from neuron_minimax.families.family import Rule, ScalePolicy
+from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.inspection.modules import Framework, Module, needed
 
 # (dtype as safetensors spells it, shape) by name.
 Sources = Mapping[str, tuple[str, tuple[int, ...]]]
 # Source names of each piece of an output: one group per expert when stacked.
 Groups = tuple[tuple[str, ...], ...]
-SCHEMA = {weight.template: weight for weight in schema.WEIGHTS}
-FLOAT32_ONLY = {weight.template for weight in schema.WEIGHTS if weight.float32_only}
 
 
 class AttentionPrecision(StrEnum):
@@ -45,7 +47,9 @@ class ConventionChoice(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the user chooses about a conversion. `tp_degree` adds the rank tensors, for a state dict in memory only."""
+    """What the user chooses about a conversion. `tp_degree` adds the rank tensors, for a state dict
+    in memory only.
+    """
 
     attention: AttentionPrecision = AttentionPrecision.FP8
     fp8_range: FP8Range = FP8Range.NEURON
@@ -70,11 +74,19 @@ class Layout:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Layout":
         """The layout that a manifest's options describe."""
-        return cls(**{name: options[name] for name in ("attention", "fp8_range", "scale_convention", "keep_in_bf16")})
+        return cls(
+            **{
+                name: options[name]
+                for name in ("attention", "fp8_range", "scale_convention", "keep_in_bf16")
+            }
+        )
 
     @property
     def bf16_modules(self) -> tuple[str, ...]:
-        return (*self.keep_in_bf16, *(("self_attn",) if self.attention is AttentionPrecision.BF16 else ()))
+        return (
+            *self.keep_in_bf16,
+            *(("self_attn",) if self.attention is AttentionPrecision.BF16 else ()),
+        )
 
     def as_options(self) -> dict[str, Any]:
         """What a manifest records: the options that change stored bytes."""
@@ -87,8 +99,9 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One tensor of the result. `groups` holds the source names of each piece, one group per expert when stacked;
-    `scale_groups` the scales that dequantizing needs."""
+    """One tensor of the result. `groups` holds the source names of each piece, one group per expert
+    when stacked; `scale_groups` the scales that dequantizing needs.
+    """
 
     name: str
     dtype: str
@@ -142,7 +155,11 @@ class ConversionPlan:
         """A table with one row per kind of output."""
         rows: dict[tuple[str, ...], list[Output]] = {}
         for output in self.outputs:
-            name = output.name if output.layer is None else output.name.replace(f".{output.layer}.", ".N.", 1)
+            name = (
+                output.name
+                if output.layer is None
+                else output.name.replace(f".{output.layer}.", ".N.", 1)
+            )
             key = (name, output.dtype, str(list(output.shape)), str(output.treatment))
             rows.setdefault(key, []).append(output)
         width = max(len(key[0]) for key in rows)
@@ -151,8 +168,14 @@ class ConversionPlan:
             f"{sum(output.nbytes for output in outputs) / 1e9:9.3f} GB  {what}"
             for (name, dtype, shape, what), outputs in rows.items()
         ]
-        tail = [f"left out: {len(self.left_out)} multi-token-prediction tensors"] if self.left_out else []
-        return "\n".join([*lines, f"{len(self.outputs)} tensors, {self.nbytes / 1e9:.3f} GB", *tail])
+        tail = (
+            [f"left out: {len(self.left_out)} multi-token-prediction tensors"]
+            if self.left_out
+            else []
+        )
+        return "\n".join(
+            [*lines, f"{len(self.outputs)} tensors, {self.nbytes / 1e9:.3f} GB", *tail]
+        )
 
 
 def plan(
@@ -164,24 +187,30 @@ def plan(
 ) -> ConversionPlan:
     """Bind the rules to a checkpoint's tensors.
 
-    Raises ConversionError naming the tensors when a source is missing, unused or used twice, when experts of one layer
-    differ in dtype, or when a module named in the layout does not exist.
+    Raises ConversionError naming the tensors when a source is missing, unused or used twice, when
+    experts of one layer differ in dtype, or when a module named in the layout does not exist.
     """
     check_module_names(layout.keep_in_bf16, config)
     outputs = tuple(
         output
         for layer in (None, *range(config.num_hidden_layers))
-        for rule in RULES
+        for rule in config.family.rules
         if rule.per_layer == (layer is not None)
         for output in _bind(rule, layer, sources, config, layout, convention)
     )
-    used = Counter(name for output in outputs for group in (*output.groups, *output.scale_groups) for name in group)
+    used = Counter(
+        name
+        for output in outputs
+        for group in (*output.groups, *output.scale_groups)
+        for name in group
+    )
     unused = [name for name in sources if name not in used and name not in tolerated]
     twice = [name for name, count in used.items() if count > 1]
     for names, what in ((unused, "used by no rule"), (twice, "used twice")):
         if names:
             raise ConversionError(
-                f"{len(names)} tensors are {what}, the first {names[0]}; nothing may be dropped silently"
+                f"{len(names)} tensors are {what}, the first {names[0]}; nothing may be dropped "
+                "silently"
             )
     return ConversionPlan(
         config=config,
@@ -194,18 +223,30 @@ def plan(
 
 
 def _bind(
-    rule: Rule, layer: int | None, sources: Sources, config: ModelConfig, layout: Layout, convention: ScaleConvention
+    rule: Rule,
+    layer: int | None,
+    sources: Sources,
+    config: ModelConfig,
+    layout: Layout,
+    convention: ScaleConvention,
 ) -> Iterator[Output]:
     experts = range(config.num_local_experts) if rule.per_expert else (None,)
-    groups = tuple(tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts)
+    groups = tuple(
+        tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts
+    )
     target = rule.target.format(l=layer)
     dtype = _common_dtype(target, groups, sources)
-    if rule.sources[0] in FLOAT32_ONLY and dtype != "F32":
-        raise ConversionError(f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts")
+    float32_only = config.family.weight(rule.sources[0]).float32_only
+    if float32_only and dtype != "F32":
+        raise ConversionError(
+            f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts"
+        )
     _check_shapes(rule, groups, sources, config)
-    to_bf16 = rule.sources[0] not in FLOAT32_ONLY and kept_in_bf16(rule, layer, groups, layout.bf16_modules)
+    to_bf16 = not float32_only and kept_in_bf16(rule, layer, groups, layout.bf16_modules)
 
-    def output(name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()) -> Output:
+    def output(
+        name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()
+    ) -> Output:
         shapes = [sources[source][1] for source in groups[0]]
         return Output(
             name=name,
@@ -220,7 +261,12 @@ def _bind(
 
     if dtype != "F8_E4M3":
         rounded = to_bf16 and dtype == "F32"
-        yield output(target, "BF16" if rounded else dtype, Treatment.ROUND if rounded else Treatment.KEEP, groups)
+        yield output(
+            target,
+            "BF16" if rounded else dtype,
+            Treatment.ROUND if rounded else Treatment.KEEP,
+            groups,
+        )
         return
     if rule.scale is not ScalePolicy.BLOCK:
         raise ConversionError(f"{groups[0][0]} is FP8, but {target} has no place for block scales")
@@ -231,43 +277,55 @@ def _bind(
         return
     halved = layout.fp8_range is FP8Range.NEURON
     yield output(target, dtype, Treatment.HALVE if halved else Treatment.KEEP, groups)
-    yield output(target_scale_name(target), "F32", SCALE_TREATMENTS[convention, halved], scale_groups)
+    yield output(
+        target_scale_name(target), "F32", SCALE_TREATMENTS[convention, halved], scale_groups
+    )
 
 
 def _check_shapes(rule: Rule, groups: Groups, sources: Sources, config: ModelConfig) -> None:
-    """Raise ConversionError for a weight whose shape config.json does not imply, or FP8 scales that miss its blocks."""
+    """Raise ConversionError for a weight whose shape config.json does not imply, or FP8 scales that
+    miss its blocks.
+    """
     for group in groups:
         for template, name in zip(rule.sources, group, strict=True):
-            shape = schema.shape_of(SCHEMA[template], config)
+            shape = schema.shape_of(config.family.weight(template), config)
             wanted = {name: shape}
             if len(shape) == 2:
-                wanted[schema.scale_name(name)] = schema.block_grid(shape, config.weight_block_size)
+                wanted[schema.scale_name(name)] = fp8.block_grid(shape, config.weight_block_size)
             for tensor, expected in wanted.items():
                 if tensor in sources and tuple(sources[tensor][1]) != expected:
                     found = list(sources[tensor][1])
-                    raise ConversionError(f"{tensor} has shape {found}; config.json implies {list(expected)}")
+                    raise ConversionError(
+                        f"{tensor} has shape {found}; config.json implies {list(expected)}"
+                    )
 
 
 def _common_dtype(target: str, groups: Groups, sources: Sources) -> str:
     names = [name for group in groups for name in group]
     missing = [name for name in names if name not in sources]
     if missing:
-        raise ConversionError(f"{target} lacks {len(missing)} of its {len(names)} sources, the first {missing[0]}")
+        raise ConversionError(
+            f"{target} lacks {len(missing)} of its {len(names)} sources, the first {missing[0]}"
+        )
     dtypes = Counter(sources[name][0] for name in names)
     if len(dtypes) > 1:
         rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
         odd = next(name for name in names if sources[name][0] == rarest)
         found = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
         raise ConversionError(
-            f"{target} is made of weights of different dtypes ({found}; {odd} is {rarest}); expected one"
+            f"{target} is made of weights of different dtypes ({found}; {odd} is {rarest}); "
+            "expected one"
         )
     return next(iter(dtypes))
 
 
 def unquantized_modules(outputs: Sequence[Output]) -> tuple[str, ...]:
-    """`modules_to_not_convert` for NxDI: entries that reach every matrix that is not FP8, and no other."""
+    """`modules_to_not_convert` for NxDI: entries that reach every matrix that is not FP8, and no
+    other.
+    """
     matrices = [output for output in outputs if not output.is_scale and len(output.shape) > 1]
     modules = [
-        Module(path=module_of(output.name), weights=1, fp8=int(output.dtype == "F8_E4M3")) for output in matrices
+        Module(path=module_of(output.name), weights=1, fp8=int(output.dtype == "F8_E4M3"))
+        for output in matrices
     ]
     return needed(Framework.NXDI, modules)

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.backends.compiled import BACKENDS
-from neuron_minimax.backends.manifest import fingerprint, read_manifest
-from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.backends.directory import BACKENDS, fingerprint, read_manifest
+from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check import reference, router, schedule, tokens
 from neuron_minimax.device_check.probes import TARGETS, Layer, Probe, write_probe
@@ -32,7 +31,7 @@ from neuron_minimax.device_check.verdicts import (
     judge_logits,
 )
 from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
-from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.model.decoder import MiniMaxM2
 
 RUN_SECONDS = 1800.0
 LOG_NAME = "run.log"
@@ -71,7 +70,9 @@ class CompiledDevice:
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
         traced = self.work / "traced" / probe.name
-        compile_model(probe, traced, backend=self.backend, options=self.options, progress=self.progress)
+        compile_model(
+            probe, traced, backend=self.backend, options=self.options, progress=self.progress
+        )
         self.run(traced, asked, logits)
 
     def run(self, traced: Path, asked: Path, logits: Path) -> None:
@@ -119,7 +120,8 @@ CHECKS = (
         probe=Probe.ATTENTION,
         rounds=schedule.value_rounds,
         faults=lambda model, tp_degree: reference.value_faults(model),
-        if_wrong="no known fault explains it: the shards of the value or output projection, or the sum over ranks",
+        if_wrong="no known fault explains it: the shards of the value or output projection, or "
+        "the sum over ranks",
         next_step="repeat with --tp-degree 1; then look at the head layout (planner/sharding.py)",
     ),
     Check(
@@ -127,10 +129,11 @@ CHECKS = (
         probe=Probe.ATTENTION,
         rounds=schedule.attention_rounds,
         faults=reference.attention_faults,
-        if_wrong="no known fault explains it: mask, cache writes, positions, or the query and key projections",
+        if_wrong="no known fault explains it: mask, cache writes, positions, or the query and "
+        "key projections",
         next_step=(
-            "where context encoding is right and token generation wrong, look at the cache and the norm of one token; "
-            "where both are, at the reduction of the norm over ranks and at RoPE"
+            "where context encoding is right and token generation wrong, look at the cache and the "
+            "norm of one token; where both are, at the reduction of the norm over ranks and at RoPE"
         ),
         needs=("value and output projection",),
     ),
@@ -140,8 +143,8 @@ CHECKS = (
         rounds=schedule.layer_rounds,
         faults=lambda model, tp_degree: reference.expert_faults(model),
         if_wrong=(
-            "router and attention are right, so what is left is the experts: their weights, block scales, the two "
-            "halves of gate_up_proj, or the expert kernel"
+            "router and attention are right, so what is left is the experts: their weights, block "
+            "scales, the two halves of gate_up_proj, or the expert kernel"
         ),
         next_step="repeat with --expert-kernel torch, then with another --moe-tp-degree",
         needs=(router.CHECK, "value and output projection", "QK norm"),
@@ -172,7 +175,10 @@ def check_device(
     resolved = module.check_options(ModelConfig.from_dir(converted), options)
     module.environment()
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(converted):
-        raise BackendError(f"{traced} was compiled from another directory than {converted}; give the one it came from")
+        raise BackendError(
+            f"{traced} was compiled from another directory than {converted}; give the one it came "
+            "from"
+        )
     request = Request(
         layer=layer,
         slots=resolved["slots"],
@@ -210,9 +216,12 @@ def run_checks(
         buckets=request.buckets,
         vocabulary=layer.vocabulary,
     )
-    if work.resolve().is_relative_to(converted.resolve()) or converted.resolve().is_relative_to(work.resolve()):
+    if work.resolve().is_relative_to(converted.resolve()) or converted.resolve().is_relative_to(
+        work.resolve()
+    ):
         raise ConversionError(
-            f"{work} and the converted directory {converted} lie in each other; choose another work directory"
+            f"{work} and the converted directory {converted} lie in each other; choose another "
+            "work directory"
         )
     prompts = [] if full_model is None else tokens.read_prompts(full_model / "model")
     verdicts: list[Verdict] = []
@@ -231,7 +240,10 @@ def run_checks(
             found_PTV = _ask(device.run, full_model, answer, tokens.CHECK)
             verdict = _first_tokens(converted, prompts, request.compute, found_PTV)
         verdicts.append(verdict)
-    title = f"layer {request.layer} of {converted}: {request.slots} slots, tp {request.tp_degree}, {request.compute}"
+    title = (
+        f"layer {request.layer} of {converted}: {request.slots} slots, tp {request.tp_degree}, "
+        f"{request.compute}"
+    )
     return Report(title=title, verdicts=tuple(verdicts))
 
 
@@ -245,7 +257,11 @@ def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Ve
     """The verdict of a check that holds parts which have failed, or were not checked; None when
     all are right.
     """
-    missing = [verdict.check for verdict in verdicts if verdict.check in needs and verdict.status is not Status.PASS]
+    missing = [
+        verdict.check
+        for verdict in verdicts
+        if verdict.check in needs and verdict.status is not Status.PASS
+    ]
     if not missing:
         return None
     return Verdict(
@@ -256,7 +272,9 @@ def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Ve
     )
 
 
-def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, device: Device, work: Path) -> Verdict:
+def _run_check(
+    check: Check, layer: Layer, limits: Limits, request: Request, device: Device, work: Path
+) -> Verdict:
     probe = work / f"{check.probe}-layer{layer.number}"
     write_probe(layer, check.probe, probe)
     rounds = check.rounds(limits)
@@ -273,12 +291,20 @@ def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, dev
         experts = layer.config.num_local_experts
         read_NE = (logits_NV[:, :experts], found_NV[:, :experts])
         return router.judge_router(case, rows, read_NE, found_NV)
-    float32_NV = logits_NV if request.compute == "float32" else Reference(probe, limits, "float32").run(rounds)[0]
+    float32_NV = (
+        logits_NV
+        if request.compute == "float32"
+        else Reference(probe, limits, "float32").run(rounds)[0]
+    )
     everything = check.probe is Probe.LAYER
-    compared_N = ~case.choice().near_tie_N if everything else torch.ones(len(rows), dtype=torch.bool)
+    compared_N = (
+        ~case.choice().near_tie_N if everything else torch.ones(len(rows), dtype=torch.bool)
+    )
 
     def with_fault(fault: Fault, *, only_steps: bool) -> torch.Tensor:
-        return Reference(probe, limits, request.compute, fault, only_steps=only_steps).run(rounds)[0]
+        return Reference(probe, limits, request.compute, fault, only_steps=only_steps).run(rounds)[
+            0
+        ]
 
     faults = [
         KnownFault(
@@ -328,7 +354,8 @@ def _ask(run: Run, model: Path, answer: Path, name: str) -> torch.Tensor | Verdi
             status=Status.FAIL,
             finding="the device gave no logits",
             meaning=str(error),
-            next_step=f"read the log in {answer} or in the compile's graphs directory, mend it and run again: "
+            next_step=f"read the log in {answer} or in the compile's graphs directory, mend it "
+            "and run again: "
             "what is compiled is not compiled again",
         )
 

@@ -17,20 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax import __version__
-from neuron_minimax.backends.manifest import fingerprint
-from neuron_minimax.checkpoint import dense, fp8
+from neuron_minimax import __version__, fp8
+from neuron_minimax.backends.directory import fingerprint
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.modules import Framework, Module, needed
 from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.checkpoint.stream import Piece, StreamedShard, StreamedTensor
+from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.pieces import PIECE_BYTES
-from neuron_minimax.convert.plan import SCHEMA
-from neuron_minimax.convert.rules import RULES, Rule, module_of, target_scale_name
-from neuron_minimax.convert.run import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from neuron_minimax.convert.write import FORMAT_VERSION, MANIFEST_NAME, read_manifest
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.families import module_of, target_scale_name
+from neuron_minimax.families.family import Rule
+from neuron_minimax.families.minimax_m2 import MINIMAX_M2
+from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.inspection.modules import Framework, Module, needed
 
 # Most tokens of a probe. A layer computes the same for any vocabulary, and 200,064 tokens would add
 # 2.4 GB to each probe; 6144 is a multiple of every tp degree, so that no rank's share of the head
@@ -45,7 +46,9 @@ PER_LAYER_FIELDS = ("attn_type_list",)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # The conversion's rules by the kind of their first source in the table of weights.
-TARGETS: dict[str, Rule] = {SCHEMA[rule.sources[0]].kind: rule for rule in RULES}
+TARGETS: dict[str, Rule] = {
+    MINIMAX_M2.weight(rule.sources[0]).kind: rule for rule in MINIMAX_M2.rules
+}
 
 
 class Probe(StrEnum):
@@ -72,7 +75,7 @@ class Target:
         if self.dtype == "F8_E4M3":
             return fp8.encode(values)
         if self.dtype == "BF16":
-            return np.ascontiguousarray(dense.round_to_bfloat16(values))
+            return np.ascontiguousarray(bfloat16.round_to_bfloat16(values))
         return values.astype(STORED_DTYPES[self.dtype])
 
 
@@ -107,17 +110,20 @@ class Layer:
         self.tensors = TensorDirectory(converted)
         self.tensors.require_usable()
         if not 0 <= number < self.config.num_hidden_layers:
-            raise ConversionError(f"--layer {number}: {converted} has layers 0 to {self.config.num_hidden_layers - 1}")
+            raise ConversionError(
+                f"--layer {number}: {converted} has layers 0 to {self.config.num_hidden_layers - 1}"
+            )
         if self.config.num_local_experts >= self.config.hidden_size:
             raise ConversionError(
-                f"{self.config.num_local_experts} experts do not fit into {self.config.hidden_size} channels, one for "
-                "each; the router cannot be checked this way"
+                f"{self.config.num_local_experts} experts do not fit into "
+                f"{self.config.hidden_size} channels, one for each; the router cannot be checked "
+                "this way"
             )
         self.vocabulary = min(self.config.vocab_size, MOST_TOKENS)
         if self.vocabulary < self.config.num_local_experts:
             raise ConversionError(
-                f"a vocabulary of {self.vocabulary} tokens has no logit for each of {self.config.num_local_experts} "
-                "experts; the router cannot be checked this way"
+                f"a vocabulary of {self.vocabulary} tokens has no logit for each of "
+                f"{self.config.num_local_experts} experts; the router cannot be checked this way"
             )
 
     @cached_property
@@ -140,7 +146,7 @@ class Layer:
                 if is_scale and source not in self.tensors.entries:
                     continue
                 entry = self.tensors.entry(source)
-                cut = SCHEMA[rule.sources[0]].dimensions[0] == "V"
+                cut = MINIMAX_M2.weight(rule.sources[0]).dimensions[0] == "V"
                 shape = (self.vocabulary, *entry.shape[1:]) if cut else entry.shape
                 name = template.format(l=0)
                 yield Target(
@@ -160,13 +166,17 @@ class Layer:
             if raw.get(field):
                 raw[field] = raw[field][self.number : self.number + 1]
         if self.config.declares_fp8:
-            matrices = [target for target in self.targets() if not target.is_scale and len(target.shape) > 1]
+            matrices = [
+                target for target in self.targets() if not target.is_scale and len(target.shape) > 1
+            ]
             modules = [
                 Module(path=module_of(target.name), weights=1, fp8=int(target.dtype == "F8_E4M3"))
                 for target in matrices
             ]
             listed = list(needed(Framework.NXDI, modules))
-            raw["quantization_config"] = raw["quantization_config"] | {"modules_to_not_convert": listed}
+            raw["quantization_config"] = raw["quantization_config"] | {
+                "modules_to_not_convert": listed
+            }
         return raw
 
     @cached_property
@@ -175,12 +185,14 @@ class Layer:
         experts is all zero.
         """
         config = self.config
-        norm = dense.to_float32(self.stored("post_attention_layernorm"))
+        norm = bfloat16.to_float32(self.stored("post_attention_layernorm"))
         constant = int(np.abs(norm).argmax())
         hidden = config.hidden_size
         value = CONSTANT / float(np.sqrt(1 + CONSTANT**2 / hidden)) * float(norm[constant])
         if value == 0:
-            raise ConversionError(f"layer {self.number} of {self.converted} has a norm of zeros before its experts")
+            raise ConversionError(
+                f"layer {self.number} of {self.converted} has a norm of zeros before its experts"
+            )
         gate_up = np.copysign(2.0 ** round(log2(4 / abs(value))), value)
         gate = gate_up * value
         # Every block of intermediate channels has a part, so that the share of every rank has one.
@@ -189,7 +201,9 @@ class Layer:
         others = np.delete(np.arange(hidden), constant)
         return ExpertCode(
             constant=constant,
-            channels=others[np.arange(config.num_local_experts) * len(others) // config.num_local_experts],
+            channels=others[
+                np.arange(config.num_local_experts) * len(others) // config.num_local_experts
+            ],
             gate_up=float(gate_up),
             down=2.0 ** round(log2(EXPERT_OUTPUT / written)),
         )
@@ -216,7 +230,9 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
     }
     changes = _changes(layer, probe)
     tensors = tuple(
-        StreamedTensor(target.name, target.dtype, target.shape, list(_pieces(layer, target, changes)))
+        StreamedTensor(
+            target.name, target.dtype, target.shape, list(_pieces(layer, target, changes))
+        )
         for target in layer.targets()
     )
     with OutputDirectory(directory, MANIFEST_NAME, identity, overwrite=True) as output:
@@ -271,14 +287,18 @@ def _cut(layer: Layer, target: Target) -> Content:
 
 
 def _ones(target: Target) -> Content:
-    return lambda taken: target.encode(np.ones((taken.stop - taken.start, *target.shape[1:]), np.float32))
+    return lambda taken: target.encode(
+        np.ones((taken.stop - taken.start, *target.shape[1:]), np.float32)
+    )
 
 
 def _silent(layer: Layer, target: Target) -> Content:
     """Zero codes under the layer's own scales: the product is there and gives nothing."""
     if target.is_scale:
         return _copied(layer, target)
-    return lambda taken: np.zeros((taken.stop - taken.start, *target.shape[1:]), STORED_DTYPES[target.dtype])
+    return lambda taken: np.zeros(
+        (taken.stop - taken.start, *target.shape[1:]), STORED_DTYPES[target.dtype]
+    )
 
 
 def _masked_embedding(layer: Layer, read: np.ndarray, coded: bool, target: Target) -> Content:
@@ -288,7 +308,9 @@ def _masked_embedding(layer: Layer, read: np.ndarray, coded: bool, target: Targe
     """
 
     def content(taken: slice) -> np.ndarray:
-        rows = dense.to_float32(layer.tensors.array(target.source)[layer.token_rows[taken]]).copy()
+        rows = bfloat16.to_float32(
+            layer.tensors.array(target.source)[layer.token_rows[taken]]
+        ).copy()
         rows[:, read] = 0
         size = np.sqrt(np.square(rows).mean(axis=1, keepdims=True))
         rows = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)

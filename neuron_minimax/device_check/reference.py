@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_minimax.backends.cpu import CPUOptions
-from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.backends.cpu.eager import EagerBackend
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check.schedule import Limits, Round, run_rounds
-from neuron_minimax.kernels.fp8 import FP8_DTYPES, dequantize
-from neuron_minimax.kernels.fp8_mlp import BLOCK
+from neuron_minimax.kernels.reference import BLOCK, FP8_DTYPES, dequantize
+from neuron_minimax.model.decoder import DecoderLayer, MiniMaxM2
 from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Weight
-from neuron_minimax.model.minimax import DecoderLayer, MiniMaxM2
 from neuron_minimax.model.moe import Router, Routing
 from neuron_minimax.planner.sharding import head_layout
 
@@ -71,12 +70,20 @@ class ExpandedWeights:
         out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         for expert in expert_index_TK.unique().tolist():
             tokens, places = torch.where(expert_index_TK == expert)
-            scales = [None if scale is None else scale[expert] for scale in (gate_up_scale, down_scale)]
-            wide_H2I = self._expanded((id(gate_up), expert), gate_up[expert], scales[0], block, parts=2)
+            scales = [
+                None if scale is None else scale[expert] for scale in (gate_up_scale, down_scale)
+            ]
+            wide_H2I = self._expanded(
+                (id(gate_up), expert), gate_up[expert], scales[0], block, parts=2
+            )
             down_IH = self._expanded((id(down), expert), down[expert], scales[1], block)
-            gate_TI, up_TI = (hidden_TH[tokens].float() @ wide_H2I).to(self.compute).chunk(2, dim=-1)
+            gate_TI, up_TI = (
+                (hidden_TH[tokens].float() @ wide_H2I).to(self.compute).chunk(2, dim=-1)
+            )
             product_TH = ((F.silu(gate_TI) * up_TI).float() @ down_IH).to(self.compute)
-            out_TH = out_TH.index_add(0, tokens, product_TH.float() * affinity_TK[tokens, places, None])
+            out_TH = out_TH.index_add(
+                0, tokens, product_TH.float() * affinity_TK[tokens, places, None]
+            )
         return out_TH.to(hidden_TH.dtype)
 
     def last_token_experts(
@@ -89,7 +96,9 @@ class ExpandedWeights:
     ) -> torch.Tensor:
         out_TH = torch.zeros_like(hidden_TH)
         last = slice(-1, None)
-        out_TH[last] = self.expert_mlp(hidden_TH[last], expert_index_TK[last], affinity_TK[last], *weights, **named)
+        out_TH[last] = self.expert_mlp(
+            hidden_TH[last], expert_index_TK[last], affinity_TK[last], *weights, **named
+        )
         return out_TH
 
     def _expanded(
@@ -156,11 +165,15 @@ class Reference(EagerBackend):
         self.model = self.encoding_model
         return super()._encode(slot, ids, start, all_positions)
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         self.model = self.generation_model
         return super()._step(tokens, positions, active)
 
-    def _run(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor
+    ) -> torch.Tensor:
         """As the eager backend; no logits and no keys of one layer depend on what experts give
         for earlier tokens.
         """
@@ -183,7 +196,9 @@ class Reference(EagerBackend):
         inputs = []
         for round_ in rounds:
             inputs += [next(calls)[-1] for _ in round_]
-            in_order = sorted(sequence.slot for sequence in round_)  # as a step gives the active slots to the model
+            in_order = sorted(
+                sequence.slot for sequence in round_
+            )  # as a step gives the active slots to the model
             for _ in round_[0].continuation:
                 call = next(calls)
                 inputs += [call[in_order.index(sequence.slot)] for sequence in round_]
@@ -244,7 +259,8 @@ def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
         faults.append(
             Fault(
                 name="norm per rank",
-                says=f"each of the {tp_degree} ranks takes the QK norm over its own heads instead of the full width",
+                says=f"each of the {tp_degree} ranks takes the QK norm over its own heads "
+                "instead of the full width",
                 apply=lambda model: _group_norms(model, *_rank_shares(config, tp_degree)),
             )
         )
@@ -261,7 +277,8 @@ def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
         faults.append(
             Fault(
                 name="RoPE over all channels",
-                says=f"RoPE rotates all {config.head_dim} channels of a head instead of the first {config.rotary_dim}",
+                says=f"RoPE rotates all {config.head_dim} channels of a head instead of the "
+                f"first {config.rotary_dim}",
                 apply=_rotate_all,
             )
         )

@@ -37,8 +37,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.seq_len < 4 or self.buckets[-1] < 2:
             raise BackendError(
-                f"seq_len {self.seq_len} and buckets {list(self.buckets)} leave no room for a prompt of two tokens and "
-                "two steps; check with a larger --seq-len and --buckets"
+                f"seq_len {self.seq_len} and buckets {list(self.buckets)} leave no room for a "
+                "prompt of two tokens and two steps; check with a larger --seq-len and --buckets"
             )
 
 
@@ -127,7 +127,9 @@ def attention_rounds(limits: Limits) -> list[Round]:
         lengths = [max(2, length) for length in (full, full // 2, full - 1, 5) if length <= longest]
         slots = _slots(limits, min(len(lengths), limits.slots), generator)
         sequences = zip(slots, lengths, strict=False)
-        rounds.append(tuple(_sequence(limits, generator, slot, length, steps) for slot, length in sequences))
+        rounds.append(
+            tuple(_sequence(limits, generator, slot, length, steps) for slot, length in sequences)
+        )
     return rounds
 
 
@@ -156,6 +158,8 @@ def _slots(limits: Limits, count: int, generator: random.Random) -> list[int]:
     return generator.sample(range(limits.slots), count)
 
 
-def _sequence(limits: Limits, generator: random.Random, slot: int, length: int, steps: int) -> SlotTokens:
+def _sequence(
+    limits: Limits, generator: random.Random, slot: int, length: int, steps: int
+) -> SlotTokens:
     tokens = tuple(generator.randrange(limits.vocabulary) for _ in range(length + steps))
     return SlotTokens(slot=slot, prompt=tokens[:length], continuation=tokens[length:])

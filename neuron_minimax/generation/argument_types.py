@@ -1,17 +1,27 @@
-"""The JSON value of a tool-call argument that the model wrote as plain text, typed by the tool's JSON schema."""
+"""The JSON value of a tool-call argument that the model wrote as plain text, typed by the tool's
+JSON schema.
+"""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-TYPE_OF_PYTHON = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+TYPE_OF_PYTHON = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    type(None): "null",
+}
 TYPE_OF_PYTHON |= {dict: "object", list: "array"}
 PYTHON_SPELLINGS = {"True": True, "False": False, "None": None}
 MAX_REFERENCES = 16
 
 
 def parameter_schema(parameters: Any, name: str) -> Mapping[str, Any]:
-    """Schema of parameter `name` in a tool's `parameters` object; empty when nothing is said about it."""
+    """Schema of parameter `name` in a tool's `parameters` object; empty when nothing is said about
+    it.
+    """
     parameters = _resolve(parameters, parameters)
     properties = parameters.get("properties")
     found = properties.get(name) if isinstance(properties, Mapping) else None
@@ -19,15 +29,19 @@ def parameter_schema(parameters: Any, name: str) -> Mapping[str, Any]:
 
 
 def allowed_types(schema: Any, root: Any) -> frozenset[str]:
-    """JSON types that `schema` allows; `root` holds the definitions that `$ref` points to. Empty: nothing is said."""
+    """JSON types that `schema` allows; `root` holds the definitions that `$ref` points to. Empty:
+    nothing is said.
+    """
     return _allowed(schema, root, MAX_REFERENCES)
 
 
 def typed_value(text: str, types: frozenset[str]) -> Any:
-    """The value that `text` spells among the JSON `types`; text that spells none of them stays a string.
+    """The value that `text` spells among the JSON `types`; text that spells none of them stays a
+    string.
 
-    The template writes strings bare and everything else as JSON, so where a string and another type are both allowed
-    (nullable strings, `anyOf`), the other type wins when the text is valid JSON of it.
+    The template writes strings bare and everything else as JSON, so where a string and another type
+    are both allowed (nullable strings, `anyOf`), the other type wins when the text is valid JSON of
+    it.
     """
     if types <= {"string"}:
         return text
@@ -48,7 +62,9 @@ def typed_value(text: str, types: frozenset[str]) -> Any:
 def _allowed(schema: Any, root: Any, budget: int) -> frozenset[str]:
     schema = _resolve(schema, root)
     kinds = schema.get("type")
-    types = frozenset([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ())
+    types = frozenset(
+        [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ()
+    )
     if not types:
         types = _implied(schema, root, budget)
     return types | {"null"} if types and schema.get("nullable") is True else types
@@ -58,7 +74,9 @@ def _implied(schema: Mapping[str, Any], root: Any, budget: int) -> frozenset[str
     """Types of a schema without `type`: from its values, its alternatives or its structure."""
     if "const" in schema or isinstance(schema.get("enum"), list):
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        return frozenset(TYPE_OF_PYTHON[type(value)] for value in values if type(value) in TYPE_OF_PYTHON)
+        return frozenset(
+            TYPE_OF_PYTHON[type(value)] for value in values if type(value) in TYPE_OF_PYTHON
+        )
     for keyword in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(keyword)
         if not isinstance(parts, list) or budget <= 0:
@@ -72,7 +90,9 @@ def _implied(schema: Mapping[str, Any], root: Any, budget: int) -> frozenset[str
 
 
 def _resolve(schema: Any, root: Any) -> Mapping[str, Any]:
-    """Follow local `$ref` pointers (RFC 6901) inside `root`; what cannot be resolved says nothing."""
+    """Follow local `$ref` pointers (RFC 6901) inside `root`; what cannot be resolved says
+    nothing.
+    """
     schema = _mapping(schema)
     for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref")

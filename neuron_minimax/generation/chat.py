@@ -15,8 +15,8 @@ from neuron_minimax.generation.tokenizer import TextTokenizer
 class Chat:
     """One conversation in slot 0 of a backend.
 
-    `messages` is the history in OpenAI's form, reasoning and tool calls of earlier turns included; `tools` are offered
-    in every turn. `token_ids` holds the tokens of the last turn.
+    `messages` is the history in OpenAI's form, reasoning and tool calls of earlier turns included;
+    `tools` are offered in every turn. `token_ids` holds the tokens of the last turn.
     """
 
     def __init__(
@@ -38,12 +38,18 @@ class Chat:
         self.messages.clear()
 
     def say(self, text: str, max_new_tokens: int | None = None) -> Iterator[Event]:
-        """Answer a user's message: the turn's events as they appear. Raises GenerationError when it does not fit."""
+        """Answer a user's message: the turn's events as they appear. Raises GenerationError when it
+        does not fit.
+        """
         return self._turn([{"role": "user", "content": text}], max_new_tokens)
 
-    def give_results(self, results: Sequence[str], max_new_tokens: int | None = None) -> Iterator[Event]:
+    def give_results(
+        self, results: Sequence[str], max_new_tokens: int | None = None
+    ) -> Iterator[Event]:
         """Go on with the results of the tool calls of the last turn, in their order."""
-        return self._turn([{"role": "tool", "content": result} for result in results], max_new_tokens)
+        return self._turn(
+            [{"role": "tool", "content": result} for result in results], max_new_tokens
+        )
 
     def _turn(self, messages: list[dict[str, Any]], max_new_tokens: int | None) -> Iterator[Event]:
         prompt = self.tokenizer.render_chat([*self.messages, *messages], self.tools)
@@ -71,7 +77,10 @@ def _as_history(message: Message) -> dict[str, Any]:
         entry["reasoning_content"] = message.reasoning
     if message.tool_calls:
         entry["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            {
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
             for call in message.tool_calls
         ]
     return entry

@@ -41,7 +41,9 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The call is complete, or, when `complete` is false, was cut off: its source follows as text."""
+    """The call is complete, or, when `complete` is false, was cut off: its source follows as
+    text.
+    """
 
     index: int
     complete: bool
@@ -68,7 +70,9 @@ class Message:
 
 
 def collect(events: Iterable[Event]) -> Message:
-    """Join the events of one turn; calls that were cut off are left out (their source is part of the text)."""
+    """Join the events of one turn; calls that were cut off are left out (their source is part of
+    the text).
+    """
     message, calls = Message(), {}
     for event in events:
         match event:

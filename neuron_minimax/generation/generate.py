@@ -18,7 +18,9 @@ from neuron_minimax.generation.tokenizer import StreamDecoder, TextTokenizer
 
 @dataclass(frozen=True)
 class Step:
-    """One new token, the logits [V] that chose it, and whether it ends the answer ("stop" or "length")."""
+    """One new token, the logits [V] that chose it, and whether it ends the answer ("stop" or
+    "length").
+    """
 
     token: int
     logits: torch.Tensor
@@ -34,16 +36,23 @@ class Answer:
     finish_reason: str
 
 
-def room_for_answer(can: Capabilities, prompt_length: int, max_new_tokens: int | None = None) -> int:
+def room_for_answer(
+    can: Capabilities, prompt_length: int, max_new_tokens: int | None = None
+) -> int:
     """How many tokens may be generated after a prompt of that many tokens.
 
-    The last token needs no place of its own, since nothing is computed from it. Raises GenerationError when the prompt
-    is empty or too long, or when `max_new_tokens` is given and does not fit.
+    The last token needs no place of its own, since nothing is computed from it. Raises
+    GenerationError when the prompt is empty or too long, or when `max_new_tokens` is given and does
+    not fit.
     """
     if prompt_length < 1:
         raise GenerationError("the prompt has no tokens; expected at least one")
     if prompt_length > min(can.longest_prompt, can.seq_len):
-        limit = "seq_len" if can.chunked_encoding or can.longest_prompt >= can.seq_len else "the largest bucket"
+        limit = (
+            "seq_len"
+            if can.chunked_encoding or can.longest_prompt >= can.seq_len
+            else "the largest bucket"
+        )
         raise GenerationError(
             f"the prompt has {prompt_length} tokens, but this model is compiled for at most "
             f"{min(can.longest_prompt, can.seq_len)} ({limit}); shorten it or compile for more"
@@ -51,12 +60,18 @@ def room_for_answer(can: Capabilities, prompt_length: int, max_new_tokens: int |
     room = can.seq_len - prompt_length + 1
     if max_new_tokens is None:
         return room
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise GenerationError(f"the number of new tokens is {max_new_tokens!r}; expected a positive integer")
+    if (
+        not isinstance(max_new_tokens, int)
+        or isinstance(max_new_tokens, bool)
+        or max_new_tokens < 1
+    ):
+        raise GenerationError(
+            f"the number of new tokens is {max_new_tokens!r}; expected a positive integer"
+        )
     if max_new_tokens > room:
         raise GenerationError(
-            f"{prompt_length} prompt tokens and {max_new_tokens} new ones do not fit seq_len {can.seq_len}; "
-            f"ask for at most {room} new tokens or compile with a larger --seq-len"
+            f"{prompt_length} prompt tokens and {max_new_tokens} new ones do not fit seq_len "
+            f"{can.seq_len}; ask for at most {room} new tokens or compile with a larger --seq-len"
         )
     return max_new_tokens
 
@@ -65,7 +80,9 @@ def check_tokens(can: Capabilities, ids: Sequence[int]) -> None:
     """Raise GenerationError when a token is outside of the vocabulary."""
     outside = next((token for token in ids if not 0 <= token < can.vocab_size), None)
     if outside is not None:
-        raise GenerationError(f"token {outside} is not in the vocabulary; expected 0 to {can.vocab_size - 1}")
+        raise GenerationError(
+            f"token {outside} is not in the vocabulary; expected 0 to {can.vocab_size - 1}"
+        )
 
 
 def generate(
@@ -78,16 +95,19 @@ def generate(
     slot: int = 0,
     prefill: list[torch.Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Generate after `prompt_ids` in one slot; the other slots are left alone, and this one is empty afterwards.
+    """Generate after `prompt_ids` in one slot; the other slots are left alone, and this one is
+    empty afterwards.
 
-    Ends with a stop token (which is yielded), after `max_new_tokens`, or when the slot is full. `prefill` receives the
-    prompt's logits: [T,V], or [1,V] where the backend has the last position only. Raises GenerationError, at once,
-    when the request does not fit.
+    Ends with a stop token (which is yielded), after `max_new_tokens`, or when the slot is full.
+    `prefill` receives the prompt's logits: [T,V], or [1,V] where the backend has the last position
+    only. Raises GenerationError, at once, when the request does not fit.
     """
     room = room_for_answer(backend.capabilities, len(prompt_ids), max_new_tokens)
     check_tokens(backend.capabilities, prompt_ids)
     sampler = Sampler(options, prompt_ids)
-    return _generate(backend, list(prompt_ids), sampler, frozenset(stop_token_ids), room, slot, prefill)
+    return _generate(
+        backend, list(prompt_ids), sampler, frozenset(stop_token_ids), room, slot, prefill
+    )
 
 
 def _generate(
@@ -116,7 +136,9 @@ def _generate(
         backend.reset(slot)
 
 
-def _encode(backend: Backend, slot: int, ids: list[int], prefill: list[torch.Tensor] | None) -> torch.Tensor:
+def _encode(
+    backend: Backend, slot: int, ids: list[int], prefill: list[torch.Tensor] | None
+) -> torch.Tensor:
     if prefill is None:
         return backend.encode(slot, ids)
     if backend.capabilities.all_position_logits:
@@ -147,10 +169,10 @@ def answer(
 ) -> Answer:
     """Generate a whole answer, up to one of `stop_token_ids`; without a tokenizer it has no text.
 
-    `on_text` is called with the text as it appears.
-    `dump_logits` names a safetensors file to write: float32 `prefill_logits` ([T,V], or [1,V] where the backend has
-    the last position only) and `step_logits` [N,V], row i being the logits that chose new token i.
-    Raises GenerationError when the request does not fit, or the file cannot be written there.
+    `on_text` is called with the text as it appears. `dump_logits` names a safetensors file to
+    write: float32 `prefill_logits` ([T,V], or [1,V] where the backend has the last position only)
+    and `step_logits` [N,V], row i being the logits that chose new token i. Raises GenerationError
+    when the request does not fit, or the file cannot be written there.
     """
     if dump_logits and not Path(dump_logits).absolute().parent.is_dir():
         raise GenerationError(f"{dump_logits} cannot be written: its directory does not exist")
@@ -173,6 +195,9 @@ def answer(
         if dump_logits:
             rows.append(step.logits.to(torch.float32).clone())
     if dump_logits and prefill:
-        logits = {"prefill_logits": prefill[0].to(torch.float32).contiguous(), "step_logits": torch.stack(rows)}
+        logits = {
+            "prefill_logits": prefill[0].to(torch.float32).contiguous(),
+            "step_logits": torch.stack(rows),
+        }
         save_file(logits, Path(dump_logits))
     return Answer(token_ids, tokenizer.decode(token_ids) if tokenizer else "", reason)

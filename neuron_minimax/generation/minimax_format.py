@@ -1,8 +1,10 @@
-"""MiniMax-M2's output format, parsed as it streams: reasoning, text and tool calls, the same for any split of the text.
+"""MiniMax-M2's output format, parsed as it streams: reasoning, text and tool calls, the same for
+any split of the text.
 
-Format (the checkpoint's chat template): `<think>\\n{reasoning}\\n</think>\\n\\n{text}\\n<minimax:tool_call>\\n
-<invoke name="f">\\n<parameter name="k">v</parameter>\\n</invoke>\\n</minimax:tool_call>`. What only looks like a tag,
-such as a `<minimax:tool_call>` without an `<invoke name="`, is text.
+Format (the checkpoint's chat template):
+`<think>\\n{reasoning}\\n</think>\\n\\n{text}\\n<minimax:tool_call>\\n <invoke
+name="f">\\n<parameter name="k">v</parameter>\\n</invoke>\\n</minimax:tool_call>`. What only looks
+like a tag, such as a `<minimax:tool_call>` without an `<invoke name="`, is text.
 """
 
 import json
@@ -39,7 +41,9 @@ def opens_reasoning(prompt: str) -> bool:
     return prompt.rstrip().endswith(THINK)
 
 
-def parse(text: str, *, in_reasoning: bool = False, tools: Iterable[Mapping[str, Any]] | None = None) -> Message:
+def parse(
+    text: str, *, in_reasoning: bool = False, tools: Iterable[Mapping[str, Any]] | None = None
+) -> Message:
     """Parse one whole output; arguments as for MiniMaxParser."""
     parser = MiniMaxParser(in_reasoning=in_reasoning, tools=tools)
     return collect(parser.feed(text) + parser.finish())
@@ -48,13 +52,16 @@ def parse(text: str, *, in_reasoning: bool = False, tools: Iterable[Mapping[str,
 class MiniMaxParser:
     """Turns pieces of output text into events.
 
-    `in_reasoning`: the prompt ended in `<think>` (see opens_reasoning). `tools`: the request's tools in OpenAI's form,
-    which type the arguments; None turns tool calls off, and their tags are text.
+    `in_reasoning`: the prompt ended in `<think>` (see opens_reasoning). `tools`: the request's
+    tools in OpenAI's form, which type the arguments; None turns tool calls off, and their tags are
+    text.
     """
 
     def __init__(self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None) -> None:
         functions = [tool.get("function", tool) for tool in tools or ()]
-        self._schemas = {function["name"]: function.get("parameters") or {} for function in functions}
+        self._schemas = {
+            function["name"]: function.get("parameters") or {} for function in functions
+        }
         self._tools_on = tools is not None
         self._reasoning = in_reasoning
         self._buffer = ""
@@ -169,7 +176,9 @@ class MiniMaxParser:
         if name:
             schema = self._schemas.get(self._function, {})
             self._types = allowed_types(parameter_schema(schema, name), schema)
-            self._argument((", " if self._any_parameter else "{") + json.dumps(name, ensure_ascii=False) + ": ")
+            self._argument(
+                (", " if self._any_parameter else "{") + json.dumps(name, ensure_ascii=False) + ": "
+            )
             self._any_parameter, self._value, self._state = True, "", self._parameter_value
             if self._types <= {"string"}:
                 self._argument('"')
@@ -186,7 +195,11 @@ class MiniMaxParser:
             self._argument(json.dumps(piece, ensure_ascii=False)[1:-1])
         self._value += "" if streams else piece
         if tag is not None:
-            value = '"' if streams else json.dumps(typed_value(self._value, self._types), ensure_ascii=False)
+            value = (
+                '"'
+                if streams
+                else json.dumps(typed_value(self._value, self._types), ensure_ascii=False)
+            )
             self._argument(value)
             self._state = self._body
         return tag is not None
@@ -225,7 +238,9 @@ class MiniMaxParser:
         return any(literal.startswith(self._buffer) for literal in literals)
 
     def _quoted(self) -> str | None:
-        """The name up to `">`; None to wait. Abandons the call (and returns "") when this is no name."""
+        """The name up to `">`; None to wait. Abandons the call (and returns "") when this is no
+        name.
+        """
         name, end, rest = self._buffer.partition(END_NAME)
         if end and name and len(name) <= MAX_NAME:
             self._source += name + end
@@ -237,8 +252,9 @@ class MiniMaxParser:
         return ""
 
     def _find(self, tags: tuple[str, ...]) -> tuple[int, str | None, int]:
-        """(end of the text before, tag or None, where to go on), for the first of `tags` in the buffer. Text that may
-        still become a tag is kept back until more has arrived."""
+        """(end of the text before, tag or None, where to go on), for the first of `tags` in the
+        buffer. Text that may still become a tag is kept back until more has arrived.
+        """
         for place in _POSSIBLE_START.finditer(self._buffer):
             start = place.start()
             for tag in tags:
@@ -248,7 +264,9 @@ class MiniMaxParser:
         return len(self._buffer), None, len(self._buffer)
 
     def _match(self, tag: str, start: int) -> int | None:
-        """End of `tag` at `start` of the buffer, 0 when only more text can tell, None when it is not there."""
+        """End of `tag` at `start` of the buffer, 0 when only more text can tell, None when it is
+        not there.
+        """
         buffer = self._buffer
         literal = "\n" + tag if buffer[start] == "\n" and tag != END_PARAMETER else tag
         if not buffer.startswith(literal, start):
@@ -261,4 +279,8 @@ class MiniMaxParser:
         rest = buffer[space.end() if space else end :][: len(PARAMETER)]
         if any(rest.startswith(follower) for follower in followers):
             return end
-        return 0 if not self._final and any(follower.startswith(rest) for follower in followers) else None
+        return (
+            0
+            if not self._final and any(follower.startswith(rest) for follower in followers)
+            else None
+        )

@@ -1,6 +1,8 @@
-"""Choosing the next token from one row of logits: greedy, temperature, top-k, top-p, min-p, penalties, seed.
+"""Choosing the next token from one row of logits: greedy, temperature, top-k, top-p, min-p,
+penalties, seed.
 
-Shapes: V vocabulary. Order of operations, as in transformers: penalties, temperature, top-k, top-p, min-p.
+Shapes: V vocabulary. Order of operations, as in transformers: penalties, temperature, top-k, top-p,
+min-p.
 """
 
 import math
@@ -28,9 +30,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 class SamplingOptions:
     """How to choose a token; temperature 0 is greedy, top_k 0 keeps every token.
 
-    `repetition_penalty` divides positive and multiplies negative logits of every token of prompt and answer (CTRL,
-    arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted for tokens of the answer, once and
-    per occurrence (OpenAI's definition).
+    `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
+    and answer (CTRL, arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted
+    for tokens of the answer, once and per occurrence (OpenAI's definition).
     """
 
     temperature: float = 1.0
@@ -45,14 +47,24 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, (low, high, closed) in RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+            ):
                 raise GenerationError(f"{name} is {value!r}; expected a number")
             if not (low <= value if closed else low < value) or value > high:
                 bound = "from" if closed else "above"
-                raise GenerationError(f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}")
+                raise GenerationError(
+                    f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
+                )
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
-            raise GenerationError(f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token")
-        if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
+            raise GenerationError(
+                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token"
+            )
+        if self.seed is not None and (
+            not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
+        ):
             raise GenerationError(f"seed is {self.seed!r}; expected a 64-bit integer")
 
 
@@ -60,7 +72,9 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; its random numbers depend on its seed alone, never on the batch."""
+    """Chooses the tokens of one sequence; its random numbers depend on its seed alone, never on the
+    batch.
+    """
 
     def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
         self.options = options
@@ -74,7 +88,8 @@ class Sampler:
             self._random.manual_seed(options.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token for logits [V] (any float dtype; -inf forbids a token), recorded for the penalties.
+        """The next token for logits [V] (any float dtype; -inf forbids a token), recorded for the
+        penalties.
 
         Raises GenerationError when the logits hold NaN, or forbid every token.
         """
@@ -82,8 +97,8 @@ class Sampler:
         best = int(scores.argmax())
         if not math.isfinite(float(scores[best])):
             raise GenerationError(
-                f"the largest of {scores.numel()} logits is {float(scores[best])}; the model's output is broken, "
-                "run `neuron-minimax verify` on the converted checkpoint"
+                f"the largest of {scores.numel()} logits is {float(scores[best])}; the model's "
+                "output is broken, run `neuron-minimax verify` on the converted checkpoint"
             )
         token = best if self.options.temperature == 0 else self._draw(scores)
         self._counts[token] += 1
@@ -96,8 +111,13 @@ class Sampler:
     def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
         options = self.options
         if options.repetition_penalty != 1.0:
-            divided, multiplied = scores / options.repetition_penalty, scores * options.repetition_penalty
-            scores = torch.where(self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores)
+            divided, multiplied = (
+                scores / options.repetition_penalty,
+                scores * options.repetition_penalty,
+            )
+            scores = torch.where(
+                self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores
+            )
         if self._counts and (options.presence_penalty or options.frequency_penalty):
             index = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
@@ -115,7 +135,9 @@ class Sampler:
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
-        weights = ((scores - scores.max()) / max(options.temperature, 1e-6)).exp()  # the largest is 1
+        weights = (
+            (scores - scores.max()) / max(options.temperature, 1e-6)
+        ).exp()  # the largest is 1
         if 0 < options.top_k < weights.numel():
             weights, tokens = weights.topk(options.top_k)
             total = weights.sum(dtype=torch.float64)
@@ -139,7 +161,9 @@ class Sampler:
 
 
 def _largest(weights: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest weights and their places, enough to reach `mass`; sorting a whole vocabulary takes 100 ms."""
+    """The largest weights and their places, enough to reach `mass`; sorting a whole vocabulary
+    takes 100 ms.
+    """
     if weights.numel() > HEAD:
         values, places = weights.topk(HEAD)
         if float(values.sum(dtype=torch.float64)) >= mass:
@@ -148,16 +172,23 @@ def _largest(weights: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Te
     return values, places
 
 
-def log_probabilities(logits: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Natural-log probability of `token` and of the `top` most probable tokens, from raw logits [V] (before penalties,
-    temperature and filters, as in vLLM)."""
+def log_probabilities(
+    logits: torch.Tensor, token: int, top: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """Natural-log probability of `token` and of the `top` most probable tokens, from raw logits [V]
+    (before penalties, temperature and filters, as in vLLM).
+    """
     values = logits.detach().to("cpu", torch.float32).log_softmax(0)
     best = values.topk(min(top, values.numel())) if top else None
-    pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    pairs = (
+        [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    )
     return float(values[token]), pairs
 
 
 def distinct_ratio(token_ids: Sequence[int], window: int = 50) -> float:
-    """Share of distinct tokens among the last `window`; a model that repeats itself falls towards 0."""
+    """Share of distinct tokens among the last `window`; a model that repeats itself falls towards
+    0.
+    """
     last = list(token_ids)[-window:]
     return len(set(last)) / len(last) if last else 1.0

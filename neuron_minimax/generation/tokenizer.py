@@ -1,4 +1,6 @@
-"""The checkpoint's tokenizer and chat template, its stop tokens, and text that appears as tokens arrive."""
+"""The checkpoint's tokenizer and chat template, its stop tokens, and text that appears as tokens
+arrive.
+"""
 
 import functools
 import json
@@ -22,8 +24,9 @@ UNFINISHED = "\ufffd"  # how a decoder shows bytes that are no whole character y
 class TextTokenizer:
     """Text to tokens and back for one checkpoint.
 
-    `stop_token_ids` end an answer and `pad_token_id` fills padding. `sampling` holds the checkpoint's defaults.
-    `hidden_ids` are control tokens that are never shown as text (the tags of MiniMax's format are shown).
+    `stop_token_ids` end an answer and `pad_token_id` fills padding. `sampling` holds the
+    checkpoint's defaults. `hidden_ids` are control tokens that are never shown as text (the tags of
+    MiniMax's format are shown).
     """
 
     hugging_face: Any
@@ -34,27 +37,38 @@ class TextTokenizer:
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> "TextTokenizer":
-        """Load the tokenizer files of a checkpoint or compiled directory; no code from it is executed.
+        """Load the tokenizer files of a checkpoint or compiled directory; no code from it is
+        executed.
 
-        Raises GenerationError when there are none, or they cannot be read, or no stop token is known.
+        Raises GenerationError when there are none, or they cannot be read, or no stop token is
+        known.
         """
         from transformers import AutoTokenizer
 
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise GenerationError(
-                f"{directory} has no tokenizer.json; copy tokenizer.json, tokenizer_config.json and "
-                "chat_template.jinja from the checkpoint"
+                f"{directory} has no tokenizer.json; copy tokenizer.json, tokenizer_config.json "
+                "and chat_template.jinja from the checkpoint"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises a bare Exception for a broken tokenizer.json
-            raise GenerationError(f"the tokenizer in {directory} cannot be loaded: {error}") from None
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), trust_remote_code=False, local_files_only=True
+            )
+        except (
+            Exception
+        ) as error:  # the tokenizers library raises a bare Exception for a broken tokenizer.json
+            raise GenerationError(
+                f"the tokenizer in {directory} cannot be loaded: {error}"
+            ) from None
         vocabulary = tokenizer.get_vocab()
-        stops = read_stop_tokens(directory, len(tokenizer), vocabulary.get(END_OF_TURN, tokenizer.eos_token_id))
+        stops = read_stop_tokens(
+            directory, len(tokenizer), vocabulary.get(END_OF_TURN, tokenizer.eos_token_id)
+        )
         if not stops:
             raise GenerationError(
-                f"{directory}: no stop token is known; set eos_token_id in generation_config.json (MiniMax-M2: 200020)"
+                f"{directory}: no stop token is known; set eos_token_id in generation_config.json "
+                "(MiniMax-M2: 200020)"
             )
         shown = {vocabulary[marker] for marker in FORMAT_MARKERS if marker in vocabulary}
         return cls(
@@ -66,7 +80,9 @@ class TextTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, with nothing added; special tokens that are spelled out in it are recognized."""
+        """Tokens of `text`, with nothing added; special tokens that are spelled out in it are
+        recognized.
+        """
         return self.hugging_face.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -76,7 +92,9 @@ class TextTokenizer:
 
     def spell(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens included."""
-        return self.hugging_face.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.hugging_face.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def token_text(self, token: int) -> str:
         """How one token is spelled, control tokens included (for lists of alternatives)."""
@@ -93,44 +111,64 @@ class TextTokenizer:
         return self.token_text(token).encode()
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt for the next assistant turn, from the checkpoint's own chat template.
 
-        `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects, not text.
-        Raises GenerationError when there is no template or it refuses the messages.
+        `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects,
+        not text. Raises GenerationError when there is no template or it refuses the messages.
         """
         if not self.hugging_face.chat_template:
-            raise GenerationError("the checkpoint has no chat template; add its chat_template.jinja or use plain text")
+            raise GenerationError(
+                "the checkpoint has no chat template; add its chat_template.jinja or use plain text"
+            )
         try:
             return self.hugging_face.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=False,
             )
         except Exception as error:  # whatever Jinja or the template itself raises
-            raise GenerationError(f"the chat template does not take these messages: {error}") from None
+            raise GenerationError(
+                f"the chat template does not take these messages: {error}"
+            ) from None
 
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on (GPT-2)."""
+    """How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on
+    (GPT-2).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
 
 
-def read_stop_tokens(directory: str | Path, vocab_size: int, fallback: int | None = None) -> tuple[int, ...]:
-    """Tokens that end an answer: from generation_config.json, else config.json, else `fallback` (the tokenizer's end of
-    turn), else 200020 where the vocabulary has it, else none.
+def read_stop_tokens(
+    directory: str | Path, vocab_size: int, fallback: int | None = None
+) -> tuple[int, ...]:
+    """Tokens that end an answer: from generation_config.json, else config.json, else `fallback`
+    (the tokenizer's end of turn), else 200020 where the vocabulary has it, else none.
 
-    A token outside of the vocabulary (what small models inherit from the large one's config.json) is passed over: it
-    cannot occur. Raises GenerationError when a file cannot be read or holds something other than tokens.
+    A token outside of the vocabulary (what small models inherit from the large one's config.json)
+    is passed over: it cannot occur. Raises GenerationError when a file cannot be read or holds
+    something other than tokens.
     """
     for name in ("generation_config.json", "config.json"):
         stops = _read_json(Path(directory) / name).get("eos_token_id")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        bad = next((stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool)), None)
+        bad = next(
+            (stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool)), None
+        )
         if bad is not None:
-            raise GenerationError(f"{Path(directory) / name}: eos_token_id {bad!r} is no token; expected an integer")
+            raise GenerationError(
+                f"{Path(directory) / name}: eos_token_id {bad!r} is no token; expected an integer"
+            )
         possible = tuple(stop for stop in stops if 0 <= stop < vocab_size)
         if possible:
             return possible
@@ -145,10 +183,15 @@ class StreamDecoder:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context, self._shown = 0, 0  # tokens before `_shown` are out; those from `_context` give it its context
+        self._context, self._shown = (
+            0,
+            0,
+        )  # tokens before `_shown` are out; those from `_context` give it its context
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, often one word, or nothing in the middle of a character."""
+        """The text that `token` completes, often one word, or nothing in the middle of a
+        character.
+        """
         if token in self._tokenizer.hidden_ids:
             return ""
         self._ids.append(token)
@@ -166,7 +209,9 @@ class StreamDecoder:
 
     def _texts(self) -> tuple[str, str]:
         tail = self._ids[self._context :]
-        return self._tokenizer.decode(tail[: self._shown - self._context]), self._tokenizer.decode(tail)
+        return self._tokenizer.decode(tail[: self._shown - self._context]), self._tokenizer.decode(
+            tail
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +220,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise GenerationError(f"{path} cannot be read as JSON ({error}); download it again") from None
+        raise GenerationError(
+            f"{path} cannot be read as JSON ({error}); download it again"
+        ) from None
     if not isinstance(contents, dict):
         raise GenerationError(f"{path} holds a {type(contents).__name__}; expected an object")
     return contents

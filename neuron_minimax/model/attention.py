@@ -1,13 +1,14 @@
 """Grouped-query attention with norms over the full query and key width, in the Neuron layout.
 
-Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, D head_dim, C positions.
+Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, D head_dim, C
+positions.
 """
 
 import torch
 from torch import nn
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.model.kv_cache import KVCache
+from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.layers import Kernels, Linear, RMSNorm
 from neuron_minimax.model.rope import rotate
 
@@ -51,8 +52,8 @@ class Attention(nn.Module):
         filled: int,
         kernels: Kernels,
     ) -> torch.Tensor:
-        """[B,T,H] to [B,T,H]. With a cache, this call's keys and values are written first, then positions below
-        `filled` are read; each query sees the keys at positions up to its own.
+        """[B,T,H] to [B,T,H]. With a cache, this call's keys and values are written first, then
+        positions below `filled` are read; each query sees the keys at positions up to its own.
         """
         project = self.qkv_proj
         query_BTND = self._heads(self.q_norm(project.q_proj(hidden_BTH, kernels)))

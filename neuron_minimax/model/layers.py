@@ -1,4 +1,6 @@
-"""The small layers: a linear layer over dense or FP8 weights, RMS norm, and how a model computes them."""
+"""The small layers: a linear layer over dense or FP8 weights, RMS norm, and how a model computes
+them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,18 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.kernels.attention import AttentionKernel, attend
-from neuron_minimax.kernels.fp8 import FP8_DTYPES, linear
-from neuron_minimax.kernels.fp8_mlp import ExpertMLP, expert_mlp
+from neuron_minimax.fp8 import block_grid
+from neuron_minimax.kernels.reference import (
+    FP8_DTYPES,
+    AttentionKernel,
+    ExpertMLP,
+    attend,
+    expert_mlp,
+    linear,
+)
 
-LinearKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor]
+LinearKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """How products and attention run; what they compute is the same for all. The defaults are eager, differentiable."""
+    """How products and attention run; what they compute is the same for all. The defaults are
+    eager, differentiable.
+    """
 
     linear: LinearKernel = linear
     attend: AttentionKernel = attend
@@ -27,7 +38,8 @@ class Kernels:
 class Weight(nn.Module):
     """A weight in float32, bfloat16 or FP8 codes, and the block scales that FP8 needs (else None).
 
-    Made without storage; `assign` gives it tensors. `scale_shape` None means that FP8 is not expected here.
+    Made without storage; `assign` gives it tensors. `scale_shape` None means that FP8 is not
+    expected here.
     """
 
     scale: nn.Parameter | None
@@ -39,16 +51,22 @@ class Weight(nn.Module):
         self.register_parameter("scale", None)
 
     def assign(self, name: str, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Use these tensors, without a copy. Raises CheckpointError when they do not fit or FP8 lacks its scale."""
+        """Use these tensors, without a copy. Raises CheckpointError when they do not fit or FP8
+        lacks its scale.
+        """
         require_shape(f"{name}.weight", weight, tuple(self.weight.shape))
         if weight.dtype in FP8_DTYPES:
             if scale is None or self.scale_shape is None:
                 problem = "no scale" if scale is None else "no place for a scale in this model"
-                raise CheckpointError(f"{name}.weight is FP8, but there is {problem}; convert the checkpoint again")
+                raise CheckpointError(
+                    f"{name}.weight is FP8, but there is {problem}; convert the checkpoint again"
+                )
             require_shape(f"{name}.scale", scale, self.scale_shape)
             self.scale = nn.Parameter(scale, requires_grad=False)
         elif scale is not None:
-            raise CheckpointError(f"{name}.scale belongs to a weight in {weight.dtype}; expected FP8: convert again")
+            raise CheckpointError(
+                f"{name}.scale belongs to a weight in {weight.dtype}; expected FP8: convert again"
+            )
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
@@ -64,7 +82,9 @@ class Linear(Weight):
 
 
 class RMSNorm(Weight):
-    """Root-mean-square norm over the last dimension, in float32, rounded to the input's dtype before the weight."""
+    """Root-mean-square norm over the last dimension, in float32, rounded to the input's dtype
+    before the weight.
+    """
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__(size)
@@ -77,9 +97,11 @@ class RMSNorm(Weight):
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError when a tensor of the state dict has another shape than the config implies."""
+    """Raises CheckpointError when a tensor of the state dict has another shape than the config
+    implies.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}; "
-            "check that both come from the same conversion"
+            f"{name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}; check "
+            "that both come from the same conversion"
         )

@@ -1,1 +1,3 @@
-"""What fits on an instance, and which settings cannot work, decided before anything is compiled; no torch here."""
+"""What fits on an instance, and which settings cannot work, decided before anything is compiled; no
+torch here.
+"""

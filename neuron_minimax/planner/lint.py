@@ -1,16 +1,30 @@
-"""Settings that cannot work or will disappoint, found before a compile: numbered, explained, with what fixes each.
+"""Settings that cannot work or will disappoint, found before a compile: numbered, explained, with
+what fixes each.
 
-Each rule is a function of a `Case` that yields findings. Sources: NxD 0.18.0 and NxDI 0.9.0 (SDK 2.29), NxD
-0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports named in planner/instances.json.
+Each rule is a function of a `Case` that yields findings. Sources: NxD 0.18.0 and NxDI 0.9.0 (SDK
+2.29), NxD 0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports named in
+planner/instances.json.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.planner.blockwise import DEFAULT, TOKEN_BLOCK, blockwise_matmul, token_blocks, unrolled_products
+from neuron_minimax.planner.blockwise import (
+    DEFAULT,
+    TOKEN_BLOCK,
+    blockwise_matmul,
+    token_blocks,
+    unrolled_products,
+)
 from neuron_minimax.planner.instances import GIB, Instance
-from neuron_minimax.planner.memory import KERNEL_TOKENS, NEURON_E4M3_MAX, Deployment, heads, rank_memory
+from neuron_minimax.planner.memory import (
+    KERNEL_TOKENS,
+    NEURON_E4M3_MAX,
+    Deployment,
+    heads,
+    rank_memory,
+)
 from neuron_minimax.planner.sdks import SDKS
 
 REFUSE, WARN = "refuse", "warn"
@@ -32,7 +46,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the rules look at. `ep_degree` is NxDI's outer expert parallelism, `fp8_max` the largest code stored."""
+    """What the rules look at. `ep_degree` is NxDI's outer expert parallelism, `fp8_max` the largest
+    code stored.
+    """
 
     config: ModelConfig
     deployment: Deployment
@@ -58,8 +74,8 @@ def shares(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R1",
             REFUSE,
-            f"moe_tp_degree {deployment.moe_tp_degree} * moe_ep_degree {deployment.moe_ep_degree} is {product}, not "
-            f"tp_degree {deployment.tp_degree}",
+            f"moe_tp_degree {deployment.moe_tp_degree} * moe_ep_degree {deployment.moe_ep_degree} "
+            f"is {product}, not tp_degree {deployment.tp_degree}",
             "choose degrees whose product is tp_degree",
         )
     for name, size, degree in (
@@ -73,27 +89,39 @@ def shares(case: Case) -> Iterator[Finding]:
 
 
 def whole_blocks(case: Case) -> Iterator[Finding]:
-    """R2: a rank's share of a block-scaled weight is whole blocks; NxD floor-divides the scale shape."""
+    """R2: a rank's share of a block-scaled weight is whole blocks; NxD floor-divides the scale
+    shape.
+    """
     config, deployment = case.config, case.deployment
     rows = config.weight_block_size[0]
     channels = config.intermediate_size // deployment.moe_tp_degree
     if deployment.fp8_experts and channels % rows:
-        good = [d for d in divisors(config.intermediate_size) if config.intermediate_size // d % rows == 0]
+        good = [
+            d
+            for d in divisors(config.intermediate_size)
+            if config.intermediate_size // d % rows == 0
+        ]
         yield Finding(
             "R2",
             REFUSE,
-            f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels} expert channels per rank, not whole blocks of "
-            f"{rows} (moe_tp 64 was seen to repeat itself after 30 tokens)",
-            f"moe_tp_degree can be {', '.join(map(str, good)) or 'nothing: the size itself is not whole blocks'}",
+            f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels} expert channels per rank, "
+            f"not whole blocks of {rows} (moe_tp 64 was seen to repeat itself after 30 tokens)",
+            "moe_tp_degree can be "
+            f"{', '.join(map(str, good)) or 'nothing: the size itself is not whole blocks'}",
         )
     if deployment.fp8_attention and config.head_dim % rows:
         yield Finding(
-            "R2", REFUSE, f"head_dim {config.head_dim} is not whole blocks of {rows}", "convert with --attention bf16"
+            "R2",
+            REFUSE,
+            f"head_dim {config.head_dim} is not whole blocks of {rows}",
+            "convert with --attention bf16",
         )
 
 
 def expert_decoding(case: Case) -> Iterator[Finding]:
-    """R3: NxD's expert-parallel token generation runs all local experts, and only when enough are chosen."""
+    """R3: NxD's expert-parallel token generation runs all local experts, and only when enough are
+    chosen.
+    """
     config, batch = case.config, case.deployment.batch_size
     needed = -(-config.num_local_experts // config.num_experts_per_tok)
     if case.deployment.expert_kernel == "nki":
@@ -103,7 +131,8 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
             "R3",
             REFUSE,
             f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
-            f"{config.num_local_experts} experts is below 1, for which NxD raises NotImplementedError",
+            f"{config.num_local_experts} experts is below 1, for which NxD raises "
+            "NotImplementedError",
             f"use batch_size {needed} or more, moe_ep_degree 1, or expert_kernel nki on trn2",
         )
 
@@ -115,20 +144,27 @@ def expert_encoding(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R4",
             REFUSE,
-            f"a context of {tokens} tokens * {top_k} experts is below the block of {TOKEN_BLOCK}, and NxD then ignores "
-            "expert parallelism (IndexError)",
+            f"a context of {tokens} tokens * {top_k} experts is below the block of {TOKEN_BLOCK}, "
+            "and NxD then ignores expert parallelism (IndexError)",
             f"make the smallest bucket at least {-(-TOKEN_BLOCK // top_k)} tokens",
         )
 
 
 def trn1_groups(case: Case) -> Iterator[Finding]:
-    """R5: NxD orders groups of four specially on trn1 and inf2, and not together with expert parallelism."""
+    """R5: NxD orders groups of four specially on trn1 and inf2, and not together with expert
+    parallelism.
+    """
     deployment = case.deployment
-    if case.instance.family in ("trn1", "inf2") and deployment.moe_tp_degree == 4 and deployment.moe_ep_degree > 1:
+    if (
+        case.instance.family in ("trn1", "inf2")
+        and deployment.moe_tp_degree == 4
+        and deployment.moe_ep_degree > 1
+    ):
         yield Finding(
             "R5",
             REFUSE,
-            "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 (NxD 0.17, 0.18)",
+            "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 "
+            "(NxD 0.17, 0.18)",
             f"use moe_tp_degree 2 and moe_ep_degree {deployment.tp_degree // 2}",
         )
 
@@ -137,19 +173,33 @@ def cores(case: Case) -> Iterator[Finding]:
     """R6: ranks have to be cores, in a number that NxDI supports."""
     tp, instance = case.deployment.tp_degree, case.instance
     if tp * case.ep_degree > instance.logical_cores:
-        reason = f"tp_degree {tp}" + (f" * ep_degree {case.ep_degree}" if case.ep_degree > 1 else "")
+        reason = f"tp_degree {tp}" + (
+            f" * ep_degree {case.ep_degree}" if case.ep_degree > 1 else ""
+        )
         yield Finding(
             "R6",
             REFUSE,
             f"{reason} is more than the {instance.logical_cores} logical cores of {instance.name}",
-            "spread experts with moe_ep_degree, which stays inside tp_degree" if case.ep_degree > 1 else "lower it",
+            "spread experts with moe_ep_degree, which stays inside tp_degree"
+            if case.ep_degree > 1
+            else "lower it",
         )
     elif case.ep_degree > 1:
         fix = "use moe_ep_degree"
-        yield Finding("R6", REFUSE, f"ep_degree {case.ep_degree} multiplies the world size, not the experts", fix)
+        yield Finding(
+            "R6",
+            REFUSE,
+            f"ep_degree {case.ep_degree} multiplies the world size, not the experts",
+            fix,
+        )
     if instance.tp_degrees and tp not in instance.tp_degrees:
         listed = ", ".join(map(str, instance.tp_degrees))
-        yield Finding("R6", WARN, f"tp_degree {tp} is not among those documented for {instance.name}", f"use {listed}")
+        yield Finding(
+            "R6",
+            WARN,
+            f"tp_degree {tp} is not among those documented for {instance.name}",
+            f"use {listed}",
+        )
 
 
 def head_padding(case: Case) -> Iterator[Finding]:
@@ -160,14 +210,16 @@ def head_padding(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R7",
             WARN,
-            f"{real} query heads become {padded} at tp_degree {case.deployment.tp_degree}: {1 - real / padded:.0%} of "
-            "the attention is zeros",
+            f"{real} query heads become {padded} at tp_degree {case.deployment.tp_degree}: "
+            f"{1 - real / padded:.0%} of the attention is zeros",
             "correct, and counted in the memory; tp degrees that divide the heads avoid it",
         )
 
 
 def unrolled_blocks(case: Case) -> Iterator[Finding]:
-    """R8: blockwise context encoding in torch is a Python loop, one block after another in the graph."""
+    """R8: blockwise context encoding in torch is a Python loop, one block after another in the
+    graph.
+    """
     way = blockwise_matmul(case.deployment.blockwise_matmul)
     if way.is_kernel:
         return
@@ -177,15 +229,21 @@ def unrolled_blocks(case: Case) -> Iterator[Finding]:
         "R8",
         WARN,
         f"context encoding of {case.deployment.context_length} tokens in torch operations unrolls "
-        f"{token_blocks(case.config, case.deployment)} blocks in each of {case.config.num_hidden_layers} layers, "
-        f"{products} expert products in one graph",
+        f"{token_blocks(case.config, case.deployment)} blocks in each of "
+        f"{case.config.num_hidden_layers} layers, {products} expert products in one graph",
         f"lower the largest bucket or raise moe_ep_degree; expect a long compile{elsewhere}",
     )
 
 
 def blockwise_kernels(case: Case) -> Iterator[Finding]:
-    """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have not run here."""
-    way, instance, deployment = blockwise_matmul(case.deployment.blockwise_matmul), case.instance, case.deployment
+    """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have
+    not run here.
+    """
+    way, instance, deployment = (
+        blockwise_matmul(case.deployment.blockwise_matmul),
+        case.instance,
+        case.deployment,
+    )
     if not way.is_kernel:
         return
     fix = f"use blockwise_matmul {DEFAULT}"
@@ -193,8 +251,8 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R13",
             REFUSE,
-            f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; on {instance.name} "
-            "NxD leaves it out, with a warning in the log only",
+            f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; "
+            f"on {instance.name} NxD leaves it out, with a warning in the log only",
             fix,
         )
         return
@@ -203,16 +261,16 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R13",
             REFUSE,
-            f"blockwise_matmul {way.name} takes multiples of {way.channel_multiple} expert channels per rank; "
-            f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels}",
+            f"blockwise_matmul {way.name} takes multiples of {way.channel_multiple} expert "
+            f"channels per rank; moe_tp_degree {deployment.moe_tp_degree} leaves {channels}",
             f"lower moe_tp_degree, or {fix}",
         )
     if deployment.moe_ep_degree == 2:
         yield Finding(
             "R13",
             REFUSE,
-            f"with moe_ep_degree 2 the kernels of SDK 2.29, {way.name} among them, were reported to give wrong output "
-            "(a Kimi-K2 port)",
+            f"with moe_ep_degree 2 the kernels of SDK 2.29, {way.name} among them, were reported "
+            "to give wrong output (a Kimi-K2 port)",
             f"choose another moe_ep_degree, or {fix}",
         )
     yield Finding(
@@ -229,15 +287,24 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
         return
     if not case.instance.nki_kernels:
         yield Finding(
-            "R14", REFUSE, f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI", USE_TORCH
+            "R14",
+            REFUSE,
+            f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI",
+            USE_TORCH,
         )
     elif not case.deployment.fp8_experts or case.config.weight_block_size != (128, 128):
-        yield Finding("R14", REFUSE, "expert_kernel nki takes FP8 experts with 128 x 128 block scales only", USE_TORCH)
+        yield Finding(
+            "R14",
+            REFUSE,
+            "expert_kernel nki takes FP8 experts with 128 x 128 block scales only",
+            USE_TORCH,
+        )
     elif case.deployment.batch_size > KERNEL_TOKENS:
         yield Finding(
             "R14",
             REFUSE,
-            f"expert_kernel nki takes batches of at most {KERNEL_TOKENS}, not {case.deployment.batch_size}",
+            f"expert_kernel nki takes batches of at most {KERNEL_TOKENS}, not "
+            f"{case.deployment.batch_size}",
             f"lower the batch size, or {USE_TORCH}",
         )
     else:
@@ -251,31 +318,34 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R14",
             REFUSE,
-            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has codes up to "
-            f"{case.fp8_max}, which it would read as infinity or NaN",
+            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has "
+            f"codes up to {case.fp8_max}, which it would read as infinity or NaN",
             f"convert with --fp8-range neuron, or {USE_TORCH}",
         )
 
 
 def code_range(case: Case) -> Iterator[Finding]:
     """R9: codes above the chip's largest finite E4M3 value read as infinity or NaN."""
-    if case.fp8_max == NEURON_E4M3_MAX or not (case.deployment.fp8_attention or case.deployment.fp8_experts):
+    if case.fp8_max == NEURON_E4M3_MAX or not (
+        case.deployment.fp8_attention or case.deployment.fp8_experts
+    ):
         return
     if case.fp8_max > case.instance.e4m3_max:
         yield Finding(
             "R9",
             REFUSE,
-            f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 ends at "
-            f"{case.instance.e4m3_max}",
+            f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 "
+            f"ends at {case.instance.e4m3_max}",
             "convert with --fp8-range neuron",
         )
     else:
         yield Finding(
             "R9",
             REFUSE,
-            f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has shown that it reads "
-            "them so once NxDI's FP8 switch, which ends at 240, is left out",
-            "convert with --fp8-range neuron, whose codes are as exact and read alike with and without the switch",
+            f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has "
+            "shown that it reads them so once NxDI's FP8 switch, which ends at 240, is left out",
+            "convert with --fp8-range neuron, whose codes are as exact and read alike with and "
+            "without the switch",
         )
 
 
@@ -285,21 +355,24 @@ def dense_kernel(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R10",
             REFUSE,
-            "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel scales; this "
-            "checkpoint has block scales and no dense MLP",
-            "use quantized=True, quantization_type='blockwise_symmetric', quantization_block_axis=[1, 2]",
+            "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel "
+            "scales; this checkpoint has block scales and no dense MLP",
+            "use quantized=True, quantization_type='blockwise_symmetric', "
+            "quantization_block_axis=[1, 2]",
         )
 
 
 def host_memory(case: Case) -> Iterator[Finding]:
-    """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until the last is made."""
+    """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until
+    the last is made.
+    """
     needed = rank_memory(case.config, case.deployment).weights * case.deployment.tp_degree
     if needed > case.instance.host_memory:
         yield Finding(
             "R11",
             WARN,
-            f"the shards of all ranks take {needed / GIB:.0f} GiB of host memory while they are made, and "
-            f"{case.instance.name} has {case.instance.host_memory / GIB:.0f} GiB",
+            f"the shards of all ranks take {needed / GIB:.0f} GiB of host memory while they are "
+            f"made, and {case.instance.name} has {case.instance.host_memory / GIB:.0f} GiB",
             "compile on a larger machine of the same chip, or add swap",
         )
 
@@ -312,7 +385,8 @@ def supported_sdk(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R12",
             WARN,
-            f"NxDI models are supported on {instance.family} up to SDK {instance.sdk}, not by SDK {newest}",
+            f"NxDI models are supported on {instance.family} up to SDK {instance.sdk}, not by SDK "
+            f"{newest}",
             f"install the packages of SDK {instance.sdk}",
         )
 
@@ -324,7 +398,8 @@ def positions(case: Case) -> Iterator[Finding]:
         yield Finding(
             "R15",
             REFUSE,
-            f"seq_len {case.deployment.seq_len} is beyond max_position_embeddings {most} of config.json",
+            f"seq_len {case.deployment.seq_len} is beyond max_position_embeddings {most} of "
+            "config.json",
             f"use seq_len {most} or less",
         )
 

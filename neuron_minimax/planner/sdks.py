@@ -1,7 +1,9 @@
-"""The Neuron SDK releases that the model class was written for: exact package versions, and versions known to be wrong.
+"""The Neuron SDK releases that the model class was written for: exact package versions, and
+versions known to be wrong.
 
-Source of the versions: aws-neuron-sdk, src/helperscripts/n2-manifest.json (tag v2.29.0 holds both releases). Wheels
-carry a local part after "+", which the manifest leaves out and a comparison ignores.
+Source of the versions: aws-neuron-sdk, src/helperscripts/n2-manifest.json (tag v2.29.0 holds both
+releases). Wheels carry a local part after "+", which the manifest leaves out and a comparison
+ignores.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ INDEX = "https://pip.repos.neuron.amazonaws.com"
 
 @dataclass(frozen=True, kw_only=True)
 class SDK:
-    """One release: its Python and Debian packages with their versions. instances.json says which chip it is for."""
+    """One release: its Python and Debian packages with their versions. instances.json says which
+    chip it is for.
+    """
 
     release: str
     python: Mapping[str, str]
@@ -85,8 +89,8 @@ KNOWN_FAULTS = (
     (
         "neuronx-cc",
         "2.26.",
-        "silently gave a wrong graph of another FP8 mixture of experts, seen with prompts of 200 tokens and more "
-        "(neuronx-distributed-inference PR 150)",
+        "silently gave a wrong graph of another FP8 mixture of experts, seen with prompts of 200 "
+        "tokens and more (neuronx-distributed-inference PR 150)",
     ),
 )
 
@@ -97,7 +101,9 @@ def sdk_for(family: str) -> SDK:
 
 
 def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
-    """One line for each package that is not installed in the release's version; none where nothing is installed."""
+    """One line for each package that is not installed in the release's version; none where nothing
+    is installed.
+    """
     if not installed:
         return []
     lines = []
@@ -105,6 +111,10 @@ def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
         found = installed.get(name, "missing")
         if found.split("+")[0] == tested:
             continue
-        faults = [what for package, start, what in KNOWN_FAULTS if package == name and found.startswith(start)]
+        faults = [
+            what
+            for package, start, what in KNOWN_FAULTS
+            if package == name and found.startswith(start)
+        ]
         lines.append(f"{name} {found} (tested: {tested})" + "".join(f": {what}" for what in faults))
     return lines

@@ -21,16 +21,28 @@ from neuron_minimax.serving.protocol import (
     TokenizeRequest,
     parse_request,
 )
-from neuron_minimax.serving.responses import DONE, ChatChoice, Choice, Envelope, TextChoice, sse, usage
+from neuron_minimax.serving.responses import (
+    DONE,
+    ChatChoice,
+    Choice,
+    Envelope,
+    TextChoice,
+    sse,
+    usage,
+)
 from neuron_minimax.serving.service import Running, Service
 
 PAGE_FILES = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
 PAGE_FILES["/chat.css"] = ("chat.css", "text/css")
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+)
 
 
 class EventStream(Response):
-    """Sends server-sent events; `on_end` is called however it ends, at once when the client goes away."""
+    """Sends server-sent events; `on_end` is called however it ends, at once when the client goes
+    away.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -79,7 +91,9 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         return error_response(
-            RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+            RequestError(
+                f"{request.method} {request.url.path}: {error.detail}", status=error.status_code
+            )
         )
 
     @app.post("/v1/chat/completions")
@@ -87,15 +101,21 @@ def create_app(service: Service) -> FastAPI:
         asked = await read(request, ChatRequest)
         running = await service.start_chat(asked)
         tokenizer = service.model.tokenizer
-        choices = [ChatChoice(index, tokenizer, settings.split_reasoning) for index in range(asked.n)]
-        return await _respond(request, asked, running, list(choices), Envelope(True, settings.model_name))
+        choices = [
+            ChatChoice(index, tokenizer, settings.split_reasoning) for index in range(asked.n)
+        ]
+        return await _respond(
+            request, asked, running, list(choices), Envelope(True, settings.model_name)
+        )
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = await read(request, CompletionRequest)
         running = await service.start_completion(asked)
         choices = [TextChoice(index, service.model.tokenizer) for index in range(asked.n)]
-        return await _respond(request, asked, running, list(choices), Envelope(False, settings.model_name))
+        return await _respond(
+            request, asked, running, list(choices), Envelope(False, settings.model_name)
+        )
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -145,11 +165,15 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> Response:
-        return JSONResponse({"live": True, "ready": service.ready}, status_code=200 if service.ready else 503)
+        return JSONResponse(
+            {"live": True, "ready": service.ready}, status_code=200 if service.ready else 503
+        )
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     page = resources.files("neuron_minimax.serving") / "page"
     for path, (name, kind) in PAGE_FILES.items():
@@ -158,7 +182,9 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
         app.add_route(path, _static(contents, kind, headers))
 
 
-def _static(contents: bytes, kind: str, headers: dict[str, str]) -> Callable[[Request], Awaitable[Response]]:
+def _static(
+    contents: bytes, kind: str, headers: dict[str, str]
+) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
         return Response(contents, media_type=f"{kind}; charset=utf-8", headers=headers)
 
@@ -199,7 +225,9 @@ async def _respond(
         gone.cancel()
         collecting.cancel()
     log_fields.get()["completion_tokens"] = sum(job.output_tokens for job in running.jobs)
-    return JSONResponse(envelope.whole([choice.whole(asked.top() is not None) for choice in choices], running.jobs))
+    return JSONResponse(
+        envelope.whole([choice.whole(asked.top() is not None) for choice in choices], running.jobs)
+    )
 
 
 async def _collect(running: Running, choices: list[Choice]) -> None:

@@ -1,4 +1,6 @@
-"""Output that has to follow a grammar: JSON, JSON of a schema, or a tool call; the grammars run in llguidance."""
+"""Output that has to follow a grammar: JSON, JSON of a schema, or a tool call; the grammars run in
+llguidance.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,9 @@ class Constraint:
     def advance(self, token: int) -> None:
         """Take the chosen token. Raises GenerationError when the grammar library gives up."""
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise GenerationError(f"the output cannot follow its grammar: {self._matcher.get_error()}")
+            raise GenerationError(
+                f"the output cannot follow its grammar: {self._matcher.get_error()}"
+            )
 
 
 class Grammars:
@@ -41,19 +45,27 @@ class Grammars:
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:
         stops = list(tokenizer.stop_token_ids)
-        self._tokenizer = from_tokenizer(tokenizer.hugging_face, n_vocab=vocab_size, eos_token=stops)
+        self._tokenizer = from_tokenizer(
+            tokenizer.hugging_face, n_vocab=vocab_size, eos_token=stops
+        )
         self._vocabulary = tokenizer.hugging_face.get_vocab()
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Grammar of one JSON value of `schema`. Raises GenerationError on what cannot be enforced."""
+        """Grammar of one JSON value of `schema`. Raises GenerationError on what cannot be
+        enforced.
+        """
         return self._checked(START + "value\nvalue: " + _json_rule(schema), "the JSON schema")
 
     def tool_calls(self, tools: Sequence[Mapping[str, Any]], several: bool = True) -> str:
-        """Grammar of a turn that calls at least one of `tools` (OpenAI's form), its required arguments given.
+        """Grammar of a turn that calls at least one of `tools` (OpenAI's form), its required
+        arguments given.
 
         Raises GenerationError when a tool's schema cannot be enforced.
         """
-        rules = [f'{START}{self._literal(TOOLS)} "\\n" call{"+" if several else ""} {self._literal(END_TOOLS)}']
+        rules = [
+            f'{START}{self._literal(TOOLS)} "\\n" call{"+" if several else ""} '
+            f"{self._literal(END_TOOLS)}"
+        ]
         rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
         rules.append('text[suffix="</parameter>"]: /(?s:.*)/')
         for number, tool in enumerate(tools):
@@ -68,7 +80,11 @@ class Grammars:
     def _literal(self, marker: str) -> str:
         """How the grammar names a tag: as a special token where it is one, else as text."""
         token = self._vocabulary.get(marker)
-        return marker if token is not None and self._tokenizer.is_special_token(token) else json.dumps(marker)
+        return (
+            marker
+            if token is not None and self._tokenizer.is_special_token(token)
+            else json.dumps(marker)
+        )
 
     def _checked(self, grammar: str, what: str) -> str:
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
@@ -83,20 +99,28 @@ def _json_rule(schema: Mapping[str, Any]) -> str:
 
 
 def _call_rules(number: int, name: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Rules of one tool's call: its parameters in the order of the schema, strings bare, the rest as JSON."""
+    """Rules of one tool's call: its parameters in the order of the schema, strings bare, the rest
+    as JSON.
+    """
     required = parameters.get("required") or ()
     parts, rules = [], []
     for place, key in enumerate(parameters.get("properties") or {}):
         schema = parameter_schema(parameters, key)
         opening = json.dumps(f'<parameter name="{key}">', ensure_ascii=False)
-        if allowed_types(schema, parameters) <= {"string"} and "enum" not in schema and "const" not in schema:
+        if (
+            allowed_types(schema, parameters) <= {"string"}
+            and "enum" not in schema
+            and "const" not in schema
+        ):
             part = f'{opening} text "\\n"'
         elif allowed_types(schema, parameters) <= {"string"}:
             values = [schema["const"]] if "const" in schema else schema["enum"]
             choices = " | ".join(json.dumps(str(value), ensure_ascii=False) for value in values)
             part = f'{opening} ({choices}) "</parameter>\\n"'
         else:
-            definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+            definitions = {
+                key: parameters[key] for key in ("$defs", "definitions") if key in parameters
+            }
             rules.append(f"value_{number}_{place}: {_json_rule({**definitions, **schema})}")
             part = f'{opening} value_{number}_{place} "</parameter>\\n"'
         parts.append(part if key in required else f"({part})?")

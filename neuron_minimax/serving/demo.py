@@ -1,4 +1,6 @@
-"""The embedded demo model, made ready to be served: converted and compiled once, recognized afterwards."""
+"""The embedded demo model, made ready to be served: converted and compiled once, recognized
+afterwards.
+"""
 
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -6,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.write import convert
 
 OPTIONS: Mapping[str, Any] = {"slots": 8}
 
@@ -16,8 +18,8 @@ def demo_model(
     options: Mapping[str, Any] = OPTIONS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The compiled demo in `parent`/demo-serving, for eight requests at a time unless the CPU `options` say otherwise;
-    made now, or recognized when it is there already.
+    """The compiled demo in `parent`/demo-serving, for eight requests at a time unless the CPU
+    `options` say otherwise; made now, or recognized when it is there already.
 
     Raises ConversionError or BackendError.
     """

@@ -1,9 +1,10 @@
 """Continuous batching over a backend's fixed slots: requests join and leave between two steps.
 
-One thread owns the backend. Each round it drops what was cancelled or is late, admits waiting requests in order of
-arrival, encodes at most one largest bucket of prompt tokens (so that a long prompt delays the others by one chunk),
-and advances every running request by one token. A slot keeps its cache when its request ends, and a later prompt that
-begins with the same tokens starts from there, where the backend can continue a slot.
+One thread owns the backend. Each round it drops what was cancelled or is late, admits waiting
+requests in order of arrival, encodes at most one largest bucket of prompt tokens (so that a long
+prompt delays the others by one chunk), and advances every running request by one token. A slot
+keeps its cache when its request ends, and a later prompt that begins with the same tokens starts
+from there, where the backend can continue a slot.
 """
 
 import logging
@@ -30,7 +31,9 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)  # what the cache holds
     job: Job | None = None
     sampler: Sampler | None = None
-    next_token: int | None = None  # chosen, not yet computed; None while the prompt is being encoded
+    next_token: int | None = (
+        None  # chosen, not yet computed; None while the prompt is being encoded
+    )
     last_used: float = 0.0  # when its last token was chosen
     encoded_at: float = 0.0  # when its prompt last had its turn
 
@@ -58,7 +61,9 @@ class Engine:
             if self._draining:
                 raise DrainingError("the server is shutting down; try another one")
             if len(self._waiting) + len(jobs) > self._max_waiting:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting already; try again later")
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting already; try again later"
+                )
             for job in jobs:
                 job.arrived = time.monotonic()
                 self._waiting.append(job)
@@ -72,7 +77,9 @@ class Engine:
             self._changed.notify()
 
     def drain(self, timeout: float) -> bool:
-        """Take nothing new and wait until everything has finished; False when `timeout` seconds did not suffice."""
+        """Take nothing new and wait until everything has finished; False when `timeout` seconds did
+        not suffice.
+        """
         with self._changed:
             self._draining = True
             return self._changed.wait_for(self._idle, timeout)
@@ -116,7 +123,9 @@ class Engine:
             self._admit()
             self._encode()
             self._step()
-        except Exception as error:  # a fault of the backend ends the requests it had, not the server
+        except (
+            Exception
+        ) as error:  # a fault of the backend ends the requests it had, not the server
             logger.exception("the backend failed")
             for slot in self._slots:
                 slot.tokens = []
@@ -140,7 +149,9 @@ class Engine:
         for job in gone:
             self._metrics.errors.labels("cancelled" if job.cancelled else "timeout").inc()
             if not job.cancelled:
-                job.receive(Output(error=("timeout", "the request waited longer than the server allows")))
+                job.receive(
+                    Output(error=("timeout", "the request waited longer than the server allows"))
+                )
 
     def _admit(self) -> None:
         free = [slot for slot in self._slots if slot.job is None]
@@ -161,7 +172,9 @@ class Engine:
             self._metrics.cached_tokens.inc(kept)
 
     def _choose_slot(self, free: list[_Slot], prompt: Sequence[int]) -> tuple[_Slot, int]:
-        """The free slot that holds most of the prompt's beginning, else the one unused for longest."""
+        """The free slot that holds most of the prompt's beginning, else the one unused for
+        longest.
+        """
         if not self.backend.capabilities.chunked_encoding:
             return min(free, key=lambda slot: slot.last_used), 0
         kept = {slot.number: _common_prefix(slot.tokens, prompt[:-1]) for slot in free}
@@ -218,7 +231,9 @@ class Engine:
             self._fail(slot, "internal_error", "internal error; the server's log has it")
 
     def _choose(self, slot: _Slot, job: Job, logits: torch.Tensor) -> None:
-        """Choose the next token of a slot and tell its client; ends the job when that was the last one."""
+        """Choose the next token of a slot and tell its client; ends the job when that was the last
+        one.
+        """
         assert slot.sampler is not None
         constrained = job.constraint is not None and not job.pipeline.in_reasoning
         allowed = job.constraint.mask(logits) if job.constraint and constrained else logits
@@ -233,7 +248,9 @@ class Engine:
         slot.next_token = token
         events = [] if token in job.stop_token_ids else job.pipeline.push(token)
         stopped = token in job.stop_token_ids or job.pipeline.stopped
-        reason = "stop" if stopped else "length" if job.output_tokens == job.max_new_tokens else None
+        reason = (
+            "stop" if stopped else "length" if job.output_tokens == job.max_new_tokens else None
+        )
         if reason:
             events += job.pipeline.finish()
             self._metrics.request_time.observe(time.monotonic() - job.arrived)
@@ -266,4 +283,6 @@ class Engine:
 
 def _common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
     pairs = zip(held, wanted, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(held), len(wanted)))
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(held), len(wanted))
+    )

@@ -1,4 +1,6 @@
-"""What every HTTP request passes first: host, key, content type, size, a request id, and the line in the log."""
+"""What every HTTP request passes first: host, key, content type, size, a request id, and the line
+in the log.
+"""
 
 import contextvars
 import hmac
@@ -27,7 +29,11 @@ class JsonLines(logging.Formatter):
     """One JSON object per line; fields come from the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": f"{record.created:.3f}", "level": record.levelname.lower(), "event": record.getMessage()}
+        line = {
+            "time": f"{record.created:.3f}",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -35,10 +41,17 @@ class JsonLines(logging.Formatter):
 
 
 class Gate:
-    """ASGI middleware. `api_keys` empty: no key is needed; `hosts` empty: any Host header is taken."""
+    """ASGI middleware. `api_keys` empty: no key is needed; `hosts` empty: any Host header is
+    taken.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: tuple[bytes, ...], hosts: frozenset[str], on_error: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: tuple[bytes, ...],
+        hosts: frozenset[str],
+        on_error: Callable[[str], None],
     ) -> None:
         self._app, self._api_keys, self._hosts, self._on_error = app, api_keys, hosts, on_error
 
@@ -46,17 +59,27 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         given_id = headers.get("x-request-id", "")
         request_id = given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
-        fields: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
+        fields: dict[str, Any] = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+        }
         token = log_fields.set(fields)
         started = time.monotonic()
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 fields["status"] = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
             await send(message)
 
         try:
@@ -69,7 +92,9 @@ class Gate:
             self._on_error("internal_error")
             logger.exception("internal error", extra={"fields": fields})
             if "status" not in fields:
-                fault = RequestError("internal error; the server's log has it", status=500, kind="internal_error")
+                fault = RequestError(
+                    "internal error; the server's log has it", status=500, kind="internal_error"
+                )
                 await error_response(fault)(scope, receive, send_with_id)
         finally:
             fields["seconds"] = round(time.monotonic() - started, 4)
@@ -79,7 +104,9 @@ class Gate:
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if self._hosts and host not in self._hosts:
-            raise RequestError(f"host {host!r} is not served here; see --allowed-host", status=421, kind="host")
+            raise RequestError(
+                f"host {host!r} is not served here; see --allowed-host", status=421, kind="host"
+            )
         if self._api_keys and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
             raise RequestError(
                 "no valid API key; send it as `Authorization: Bearer KEY`",
@@ -89,12 +116,16 @@ class Gate:
             )
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and content_type != "application/json":
-            raise RequestError(f"content type {content_type!r}; expected application/json", status=415)
+            raise RequestError(
+                f"content type {content_type!r}; expected application/json", status=415
+            )
 
     def _authorized(self, headers: dict[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("utf-8", "surrogateescape")
-        matches = [hmac.compare_digest(given, known) for known in self._api_keys]  # every key, to take constant time
+        matches = [
+            hmac.compare_digest(given, known) for known in self._api_keys
+        ]  # every key, to take constant time
         return scheme.lower() == "bearer" and any(matches)
 
 
@@ -106,7 +137,9 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-async def read_body(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int) -> bytes:
+async def read_body(
+    receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int
+) -> bytes:
     """The whole body. Raises RequestError (413) as soon as it is larger than `limit` bytes."""
     body = bytearray()
     while True:
@@ -115,6 +148,8 @@ async def read_body(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], 
             raise RequestError("the client went away", status=499, kind="cancelled")
         body += message.get("body", b"")
         if len(body) > limit:
-            raise RequestError(f"the body is larger than {limit} bytes", status=413, kind="request_too_large")
+            raise RequestError(
+                f"the body is larger than {limit} bytes", status=413, kind="request_too_large"
+            )
         if not message.get("more_body"):
             return bytes(body)

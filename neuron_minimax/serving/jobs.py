@@ -43,7 +43,9 @@ class Output:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One answer to compute. `deadline` is in time.monotonic seconds; `receive` is called from the engine's thread."""
+    """One answer to compute. `deadline` is in time.monotonic seconds; `receive` is called from the
+    engine's thread.
+    """
 
     prompt_ids: Sequence[int]
     options: SamplingOptions

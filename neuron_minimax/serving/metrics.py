@@ -1,4 +1,6 @@
-"""What the server counts, for Prometheus; names after the prefix follow vLLM where vLLM has the same thing."""
+"""What the server counts, for Prometheus; names after the prefix follow vLLM where vLLM has the
+same thing.
+"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -24,15 +26,27 @@ class Metrics:
 
         self.waiting = gauge("num_requests_waiting", "Requests in the queue")
         self.running = gauge("num_requests_running", "Requests that hold a slot")
-        self.kv_use = gauge("kv_cache_usage_perc", "Share of all cache positions held by running requests, 0 to 1")
+        self.kv_use = gauge(
+            "kv_cache_usage_perc", "Share of all cache positions held by running requests, 0 to 1"
+        )
         self.slots = gauge("slots", "Slots of the compiled model")
         self.load_seconds = gauge("model_load_seconds", "Time to load the compiled model")
-        self.compile_seconds = gauge("model_compile_seconds", "Time its compile took, from the manifest")
-        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token", SECONDS)
-        self.token_time = histogram("time_per_output_token_seconds", "Between two tokens of a request", SHORT_SECONDS)
-        self.request_time = histogram("e2e_request_latency_seconds", "From arrival to the last token", SECONDS)
+        self.compile_seconds = gauge(
+            "model_compile_seconds", "Time its compile took, from the manifest"
+        )
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token", SECONDS
+        )
+        self.token_time = histogram(
+            "time_per_output_token_seconds", "Between two tokens of a request", SHORT_SECONDS
+        )
+        self.request_time = histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token", SECONDS
+        )
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, reused ones included")
-        self.cached_tokens = counter("prefix_cache_hits", "Prompt tokens found in a slot and not encoded again")
+        self.cached_tokens = counter(
+            "prefix_cache_hits", "Prompt tokens found in a slot and not encoded again"
+        )
         self.output_tokens = counter("generation_tokens", "Tokens generated")
         self.encoded = counter("encode_positions", "Positions of context encoding, by use", "use")
         self.stepped = counter("step_slots", "Slots of token generation steps, by use", "use")

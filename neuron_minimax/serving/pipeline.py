@@ -1,4 +1,6 @@
-"""From tokens to what a client sees: text as it completes, MiniMax's format taken apart, stop strings honoured."""
+"""From tokens to what a client sees: text as it completes, MiniMax's format taken apart, stop
+strings honoured.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,9 @@ from neuron_minimax.generation.tokenizer import StreamDecoder, TextTokenizer
 
 
 class StopStrings:
-    """Cuts text before the first stop string; what may become one is kept back until more text has come."""
+    """Cuts text before the first stop string; what may become one is kept back until more text has
+    come.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -27,7 +31,10 @@ class StopStrings:
             shown, self._held = self._held[: min(places)], ""
             return shown
         kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        shown, self._held = (
+            self._held[: len(self._held) - kept],
+            self._held[len(self._held) - kept :],
+        )
         return shown
 
     def finish(self) -> str:
@@ -37,10 +44,11 @@ class StopStrings:
 
 
 class Pipeline:
-    """Tokens of one answer to events. Stop strings apply to the answer's text, not to the reasoning before it.
+    """Tokens of one answer to events. Stop strings apply to the answer's text, not to the reasoning
+    before it.
 
-    `chat` is None for plain completions (all text is Content), else the arguments of MiniMaxParser. With `one_call` the
-    answer ends with its first tool call.
+    `chat` is None for plain completions (all text is Content), else the arguments of MiniMaxParser.
+    With `one_call` the answer ends with its first tool call.
     """
 
     def __init__(
@@ -63,7 +71,9 @@ class Pipeline:
 
     @property
     def stopped(self) -> bool:
-        """Whether the answer is over: a stop string was found, or the only call that was allowed is complete."""
+        """Whether the answer is over: a stop string was found, or the only call that was allowed is
+        complete.
+        """
         return self._stops.found or (self._one_call and self._called)
 
     def push(self, token: int) -> list[Event]:
@@ -75,7 +85,9 @@ class Pipeline:
         """The events left when no more tokens come."""
         if self.stopped:
             return []
-        events = self._parse(self._decoder.finish()) + (self._parser.finish() if self._parser else [])
+        events = self._parse(self._decoder.finish()) + (
+            self._parser.finish() if self._parser else []
+        )
         left = self._cut(events)
         return left if self.stopped else left + _content(self._stops.finish())
 
@@ -102,4 +114,11 @@ def _content(text: str) -> list[Event]:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper beginning of `stop` that `text` ends with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(text), len(stop) - 1), 0, -1)
+            if text.endswith(stop[:size])
+        ),
+        0,
+    )

@@ -9,7 +9,9 @@ from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.protocol import Call, ChatMessage, RequestError, Tool, check_depth
 
 
-def chat_prompt(tokenizer: TextTokenizer, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> str:
+def chat_prompt(
+    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None
+) -> str:
     """The rendered prompt. Raises RequestError on messages that cannot be rendered."""
     try:
         return tokenizer.render_chat(template_messages(messages), tool_dicts(tools))
@@ -27,19 +29,26 @@ def tool_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages for a chat template: one system message first (developer messages are system messages, and several join
-    to one), content as text, arguments of calls as objects."""
-    head = next((place for place, message in enumerate(messages) if not _is_system(message)), len(messages))
-    late = next((place for place in range(head, len(messages)) if _is_system(messages[place])), None)
+    """Messages for a chat template: one system message first (developer messages are system
+    messages, and several join to one), content as text, arguments of calls as objects.
+    """
+    head = next(
+        (place for place, message in enumerate(messages) if not _is_system(message)), len(messages)
+    )
+    late = next(
+        (place for place in range(head, len(messages)) if _is_system(messages[place])), None
+    )
     if late is not None:
         raise RequestError(
-            f"messages.{late}: a {messages[late].role} message after the conversation has begun is not supported; "
-            "put it first",
+            f"messages.{late}: a {messages[late].role} message after the conversation has begun is "
+            "not supported; put it first",
             param=f"messages.{late}.role",
         )
     system = "\n\n".join(message.text() for message in messages[:head])
     rendered = [{"role": "system", "content": system}] if head else []
-    return rendered + [_template_message(place, messages[place]) for place in range(head, len(messages))]
+    return rendered + [
+        _template_message(place, messages[place]) for place in range(head, len(messages))
+    ]
 
 
 def _is_system(message: ChatMessage) -> bool:
@@ -47,18 +56,24 @@ def _is_system(message: ChatMessage) -> bool:
 
 
 def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
-    if message.role != "assistant" and (message.tool_calls or message.reasoning_content is not None):
+    if message.role != "assistant" and (
+        message.tool_calls or message.reasoning_content is not None
+    ):
         raise RequestError(
-            f"messages.{place}: only assistant messages have tool_calls or reasoning_content", param=f"messages.{place}"
+            f"messages.{place}: only assistant messages have tool_calls or reasoning_content",
+            param=f"messages.{place}",
         )
     if message.content is None and not message.tool_calls and message.reasoning_content is None:
-        raise RequestError(f"messages.{place}.content is missing", param=f"messages.{place}.content")
+        raise RequestError(
+            f"messages.{place}.content is missing", param=f"messages.{place}.content"
+        )
     rendered: dict[str, Any] = {"role": message.role, "content": message.text()}
     if message.reasoning_content is not None:
         rendered["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         rendered["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": _called(place, call)} for call in message.tool_calls
+            {"id": call.id, "type": "function", "function": _called(place, call)}
+            for call in message.tool_calls
         ]
     if message.tool_call_id is not None:
         rendered["tool_call_id"] = message.tool_call_id
@@ -72,7 +87,8 @@ def _called(place: int, call: Call) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         raise RequestError(
-            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON object",
+            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON "
+            "object",
             param=f"messages.{place}.tool_calls",
         )
     return {"name": call.function.name, "arguments": arguments}

@@ -1,10 +1,20 @@
-"""What clients may send, in OpenAI's format with vLLM's extensions; everything else is refused by name."""
+"""What clients may send, in OpenAI's format with vLLM's extensions; everything else is refused by
+name.
+"""
 
 import json
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
 from neuron_minimax.generation.sampling import SamplingOptions
@@ -33,10 +43,23 @@ class RequestError(NeuronMiniMaxError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param, self.code, self.retry_after = status, kind, param, code, retry_after
+        self.status, self.kind, self.param, self.code, self.retry_after = (
+            status,
+            kind,
+            param,
+            code,
+            retry_after,
+        )
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 class _Strict(BaseModel):
@@ -143,12 +166,15 @@ class _Sampled(_Strict):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
             raise RequestError(
-                f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
+                f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                param="stop",
             )
         return stops
 
     def sampling(self, defaults: SamplingOptions, choice: int = 0) -> SamplingOptions:
-        """The options of choice number `choice`; each has a seed of its own. Raises RequestError by name."""
+        """The options of choice number `choice`; each has a seed of its own. Raises RequestError by
+        name.
+        """
         values = asdict(defaults)
         values |= {name: value for name in values if (value := getattr(self, name)) is not None}
         values["top_k"] = max(0, values["top_k"])  # vLLM's -1: all tokens
@@ -171,7 +197,11 @@ class ChatRequest(_Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return (
+            self.max_completion_tokens
+            if self.max_completion_tokens is not None
+            else self.max_tokens
+        )
 
     def top(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -222,7 +252,9 @@ def parse_request(model: type[Model], body: bytes) -> Model:
 
 
 def _named(error: ValidationError) -> RequestError:
-    """The first problem of a validation, in words; a field that does not exist is named as unsupported."""
+    """The first problem of a validation, in words; a field that does not exist is named as
+    unsupported.
+    """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = next((problem for problem in problems if problem["type"] == "extra_forbidden"), None)
     problem = unknown or problems[0]

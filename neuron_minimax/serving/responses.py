@@ -1,4 +1,6 @@
-"""Answers in OpenAI's form: whole objects and the chunks of a stream, from the events of each choice."""
+"""Answers in OpenAI's form: whole objects and the chunks of a stream, from the events of each
+choice.
+"""
 
 import json
 import time
@@ -57,7 +59,9 @@ class Choice:
         new_logprobs = [output.logprobs] if output.logprobs else []
         self._logprobs += new_logprobs
         self.finish_reason = self._reason(output.finish_reason)
-        chunks: list[dict[str, Any]] = [self._chunk(event) for event in events if not _is_silent(event)]
+        chunks: list[dict[str, Any]] = [
+            self._chunk(event) for event in events if not _is_silent(event)
+        ]
         if not chunks and (new_logprobs or self.finish_reason):
             chunks = [self._chunk(None)]
         for number, chunk in enumerate(chunks):
@@ -72,7 +76,12 @@ class Choice:
         """The finished choice of a response that is not streamed."""
         logprobs = self._render_logprobs(self._logprobs) if with_logprobs else None
         body = self._body(collect(self._events))
-        return {"index": self.index, **body, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {
+            "index": self.index,
+            **body,
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+        }
 
     def _adapted(self, events: list[Event]) -> list[Event]:
         return events
@@ -111,13 +120,17 @@ class TextChoice(Choice):
         return {
             "tokens": [text(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{text(token): value for token, value in entry.top} for entry in logprobs],
+            "top_logprobs": [
+                {text(token): value for token, value in entry.top} for entry in logprobs
+            ],
             "text_offset": offsets,
         }
 
 
 class ChatChoice(Choice):
-    """A choice of /v1/chat/completions; `split_reasoning` false leaves the reasoning, with its tags, in the content."""
+    """A choice of /v1/chat/completions; `split_reasoning` false leaves the reasoning, with its
+    tags, in the content.
+    """
 
     def __init__(self, index: int, tokenizer: TextTokenizer, split_reasoning: bool = True) -> None:
         super().__init__(index, tokenizer)
@@ -127,7 +140,9 @@ class ChatChoice(Choice):
         self._call_ids: dict[int, str] = {}
 
     def _adapted(self, events: list[Event]) -> list[Event]:
-        self._complete_calls += sum(isinstance(event, CallEnd) and event.complete for event in events)
+        self._complete_calls += sum(
+            isinstance(event, CallEnd) and event.complete for event in events
+        )
         if self._split:
             return events
         inline: list[Event] = []
@@ -152,7 +167,12 @@ class ChatChoice(Choice):
                 delta = {"content": text}
             case CallBegin(index, name):
                 function = {"name": name, "arguments": ""}
-                call = {"index": index, "id": self._call_id(index), "type": "function", "function": function}
+                call = {
+                    "index": index,
+                    "id": self._call_id(index),
+                    "type": "function",
+                    "function": function,
+                }
                 delta = {"tool_calls": [call]}
             case CallArguments(index, text):
                 delta = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
@@ -183,11 +203,18 @@ class ChatChoice(Choice):
     def _render_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             spelled = self.tokenizer.token_bytes(token)
-            return {"token": self.tokenizer.token_text(token), "logprob": logprob, "bytes": list(spelled)}
+            return {
+                "token": self.tokenizer.token_text(token),
+                "logprob": logprob,
+                "bytes": list(spelled),
+            }
 
         return {
             "content": [
-                {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]}
+                {
+                    **entry(one.token, one.logprob),
+                    "top_logprobs": [entry(*pair) for pair in one.top],
+                }
                 for one in logprobs
             ]
         }
@@ -203,10 +230,18 @@ class Envelope:
         self._rest = {"created": int(time.time()), "model": model}
 
     def whole(self, choices: list[dict[str, Any]], jobs: Sequence[Job]) -> dict[str, Any]:
-        return {"id": self.id, "object": self._kind, **self._rest, "choices": choices, "usage": usage(jobs)}
+        return {
+            "id": self.id,
+            "object": self._kind,
+            **self._rest,
+            "choices": choices,
+            "usage": usage(jobs),
+        }
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return sse({"id": self.id, "object": self._chunk_kind, **self._rest, "choices": choices, **more})
+        return sse(
+            {"id": self.id, "object": self._chunk_kind, **self._rest, "choices": choices, **more}
+        )
 
 
 def _is_silent(event: Event) -> bool:

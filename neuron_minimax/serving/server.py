@@ -22,7 +22,9 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
 class _Server(uvicorn.Server):
-    """Drains before it stops: the first signal lets running requests finish, the second ends at once."""
+    """Drains before it stops: the first signal lets running requests finish, the second ends at
+    once.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -77,16 +79,25 @@ def serve(
     keys = read_api_keys(Path(api_key_file)) if api_key_file else ()
     local = host in ("127.0.0.1", "localhost", "::1")
     if not local and not keys and not allow_anonymous:
-        raise BackendError(f"serving on {host} needs --api-key-file, or --allow-anonymous to let anyone in")
+        raise BackendError(
+            f"serving on {host} needs --api-key-file, or --allow-anonymous to let anyone in"
+        )
     wildcard = host in ("0.0.0.0", "::")
     hosts = frozenset(name.lower() for name in allowed_hosts)
     if not wildcard or hosts:
         hosts |= LOOPBACK | {host.lower()}
-    settings = Settings(model_name=model_name or traced.resolve().name, api_keys=keys, hosts=hosts, **options)
+    settings = Settings(
+        model_name=model_name or traced.resolve().name, api_keys=keys, hosts=hosts, **options
+    )
     service = Service(settings, Metrics())
     _configure_logging()
     config = uvicorn.Config(
-        create_app(service), host=host, port=port, log_config=None, server_header=False, timeout_graceful_shutdown=10
+        create_app(service),
+        host=host,
+        port=port,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=10,
     )
     server = _Server(config, service)
     sockets = [_bind(config)]
@@ -103,8 +114,9 @@ def serve(
 
 
 def _bind(config: uvicorn.Config) -> socket.socket:
-    """A listening socket. It says that it is TCP: otherwise asyncio leaves Nagle's algorithm on, and on a connection
-    that is kept open the first token waits 40 ms, for the client to acknowledge the headers before it.
+    """A listening socket. It says that it is TCP: otherwise asyncio leaves Nagle's algorithm on,
+    and on a connection that is kept open the first token waits 40 ms, for the client to acknowledge
+    the headers before it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -113,7 +125,9 @@ def _bind(config: uvicorn.Config) -> socket.socket:
         listener.bind((config.host, config.port))
         listener.listen(config.backlog)
     except OSError as error:
-        raise BackendError(f"port {config.port} of {config.host} cannot be used: {error.strerror}") from None
+        raise BackendError(
+            f"port {config.port} of {config.host} cannot be used: {error.strerror}"
+        ) from None
     return listener
 
 

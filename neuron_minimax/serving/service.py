@@ -1,4 +1,6 @@
-"""What the HTTP routes call: requests become jobs of the engine, their outputs come back to the event loop."""
+"""What the HTTP routes call: requests become jobs of the engine, their outputs come back to the
+event loop.
+"""
 
 import asyncio
 import json
@@ -98,7 +100,9 @@ class Service:
         self._model: Model | None = None
 
     def load(self, traced: Path) -> None:
-        """Load a compiled directory and start the engine. Raises BackendError or GenerationError."""
+        """Load a compiled directory and start the engine. Raises BackendError or
+        GenerationError.
+        """
         started = time.monotonic()
         backend = load(traced)
         self.metrics.load_seconds.set(time.monotonic() - started)
@@ -127,12 +131,16 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self._model is not None and self._model.engine.alive and not self._model.engine.draining
+        return (
+            self._model is not None and self._model.engine.alive and not self._model.engine.draining
+        )
 
     @property
     def model(self) -> Model:
         if self._model is None:
-            raise RequestError("the model is still being loaded", status=503, kind="unavailable", retry_after=5)
+            raise RequestError(
+                "the model is still being loaded", status=503, kind="unavailable", retry_after=5
+            )
         return self._model
 
     def drain(self) -> bool:
@@ -178,19 +186,29 @@ class Service:
             return prompt
         if len(prompt) == 1:
             return self._prompt_ids(prompt[0])
-        raise RequestError("prompt: one prompt per request is supported; send the others separately", param="prompt")
+        raise RequestError(
+            "prompt: one prompt per request is supported; send the others separately",
+            param="prompt",
+        )
 
     def _encode(self, text: str) -> list[int]:
-        # A token stands for at most a few dozen characters: refuse far too long texts before tokenizing them.
+        # A token stands for at most a few dozen characters: refuse far too long texts before
+        # tokenizing them.
         limit = self.model.backend.capabilities.seq_len * 64
         if len(text) > limit:
-            raise RequestError(f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages")
+            raise RequestError(
+                f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages"
+            )
         return self.model.tokenizer.encode(text)
 
-    def _constraints(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> list[Constraint | None]:
+    def _constraints(
+        self, request: ChatRequest, tools: list[dict[str, Any]] | None
+    ) -> list[Constraint | None]:
         """One state of the request's grammar, if it asks for one, per choice."""
         grammar = self._grammar(request, tools)
-        return [self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)]
+        return [
+            self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)
+        ]
 
     def _grammar(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> str | None:
         """The grammar that the request asks for, if any."""
@@ -200,14 +218,20 @@ class Service:
         if forced and not tools:
             raise RequestError("tool_choice needs tools", param="tool_choice")
         if forced and wants_json:
-            raise RequestError("response_format and a forced tool_choice exclude each other", param="response_format")
+            raise RequestError(
+                "response_format and a forced tool_choice exclude each other",
+                param="response_format",
+            )
         try:
             if forced and tools:
                 if isinstance(choice, NamedToolChoice):
-                    tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+                    tools = [
+                        tool for tool in tools if tool["function"]["name"] == choice.function.name
+                    ]
                     if not tools:
                         raise RequestError(
-                            f"tool_choice: no tool is named {choice.function.name!r}", param="tool_choice"
+                            f"tool_choice: no tool is named {choice.function.name!r}",
+                            param="tool_choice",
                         )
                 several = choice == "required" and request.parallel_tool_calls is not False
                 return self.model.grammars.tool_calls(tools, several)
@@ -215,7 +239,9 @@ class Service:
                 if answer.type == "json_object":
                     return self.model.grammars.json(ANY_OBJECT)
                 if answer.json_schema is None:
-                    raise RequestError("response_format.json_schema is missing", param="response_format")
+                    raise RequestError(
+                        "response_format.json_schema is missing", param="response_format"
+                    )
                 check_depth(answer.json_schema.schema_, "response_format.json_schema.schema")
                 return self.model.grammars.json(answer.json_schema.schema_)
         except GenerationError as error:
@@ -246,7 +272,9 @@ class Service:
                     options=request.sampling(model.tokenizer.sampling, index),
                     max_new_tokens=room,
                     stop_token_ids=frozenset(model.tokenizer.stop_token_ids),
-                    pipeline=Pipeline(model.tokenizer, stops=request.stops(), chat=chat, one_call=one_call),
+                    pipeline=Pipeline(
+                        model.tokenizer, stops=request.stops(), chat=chat, one_call=one_call
+                    ),
                     receive=running.receiver(index),
                     deadline=time.monotonic() + self.settings.request_timeout,
                     constraint=constraint,
@@ -256,7 +284,9 @@ class Service:
         try:
             model.engine.submit(*running.jobs)
         except QueueFullError as error:
-            raise RequestError(str(error), status=429, kind="rate_limit_error", retry_after=1) from None
+            raise RequestError(
+                str(error), status=429, kind="rate_limit_error", retry_after=1
+            ) from None
         except DrainingError as error:
             raise RequestError(str(error), status=503, kind="unavailable", retry_after=10) from None
         return running

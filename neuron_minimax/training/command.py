@@ -1,4 +1,6 @@
-"""A whole training run from plain arguments: read data, config and tokenizer, train, write the checkpoint."""
+"""A whole training run from plain arguments: read data, config and tokenizer, train, write the
+checkpoint.
+"""
 
 import os
 import shlex
@@ -28,8 +30,9 @@ FINAL_STEPS = 100  # the final loss is the mean of so many last steps
 class TrainingRequest:
     """What to train on, what to make of it and where.
 
-    `data` None stands for the demo's own conversations, every other one of a kind in `focus`; `initial` is a float32
-    or BF16 checkpoint to start from; `until` stops the schedule at an earlier step.
+    `data` None stands for the demo's own conversations, every other one of a kind in `focus`;
+    `initial` is a float32 or BF16 checkpoint to start from; `until` stops the schedule at an
+    earlier step.
     """
 
     output: Path
@@ -49,18 +52,25 @@ class TrainingRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a finished run wrote. Losses are in nats per learned token, means of the last 100 steps."""
+    """What a finished run wrote. Losses are in nats per learned token, means of the last 100
+    steps.
+    """
 
     output: Path
     steps: int
     final_loss: float
 
     def render(self) -> str:
-        return f"{self.output}: {self.steps} steps, final loss {self.final_loss:.4f}; checkpoint and loss.png written"
+        return (
+            f"{self.output}: {self.steps} steps, final loss {self.final_loss:.4f}; checkpoint and "
+            "loss.png written"
+        )
 
 
 class Meter:
-    """Turns step reports into a line every `every` steps: mean loss, rate and time left over those steps."""
+    """Turns step reports into a line every `every` steps: mean loss, rate and time left over those
+    steps.
+    """
 
     def __init__(self, steps: int, every: int = 25) -> None:
         self.steps, self.every = steps, every
@@ -73,9 +83,10 @@ class Meter:
         seconds = sum(step.seconds for step in self._waiting)
         count = len(self._waiting)
         text = (
-            f"step {report.step}/{self.steps}  loss {sum(step.loss for step in self._waiting) / count:.4f}  "
-            f"balance {report.balance:.3f}  busiest expert {report.busiest_expert_share:.0%}  "
-            f"gradient norm {report.gradient_norm:.2f}  learning rate {report.learning_rate:.2e}  "
+            f"step {report.step}/{self.steps}  loss "
+            f"{sum(step.loss for step in self._waiting) / count:.4f}  balance {report.balance:.3f} "
+            f" busiest expert {report.busiest_expert_share:.0%}  gradient norm "
+            f"{report.gradient_norm:.2f}  learning rate {report.learning_rate:.2e}  "
             f"{sum(step.tokens for step in self._waiting) / seconds:.0f} tokens/s  "
             f"{(self.steps - report.step) * seconds / count / 60:.1f} min left"
         )
@@ -84,7 +95,8 @@ class Meter:
 
 
 def train(request: TrainingRequest, progress: Callable[[str], None]) -> TrainingResult | None:
-    """Train, or go on training, and write the checkpoint, its tokenizer, training.json and loss.png to the output.
+    """Train, or go on training, and write the checkpoint, its tokenizer, training.json and loss.png
+    to the output.
 
     Of several processes, the first alone writes, reports progress and returns a result.
 
@@ -95,11 +107,13 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
     encoder = Encoder(load_tokenizer(request.tokenizer), request.options.max_tokens)
     if len(encoder.tokenizer) > config.vocab_size:
         raise TrainingError(
-            f"{request.tokenizer} has {len(encoder.tokenizer)} tokens, but the config's vocab_size is "
-            f"{config.vocab_size}; make it at least as large"
+            f"{request.tokenizer} has {len(encoder.tokenizer)} tokens, but the config's vocab_size "
+            f"is {config.vocab_size}; make it at least as large"
         )
     seed = request.options.seed
-    source: Source = DemoSource(seed, request.focus) if request.data is None else JsonLines(request.data, seed)
+    source: Source = (
+        DemoSource(seed, request.focus) if request.data is None else JsonLines(request.data, seed)
+    )
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     processes = Processes("gloo" if request.device == "cpu" else "nccl")
@@ -120,7 +134,9 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
         if line and processes.rank == 0:
             progress(line)
     last = trainer.history[-FINAL_STEPS:]
-    result = TrainingResult(output=request.output, steps=trainer.step, final_loss=sum(last) / len(last))
+    result = TrainingResult(
+        output=request.output, steps=trainer.step, final_loss=sum(last) / len(last)
+    )
     if processes.rank == 0:
         _write(request, trainer, result)
     processes.close()
@@ -130,14 +146,20 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
 def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """A float32 state dict of converted names from a dense checkpoint.
 
-    Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of `config`.
+    Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of
+    `config`.
     """
     checkpoint = Checkpoint(directory)
     checkpoint.require_usable()
     published = {name: checkpoint.tensor(name) for name in checkpoint.entries}
     if any(tensor.dtype == torch.float8_e4m3fn for tensor in published.values()):
-        raise TrainingError(f"{directory} holds FP8 weights, which have no gradient; expand it: neuron-minimax cache")
-    return {name: t.float() for name, t in convert_hf_to_neuron_state_dict(published, config).items()}
+        raise TrainingError(
+            f"{directory} holds FP8 weights, which have no gradient; expand it: neuron-minimax "
+            "cache"
+        )
+    return {
+        name: t.float() for name, t in convert_hf_to_neuron_state_dict(published, config).items()
+    }
 
 
 def parse_precision(name: str) -> Precision:
@@ -153,7 +175,9 @@ def _device(name: str, processes: Processes) -> torch.device:
         device = torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        raise TrainingError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu"
+        ) from None
     return device
 
 

@@ -11,11 +11,15 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise TrainingError("the loss curve needs matplotlib; pip install 'neuron-minimax[plots]'") from None
+        raise TrainingError(
+            "the loss curve needs matplotlib; pip install 'neuron-minimax[plots]'"
+        ) from None
 
 
 def plot_losses(losses: Sequence[float], path: Path, window: int = 50) -> None:
-    """Write the loss per step (nats per learned token) and its running mean over `window` steps, on a log scale."""
+    """Write the loss per step (nats per learned token) and its running mean over `window` steps, on
+    a log scale.
+    """
     from matplotlib.figure import Figure
 
     steps = range(1, len(losses) + 1)

@@ -1,4 +1,6 @@
-"""The demo's conversations: seeded, unlimited, and split so that no held-out question is ever trained on."""
+"""The demo's conversations: seeded, unlimited, and split so that no held-out question is ever
+trained on.
+"""
 
 import json
 import random
@@ -16,18 +18,21 @@ from neuron_minimax.training.world import SMALL_TALK
 
 HELD_OUT_SHARE = 10  # one key in ten is held out
 KINDS = (*GENERATORS, "chat", "tool call", "tool answer")
-# How often a training conversation is of a kind; the rest are single questions of an evenly drawn kind.
+# How often a training conversation is of a kind; the rest are single questions of an evenly drawn
+# kind.
 CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.03
 # How often a kind is drawn, by how much practice it takes.
 PRACTICE = {
-    "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4, "reverse": 3,
+    "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4,
+    "reverse": 3,
     "compare": 2.5, "count": 2, "python": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as `apply_chat_template` takes them, the last one the reply that is graded; `tools` are JSON schemas.
+    """Messages as `apply_chat_template` takes them, the last one the reply that is graded; `tools`
+    are JSON schemas.
 
     `keys` identify what is asked, turn by turn.
     """
@@ -52,26 +57,33 @@ class Conversation:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the question with this key belongs to the held-out set: decided by its CRC-32, so by nothing else."""
+    """Whether the question with this key belongs to the held-out set: decided by its CRC-32, so by
+    nothing else.
+    """
     return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
 def demo_conversation(seed: int, index: int, focus: Sequence[str] = ()) -> Conversation:
     """Item `index` of the unlimited training set of a seed; it depends on nothing else.
 
-    With `focus`, every other conversation is of one of these kinds. Raises TrainingError on an unknown kind.
+    With `focus`, every other conversation is of one of these kinds. Raises TrainingError on an
+    unknown kind.
     """
     rng = random.Random(f"{seed}:{index}")
     for kind in focus:
         if kind not in KINDS:
-            raise TrainingError(f"there is no kind of question {kind!r}; expected {', '.join(KINDS)}")
+            raise TrainingError(
+                f"there is no kind of question {kind!r}; expected {', '.join(KINDS)}"
+            )
     if focus and rng.random() < 0.5:
         return _of_kind(rng, rng.choice(focus), held_out=False)
     return training_conversation(rng)
 
 
 def training_conversation(rng: random.Random) -> Conversation:
-    """One conversation of the training split: one question, several turns, a tool call, an answer from its result."""
+    """One conversation of the training split: one question, several turns, a tool call, an answer
+    from its result.
+    """
     draw = rng.random()
     if draw < CHAT_SHARE:
         return _chat(rng, held_out=False)
@@ -83,7 +95,9 @@ def training_conversation(rng: random.Random) -> Conversation:
         if rng.random() < 0.4:
             return _no_tool(rng)
         text, reasoning, answer = rng.choice(SMALL_TALK)
-        return Conversation("small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)])
+        return Conversation(
+            "small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)]
+        )
     question = _question(rng, held_out=False)
     tools = offered(rng) if rng.random() < 0.05 else []
     return Conversation(question.kind, (question.key,), _turn(question), tools)
@@ -118,7 +132,9 @@ def _draw(rng: random.Random, make: Callable[[random.Random], Any], held_out: bo
 
 
 def _question(rng: random.Random, held_out: bool, kind: str | None = None) -> Question:
-    kind = kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE[name] for name in GENERATORS])[0]
+    kind = (
+        kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE[name] for name in GENERATORS])[0]
+    )
     return _draw(rng, GENERATORS[kind], held_out)
 
 
@@ -143,7 +159,9 @@ def _chat(rng: random.Random, held_out: bool) -> Conversation:
         asked.append(last)
     messages = [message for question in asked for message in _turn(question)]
     if rng.random() < 0.15:  # many clients do not send the reasoning of earlier replies back
-        messages[:-1] = [{key: message[key] for key in ("role", "content")} for message in messages[:-1]]
+        messages[:-1] = [
+            {key: message[key] for key in ("role", "content")} for message in messages[:-1]
+        ]
     return Conversation("chat", tuple(keys), messages)
 
 
@@ -152,9 +170,11 @@ def _pair_key(before: Question, question: Question) -> str:
 
 
 def _follow_up(rng: random.Random, before: Question, held_out: bool) -> Question | None:
-    """A question that needs the turn before: the same relation, or its number or list carried on; else None.
+    """A question that needs the turn before: the same relation, or its number or list carried on;
+    else None.
 
-    A trained follow-up is in the training split both as a pair and by itself: it gives away no held-out question.
+    A trained follow-up is in the training split both as a pair and by itself: it gives away no
+    held-out question.
     """
     if before.kind in ("capital", "currency", "continent"):
         make = partial(questions.fact, relation=before.kind, follow_up=True)
@@ -166,7 +186,9 @@ def _follow_up(rng: random.Random, before: Question, held_out: bool) -> Question
         return None
     for _ in range(20):
         question = make(rng)
-        if is_held_out(_pair_key(before, question)) == held_out and (held_out or not is_held_out(question.key)):
+        if is_held_out(_pair_key(before, question)) == held_out and (
+            held_out or not is_held_out(question.key)
+        ):
             return question
     return None
 
@@ -179,7 +201,9 @@ def _tool_call(rng: random.Random, held_out: bool) -> Conversation:
 
 def _no_tool(rng: random.Random) -> Conversation:
     use = _draw(rng, tool_use, held_out=False)
-    return Conversation("no tool", (use.key,), [user(use.request), _reply("no tool", "I have no tool for that.")])
+    return Conversation(
+        "no tool", (use.key,), [user(use.request), _reply("no tool", "I have no tool for that.")]
+    )
 
 
 def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:

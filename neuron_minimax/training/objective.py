@@ -1,4 +1,5 @@
-"""What training minimizes: next-token loss and a load-balancing loss, both as sums, so that batches add up exactly.
+"""What training minimizes: next-token loss and a load-balancing loss, both as sums, so that batches
+add up exactly.
 
 Shapes: B sequences, T tokens, E experts, K chosen per token, N learned tokens, V vocabulary.
 """
@@ -8,14 +9,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.model.layers import Kernels
-from neuron_minimax.model.minimax import MiniMaxM2
 from neuron_minimax.model.moe import Router, Routing
 from neuron_minimax.training.encoding import Batch
 
 
 class Losses(NamedTuple):
-    """Sums over a batch: of -log p over learned tokens, of the balance loss over sequences; and experts' loads."""
+    """Sums over a batch: of -log p over learned tokens, of the balance loss over sequences; and
+    experts' loads.
+    """
 
     tokens: torch.Tensor  # float32 scalar
     balance: torch.Tensor  # float32 scalar
@@ -24,7 +27,9 @@ class Losses(NamedTuple):
 
 def losses(model: MiniMaxM2, batch: Batch) -> Losses:
     """One pass over a batch. Without learned tokens the token loss is zero, with zero gradients."""
-    positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(batch.ids_BT)
+    positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(
+        batch.ids_BT
+    )
     hidden_BTH, routings = model.hidden_states(batch.ids_BT, positions_BT, real_BT=batch.real_BT)
     learned = batch.learned_BT[:, 1:]
     logits_NV = model.lm_head(hidden_BTH[:, :-1][learned], Kernels())
@@ -39,17 +44,23 @@ def losses(model: MiniMaxM2, batch: Batch) -> Losses:
     return Losses(tokens, balance.mean(), torch.stack([chosen_TE.sum(0) for chosen_TE in choices]))
 
 
-def sequence_balance_loss(routing: Routing, chosen_TE: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
-    """Sum over sequences of E/K * sum over experts of (share of choices) * (mean normalized score); 1 when even.
+def sequence_balance_loss(
+    routing: Routing, chosen_TE: torch.Tensor, real_BT: torch.Tensor
+) -> torch.Tensor:
+    """Sum over sequences of E/K * sum over experts of (share of choices) * (mean normalized score);
+    1 when even.
 
-    The sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): a sum over sequences, unlike
-    a loss over a batch, does not depend on how sequences are batched. A sequence without real tokens adds zero.
+    The sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): a sum over
+    sequences, unlike a loss over a batch, does not depend on how sequences are batched. A sequence
+    without real tokens adds zero.
     """
     batch, tokens = real_BT.shape
     real_BT1 = real_BT[..., None].float()
     count_B1 = real_BT1.sum(1).clamp(min=1)
     normalized_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
-    chosen_BTE, normalized_BTE = (x.float().view(batch, tokens, -1) for x in (chosen_TE, normalized_TE))
+    chosen_BTE, normalized_BTE = (
+        x.float().view(batch, tokens, -1) for x in (chosen_TE, normalized_TE)
+    )
     share_BE = chosen_BTE.sum(1) / count_B1 / routing.expert_index_TK.shape[-1]
     score_BE = (normalized_BTE * real_BT1).sum(1) / count_B1
     return chosen_TE.shape[-1] * (share_BE * score_BE).sum()
@@ -57,7 +68,8 @@ def sequence_balance_loss(routing: Routing, chosen_TE: torch.Tensor, real_BT: to
 
 @torch.no_grad()
 def update_router_bias(bias_E: torch.Tensor, load_E: torch.Tensor, rate: float) -> None:
-    """Move each expert's bias by `rate`, up where it got less than the mean load and down where it got more.
+    """Move each expert's bias by `rate`, up where it got less than the mean load and down where it
+    got more.
 
     Auxiliary-loss-free balancing (arXiv 2408.15664): the bias only chooses, so it gets no gradient.
     """
@@ -67,7 +79,9 @@ def update_router_bias(bias_E: torch.Tensor, load_E: torch.Tensor, rate: float) 
 
 def router_biases(model: MiniMaxM2) -> list[torch.Tensor]:
     """The selection bias [E] of each layer's router, in order."""
-    return [module.e_score_correction_bias for module in model.modules() if isinstance(module, Router)]
+    return [
+        module.e_score_correction_bias for module in model.modules() if isinstance(module, Router)
+    ]
 
 
 def _choices(routing: Routing) -> torch.Tensor:

@@ -7,7 +7,9 @@ import torch.distributed as distributed
 
 
 class Processes:
-    """Rank and count, from the environment that torchrun sets, and the sums that they exchange (gloo or nccl)."""
+    """Rank and count, from the environment that torchrun sets, and the sums that they exchange
+    (gloo or nccl).
+    """
 
     def __init__(self, backend: str = "gloo") -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))

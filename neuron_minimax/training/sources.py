@@ -1,4 +1,6 @@
-"""Where training rows come from: anything indexable; here, JSON Lines files and the demo's own conversations."""
+"""Where training rows come from: anything indexable; here, JSON Lines files and the demo's own
+conversations.
+"""
 
 import json
 import random
@@ -11,7 +13,9 @@ from neuron_minimax.training.data import demo_conversation
 
 
 class Source(Protocol):
-    """Row `index` of an endless sequence; it depends on the index alone, so a position is all that resume needs."""
+    """Row `index` of an endless sequence; it depends on the index alone, so a position is all that
+    resume needs.
+    """
 
     name: str  # what a resumed run must agree with
 
@@ -19,7 +23,9 @@ class Source(Protocol):
 
 
 class DemoSource:
-    """The demo's training conversations of one seed; with `focus`, every other one of these kinds."""
+    """The demo's training conversations of one seed; with `focus`, every other one of these
+    kinds.
+    """
 
     def __init__(self, seed: int, focus: Sequence[str] = ()) -> None:
         self.seed, self.focus = seed, tuple(focus)
@@ -58,10 +64,16 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     row = json.loads(line)
-                    if not isinstance(row, dict) or not ("messages" in row or isinstance(row.get("text"), str)):
-                        raise TrainingError(f"{path} line {number} has neither 'text' nor 'messages'")
+                    if not isinstance(row, dict) or not (
+                        "messages" in row or isinstance(row.get("text"), str)
+                    ):
+                        raise TrainingError(
+                            f"{path} line {number} has neither 'text' nor 'messages'"
+                        )
                     yield row
     except OSError as error:
         raise TrainingError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise TrainingError(f"{path} line {number} is not JSON ({error}); expected one object per line") from None
+        raise TrainingError(
+            f"{path} line {number} is not JSON ({error}); expected one object per line"
+        ) from None

@@ -1,4 +1,6 @@
-"""A training run on disk: one file with everything that the next step depends on, replaced atomically."""
+"""A training run on disk: one file with everything that the next step depends on, replaced
+atomically.
+"""
 
 import os
 from pathlib import Path
@@ -27,7 +29,8 @@ def save_state(directory: Path, state: dict[str, Any]) -> None:
 def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The saved state, or None where there is none.
 
-    Raises TrainingError when it was saved by a run with other `options`: going on would be neither run.
+    Raises TrainingError when it was saved by a run with other `options`: going on would be neither
+    run.
     """
     path = directory / STATE_NAME
     if not path.exists():
@@ -40,7 +43,7 @@ def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | Non
     if differing:
         name = differing[0]
         raise TrainingError(
-            f"{path} belongs to a run with {name} {state['options'].get(name)!r}, not {options[name]!r}; "
-            "give the same options to resume it, or another output directory"
+            f"{path} belongs to a run with {name} {state['options'].get(name)!r}, not "
+            f"{options[name]!r}; give the same options to resume it, or another output directory"
         )
     return state

@@ -1,4 +1,6 @@
-"""The demo's tokenizer: byte-level BPE with single-digit tokens, MiniMax's special tokens and chat format."""
+"""The demo's tokenizer: byte-level BPE with single-digit tokens, MiniMax's special tokens and chat
+format.
+"""
 
 import json
 import shutil
@@ -21,10 +23,15 @@ MARKERS = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, 256 bytes included; the special tokens are the last ids."""
+    """Byte-level BPE of at most `vocab_size` tokens, 256 bytes included; the special tokens are the
+    last ids.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -38,8 +45,12 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_demo_tokenizer(directory: Path, vocab_size: int = 1280, seed: int = 0, conversations: int = 20_000) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, made from the demo's own conversations."""
+def write_demo_tokenizer(
+    directory: Path, vocab_size: int = 1280, seed: int = 0, conversations: int = 20_000
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, made from the demo's own
+    conversations.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(_texts(seed, conversations), vocab_size)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -51,22 +62,31 @@ def write_demo_tokenizer(directory: Path, vocab_size: int = 1280, seed: int = 0,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 512,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     if directory.resolve() != DEMO.resolve():
         shutil.copyfile(DEMO / "chat_template.jinja", directory / "chat_template.jinja")
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code is run.
+    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code
+    is run.
 
     Raises TrainingError when there is none, or it cannot be read.
     """
     if not (Path(directory) / "tokenizer.json").exists():
-        raise TrainingError(f"{directory} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
+        raise TrainingError(
+            f"{directory} holds no tokenizer; expected tokenizer.json and tokenizer_config.json"
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise TrainingError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
+        raise TrainingError(
+            f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _texts(seed: int, conversations: int) -> Iterator[str]:
@@ -81,7 +101,8 @@ def _texts(seed: int, conversations: int) -> Iterator[str]:
         yield " " + " ".join(WORDS)
     for index in range(conversations):
         for message in demo_conversation(seed, index).messages:
-            yield f"{'ai' if message['role'] == 'assistant' else message['role']}\n{message['content']}\n"
+            role = "ai" if message["role"] == "assistant" else message["role"]
+            yield f"{role}\n{message['content']}\n"
             yield f"\n{message.get('reasoning_content', '')}\n"
             for call in message.get("tool_calls", ()):
                 for name, value in call["function"]["arguments"].items():

@@ -1,4 +1,6 @@
-"""The training loop: AdamW over one global batch per step, in one process or several, resumable to the bit."""
+"""The training loop: AdamW over one global batch per step, in one process or several, resumable to
+the bit.
+"""
 
 import math
 import time
@@ -12,7 +14,7 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.model.minimax import MiniMaxM2, initial_state
+from neuron_minimax.model.decoder import MiniMaxM2, initial_state
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
 from neuron_minimax.training.processes import Processes
@@ -24,8 +26,8 @@ from neuron_minimax.training.state import load_state, save_state
 class TrainingOptions:
     """Everything that decides the result of a run, but the data and the model's config.
 
-    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how many tokens, padding
-    included, go through the model at once.
+    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how
+    many tokens, padding included, go through the model at once.
     """
 
     steps: int = 2000
@@ -54,7 +56,9 @@ class TrainingOptions:
                 raise TrainingError(f"{name} is {getattr(self, name)}; expected a positive number")
 
     def learning_rate_share(self, step: int) -> float:
-        """Linear warm-up to 1, then a cosine down to `final_learning_rate_share` at the last step."""
+        """Linear warm-up to 1, then a cosine down to `final_learning_rate_share` at the last
+        step.
+        """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
@@ -64,7 +68,9 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One finished step. `loss` is per learned token in nats; `tokens` counts real tokens, not padding."""
+    """One finished step. `loss` is per learned token in nats; `tokens` counts real tokens, not
+    padding.
+    """
 
     step: int
     loss: float
@@ -78,10 +84,11 @@ class StepReport:
 
 @dataclass
 class Trainer:
-    """A run over `source` towards `directory`. `run()` yields a report per step and resumes where a run left off.
+    """A run over `source` towards `directory`. `run()` yields a report per step and resumes where a
+    run left off.
 
-    The state after step n is a function of options, config, data and n: stopping and resuming changes no bit on one
-    machine with one number of threads and processes.
+    The state after step n is a function of options, config, data and n: stopping and resuming
+    changes no bit on one machine with one number of threads and processes.
     """
 
     config: ModelConfig
@@ -97,7 +104,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         state = self._fresh_state() if self.initial is None else self.initial
-        self.model = MiniMaxM2(self.config, {name: tensor.to(self.device) for name, tensor in state.items()})
+        self.model = MiniMaxM2(
+            self.config, {name: tensor.to(self.device) for name, tensor in state.items()}
+        )
         self.model.requires_grad_()
         self.optimizer = self._make_optimizer()
         self.step = 0
@@ -110,7 +119,9 @@ class Trainer:
             torch.set_rng_state(saved["random_state"])
 
     def run(self, until: int | None = None) -> Iterator[StepReport]:
-        """Train to the last step, or to step `until`, saving every `save_every` steps and at the end."""
+        """Train to the last step, or to step `until`, saving every `save_every` steps and at the
+        end.
+        """
         last = min(until or self.options.steps, self.options.steps)
         while self.step < last:
             report = self._take_step()
@@ -169,19 +180,25 @@ class Trainer:
     def _accumulate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of this process's rows, already divided by the counts of the whole batch.
 
-        Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all processes.
+        Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all
+        processes.
         """
         options, first = self.options, self.step * self.options.batch_size
         rows = range(first + self.processes.rank, first + options.batch_size, self.processes.count)
         batches = list(
-            micro_batches([self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens)
+            micro_batches(
+                [self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens
+            )
         )
         counts = torch.tensor(
-            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches] or [[0] * 3]
+            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches]
+            or [[0] * 3]
         )
         learned, sequences, tokens = self.processes.sum(counts.sum(0)).tolist()
         sums = torch.zeros(2, device=self.device)
-        loads_LE = torch.zeros(len(self.model.layers), self.config.num_local_experts, device=self.device)
+        loads_LE = torch.zeros(
+            len(self.model.layers), self.config.num_local_experts, device=self.device
+        )
         for batch in batches:
             with self._precision():
                 part = losses(self.model, batch.to(self.device))
@@ -194,7 +211,8 @@ class Trainer:
 
     def _share_gradients(self) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # Without a gradient: no token of this process's rows, or of the whole step, reached the parameter.
+        # Without a gradient: no token of this process's rows, or of the whole step, reached the
+        # parameter.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         if self.processes.count > 1:
             flat = self.processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -203,16 +221,23 @@ class Trainer:
             parameter.grad = gradient.view_as(parameter)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Matrix products in BF16 where asked for; norms, softmax, routing, loss and all weights stay float32."""
+        """Matrix products in BF16 where asked for; norms, softmax, routing, loss and all weights
+        stay float32.
+        """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.model.parameters())
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.options.weight_decay},
+            {
+                "params": [p for p in parameters if p.dim() > 1],
+                "weight_decay": self.options.weight_decay,
+            },
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.options.learning_rate, betas=self.options.betas, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=self.options.learning_rate, betas=self.options.betas, fused=True
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a saved state must agree with, in types that a state file holds."""

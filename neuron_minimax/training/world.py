@@ -123,10 +123,11 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 
 # Common words for lists and for spelling.
 _WORDS = (
-    "apple river stone cloud table green light paper horse train bread water music house garden window summer winter "
-    "yellow orange silver copper island valley forest bridge market school doctor farmer singer sailor banana cherry "
-    "pepper tomato rabbit monkey tiger eagle piano violin mirror candle button pocket ladder hammer letter number "
-    "morning evening mountain desert ocean planet rocket engine wheel basket kettle pillow blanket carpet"
+    "apple river stone cloud table green light paper horse train bread water music house garden "
+    "window summer winter yellow orange silver copper island valley forest bridge market school "
+    "doctor farmer singer sailor banana cherry pepper tomato rabbit monkey tiger eagle piano "
+    "violin mirror candle button pocket ladder hammer letter number morning evening mountain "
+    "desert ocean planet rocket engine wheel basket kettle pillow blanket carpet"
 )
 WORDS = tuple(_WORDS.split())
 
@@ -143,7 +144,8 @@ SMALL_TALK = (
     (
         "What can you do?",
         "A question about me.",
-        "I know capitals, currencies and continents, and I can add, subtract, sort, reverse, compare and count.",
+        "I know capitals, currencies and continents, and I can add, subtract, sort, reverse, "
+        "compare and count.",
     ),
     ("Thank you.", "Thanks.", "You are welcome."),
     ("Thanks!", "Thanks.", "You are welcome."),

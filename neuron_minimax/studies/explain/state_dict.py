@@ -1,0 +1,369 @@
+"""The loading path step by step: shards, names, rules with values before and after, scales,
+leftovers, the result.
+
+Nothing is computed here: what is shown is the conversion's own plan and its own pieces
+(`convert/plan.py`, `convert/pieces.py`), so what this says is what a conversion does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.ops import Treatment
+from neuron_minimax.convert.pieces import convert_piece
+from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
+from neuron_minimax.convert.write import plan_conversion, read_manifest
+from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.families.family import Operation
+from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.inspection.document import Part
+
+PREFIX = "model."
+SHOWN = 12
+NOTHING_SHOWN = "Give --grep a part of a name, or --layer the number of a layer."
+BAD_VALUES = (
+    "`neuron-minimax inspect --check-values` names every such tensor; download its shard again."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the path: what it does, what was found, and, where it is wrong, what to do."""
+
+    title: str
+    sentence: str
+    wrong: str = ""
+    advice: str = ""
+    head: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    def as_part(self) -> Part:
+        verdict = f"WRONG: {self.wrong.rstrip('.')}." if self.wrong else "Right."
+        return Part(
+            title=self.title,
+            text=f"{self.sentence}\n\n{verdict} {self.advice}",
+            head=self.head,
+            rows=self.rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """All stages that could be walked; the path ends at the first that is wrong."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def first_wrong(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.wrong), None)
+
+    def parts(self) -> list[Part]:
+        """The stages, then the verdict."""
+        wrong = self.first_wrong
+        text = (
+            f'Stage "{wrong.title}" is wrong. {wrong.advice}' if wrong else "Every stage is right."
+        )
+        return [*(stage.as_part() for stage in self.stages), Part(title="Verdict", text=text)]
+
+
+def walk(
+    directory: str | Path,
+    converted: str | Path | None = None,
+    layer: int | None = None,
+    grep: str | None = None,
+) -> Walk:
+    """Walk the loading path of a checkpoint; with `converted`, also compare that directory.
+
+    Shows the rules of the weights outside the layers and of one layer (`layer`, 0 when none is
+    given), or those whose names contain `grep`, in all layers or in that one. Raises ConfigError or
+    CheckpointError when there is nothing to read.
+    """
+    checkpoint = Checkpoint(directory)
+    stages = list(_stages(checkpoint, converted, layer, grep))
+    return Walk(stages=tuple(stages))
+
+
+def _stages(
+    checkpoint: Checkpoint, converted: str | Path | None, layer: int | None, grep: str | None
+) -> Iterator[Stage]:
+    yield _reading(checkpoint)
+    yield _prefix(checkpoint)
+    if checkpoint.problems:
+        return
+    layout, complaint = _layout_of(converted)
+    try:
+        conversion, record = plan_conversion(checkpoint, layout)
+    except NeuronMiniMaxError as error:
+        advice = "Look at the tensors it names with `neuron-minimax inspect --check-values`."
+        yield Stage(
+            title="Rules",
+            sentence="Binds every rule to this checkpoint's tensors.",
+            wrong=str(error),
+            advice=advice,
+        )
+        return
+    shown = _selected(conversion, layer, grep)
+    stage = _rules(conversion, checkpoint, shown)
+    yield stage
+    if stage.wrong:
+        return
+    yield _scales(conversion, record["convention"], str(checkpoint.scale_convention()[1].render()))
+    yield _leftovers(conversion, checkpoint)
+    if converted is not None:
+        yield _result(conversion, checkpoint, Path(converted), complaint, shown)
+
+
+def _layout_of(converted: str | Path | None) -> tuple[Layout, str]:
+    """The options a converted directory was made with, and what is wrong with its manifest."""
+    if converted is None:
+        return Layout(), ""
+    try:
+        return Layout.from_options(read_manifest(converted)["identity"]["options"]), ""
+    except NeuronMiniMaxError as error:
+        return Layout(), str(error)
+
+
+def _reading(checkpoint: Checkpoint) -> Stage:
+    counts: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        counts[entry.shard] = counts.get(entry.shard, 0) + 1
+    rows = [(shard, f"{counts.get(shard, 0):,}") for shard in checkpoint.shards[:SHOWN]]
+    if len(checkpoint.shards) > SHOWN:
+        rest = checkpoint.shards[SHOWN:]
+        rows.append((f"and {len(rest)} more", f"{sum(counts.get(shard, 0) for shard in rest):,}"))
+    first_of_kind = {problem.kind: str(problem) for problem in reversed(checkpoint.problems)}
+    problems = "; ".join(reversed(first_of_kind.values()))
+    rest_of_problems = len(checkpoint.problems) - len(first_of_kind)
+    more = f"; and {rest_of_problems} more of these kinds" if rest_of_problems else ""
+    return Stage(
+        title="Shards",
+        sentence="Reads the header of every file the index names and checks names, shapes and "
+        "dtypes against "
+        f"config.json; {len(checkpoint.entries):,} tensors in {len(checkpoint.shards)} files.",
+        wrong=problems + more,
+        advice="`neuron-minimax inspect` lists all of it; each message says what to do."
+        if problems
+        else "",
+        head=("file", "tensors"),
+        rows=tuple(rows),
+    )
+
+
+def _prefix(checkpoint: Checkpoint) -> Stage:
+    names = list(checkpoint.entries)
+    prefixed = [name for name in names if name.startswith(PREFIX)]
+    examples = [*prefixed[:1], *[name for name in names if not name.startswith(PREFIX)][:1]]
+    return Stage(
+        title="Prefix",
+        sentence=f"NxDI takes the leading `{PREFIX}` off every name before it loads; "
+        f"{len(prefixed):,} of "
+        f"{len(names):,} names have it. The names below are those of the files; targets have none.",
+        head=("in the file", "as NxDI sees it"),
+        rows=tuple((name, name.removeprefix(PREFIX)) for name in examples),
+    )
+
+
+def _selected(conversion: ConversionPlan, layer: int | None, grep: str | None) -> list[Output]:
+    wanted = layer if layer is not None or grep is not None else 0
+    return [
+        output
+        for output in conversion.outputs
+        if (wanted is None or output.layer in (None, wanted))
+        and (
+            grep is None
+            or grep in output.name
+            or any(grep in name for group in output.groups for name in group)
+        )
+    ]
+
+
+def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Output]) -> Stage:
+    rows: list[tuple[str, ...]] = []
+    wrong = "" if shown else "no target or source has such a name or layer"
+    for output in shown:
+        try:
+            before, after = _first_values(conversion, output, checkpoint)
+        except NeuronMiniMaxError as error:
+            wrong = wrong or str(error)
+            before, after = "?", "?"
+        for place, source in enumerate(output.source_templates):
+            entry = checkpoint.entry(output.groups[0][place])
+            times = f" x {len(output.groups)}" if output.rule.per_expert else ""
+            rows.append(
+                (
+                    source,
+                    f"{entry.dtype} {list(entry.shape)}{times}",
+                    before if place == 0 else "",
+                    "",
+                )
+            )
+        steps = ["copied" if output.rule.operation is Operation.COPY else "stacked"]
+        steps += [str(output.treatment)] if output.treatment is not Treatment.KEEP else []
+        form = f"{output.dtype} {list(output.shape)}"
+        rows.append((f"-> {output.name}", form, after, ", ".join(steps)))
+    sentence = (
+        f"One rule makes each target (->) from the sources above it; {len(conversion.outputs):,} "
+        f"targets in all, {len(shown)} shown. Stacked: the experts {{e}} in one tensor, each "
+        "transposed, w3 beside w1. The value is the first of the first block; behind a scale, in "
+        "brackets, the first weight: code times scale."
+    )
+    return Stage(
+        title="Rules",
+        sentence=sentence,
+        wrong=wrong,
+        advice="" if not wrong else BAD_VALUES if shown else NOTHING_SHOWN,
+        head=("name", "form", "first value", "how"),
+        rows=tuple(rows),
+    )
+
+
+def _first_values(
+    conversion: ConversionPlan, output: Output, checkpoint: Checkpoint
+) -> tuple[str, str]:
+    """The first element in the file and in the result, made by the conversion's own code; with a
+    scale, the weight.
+    """
+    name = output.groups[0][0]
+    stored = checkpoint.array(name).reshape(-1)[0]
+    before = _element_text(stored, checkpoint.entry(name).dtype)
+    made = _first_element(conversion, output, checkpoint)
+    after = _element_text(made, output.dtype)
+    if output.treatment is Treatment.DEQUANTIZE:
+        before = f"{before} * {checkpoint.array(output.scale_groups[0][0])[0, 0]:.4e}"
+    if output.is_scale:
+        weight = next(
+            other
+            for other in conversion.outputs
+            if other.rule is output.rule and other.layer == output.layer
+        )
+        code = fp8.DECODED[checkpoint.array(weight.groups[0][0]).reshape(-1)[0]]
+        factor = 1 / stored if conversion.convention is ScaleConvention.RECIPROCAL else stored
+        new_code = fp8.DECODED[int(_first_element(conversion, weight, checkpoint))]
+        before, after = f"{before} ({code * factor:.4e})", f"{after} ({new_code * made:.4e})"
+    return before, after
+
+
+def _first_element(conversion: ConversionPlan, output: Output, checkpoint: Checkpoint) -> Any:
+    rows = slice(None) if output.is_scale else slice(0, conversion.config.weight_block_size[0])
+    return convert_piece(conversion, output, checkpoint, 0, rows)[0].reshape(-1)[0]
+
+
+def _element_text(element: np.generic, dtype: str) -> str:
+    if dtype == "F8_E4M3":
+        return f"0x{int(element):02x} ({fp8.DECODED[int(element)]:g})"
+    if dtype == "BF16":
+        return f"{np.array([int(element) << 16], np.uint32).view(np.float32)[0]:.4e}"
+    return f"{float(element):.4e}"
+
+
+def _scales(conversion: ConversionPlan, convention: str, evidence: str) -> Stage:
+    return Stage(
+        title="Scales",
+        sentence="weight_scale_inv becomes `.scale`, the factor of the codes. It is read as "
+        f"{convention}: {evidence}."
+        f"\n\nFP8 scales converted: {conversion.scale_count}\n\nmodules_to_not_convert for NxDI: "
+        f"{', '.join(conversion.modules_to_not_convert) or 'none'}.",
+    )
+
+
+def _leftovers(conversion: ConversionPlan, checkpoint: Checkpoint) -> Stage:
+    used = {
+        name
+        for output in conversion.outputs
+        for group in (*output.groups, *output.scale_groups)
+        for name in group
+    }
+    left = [name for name in checkpoint.entries if name not in used]
+    return Stage(
+        title="Left over",
+        sentence=f"{len(used):,} of {len(checkpoint.entries):,} tensors are used, each once; "
+        f"{len(left)} are left out "
+        "on purpose (multi-token prediction).",
+        head=("left out",) if left else (),
+        rows=tuple((name,) for name in left[:SHOWN]),
+    )
+
+
+def _result(
+    conversion: ConversionPlan,
+    checkpoint: Checkpoint,
+    directory: Path,
+    complaint: str,
+    shown: list[Output],
+) -> Stage:
+    sentence = (
+        f"Compares {directory} with the plan: its manifest, every name, shape and dtype, its "
+        "config.json, and the first piece of each target shown above, byte by byte."
+    )
+    if complaint:
+        return Stage(title="Converted directory", sentence=sentence, wrong=complaint)
+    try:
+        found = _disagreements(conversion, checkpoint, directory, shown)
+    except NeuronMiniMaxError as error:
+        found = [str(error)]
+    return Stage(
+        title="Converted directory",
+        sentence=sentence,
+        wrong="; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else ""),
+        advice="Convert again with --overwrite; `neuron-minimax verify` compares every byte."
+        if found
+        else "",
+    )
+
+
+def _disagreements(
+    conversion: ConversionPlan, checkpoint: Checkpoint, directory: Path, shown: list[Output]
+) -> list[str]:
+    if read_manifest(directory)["identity"]["source_fingerprint"] != checkpoint.fingerprint:
+        return [
+            f"{directory} was made of another checkpoint (its manifest names another source "
+            "fingerprint)"
+        ]
+    stored = TensorDirectory(directory)
+    found = [str(problem) for problem in stored.problems]
+    planned = {output.name: output for output in conversion.outputs}
+    found += [f"{name} is in no rule" for name in stored.entries if name not in planned]
+    for name, output in planned.items():
+        entry = stored.entries.get(name)
+        if entry is None:
+            found.append(f"{name} is missing")
+        elif (entry.dtype, entry.shape) != (output.dtype, output.shape):
+            found.append(
+                f"{name} is {entry.dtype} {list(entry.shape)}, not {output.dtype} "
+                f"{list(output.shape)}"
+            )
+        elif output in shown and not _same_first_piece(conversion, output, checkpoint, stored):
+            found.append(f"{name} has other values than its sources give")
+    listed = ModelConfig.from_dir(directory).modules_to_not_convert
+    if stored.entries and listed != (
+        conversion.modules_to_not_convert if _is_quantized(conversion) else ()
+    ):
+        found.append(
+            f"config.json lists modules_to_not_convert {list(listed)}, not "
+            f"{conversion.modules_to_not_convert}"
+        )
+    return found
+
+
+def _is_quantized(conversion: ConversionPlan) -> bool:
+    return any(output.dtype == "F8_E4M3" for output in conversion.outputs)
+
+
+def _same_first_piece(
+    conversion: ConversionPlan, output: Output, checkpoint: Checkpoint, stored: TensorDirectory
+) -> bool:
+    rows = (
+        slice(None)
+        if output.is_scale or output.rule.per_expert
+        else slice(0, conversion.config.weight_block_size[0])
+    )
+    piece, _ = convert_piece(conversion, output, checkpoint, 0, rows)
+    there = stored.array(output.name)
+    there = there[0] if output.rule.per_expert else there[rows]
+    return piece.shape == there.shape and piece.tobytes() == there.tobytes()
