@@ -178,21 +178,27 @@ def show(events: Iterator[Event]) -> None:
     for event in events:
         match event:
             case Reasoning(text):
-                kind, shown = "think", text
+                kind = "think"
+                shown = text
             case Content(text):
-                kind, shown = "answer", text
+                kind = "answer"
+                shown = text
             case CallBegin(_, name):
-                kind, shown = f"call {name}", ""
+                kind = f"call {name}"
+                shown = ""
             case CallArguments(_, text):
-                kind, shown = section, text
+                kind = section
+                shown = text
             case CallEnd():
-                kind, shown = "", ""
+                kind = ""
+                shown = ""
             case _:
                 continue
         if kind != section:
             text = shown.lstrip("\n")
             print(f"{PLAIN if section else ''}\n   {kind:>6} | " if kind else "", end="")
-            section, shown = kind, text
+            section = kind
+            shown = text
         style = DIM if section == "think" else PLAIN
         print(style + shown.replace("\n", "\n          | "), end=PLAIN, flush=True)
     print(PLAIN)

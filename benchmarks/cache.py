@@ -58,7 +58,10 @@ def measure(
     """(gigabytes of the cache written per second, plain writing's, seconds of each build, peak
     anonymous megabytes).
     """
-    ours, plain, builds, peaks = [], [], [], []
+    ours = []
+    plain = []
+    builds = []
+    peaks = []
     for _ in range(rounds):
         read_into_cache(source)
         pause()
@@ -101,7 +104,8 @@ def rows_of(
 def rows(
     directory: Path, rounds: int = 3, transformers: bool = True, bfloat16: bool = True
 ) -> list[Row]:
-    source, scratch = checkpoint(directory, *REAL), empty_scratch(directory)
+    source = checkpoint(directory, *REAL)
+    scratch = empty_scratch(directory)
     found, seconds, plain = rows_of(source, scratch, "float32", rounds)
     if bfloat16:
         found += rows_of(source, scratch, "bfloat16", rounds)[0]

@@ -50,7 +50,9 @@ def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]
 
 async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> tuple[float, int]:
     """(seconds to the first text, completion tokens) of one streamed answer."""
-    start, first, tokens = time.perf_counter(), None, 0
+    start = time.perf_counter()
+    first = None
+    tokens = 0
     async with http.stream(
         "POST", "/v1/chat/completions", json={"model": model, **request}
     ) as response:

@@ -27,7 +27,8 @@ def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
     """(seconds, peak anonymous megabytes of this process and its children, imports included) of one
     call.
     """
-    peak, stop = 0, threading.Event()
+    peak = 0
+    stop = threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -56,7 +57,10 @@ def measure(
     """(gigabytes per second of conversion, of cp + sync, peak anonymous megabytes); one figure per
     round.
     """
-    gigabytes, ours, peer, peaks = shards_bytes(source) / 1e9, [], [], []
+    gigabytes = shards_bytes(source) / 1e9
+    ours = []
+    peer = []
+    peaks = []
     for _ in range(rounds):
         STATES[state](source)
         pause()
@@ -72,7 +76,9 @@ def measure(
 
 def rows_of(source: Path, scratch: Path, rounds: int) -> list[Row]:
     """One row per state of the page cache, and the peak memory."""
-    what, rows, peaks = f"convert {shards_bytes(source) / 1e9:.1f} GB", [], []
+    what = f"convert {shards_bytes(source) / 1e9:.1f} GB"
+    rows = []
+    peaks = []
     for state in STATES:
         ours, peer, peak = measure(source, scratch, rounds, state)
         peaks.append(peak)

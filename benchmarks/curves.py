@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from neuron_minimax.fp8 import ceil_div
+
 STEEPER = (
     1.25  # how far above its law the largest point may be until a curve counts as superlinear in it
 )
@@ -75,14 +77,17 @@ def fitted(
     """The curve whose expectation is a + b * work, a and b not negative, with the smallest relative
     errors.
     """
-    y, x = np.array(measured), np.array(work)
+    y = np.array(measured)
+    x = np.array(work)
     offset, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[
         0
     ]
     if offset < 0:
-        offset, slope = 0.0, float(np.median(y / x))
+        offset = 0.0
+        slope = float(np.median(y / x))
     if slope < 0:
-        offset, slope = float(np.median(y)), 0.0
+        offset = float(np.median(y))
+        slope = 0.0
     expected = offset + slope * x
     points = [
         Point(at=float(place), measured=float(found), expected=float(wanted))
@@ -100,7 +105,7 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     from matplotlib import pyplot
 
     columns = 3
-    lines = -(-len(curves) // columns)
+    lines = ceil_div(len(curves), columns)
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(4.4 * columns, 3.3 * lines), layout="constrained"
     )

@@ -20,7 +20,8 @@ from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
 
 PROMPT = 512
-SEQ_LEN, BUCKETS = 1024, (64, PROMPT)
+SEQ_LEN = 1024
+BUCKETS = (64, PROMPT)
 Rounds = dict[str, dict[str, list[float]]]
 
 
@@ -49,7 +50,8 @@ def take_turns(
     directory: Path, steps: int, rounds: int, batch_size: int
 ) -> tuple[Rounds, dict[str, Any]]:
     """(side to figure to one value per round, logits by side)."""
-    traced, source = prepare(directory, batch_size), checkpoint(directory, *REAL)
+    traced = prepare(directory, batch_size)
+    source = checkpoint(directory, *REAL)
     with ExitStack() as stack:
         # The widest first: while it dequantizes it takes half as much memory again.
         sides = {
@@ -105,7 +107,8 @@ def decode_rows(found: Rounds, config: ModelConfig, batch_size: int) -> list[Row
         return [tokens / seconds for seconds in found[name]["step"]]
 
     reads = found["float32"]["read"]
-    single, peers = rates("float32"), ("transformers bfloat16", "transformers float32")
+    single = rates("float32")
+    peers = ("transformers bfloat16", "transformers float32")
     goals = (Goal(figure="ratio", value=1.4), Goal(figure="ratio", value=3))
     touched, in_batch = (
         bytes_per_step(config, distinct_experts(config, batch)) for batch in (1, batch_size)
@@ -152,7 +155,8 @@ def encode_rows(found: Rounds, logits: dict[str, Any], config: ModelConfig) -> l
             side: [PROMPT / seconds for seconds in found[side]["encode"]] for side in (name, peer)
         }
         limit = (f"GEMM {name}", [rate / per_token for rate in found[name]["flops"]])
-        what, aim = f"encode {PROMPT} tokens, {name}", Goal(figure="ratio", value=goal)
+        what = f"encode {PROMPT} tokens, {name}"
+        aim = Goal(figure="ratio", value=goal)
         rows.append(
             row(what, rates[name], "tokens/s", peer=(peer, rates[peer]), limit=limit, goal=aim)
         )

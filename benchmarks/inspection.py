@@ -36,7 +36,9 @@ def time_headers(directory: Path) -> float:
 
 def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float]]:
     """(gigabytes per second of check_values, of cat), one figure per round."""
-    gigabytes, ours, peer = shards_bytes(source) / 1e9, [], []
+    gigabytes = shards_bytes(source) / 1e9
+    ours = []
+    peer = []
     for _ in range(rounds):
         STATES[state](source)
         ours.append(gigabytes / run_apart(time_values, source))
@@ -47,7 +49,8 @@ def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float]
 
 def rows_of(source: Path, rounds: int) -> list[Row]:
     """One row per state of the page cache."""
-    what, found = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB", []
+    what = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB"
+    found = []
     for state in STATES:
         ours, peer = measure(source, rounds, state)
         found.append(row(f"{what}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))

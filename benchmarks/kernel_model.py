@@ -19,7 +19,9 @@ from benchmarks.table import Row, row
 from neuron_minimax.kernels import reference
 from tests import nki_interpreter
 
-HIDDEN, INTERMEDIATE, TOP_K = 3072, 1536, 8
+HIDDEN = 3072
+INTERMEDIATE = 1536
+TOP_K = 8
 KERNEL = str(Path(reference.__file__).parent / "nki" / "expert_mlp.py")
 # AWS documentation, "Trainium2 Architecture": 2.9 TB/s of HBM and 8 cores per chip; NKI
 # architecture guide: clocks.
@@ -92,10 +94,8 @@ def engine_times(counts: dict[str, float]) -> dict[str, float]:
 
 def cells(tokens: int) -> list[str]:
     counts = count(tokens)
-    moved, microseconds = (
-        counts["hbm_read_bytes"] + counts["hbm_written_bytes"],
-        engine_times(counts),
-    )
+    moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
+    microseconds = engine_times(counts)
     bound = max(microseconds, key=microseconds.__getitem__)
     # Dequantizing in front of the kernel reads FP8, writes BF16 and reads BF16 back; at best the
     # BF16 copy is kept.
@@ -120,7 +120,8 @@ def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
     for number in tokens:
         seconds = [max(engine_times(count(number)).values())]
         kept, floor = (floor_bytes(number, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (2, 1))
-        peer, limit = ("reading BF16", [kept]), ("moving the floor", [floor])
+        peer = ("reading BF16", [kept])
+        limit = ("moving the floor", [floor])
         what = f"trn2 kernel, {number} token{'s' * (number > 1)} (model, not measured)"
         table.append(row(what, seconds, "us", less_is_better=True, peer=peer, limit=limit))
     return table

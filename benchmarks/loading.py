@@ -32,13 +32,15 @@ def first_token(traced: str, started: str) -> dict[str, float]:
     from benchmarks.processes import memory
     from neuron_minimax.backends import load
 
-    imported, before = time.time() - float(started), memory()
+    imported = time.time() - float(started)
+    before = memory()
     backend = load(traced)
     loaded = time.time() - float(started)
     token = torch.tensor(
         [backend.encode(0, prompt_ids(backend.capabilities.vocab_size, PROMPT)).argmax()]
     )
-    encoded, after = time.time() - float(started), memory()
+    encoded = time.time() - float(started)
+    after = memory()
     backend.step(token, torch.tensor([PROMPT]), torch.tensor([True]))
     return {
         "python": began,
@@ -131,7 +133,8 @@ def load_rows(found: list[dict[str, float]], stored: int, peer: list[float] | No
 def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Row]:
     from neuron_minimax.backends.directory import read_manifest
 
-    traced, source = compile_single(directory), converted(directory, *REAL)
+    traced = compile_single(directory)
+    source = converted(directory, *REAL)
     read_into_cache(source)
     found = [start_process(traced) for _ in range(1 + rounds)][1:]  # the first one warms up
     peer = [run_apart(time_transformers, checkpoint(directory, *REAL))] if transformers else None

@@ -30,7 +30,9 @@ KEPT = "quick"
 MOST_LOST = 1 / 3
 MODEL = ("quick-model", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL)
 FILES = ("quick-files", real_layers(layers=1, experts=8, vocabulary=1024))  # 170 MB
-ROUNDS, STEPS, PROMPT = 7, 40, 128
+ROUNDS = 7
+STEPS = 40
+PROMPT = 128
 FILE_ROUNDS = 3  # each with pauses
 
 
@@ -117,7 +119,8 @@ def model_rows(directory: Path) -> list[Row]:
 
 def file_rows(directory: Path) -> list[Row]:
     """Gigabytes per second of everything that reads or writes a checkpoint."""
-    source, scratch = checkpoint(directory, *FILES), empty_scratch(directory)
+    source = checkpoint(directory, *FILES)
+    scratch = empty_scratch(directory)
     converting, copying, _ = conversion.measure(source, scratch, FILE_ROUNDS)
     checking, reading = inspection.measure(source, ROUNDS)
     building, writing, *_ = cache.measure(source, scratch, "float32", FILE_ROUNDS)

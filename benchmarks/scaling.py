@@ -28,6 +28,7 @@ from benchmarks.suite import RESULTS
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.fp8 import ceil_div
 
 # Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's
 # cache.
@@ -37,8 +38,13 @@ HALF_WIDTH = {
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }
-LONG, CHUNK, SHORT, BUCKET = 8192, 512, 256, 64
-STEPS, ROUNDS, PROMPT_ROUNDS = 15, 9, 3
+LONG = 8192
+CHUNK = 512
+SHORT = 256
+BUCKET = 64
+STEPS = 15
+ROUNDS = 9
+PROMPT_ROUNDS = 3
 # Multiplications and additions of the loops over FP8 codes that take as long as reading a byte:
 # linear layers of 8 rows are read at 16 GB/s here, 128 G/s, where those of one row are at 37.
 SUMS_PER_BYTE = 3.4
@@ -171,7 +177,7 @@ def encode_flops(tokens: int) -> float:
     up to its own.
     """
     config = ModelConfig.from_dict(BASE.config())
-    padded = -(-tokens // CHUNK) * CHUNK
+    padded = ceil_div(tokens, CHUNK) * CHUNK
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
     scores = 2 * config.query_size * tokens * tokens / 2

@@ -41,13 +41,15 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 4,
 }
-SEQ_LEN, BUCKETS = 512, (64, 128, 192, 256)
+SEQ_LEN = 512
+BUCKETS = (64, 128, 192, 256)
 
 
 def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
     """(compiled directory, the peer's float32 checkpoint) of one seeded model."""
     model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
-    source, cache = checkpoint(directory, *model), directory / "caches" / "serving-float32"
+    source = checkpoint(directory, *model)
+    cache = directory / "caches" / "serving-float32"
     build_cache(source, cache, "float32")
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO / name, source / name)
@@ -163,7 +165,8 @@ def rows(directory: Path, **options: Any) -> list[Row]:
     results = compare(directory, setting)
     table = []
     for clients in setting.clients:
-        ours, peer = results["ours", clients], results["peer", clients]
+        ours = results["ours", clients]
+        peer = results["peer", clients]
         what = f"serve {clients} {'client' if clients == 1 else 'clients'}"
         batched = Goal(figure="ratio", value=3) if clients > 1 else None
         no_worse = Goal(figure="ratio", value=1) if clients == 1 else None
@@ -173,7 +176,8 @@ def rows(directory: Path, **options: Any) -> list[Row]:
             (", first token, p95", "first_token_p95", "s", no_worse),
             (", CPU per token", "cpu_per_token", "ms", None),
         ):
-            less, other = unit != "tokens/s", ("transformers serve", [found[key] for found in peer])
+            less = unit != "tokens/s"
+            other = ("transformers serve", [found[key] for found in peer])
             of_ours = [found[key] for found in ours]
             table.append(
                 row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal)
@@ -182,7 +186,8 @@ def rows(directory: Path, **options: Any) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    default, parser = Setting(), parser_of(__doc__)
+    default = Setting()
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--clients",
         type=lambda text: tuple(int(part) for part in text.split(",")),
@@ -203,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
     arguments = vars(parser.parse_args(argv))
-    directory, minutes = arguments.pop("directory"), arguments.pop("soak_minutes")
+    directory = arguments.pop("directory")
+    minutes = arguments.pop("soak_minutes")
     if not minutes:
         print(render(rows(directory, **arguments)))
         return 0

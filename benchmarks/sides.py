@@ -30,7 +30,8 @@ def ours(
     started = time.perf_counter()
     backend = load(traced)
     loaded = time.perf_counter() - started
-    slots, vocabulary = backend.capabilities.slots, backend.capabilities.vocab_size
+    slots = backend.capabilities.slots
+    vocabulary = backend.capabilities.vocab_size
     ids = random_ids(vocabulary, FILLED + steps, slots)
     active = torch.ones(slots, dtype=torch.bool)
 
@@ -124,7 +125,8 @@ def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, fl
     import torch
 
     data = torch.ones(1 << 25, dtype=torch.int64)
-    seconds, reads = [], []
+    seconds = []
+    reads = []
     for first in range(FILLED, FILLED + steps, STEPS_BETWEEN):
         reads.append(seconds_of(data.sum))
         seconds += [
@@ -139,5 +141,6 @@ def gemm_rate(dtype: Any) -> float:
     import torch
 
     tokens, hidden = MATRIX
-    left, right = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden, hidden).to(dtype)
+    left = torch.randn(tokens, hidden).to(dtype)
+    right = torch.randn(hidden, hidden).to(dtype)
     return 2 * tokens * hidden * hidden / min(seconds_of(torch.mm, left, right) for _ in range(5))

@@ -54,7 +54,9 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
     slot is stuck.
     """
     counts = {"good": 0, "cancelled": 0, "bad": 0, "slow": 0, "wrong": 0}
-    start, end, memory = time.monotonic(), time.monotonic() + 60 * minutes, []
+    start = time.monotonic()
+    end = time.monotonic() + 60 * minutes
+    memory = []
     async with httpx.AsyncClient(
         base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)
     ) as http:

@@ -59,7 +59,8 @@ def collect(
     """(rows, seconds by name). A part that fails becomes a row that says so; the others' rows are
     kept.
     """
-    rows, seconds = [], {}
+    rows = []
+    seconds = {}
     for name, work in parts:
         started = time.monotonic()
         try:

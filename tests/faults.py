@@ -137,10 +137,13 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda raw: raw["quantization_config"].update(changes)
 
 
-Q_PROJ, Q_SCALE = ATTENTION + "q_proj.weight", ATTENTION + "q_proj.weight_scale_inv"
-O_PROJ, O_SCALE = ATTENTION + "o_proj.weight", ATTENTION + "o_proj.weight_scale_inv"
+Q_PROJ = ATTENTION + "q_proj.weight"
+Q_SCALE = ATTENTION + "q_proj.weight_scale_inv"
+O_PROJ = ATTENTION + "o_proj.weight"
+O_SCALE = ATTENTION + "o_proj.weight_scale_inv"
 # The expert of the largest bias, which tokens do choose.
-W1, W1_SCALE = MOE + "experts.0.w1.weight", MOE + "experts.0.w1.weight_scale_inv"
+W1 = MOE + "experts.0.w1.weight"
+W1_SCALE = MOE + "experts.0.w1.weight_scale_inv"
 
 FAULTS = (
     # What transformers loads without a word (but for a table of missing names).

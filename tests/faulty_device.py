@@ -25,7 +25,8 @@ class Norms(nn.Module):
 
     def __init__(self, norm: nn.Module, parts: int) -> None:
         super().__init__()
-        self.norm, self.parts = norm, parts
+        self.norm = norm
+        self.parts = parts
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         pieces = [
@@ -70,7 +71,8 @@ def move_experts(model: MiniMaxM2) -> None:
 
 def split_norms(model: MiniMaxM2) -> None:
     attention = model.layers[0].self_attn
-    attention.q_norm, attention.k_norm = Norms(attention.q_norm, 2), Norms(attention.k_norm, 2)
+    attention.q_norm = Norms(attention.q_norm, 2)
+    attention.k_norm = Norms(attention.k_norm, 2)
 
 
 def rotate_everything(model: MiniMaxM2) -> None:

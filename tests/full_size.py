@@ -41,7 +41,8 @@ def write_sparse(directory: Path) -> Path:
         end = position + wanted.elements * STORED_DTYPES[wanted.dtype].itemsize
         if end > SHARD_BYTES:
             shards.append({})
-            position, end = 0, end - position
+            end -= position
+            position = 0
         offsets = [position, end]
         shards[-1][wanted.name] = {
             "dtype": wanted.dtype,

@@ -38,7 +38,8 @@ def placed_attention(state: State, config: ModelConfig, tp: int) -> dict[str, to
     """Full attention tensors with padded and repeated heads, as the preshard hooks leave them."""
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp)
     placed = {name: tensor for name, tensor in state.items() if name.startswith("self_attn.")}
-    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    queries = config.num_attention_heads
+    keys = config.num_key_value_heads
     for module, dimension, heads, slots in (
         (QKV + "q_proj", 0, queries, layout.query_slots),
         (QKV + "k_proj", 0, keys, layout.key_value_slots),
@@ -56,7 +57,8 @@ def attention(state: State, config: ModelConfig, hidden_TH: torch.Tensor, tp: in
     outputs over ranks.
     """
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp)
-    placed, block = placed_attention(state, config, tp), config.weight_block_size
+    placed = placed_attention(state, config, tp)
+    block = config.weight_block_size
     positions = torch.arange(hidden_TH.shape[0])[None]
     rope = rope_table(config, positions, torch.float32)
 
@@ -91,7 +93,8 @@ def attention(state: State, config: ModelConfig, hidden_TH: torch.Tensor, tp: in
         query, key, value = (
             local[name][rank].unflatten(-1, (-1, config.head_dim))[None] for name in "qkv"
         )
-        query, key = rotate(query, rope), rotate(key, rope)
+        query = rotate(query, rope)
+        key = rotate(key, rope)
         attended = attend(query, key.transpose(1, 2), value.transpose(1, 2), positions)[0]
         part_scale = None if scale is None else share(scale, 1, tp, rank)
         total += linear(attended, share(weight, 1, tp, rank), part_scale, block)

@@ -136,7 +136,8 @@ def test_the_number_of_threads_changes_nothing(team, tokens):
         values[:, :, :141],
         positions,
     )
-    wanted, before = operators.attend(*arguments), torch.get_num_threads()
+    wanted = operators.attend(*arguments)
+    before = torch.get_num_threads()
     torch.set_num_threads(team)
     try:
         assert torch.equal(operators.attend(*arguments), wanted)

@@ -107,7 +107,8 @@ def test_a_curve_is_superlinear_when_its_largest_point_is_above_its_law():
             name="layers", axis="layers", unit="ms", law="proportional to the layers", points=points
         )
 
-    linear, steep = curve([1.0, 2.0, 4.0, 8.0]), curve([1.0, 2.0, 5.0, 16.0])
+    linear = curve([1.0, 2.0, 4.0, 8.0])
+    steep = curve([1.0, 2.0, 5.0, 16.0])
     assert not linear.superlinear
     assert linear.worst == pytest.approx(1.0)
     assert steep.superlinear

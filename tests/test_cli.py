@@ -102,7 +102,8 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
     found = json.loads(out)
     oracle = AutoModelForCausalLM.from_pretrained(traced / "twin", dtype=torch.float32).eval()
     with torch.inference_mode():
-        tokens, rows = list(prompt), []
+        tokens = list(prompt)
+        rows = []
         prefill = oracle(torch.tensor([prompt])).logits[0]
         for _ in range(6):
             rows.append(oracle(torch.tensor([tokens])).logits[0, -1])

@@ -26,7 +26,8 @@ TRANSFORMERS_5 = {
 
 @pytest.mark.parametrize("raw", [ORIGINAL, TRANSFORMERS_5], ids=["original", "transformers-5"])
 def test_both_styles_mean_what_transformers_reads(raw):
-    config, oracle = ModelConfig.from_dict(raw), MiniMaxM2Config(**raw)
+    config = ModelConfig.from_dict(raw)
+    oracle = MiniMaxM2Config(**raw)
     rope = oracle.rope_parameters
     assert config.rotary_dim == int(oracle.head_dim * rope["partial_rotary_factor"]) == 64
     assert config.rope_theta == rope["rope_theta"] == 5e6

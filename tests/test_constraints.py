@@ -64,7 +64,8 @@ def babble(tokenizer, constraint, seed, tokens=400):
     every token.
     """
     random = torch.Generator().manual_seed(seed)
-    sampler, said = Sampler(SamplingOptions(seed=seed)), []
+    sampler = Sampler(SamplingOptions(seed=seed))
+    said = []
     for step in range(tokens):
         logits = torch.randn(VOCAB, generator=random)
         for closing in ('"', "}", "]", "</parameter>"):

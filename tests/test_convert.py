@@ -56,7 +56,8 @@ def obvious_conversion(source, layers=2, experts=8):
     }
     result["lm_head.weight"] = "lm_head.weight"
     for layer in range(layers):
-        old, new = f"model.layers.{layer}.", f"layers.{layer}."
+        old = f"model.layers.{layer}."
+        new = f"layers.{layer}."
         for norm in (
             "input_layernorm",
             "post_attention_layernorm",
@@ -106,7 +107,8 @@ def obvious_conversion(source, layers=2, experts=8):
 def test_ocp_range_keeps_every_byte(tmp_path, sizes, shards):
     source = write_tiny(tmp_path / "source", shards=shards, **sizes)
     convert(source, tmp_path / "out", Layout(fp8_range="ocp"))
-    expected, found = obvious_conversion(read_all(source)), read_all(tmp_path / "out")
+    expected = obvious_conversion(read_all(source))
+    found = read_all(tmp_path / "out")
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
@@ -117,7 +119,8 @@ def test_ocp_range_keeps_every_byte(tmp_path, sizes, shards):
 def test_neuron_range_halves_codes_and_doubles_scales(tmp_path, sizes):
     source = write_tiny(tmp_path / "source", **sizes)
     result = convert(source, tmp_path / "out")
-    expected, found = obvious_conversion(read_all(source)), read_all(tmp_path / "out")
+    expected = obvious_conversion(read_all(source))
+    found = read_all(tmp_path / "out")
     rounded = 0
     for name, tensor in expected.items():
         if tensor.dtype == torch.float8_e4m3fn:
@@ -135,14 +138,16 @@ def test_neuron_range_halves_codes_and_doubles_scales(tmp_path, sizes):
 def test_a_dense_source_is_only_renamed_and_stacked(tmp_path):
     source = write_tiny(tmp_path / "source", dense=True)
     convert(source, tmp_path / "out")
-    expected, found = obvious_conversion(read_all(source)), read_all(tmp_path / "out")
+    expected = obvious_conversion(read_all(source))
+    found = read_all(tmp_path / "out")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def dequantized(source, name, block=128):
-    codes, scale = source[name].float(), source[name + "_scale_inv"]
+    codes = source[name].float()
+    scale = source[name + "_scale_inv"]
     rows, columns = codes.shape
     return codes * scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
 
@@ -151,7 +156,8 @@ def dequantized(source, name, block=128):
 def test_attention_in_bf16_is_the_dequantized_weight_rounded_once(tmp_path, sizes):
     source = write_tiny(tmp_path / "source", **sizes)
     convert(source, tmp_path / "out", Layout(attention="bf16"))
-    stored, found = read_all(source), read_all(tmp_path / "out")
+    stored = read_all(source)
+    found = read_all(tmp_path / "out")
     for name, place in (("q", "qkv_proj"), ("k", "qkv_proj"), ("v", "qkv_proj"), ("o", "o_proj")):
         expected = dequantized(stored, f"model.layers.1.self_attn.{name}_proj.weight").bfloat16()
         assert torch.equal(found[f"layers.1.self_attn.{place}.{name}_proj.weight"], expected)
@@ -171,7 +177,8 @@ def test_one_layers_modules_can_be_kept_in_bf16(tmp_path):
         tmp_path / "out",
         Layout(keep_in_bf16=("layers.1.self_attn", "layers.0.block_sparse_moe.experts")),
     )
-    stored, found = read_all(source), read_all(tmp_path / "out")
+    stored = read_all(source)
+    found = read_all(tmp_path / "out")
     assert found["layers.0.self_attn.o_proj.o_proj.weight"].dtype == torch.float8_e4m3fn
     assert found["layers.1.self_attn.o_proj.o_proj.weight"].dtype == torch.bfloat16
     down = [
@@ -209,10 +216,8 @@ def test_no_entry_of_modules_to_not_convert_is_a_substring_of_a_quantized_module
     conversion, _ = plan_conversion(Checkpoint(source), layout)
     entries = unquantized_modules(conversion.outputs)
     for output in conversion.outputs:
-        module, listed = (
-            module_of(output.name),
-            any(entry in module_of(output.name) for entry in entries),
-        )
+        module = module_of(output.name)
+        listed = any(entry in module_of(output.name) for entry in entries)
         if output.dtype == "F8_E4M3":
             assert not listed, module
         elif len(output.shape) > 1 and not output.is_scale:
@@ -231,7 +236,8 @@ def test_reciprocal_scales_are_recognized_and_inverted(tmp_path):
     source = write_tiny(tmp_path / "source")
     make_reciprocal(source)
     convert(source, tmp_path / "out", Layout(fp8_range="ocp"))
-    expected, found = obvious_conversion(read_all(source)), read_all(tmp_path / "out")
+    expected = obvious_conversion(read_all(source))
+    found = read_all(tmp_path / "out")
     scales = [name for name in expected if name.endswith(".scale")]
     assert scales
     assert all(torch.equal(found[name], 1 / expected[name]) for name in scales)
@@ -254,7 +260,8 @@ def test_mixed_scale_evidence_is_refused_unless_the_user_says_what_it_is(tmp_pat
 def test_a_state_dict_in_memory_becomes_the_same_bytes(tmp_path, sizes):
     source = write_tiny(tmp_path / "source", **sizes)
     convert(source, tmp_path / "out")
-    stored, on_disk = read_all(source), read_all(tmp_path / "out")
+    stored = read_all(source)
+    on_disk = read_all(tmp_path / "out")
     stripped = {
         name.removeprefix("model."): tensor for name, tensor in stored.items()
     }  # as NxDI hands it over
@@ -273,10 +280,8 @@ def test_a_state_dict_in_memory_becomes_the_same_bytes(tmp_path, sizes):
 
 @pytest.mark.parametrize("sizes", [{}, RAGGED], ids=["aligned", "ragged"])
 def test_the_rules_read_backwards_give_the_checkpoint_again(tmp_path, sizes):
-    stored, config = (
-        read_all(write_tiny(tmp_path / "c", **sizes)),
-        ModelConfig.from_dir(tmp_path / "c"),
-    )
+    stored = read_all(write_tiny(tmp_path / "c", **sizes))
+    config = ModelConfig.from_dir(tmp_path / "c")
     back = neuron_to_hf_state_dict(
         convert_hf_to_neuron_state_dict(stored, config, Layout(fp8_range="ocp")), config
     )
@@ -383,7 +388,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("attention", ["fp8", "bf16"])
 def test_a_bad_value_stops_the_run_with_its_name_and_leaves_no_manifest(tmp_path, fault, attention):
-    source, bad = write_tiny(tmp_path / "source"), FAULTS[fault]
+    source = write_tiny(tmp_path / "source")
+    bad = FAULTS[fault]
     tensors = load_file(source / "model.safetensors")
     bad.change(tensors[bad.tensor])
     save_file(tensors, source / "model.safetensors")
@@ -440,7 +446,8 @@ def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, la
 
 
 def test_a_bad_value_found_by_another_process_has_its_name(tmp_path, monkeypatch):
-    source, bad = write_tiny(tmp_path / "source"), FAULTS["nan code"]
+    source = write_tiny(tmp_path / "source")
+    bad = FAULTS["nan code"]
     tensors = load_file(source / "model.safetensors")
     bad.change(tensors[bad.tensor])
     save_file(tensors, source / "model.safetensors")
@@ -450,7 +457,8 @@ def test_a_bad_value_found_by_another_process_has_its_name(tmp_path, monkeypatch
 
 
 def test_resuming_rechecks_what_it_trusts_and_rebuilds_what_is_damaged(tmp_path):
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source = write_tiny(tmp_path / "source")
+    out = tmp_path / "out"
     convert(source, tmp_path / "whole")
     convert(source, out)
     # As if the run had been stopped before its end: journals as a stopped run leaves them, no
@@ -473,7 +481,8 @@ def test_resuming_rechecks_what_it_trusts_and_rebuilds_what_is_damaged(tmp_path)
 
 
 def test_a_finished_output_is_recognized_and_another_source_or_layout_refused(tmp_path):
-    source, other = write_tiny(tmp_path / "source"), write_tiny(tmp_path / "other", seed=1)
+    source = write_tiny(tmp_path / "source")
+    other = write_tiny(tmp_path / "other", seed=1)
     out = tmp_path / "out"
     assert not convert(source, out).was_finished
     before = contents(out)
@@ -488,7 +497,8 @@ def test_a_finished_output_is_recognized_and_another_source_or_layout_refused(tm
 
 
 def test_a_directory_that_is_not_ours_is_refused_even_with_overwrite(tmp_path):
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source = write_tiny(tmp_path / "source")
+    out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
@@ -500,7 +510,8 @@ def test_a_directory_that_is_not_ours_is_refused_even_with_overwrite(tmp_path):
 
 
 def test_the_second_run_into_one_output_is_refused(tmp_path):
-    source, refusals = write_tiny(tmp_path / "source"), []
+    source = write_tiny(tmp_path / "source")
+    refusals = []
 
     def try_again(nbytes):
         if not refusals:
@@ -524,7 +535,9 @@ def test_too_little_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch)
 
 
 def test_a_disk_that_fills_up_is_one_message_and_the_next_run_resumes(tmp_path, monkeypatch):
-    source, real_write, left = write_tiny(tmp_path / "source"), ShardWriter.write_at, [3]
+    source = write_tiny(tmp_path / "source")
+    real_write = ShardWriter.write_at
+    left = [3]
 
     def write_until_full(writer, position, data):
         left[0] -= 1
@@ -541,11 +554,9 @@ def test_a_disk_that_fills_up_is_one_message_and_the_next_run_resumes(tmp_path, 
 
 
 def test_a_sync_that_fails_once_fails_the_run(tmp_path, monkeypatch):
-    source, real_sync, failures = (
-        write_tiny(tmp_path / "source"),
-        os.fdatasync,
-        [OSError(errno.EIO, "I/O error")],
-    )
+    source = write_tiny(tmp_path / "source")
+    real_sync = os.fdatasync
+    failures = [OSError(errno.EIO, "I/O error")]
 
     def fail_once(descriptor):
         if failures:
@@ -582,7 +593,8 @@ def test_companion_files_come_along_but_no_code(tmp_path):
 
 
 def test_verify_finds_a_changed_byte_a_dropped_tensor_and_another_source(tmp_path):
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source = write_tiny(tmp_path / "source")
+    out = tmp_path / "out"
     convert(source, out)
     good = verify(source, out)
     assert good.equal
@@ -604,7 +616,8 @@ def test_verify_finds_a_changed_byte_a_dropped_tensor_and_another_source(tmp_pat
 
 
 def test_verify_sees_scales_that_were_not_doubled_even_when_the_digests_agree(tmp_path):
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source = write_tiny(tmp_path / "source")
+    out = tmp_path / "out"
     convert(source, out, Layout(fp8_range="ocp"))
     manifest = json.loads((out / "conversion.json").read_text())
     manifest["identity"]["options"]["fp8_range"] = "neuron"
@@ -615,7 +628,8 @@ def test_verify_sees_scales_that_were_not_doubled_even_when_the_digests_agree(tm
 
 
 def test_the_manifest_says_what_became_of_every_tensor(tmp_path):
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source = write_tiny(tmp_path / "source")
+    out = tmp_path / "out"
     convert(source, out)
     manifest = read_manifest(out)
     assert manifest["scales_converted"] == 56

@@ -367,10 +367,8 @@ def test_near_ties_may_fall_either_way_and_nothing_else_may() -> None:
 def test_the_margin_of_a_choice_covers_what_rounding_the_hidden_state_to_bf16_moves() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(400, 256, generator=generator)
-    gate, bias = (
-        torch.randn(32, 256, generator=generator) / 8,
-        torch.randn(32, generator=generator) / 4,
-    )
+    gate = torch.randn(32, 256, generator=generator) / 8
+    bias = torch.randn(32, generator=generator) / 4
     exact = RouterCase(gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4)
     rounded = replace(exact, inputs_NH=hidden.bfloat16())
     moved = (exact.choice().choice_NE - rounded.choice().choice_NE).abs()
@@ -431,7 +429,8 @@ def test_a_large_vocabulary_is_cut_to_tokens_from_all_of_it(
     write_probe(Layer(tmp_path / "converted", 0), Probe.LAYER, tmp_path / "probe")
     config = ModelConfig.from_dir(tmp_path / "probe")
     assert (config.vocab_size, config.eos_token_ids) == (48, ())
-    full, cut = TensorDirectory(tmp_path / "converted"), TensorDirectory(tmp_path / "probe")
+    full = TensorDirectory(tmp_path / "converted")
+    cut = TensorDirectory(tmp_path / "probe")
     rows = np.arange(48) * 160 // 48
     for name in ("embed_tokens.weight", "lm_head.weight"):
         np.testing.assert_array_equal(cut.array(name), full.array(name)[rows])

@@ -83,7 +83,8 @@ def value(metric, **labels):
 
 
 def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine, tokenizer):
-    engine, alone = make_engine(load(traced)), load(traced)
+    engine = make_engine(load(traced))
+    alone = load(traced)
     clients = []
     for number in range(14):  # more than there are slots, of all lengths, joining while others run
         prompt = [(11 * number + 7 * place) % VOCAB for place in range(3 + 9 * number)]
@@ -113,7 +114,8 @@ def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine
 def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answers_the_same(
     traced, make_engine, tokenizer
 ):
-    engine, alone = make_engine(load(traced)), load(traced)
+    engine = make_engine(load(traced))
+    alone = load(traced)
     system = [(5 * place) % VOCAB for place in range(60)]
     for number, cached in ((1, 0), (2, 60), (3, 60)):
         prompt = [*system, number, number + 1]
@@ -160,7 +162,8 @@ def test_running_requests_advance_after_every_chunk_of_long_prompts(make_engine,
 def test_a_short_prompt_is_not_kept_waiting_by_a_long_one_before_it(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 40)
     engine = make_engine(backend)
-    long, short = Client(tokenizer, [4] * 640, 2), Client(tokenizer, [1, 2, 3], 2)
+    long = Client(tokenizer, [4] * 640, 2)
+    short = Client(tokenizer, [1, 2, 3], 2)
     gate = threading.Event()
     backend.before_call = gate.wait
     engine.submit(long.job)
@@ -174,8 +177,10 @@ def test_a_short_prompt_is_not_kept_waiting_by_a_long_one_before_it(make_engine,
 def test_a_cancelled_request_frees_its_slot_before_the_next_step(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 400, slots=1)
     engine = make_engine(backend)
-    first, second = Client(tokenizer, [1, 2, 3], 400), Client(tokenizer, [4, 5, 6], 2)
-    entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    first = Client(tokenizer, [1, 2, 3], 400)
+    second = Client(tokenizer, [4, 5, 6], 2)
+    entered = threading.Semaphore(0)
+    go_on = threading.Semaphore(0)
 
     def pause():
         entered.release()
@@ -215,7 +220,8 @@ def test_requests_beyond_the_queue_are_refused_and_those_in_it_are_served(make_e
 def test_requests_are_admitted_in_the_order_of_their_arrival(make_engine, tokenizer):
     backend = scripted(tokenizer, "hi", slots=1)
     engine = make_engine(backend)
-    order, clients = [], [Client(tokenizer, [number, 9]) for number in range(6)]
+    order = []
+    clients = [Client(tokenizer, [number, 9]) for number in range(6)]
     for number, client in enumerate(clients):
         client.job.receive = lambda output, number=number: (
             order.append(number) if output.last else None
@@ -229,10 +235,8 @@ def test_a_deadline_ends_running_and_waiting_requests(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 1000, slots=1)
     engine = make_engine(backend)
     backend.before_call = lambda: time.sleep(0.01)
-    running, waiting = (
-        Client(tokenizer, [1], 1000, timeout=0.2),
-        Client(tokenizer, [2], 5, timeout=0.1),
-    )
+    running = Client(tokenizer, [1], 1000, timeout=0.2)
+    waiting = Client(tokenizer, [2], 5, timeout=0.1)
     engine.submit(running.job)
     engine.submit(waiting.job)
     assert waiting.wait()[1].error[0] == "timeout"
@@ -281,7 +285,8 @@ def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(
 def test_a_fault_in_one_request_leaves_the_others_alone(make_engine, tokenizer):
     backend = scripted(tokenizer, "one two three four")
     engine = make_engine(backend)
-    broken, fine = Client(tokenizer, [1, 2]), Client(tokenizer, [3, 4], 50)
+    broken = Client(tokenizer, [1, 2])
+    fine = Client(tokenizer, [3, 4], 50)
     broken.job.pipeline.push = None
     engine.submit(broken.job, fine.job)
     assert broken.wait()[1].error[0] == "internal_error"
@@ -295,7 +300,8 @@ def test_the_metrics_count_tokens_steps_padding_and_reasons(make_engine, tokeniz
     engine.submit(client.job)
     client.wait()
     engine.stop()
-    metrics, tokens = engine._metrics, len(tokenizer.encode("hi")) + 1
+    metrics = engine._metrics
+    tokens = len(tokenizer.encode("hi")) + 1
     assert value(metrics.prompt_tokens) == 40
     assert value(metrics.output_tokens) == tokens == client.job.output_tokens
     assert value(metrics.encoded, use="prompt") == 40

@@ -78,7 +78,8 @@ def test_the_routing_records_hold_what_the_trace_holds(analysed):
     ]
     assert len(rows) == trace.layers * len(trace.tokens)
     for row in rows:
-        layer, position = row["layer"], row["position"]
+        layer = row["layer"]
+        position = row["position"]
         assert row["token"] == trace.tokens[position]
         assert row["text"] == trace.texts[position]
         assert row["phase"] == ("decode" if trace.is_decode[position] else "prefill")
@@ -157,7 +158,8 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
 
 
 def test_the_tool_builds_a_cache_and_uses_it_with_the_same_result(traced, tool, tmp_path, capsys):
-    checkpoint, cache = traced.parent / "checkpoint", tmp_path / "cache"
+    checkpoint = traced.parent / "checkpoint"
+    cache = tmp_path / "cache"
     common = ["--checkpoint", str(checkpoint), "--cache_dir", str(cache)]
     assert tool.main([*common, "--dump_only"]) == 0
     assert (cache / "cache.json").exists()

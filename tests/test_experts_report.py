@@ -15,7 +15,10 @@ from neuron_minimax.studies.experts.plots import write_plots
 from neuron_minimax.studies.experts.report import pack, render_report
 from neuron_minimax.studies.experts.trace import Trace
 
-LAYERS, TOKENS, EXPERTS, TOP_K = 6, 30, 16, 3
+LAYERS = 6
+TOKENS = 30
+EXPERTS = 16
+TOP_K = 3
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

@@ -7,7 +7,10 @@ import pytest
 
 from neuron_minimax.studies.experts import stats
 
-LAYERS, TOKENS, TOP_K, EXPERTS = 5, 40, 3, 12
+LAYERS = 5
+TOKENS = 40
+TOP_K = 3
+EXPERTS = 12
 
 
 @pytest.fixture
@@ -64,7 +67,8 @@ def test_load_balance_equals_its_definitions(index):
 
 
 def test_load_balance_at_its_ends():
-    even, one = np.full((1, 8), 5), np.eye(8, dtype=int)[:1] * 40
+    even = np.full((1, 8), 5)
+    one = np.eye(8, dtype=int)[:1] * 40
     assert stats.load_balance(even).gini[0] == pytest.approx(0)
     assert stats.load_balance(even).entropy[0] == pytest.approx(1)
     assert stats.load_balance(one).gini[0] == pytest.approx(1 - 1 / 8)
@@ -74,10 +78,8 @@ def test_load_balance_at_its_ends():
 
 def test_bias_effect_counts_the_choices_that_would_be_others():
     generator = np.random.default_rng(2)
-    scores, bias = (
-        generator.random((LAYERS, TOKENS, EXPERTS)),
-        generator.normal(7, 0.3, (LAYERS, EXPERTS)),
-    )
+    scores = generator.random((LAYERS, TOKENS, EXPERTS))
+    bias = generator.normal(7, 0.3, (LAYERS, EXPERTS))
     found = stats.bias_effect(scores, bias, TOP_K)
     for layer in range(LAYERS):
         changed = 0

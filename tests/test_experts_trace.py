@@ -89,7 +89,10 @@ def test_a_saved_trace_reads_back_as_it_was(model, tmp_path):
 
 
 def test_512_tokens_of_the_real_shape_take_little_memory(tmp_path):
-    layers, tokens, experts, top_k = 62, 512, 256, 8
+    layers = 62
+    tokens = 512
+    experts = 256
+    top_k = 8
     recorder = Recorder(bias=np.zeros((layers, experts), dtype=np.float32))
     from neuron_minimax.model.moe import Routing
 
@@ -194,7 +197,8 @@ def test_a_placement_evens_out_skewed_loads_on_a_trace_it_has_not_seen():
     seen, held_out = (
         np.stack([generator.multinomial(20_000, row) for row in popularity]) for _ in range(2)
     )
-    before, after = as_numbered(4, 256, 64), place(seen, 64)
+    before = as_numbered(4, 256, 64)
+    after = place(seen, 64)
     for layer in range(4):  # the load of a rank is the sum over its experts
         rank = after.order[layer, 4 * 7 : 4 * 8]
         assert after.rank_load(held_out)[layer, 7] == held_out[layer, rank].sum()

@@ -78,7 +78,8 @@ def test_the_steps_show_the_real_numbers_of_the_block(tmp_path):
     subject = from_checkpoint(
         write_tiny(tmp_path / "c", hidden_size=320, intermediate_size=192), name, (2, 1)
     )
-    codes, scale = subject.codes[256:320, 128:192], subject.scales[2, 1]
+    codes = subject.codes[256:320, 128:192]
+    scale = subject.scales[2, 1]
     parts = {part.title[:1]: part for part in explain(subject)}
     assert "rows 256 to 319 and columns 128 to 191" in parts["1"].text
     assert [row[1:] for row in parts["1"].rows] == [

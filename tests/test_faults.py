@@ -51,7 +51,8 @@ def test_what_only_others_get_wrong_is_reported_and_converts_to_the_same_tensors
     assert named(fault, text), text
     convert(directory, tmp_path / "out")
     convert(GOOD.write(tmp_path / "good"), tmp_path / "expected")
-    found, expected = TensorDirectory(tmp_path / "out"), TensorDirectory(tmp_path / "expected")
+    found = TensorDirectory(tmp_path / "out")
+    expected = TensorDirectory(tmp_path / "expected")
     assert found.entries.keys() == expected.entries.keys()
     for name in expected.entries:
         if "reciprocal" in fault.title and name.endswith(".scale"):  # inverted twice: two roundings

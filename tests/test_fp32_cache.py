@@ -53,7 +53,8 @@ def slow_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def test_every_weight_equals_its_dequantized_source_bit_for_bit(source, cache):
-    original, cached = Checkpoint(source), Checkpoint(cache)
+    original = Checkpoint(source)
+    cached = Checkpoint(cache)
     cached.require_usable()
     assert not any(cached.is_fp8(name) for name in cached.entries)
     for name in cached.entries:
@@ -124,7 +125,8 @@ def fp32_cache_layout():
 
 def test_a_bfloat16_cache_rounds_once_and_keeps_routing_in_float32(source, tmp_path):
     build_cache(source, tmp_path / "cache", "bfloat16")
-    original, cached = Checkpoint(source), Checkpoint(tmp_path / "cache")
+    original = Checkpoint(source)
+    cached = Checkpoint(tmp_path / "cache")
     assert json.loads((tmp_path / "cache/config.json").read_text())["dtype"] == "bfloat16"
     for name in cached.entries:
         routing = name.endswith(("gate.weight", "e_score_correction_bias"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from neuron_minimax import fp8
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.fp8 import ScaleConvention, ceil_div
 
 CODES = np.arange(256, dtype=np.uint8)
 VALUES = torch.from_numpy(CODES).view(torch.float8_e4m3fn).float().numpy()
@@ -72,9 +72,9 @@ def test_dequantizing_takes_the_scale_of_the_block_even_when_the_last_is_partial
 ):
     generator = np.random.default_rng(rows * 41 + columns)
     codes = generator.choice(CODES[FINITE], (rows, columns))
-    scales = generator.uniform(0.5, 2, (-(-rows // block[0]), -(-columns // block[1]))).astype(
-        np.float32
-    )
+    scales = generator.uniform(
+        0.5, 2, (ceil_div(rows, block[0]), ceil_div(columns, block[1]))
+    ).astype(np.float32)
     np.testing.assert_array_equal(
         fp8.dequantize(codes, scales, block), slow_dequantize(codes, scales, block)
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neuron_minimax import fp8 as numpy_fp8
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu import operators
 from neuron_minimax.kernels.cpu.jit import compiled, exponential
@@ -39,7 +40,7 @@ IMPLEMENTATIONS = {
 
 
 def grid(size: int) -> int:
-    return -(-size // BLOCK)
+    return ceil_div(size, BLOCK)
 
 
 def weights(experts: int, hidden: int, intermediate: int, seed: int = 0, scale: float = 1e-2):
@@ -219,7 +220,8 @@ def test_panels_hold_every_code_exactly():
     if HAS_PAIRS:
         pairs = np.empty(128 * NARROW_STRIP, np.int32)
         expanded(codes, pairs)
-        lower, upper = (pairs << 16).view(np.float32), (pairs & -(2**16)).view(np.float32)
+        lower = (pairs << 16).view(np.float32)
+        upper = (pairs & -(2**16)).view(np.float32)
         found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1)
         assert np.array_equal(found.reshape(256, NARROW_STRIP), wanted)
 
@@ -258,7 +260,8 @@ def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
 
 
 def test_chosen_experts_may_be_any_integers_and_rows_have_to_fit():
-    stacked, (index, affinity) = weights(4, 192, 64), routing(5, 4, 2)
+    stacked = weights(4, 192, 64)
+    (index, affinity) = routing(5, 4, 2)
     activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
     wanted = operators.expert_mlp(activations, index, affinity, *stacked)
     assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, *stacked), wanted)
@@ -298,7 +301,7 @@ def test_dequantization_equals_the_byte_table(shape, block):
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 0x7F, shape, dtype=np.uint8)
     scale = generator.uniform(
-        1e-3, 1, [-(-size // step) for size, step in zip(shape, block, strict=True)]
+        1e-3, 1, [ceil_div(size, step) for size, step in zip(shape, block, strict=True)]
     )
     wanted = numpy_fp8.dequantize(codes, scale.astype(np.float32), block)
     found = reference.dequantize(

@@ -173,7 +173,8 @@ def test_only_experts_that_a_token_chose_pass_through_the_core(kernel):
         for expert in (0, 2, 5):
             case.gate_up.view(torch.uint8)[expert] = 0x7F
             case.down.view(torch.uint8)[expert] = 0x7F
-            case.gate_up_scale[expert], case.down_scale[expert] = torch.nan, torch.nan
+            case.gate_up_scale[expert] = torch.nan
+            case.down_scale[expert] = torch.nan
         out = kernel[0].expert_mlp(*case.arguments(), cores=cores)
         assert relative_error(out, slow_expert_mlp(case)) < 1e-5
 
@@ -190,17 +191,21 @@ def test_the_work_is_that_of_the_chosen_experts_whatever_the_number_of_choices(k
 def test_codes_may_come_as_bytes(kernel):
     case = Case()
     wanted = kernel[0].expert_mlp(*case.arguments())
-    case.gate_up, case.down = case.gate_up.view(torch.uint8), case.down.view(torch.uint8)
+    case.gate_up = case.gate_up.view(torch.uint8)
+    case.down = case.down.view(torch.uint8)
     assert torch.equal(kernel[0].expert_mlp(*case.arguments()), wanted)
 
 
 def test_extreme_scales_and_zero_blocks_keep_their_precision(kernel):
     case = Case(tokens=4, hidden=256, intermediate=256)
-    case.gate_up_scale[:, 0], case.gate_up_scale[:, 1] = 1e-6, 1e3
-    case.down_scale[:, :, 0], case.down_scale[:, :, 1] = 1e-6, 1e3
+    case.gate_up_scale[:, 0] = 1e-6
+    case.gate_up_scale[:, 1] = 1e3
+    case.down_scale[:, :, 0] = 1e-6
+    case.down_scale[:, :, 1] = 1e3
     case.gate_up.view(torch.uint8)[:, :128, 128:256] = 0
     case.down.view(torch.uint8)[:, 128:, :128] = 0x80
-    out, wanted = kernel[0].expert_mlp(*case.arguments()), slow_expert_mlp(case)
+    out = kernel[0].expert_mlp(*case.arguments())
+    wanted = slow_expert_mlp(case)
     for columns in (slice(0, 128), slice(128, 256)):
         assert relative_error(out[:, columns], wanted[:, columns]) < 1e-5
 
@@ -234,8 +239,11 @@ def test_what_the_kernel_does_not_take_is_refused_by_name(kernel):
     expert_mlp = kernel[0].expert_mlp
     with pytest.raises(ValueError, match="1 to 128 tokens"):
         expert_mlp(*Case(tokens=129, top_k=1).arguments())
-    ragged, dense, wrong = Case(), Case(), Case()
-    ragged.hidden_TH, ragged.gate_up = ragged.hidden_TH[:, :192], ragged.gate_up[:, :192]
+    ragged = Case()
+    dense = Case()
+    wrong = Case()
+    ragged.hidden_TH = ragged.hidden_TH[:, :192]
+    ragged.gate_up = ragged.gate_up[:, :192]
     ragged.down = ragged.down[..., :192]
     with pytest.raises(ValueError, match="multiples of 128"):
         expert_mlp(*ragged.arguments())
@@ -282,7 +290,8 @@ def test_the_plan_computes_in_int32_and_float32_only(kernel, experts):
             found.add(result.dtype)
             return result
 
-    index_TK, affinity_TK = torch.randint(-1, experts, (3, 8)), torch.rand(3, 8)
+    index_TK = torch.randint(-1, experts, (3, 8))
+    affinity_TK = torch.rand(3, 8)
     with Dtypes():
         kernel[0].plan_visits(index_TK, affinity_TK, experts, 2)
     assert found == {torch.int32, torch.bool, torch.float32}

@@ -69,7 +69,8 @@ def test_a_backend_without_all_positions_dumps_the_last_one(backend, tmp_path, m
     limited = dataclasses.replace(backend.capabilities, all_position_logits=False)
     monkeypatch.setattr(backend, "capabilities", limited)
     answer(backend, PROMPT, max_new_tokens=2, dump_logits=tmp_path / "last")
-    last, whole = load_file(tmp_path / "last"), load_file(tmp_path / "all")
+    last = load_file(tmp_path / "last")
+    whole = load_file(tmp_path / "all")
     assert last["prefill_logits"].shape == (1, VOCAB)
     torch.testing.assert_close(
         last["prefill_logits"][0], whole["prefill_logits"][-1], atol=1e-5, rtol=0

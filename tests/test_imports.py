@@ -107,7 +107,8 @@ def package_files(path):
 )
 def test_a_change_to_any_file_that_graphs_are_made_of_asks_for_a_compile(sources, first):
     digested = {path for pattern in sources for path in PACKAGE.glob(pattern)}
-    reached, waiting = set(), [PACKAGE / first]
+    reached = set()
+    waiting = [PACKAGE / first]
     while waiting:
         path = waiting.pop()
         if path not in reached:

@@ -153,7 +153,8 @@ def test_every_section_is_there_and_bars_are_as_long_as_their_bytes(page, open_b
         )
     )
     assert len(bars) == 16
-    experts, query = 16 * (128 * 256 + 2 * 4), 2 * (512 * 256 + 8 * 4)
+    experts = 16 * (128 * 256 + 2 * 4)
+    query = 2 * (512 * 256 + 8 * 4)
     assert bars["q_proj"] / bars["w1"] == pytest.approx(query / experts, rel=0.01)
 
 

@@ -119,13 +119,12 @@ MEMORY = Path("/proc/self/statm")  # in pages
 
 @pytest.mark.skipif(not MEMORY.exists(), reason="asks Linux how much memory it takes")
 def test_kernels_release_what_they_take():
-    hidden, weight = torch.zeros(64, 1 << 14), torch.zeros(128, 1 << 14, dtype=torch.uint8)
+    hidden = torch.zeros(64, 1 << 14)
+    weight = torch.zeros(128, 1 << 14, dtype=torch.uint8)
     stacked = torch.zeros(1, 1 << 14, 256, dtype=torch.uint8), torch.ones(1, 128, 2)
     down = torch.zeros(1, 128, 1 << 14, dtype=torch.uint8), torch.ones(1, 1, 128)
-    chosen, cached = (
-        (torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, 1)),
-        torch.zeros(2, 64, 4, 64, 64),
-    )
+    chosen = (torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, 1))
+    cached = torch.zeros(2, 64, 4, 64, 64)
 
     def use_all() -> int:
         operators.linear(hidden * 1, weight, torch.ones(1, 128), (128, 128))

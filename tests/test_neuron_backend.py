@@ -80,7 +80,8 @@ def test_bad_options_are_named(bad: dict[str, Any], message: str) -> None:
 
 
 def test_a_placement_is_known_by_its_contents(tmp_path: Path) -> None:
-    config, placement = PUBLISHED, tmp_path / "placement.json"
+    config = PUBLISHED
+    placement = tmp_path / "placement.json"
     request = {"slots": 32, "expert_placement": str(placement)}
     with pytest.raises(BackendError, match=r"placement\.json cannot be read"):
         backend.check_options(config, request)
@@ -341,7 +342,10 @@ def parameters(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_coverage_accepts_a_complete_checkpoint_and_the_second_name_of_a_weight() -> None:
     weight = torch.zeros(4, 4)
-    weight.tensor_model_parallel, weight.partition_dim, weight.num_partitions = True, 0, 2  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    weight.tensor_model_parallel = True
+    weight.partition_dim = 0
+    weight.num_partitions = 2
     built = parameters(
         a__weight=weight, a__master_weight=weight, kv_mgr__past_key_values=torch.zeros(1)
     )

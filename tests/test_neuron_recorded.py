@@ -162,7 +162,9 @@ def real_layer() -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     sizes = PUBLISHED_SIZES | {"num_hidden_layers": 1, "num_local_experts": 16, "vocab_size": 384}
     config = ModelConfig.from_dict(tiny_config(**sizes))
     generator = torch.Generator().manual_seed(0)
-    experts, hidden, inner = 16, config.hidden_size, config.intermediate_size
+    experts = 16
+    hidden = config.hidden_size
+    inner = config.intermediate_size
 
     def weight(name: str, *shape: int) -> dict[str, torch.Tensor]:
         codes = torch.randint(0, 0x70, shape, generator=generator, dtype=torch.uint8)
@@ -174,7 +176,8 @@ def real_layer() -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    attention, moe = "layers.0.self_attn.", "layers.0.block_sparse_moe."
+    attention = "layers.0.self_attn."
+    moe = "layers.0.block_sparse_moe."
     state: dict[str, Any] = {
         **weight(attention + "qkv_proj.q_proj", config.query_size, hidden),
         **weight(attention + "qkv_proj.k_proj", config.key_value_size, hidden),

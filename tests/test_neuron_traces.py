@@ -106,7 +106,8 @@ def test_nothing_else_enters_a_graph_but_its_inputs_and_nxdis_own_numbering(
 ) -> None:
     # NxDI writes a prompt into the cache by places it numbers on the host (kvcache/utils.py); NxD's
     # top-k over ranks adds where the vocabulary of each begins (operators/topk.py).
-    tp, length = case.degrees[0], tokens(case, graph)[1]
+    tp = case.degrees[0]
+    length = tokens(case, graph)[1]
     places = rf"int32 \[1, [12], {length}\], (zeros|multiples of 1, 1 of each)"
     starts = (
         rf"int64 \[1\], zeros|int64 \[1, {256 * tp}\], multiples of {200064 // tp}, 256 of each"
@@ -154,7 +155,8 @@ def test_the_router_is_float32_from_the_gate_to_the_choice(
 def test_a_layer_needs_four_collectives_over_all_ranks(
     case: Case, graph: str, found: dict[str, Any]
 ) -> None:
-    (tp, moe_tp, moe_ep), (batch, length) = case.degrees, tokens(case, graph)
+    (tp, moe_tp, moe_ep) = case.degrees
+    (batch, length) = tokens(case, graph)
     everyone = f"over {tp} ranks (0, 1..) in 1 groups"
     norm = f"all-reduce f32[{batch}, {length}, 1] f32[] -> f32[{batch}, {length}, 1] {everyone}"
     hidden = (

@@ -15,6 +15,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import build_cache
 from neuron_minimax.convert.verify import verify
 from neuron_minimax.convert.write import convert
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.inspection.values import check_values
 from tests.tiny import write_tiny
 
@@ -27,7 +28,7 @@ def cached_share(directory: Path) -> float:
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
-        states = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        states = (ctypes.c_ubyte * ceil_div(len(mapped), mmap.PAGESIZE))()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         assert LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), states) == 0
         resident += sum(state & 1 for state in states)
@@ -95,7 +96,8 @@ def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(
     COMMANDS[command](source, tmp_path / "larger")
     assert cached_share(source) < 0.2
     if command != "values":
-        (small,), (large,) = (tmp_path / "fits").iterdir(), (tmp_path / "larger").iterdir()
+        (small,) = (tmp_path / "fits").iterdir()
+        (large,) = (tmp_path / "larger").iterdir()
         require_kept(small, witness)
         assert cached_share(large) < 0.2
 

@@ -93,7 +93,8 @@ def test_prefill_and_greedy_steps_equal_transformers(pair):
     )
     reference = oracle(wanted[:, :-1]).logits
     logits, cache = model(torch.tensor([prompt]), use_cache=True)
-    seen, tokens = [logits], []
+    seen = [logits]
+    tokens = []
     for _ in range(STEPS):
         tokens.append(int(seen[-1][0, -1].argmax()))
         logits, cache = model(torch.tensor([tokens[-1:]]), cache)
@@ -137,7 +138,8 @@ def test_incremental_decoding_equals_the_full_pass_however_it_is_cut(pair):
     ids = torch.tensor(prompts(37, 37))
     full, none = model(ids)
     assert none is None
-    cache, parts = None, []
+    cache = None
+    parts = []
     for piece in ids.split([5, 1, 1, 20, 10], dim=1):
         logits, cache = model(piece, cache, use_cache=True)
         parts.append(logits)
@@ -148,7 +150,8 @@ def test_incremental_decoding_equals_the_full_pass_however_it_is_cut(pair):
 def test_the_cache_grows_past_its_first_capacity_without_a_change(aligned):
     model, oracle = aligned
     ids = torch.tensor(prompts(300))
-    cache, parts = None, []
+    cache = None
+    parts = []
     for piece in ids.split([250, 20, 30], dim=1):
         logits, cache = model(piece, cache, use_cache=True)
         parts.append(logits)
@@ -169,7 +172,8 @@ def test_bf16_compute_equals_transformers_with_the_same_casts(tmp_path):
     for layer, router in zip(oracle.model.layers, routers, strict=True):
         layer.mlp.gate.weight = torch.nn.Parameter(router.linear_router.weight)
         layer.mlp.e_score_correction_bias = router.e_score_correction_bias
-    mine, theirs = low(ids)[0].float(), oracle(ids).logits.float()
+    mine = low(ids)[0].float()
+    theirs = oracle(ids).logits.float()
     # Measured, of logits of rms 1: 0.009 between the two, which add up in different orders; 0.011
     # and 0.012 to float32.
     assert rms(mine - theirs) < 0.011

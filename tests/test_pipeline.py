@@ -28,7 +28,8 @@ def run(tokenizer, text, **options):
     read.
     """
     pipeline = Pipeline(tokenizer, **options)
-    events, ids = [], tokenizer.encode(text)
+    events = []
+    ids = tokenizer.encode(text)
     read = 0
     for read, token in enumerate(ids, start=1):  # noqa: B007
         events += pipeline.push(token)
@@ -46,7 +47,8 @@ def run(tokenizer, text, **options):
 )
 def test_text_is_cut_before_the_first_stop_string_however_it_arrives(text, stops, cuts):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    stopper, shown = StopStrings(stops), ""
+    stopper = StopStrings(stops)
+    shown = ""
     for start, end in itertools.pairwise(bounds):
         shown += stopper.push(text[start:end])
         assert not any(stop in shown for stop in stops)

@@ -311,7 +311,8 @@ def test_expert_norms_are_those_of_samples_and_near_those_of_the_dequantized_wei
 
 
 def test_two_equal_checkpoints_compare_equal_and_one_changed_byte_is_named(tmp_path):
-    first, second = write_tiny(tmp_path / "a", shards=1), write_tiny(tmp_path / "b", shards=2)
+    first = write_tiny(tmp_path / "a", shards=1)
+    second = write_tiny(tmp_path / "b", shards=2)
     assert compare(Checkpoint(first), Checkpoint(second), values=True).equal
     name = "model.layers.1.self_attn.o_proj.weight"
     changed = Checkpoint(second)

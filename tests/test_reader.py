@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.fp8 import ceil_div
 from tests.tiny import write_tiny
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -143,7 +144,8 @@ def test_overlapping_tensors_are_refused(broken):
         names = sorted(
             (n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"]
         )
-        one, two = header[names[0]]["data_offsets"], header[names[1]]["data_offsets"]
+        one = header[names[0]]["data_offsets"]
+        two = header[names[1]]["data_offsets"]
         header[names[1]]["data_offsets"] = [one[1] - 2, one[1] - 2 + two[1] - two[0]]
 
     rewrite_header(shard(broken), overlap)
@@ -266,5 +268,5 @@ def test_the_fingerprint_follows_contents_and_not_times(made, broken):
 def test_sampled_scales_belong_to_the_sampled_rows(made):
     checkpoint = Checkpoint(made)
     for name, codes, scales in checkpoint.sample_scales(most=10):
-        assert scales.shape == (1, -(-codes.shape[1] // 128))
+        assert scales.shape == (1, ceil_div(codes.shape[1], 128))
         np.testing.assert_array_equal(codes, checkpoint.array(name)[:128])

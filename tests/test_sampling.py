@@ -63,7 +63,8 @@ def test_candidates_and_their_probabilities_are_those_of_transformers(options):
 
 def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answer_only():
     options = SamplingOptions(temperature=0.0, presence_penalty=0.75, frequency_penalty=0.5)
-    sampler, counts = Sampler(options, prompt_ids=[0, 1, 2]), Counter()
+    sampler = Sampler(options, prompt_ids=[0, 1, 2])
+    counts = Counter()
     logits = random_logits(5)
     for _ in range(30):
         scores = [
@@ -77,7 +78,8 @@ def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answe
 
 
 def test_the_repetition_penalty_covers_prompt_and_answer():
-    said, logits = [3, 700], random_logits(6)
+    said = [3, 700]
+    logits = random_logits(6)
     sampler = Sampler(SamplingOptions(temperature=0.0, repetition_penalty=3.0), said)
     processor = RepetitionPenaltyLogitsProcessor(penalty=3.0)
     for _ in range(20):

@@ -85,7 +85,11 @@ def test_a_streamed_call_brings_its_name_first_and_then_its_arguments_in_pieces(
         tools=[WEATHER_TOOL],
         stream=True,
     )
-    names, arguments, reasoning, content, reasons = {}, {}, "", "", []
+    names = {}
+    arguments = {}
+    reasoning = ""
+    content = ""
+    reasons = []
     for chunk in stream:
         delta = chunk.choices[0].delta
         reasoning += getattr(delta, "reasoning_content", None) or ""
@@ -121,7 +125,8 @@ def test_a_call_cut_off_by_the_limit_ends_as_text_with_reason_length(weather, st
         content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         reason = chunks[-1].choices[0].finish_reason
     else:
-        content, reason = response.choices[0].message.content, response.choices[0].finish_reason
+        content = response.choices[0].message.content
+        reason = response.choices[0].finish_reason
         assert [call.function.name for call in response.choices[0].message.tool_calls] == [
             "get_weather"
         ]

@@ -93,7 +93,8 @@ def test_the_fp8_guide_is_written_in_three_forms(checkpoint, with_checkpoint, ca
     )
     assert tool("explain_fp8_scales").main([*arguments, "--block", "1", "1"]) == 0
     out = capsys.readouterr().out
-    guide, page = Path("fp8_visual_guide.md").read_text(), Path("fp8_visual_guide.html").read_text()
+    guide = Path("fp8_visual_guide.md").read_text()
+    page = Path("fp8_visual_guide.html").read_text()
     for title in (
         "1. Codes",
         "2. The scale",

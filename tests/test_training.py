@@ -258,7 +258,8 @@ def test_a_resumed_run_continues_to_the_bit(make_trainer, autocast: bool) -> Non
 
 
 def test_a_run_stopped_on_the_way_is_the_same_run(make_trainer) -> None:
-    whole, parts = make_trainer("whole"), make_trainer("parts")
+    whole = make_trainer("whole")
+    parts = make_trainer("parts")
     list(whole.run())
     assert [report.step for report in parts.run(until=2)] == [1, 2]
     resumed = make_trainer("parts")
@@ -346,7 +347,8 @@ def test_the_written_checkpoint_is_whole_and_holds_the_trained_weights(
         if expected.is_scale:
             assert (expected.name in checkpoint.entries) == (precision is Precision.FP8)
             continue
-        values, stored = wanted[expected.name].numpy(), checkpoint.entries[expected.name].dtype
+        values = wanted[expected.name].numpy()
+        stored = checkpoint.entries[expected.name].dtype
         if expected.dtype == "F32" or precision is Precision.FLOAT32:
             assert stored == "F32"
             assert np.array_equal(checkpoint.array(expected.name), values)

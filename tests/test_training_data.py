@@ -175,7 +175,8 @@ def test_python_one_liners_run_and_print_what_was_asked() -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(question.answer)
-        output, task = printed.getvalue().strip(), question.key
+        output = printed.getvalue().strip()
+        task = question.key
         number = int((re.findall(r"\d+", task) or ["0"])[0])
         word = (re.findall(r"the word (\w+)", task) or [""])[0]
         if "squares" in task:

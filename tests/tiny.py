@@ -67,7 +67,8 @@ def tiny_tensors(
     for wanted in schema.expected(config):
         if wanted.is_scale:
             continue
-        shape, kind = wanted.shape, wanted.weight.kind
+        shape = wanted.shape
+        kind = wanted.weight.kind
         if (
             kind == "e_score_correction_bias"
         ):  # of the size and spread that published checkpoints have

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004", "Shift": "\ue008", "Space": " "}
 
@@ -90,7 +91,8 @@ def chromium() -> Iterator[Callable[[int, int], Browser]]:
     driver = subprocess.Popen(
         [str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    url, browsers = f"http://127.0.0.1:{port}", []
+    url = f"http://127.0.0.1:{port}"
+    browsers = []
 
     def open_browser(width: int = 1000, height: int = 800) -> Browser:
         browsers.append(Browser(url, width, height))

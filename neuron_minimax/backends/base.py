@@ -120,7 +120,8 @@ class Backend(ABC):
         if not all(
             used
         ):  # compiled graphs check no index: what an inactive slot is given must not reach them
-            tokens, positions = torch.where(active, tokens, 0), torch.where(active, positions, 0)
+            tokens = torch.where(active, tokens, 0)
+            positions = torch.where(active, positions, 0)
         return self._step(tokens, positions, active)
 
     @abstractmethod

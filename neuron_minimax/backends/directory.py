@@ -67,7 +67,8 @@ class Manifest:
         if self.checkpoint != request.checkpoint:
             return "the converted checkpoint is another one"
         for name in ("options", "versions", "machine"):
-            have, want = getattr(self, name), getattr(request, name)
+            have = getattr(self, name)
+            want = getattr(request, name)
             for key in sorted(have.keys() | want.keys()):
                 if have.get(key) != want.get(key):
                     return (
@@ -194,7 +195,8 @@ def compile_model(
     `traced`, or when it holds something else.
     """
     started = time.monotonic()
-    converted, traced = Path(converted), Path(traced)
+    converted = Path(converted)
+    traced = Path(traced)
     request = _request(converted, backend, options or {}, force)
     with _locked(traced):
         reason = "forced" if force else _why_compile(traced, request)

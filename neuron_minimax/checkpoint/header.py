@@ -128,7 +128,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, fields: Mapping[str, Any], base: int) -> TensorEntry:
-    dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    dtype = fields["dtype"]
+    shape = tuple(fields["shape"])
+    (begin, end) = fields["data_offsets"]
     if dtype not in STORED_DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}"

@@ -41,7 +41,9 @@ from neuron_minimax.checkpoint.writer import (
 from neuron_minimax.errors import ConversionError
 
 UNFINISHED = ".unfinished"
-LOCK_ATTEMPTS, LOCK_PAUSE = 20, 0.05  # and seconds
+# and seconds
+LOCK_ATTEMPTS = 20
+LOCK_PAUSE = 0.05
 
 
 class OutputDirectory:

@@ -18,6 +18,7 @@ from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, Tensor
 from neuron_minimax.checkpoint.page_cache import drop_pages
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.fp8 import ceil_div
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +264,7 @@ class Checkpoint(TensorDirectory):
             if self.is_fp8(name) and schema.scale_name(name) in self.entries
         ]
         rows = self.config.weight_block_size[0]
-        for name in names[:: max(1, -(-len(names) // most))]:
+        for name in names[:: max(1, ceil_div(len(names), most))]:
             yield name, self.array(name)[:rows], self.array(schema.scale_name(name))[:1]
 
     def scale_convention(self) -> tuple[fp8.ScaleConvention | None, fp8.ScaleEvidence]:

@@ -47,7 +47,8 @@ def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord
 
 def crc32_of(array: np.ndarray) -> str:
     """crc32 of an array's bytes, as manifests spell it."""
-    data, value = array.reshape(-1).view(np.uint8), 0
+    data = array.reshape(-1).view(np.uint8)
+    value = 0
     for start in range(0, data.size, CHECK_PIECE):
         value = zlib.crc32(data[start : start + CHECK_PIECE].data, value)
     return f"{value:08x}"
@@ -76,10 +77,13 @@ def _multiply(a: int, b: int) -> int:
 @cache
 def _shift(nbytes: int) -> int:
     """x^(8 * nbytes), by squaring."""
-    power, square = 1 << 31, 1 << 23  # x^0, x^8
+    # x^0, x^8
+    power = 1 << 31
+    square = 1 << 23
     while nbytes:
         power = _multiply(power, square) if nbytes & 1 else power
-        square, nbytes = _multiply(square, square), nbytes >> 1
+        square = _multiply(square, square)
+        nbytes = nbytes >> 1
     return power
 
 
@@ -103,7 +107,8 @@ def damaged_tensors(
     trail = Trail((stored,), stored.nbytes)
 
     def is_damaged(name: str) -> bool:
-        record, entry = wanted[name], stored.entries.get(name)
+        record = wanted[name]
+        entry = stored.entries.get(name)
         if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
             return True
         damaged = crc32_of(stored.array(name)) != record.crc32

@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.fp8 import ceil_div
 
 Result = TypeVar("Result")
 WORKERS = min(8, os.cpu_count() or 1)  # eight stream faster than disks
@@ -39,7 +40,7 @@ def in_processes(
         for task in tasks:
             yield task()
         return
-    at_once = min(at_once, -(-len(tasks) // (4 * workers)))  # so that all have some until the end
+    at_once = min(at_once, ceil_div(len(tasks), 4 * workers))  # so that all have some until the end
     children: dict[Connection, int] = {}
     with TemporaryFile() as queue:  # all processes read it through one file position
         queue.write(array("q", range(len(tasks))))

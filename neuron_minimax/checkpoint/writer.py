@@ -120,7 +120,8 @@ class ShardWriter:
         try:
             while data:
                 count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
-                data, position = data[count:], position + count
+                data = data[count:]
+                position = position + count
         finally:
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -262,7 +263,8 @@ class ShardStream:
     """
 
     def __init__(self, shard: StreamedShard, directory: Path, trail: Trail) -> None:
-        self.shard, self.trail = shard, trail
+        self.shard = shard
+        self.trail = trail
         layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
         self.writer = ShardWriter(directory / shard.name, layout)
         self.largest_piece = max(
@@ -313,10 +315,8 @@ class ShardStream:
                     if syncing is not None:
                         # The kernel reports an error once: the last sync would not see it again
                         syncing.result()
-                    syncing, synced = (
-                        syncer.submit(self.writer.sync, self.trail.drops),
-                        self.writer.written,
-                    )
+                    syncing = syncer.submit(self.writer.sync, self.trail.drops)
+                    synced = self.writer.written
             records[tensor.name] = TensorRecord(
                 self.shard.name, tensor.dtype, tensor.shape, f"{crc:08x}", rounded
             )

@@ -23,7 +23,7 @@ from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
 from neuron_minimax.checkpoint.records import damaged_tensors, read_records
 from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor, copy_companions
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.fp8 import ScaleConvention, bfloat16
+from neuron_minimax.fp8 import ScaleConvention, bfloat16, ceil_div
 
 MANIFEST_NAME = "cache.json"
 FORMAT_VERSION = 1
@@ -70,7 +70,8 @@ def build_cache(
     bfloat16 cache. Raises CheckpointError on an unusable source, ConversionError when the directory
     holds something else, another run writes it, or the disk is too small (before the first byte).
     """
-    source, path = Checkpoint(source_dir), Path(cache_dir)
+    source = Checkpoint(source_dir)
+    path = Path(cache_dir)
     source.require_usable()
     identity = _identity(source, dtype)
     shards = plan_shards(source, dtype, ScaleConvention(identity["scale_convention"]))
@@ -210,7 +211,8 @@ def _pieces(
     source: Checkpoint, name: str, stored: str, convention: ScaleConvention
 ) -> Iterator[Piece]:
     shape = source.entry(name).shape
-    block_rows, row_elements = source.config.weight_block_size[0], prod(shape[1:])
+    block_rows = source.config.weight_block_size[0]
+    row_elements = prod(shape[1:])
     step = max(1, PIECE_BYTES // (4 * row_elements * block_rows)) * block_rows
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
@@ -257,7 +259,7 @@ def _dequantize(
     """
     block_rows, block_columns = source.config.weight_block_size
     scale_name = schema.scale_name(name)
-    scales = source.array(scale_name)[first_row // block_rows :][: -(-len(codes) // block_rows)]
+    scales = source.array(scale_name)[first_row // block_rows :][: ceil_div(len(codes), block_rows)]
     fp8.check_codes(name, codes)
     fp8.check_scales(scale_name, scales)
     if convention is ScaleConvention.RECIPROCAL:

@@ -14,7 +14,7 @@ from neuron_minimax.checkpoint.writer import Piece
 from neuron_minimax.convert import ops
 from neuron_minimax.convert.ops import Treatment
 from neuron_minimax.convert.plan import ConversionPlan, Output
-from neuron_minimax.fp8 import ScaleConvention, bfloat16
+from neuron_minimax.fp8 import ScaleConvention, bfloat16, ceil_div
 
 PIECE_BYTES = 4 << 20
 # Of a weight with 3072 columns 192 KiB, which stay in the second-level cache from check to target
@@ -38,7 +38,8 @@ def pieces(conversion: ConversionPlan, output: Output, source: ArraySource) -> I
             fill = partial(_fill, conversion, output, source, group, slice(None))
             yield Piece(output.nbytes // len(output.groups), fill)
         return
-    rows, block = output.shape[0], conversion.config.weight_block_size[0]
+    rows = output.shape[0]
+    block = conversion.config.weight_block_size[0]
     whole = output.is_scale or len(output.shape) < 2
     step = rows if whole else max(1, PIECE_BYTES * rows // output.nbytes // block) * block
     for start in range(0, rows, step):
@@ -72,12 +73,11 @@ def convert_piece(
     They are put into `memory` (uint8, of their size) when it is given. Values are checked on the
     way: CheckpointError names the tensor with NaN codes, bad scales or NaN elements.
     """
-    operation, names = output.rule.operation, output.groups[group]
+    operation = output.rule.operation
+    names = output.groups[group]
     sources = [source.array(name)[rows] for name in names]
-    shape, dtype = (
-        ops.piece_shape(operation, [stored.shape for stored in sources]),
-        STORED_DTYPES[output.dtype],
-    )
+    shape = ops.piece_shape(operation, [stored.shape for stored in sources])
+    dtype = STORED_DTYPES[output.dtype]
     piece = np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
     before = rounded = 0
     strips = np.empty((2, STRIP_ROWS, max(stored.shape[-1] for stored in sources)), np.uint8)
@@ -131,7 +131,7 @@ def _dequantized(
     scales = source.array(scale_name)
     if rows.start:
         scales = scales[rows.start // block[0] :]
-    scales = scales[: -(-codes.shape[0] // block[0])]
+    scales = scales[: ceil_div(codes.shape[0], block[0])]
     fp8.check_codes(name, codes)
     fp8.check_scales(scale_name, scales)
     if conversion.convention is ScaleConvention.RECIPROCAL:

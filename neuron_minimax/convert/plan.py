@@ -67,7 +67,8 @@ class Layout:
             try:
                 object.__setattr__(self, name, choice(getattr(self, name)))
             except ValueError:
-                found, allowed = getattr(self, name), ", ".join(choice)
+                found = getattr(self, name)
+                allowed = ", ".join(choice)
                 raise ConversionError(f"{name} is {found!r}; expected one of {allowed}") from None
         object.__setattr__(self, "keep_in_bf16", tuple(self.keep_in_bf16))
 

@@ -16,7 +16,7 @@ from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.convert.plan import ConventionChoice, Layout, Sources, plan
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import target_scale_name
-from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.fp8 import ScaleConvention, ceil_div
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,8 @@ def convert_hf_to_neuron_state_dict(
     )
     converted: dict[str, torch.Tensor] = {}
     for output in conversion.outputs:
-        memory, filled = np.empty(output.nbytes, np.uint8), 0
+        memory = np.empty(output.nbytes, np.uint8)
+        filled = 0
         for piece in pieces(conversion, output, source):
             piece.fill(memory[filled : filled + piece.nbytes])
             filled += piece.nbytes
@@ -133,7 +134,9 @@ def neuron_to_hf_state_dict(
                 unused.discard(name)
                 scaled = name != target
                 counts = (
-                    [-(-count // config.weight_block_size[0]) for count in rows] if scaled else rows
+                    [ceil_div(count, config.weight_block_size[0]) for count in rows]
+                    if scaled
+                    else rows
                 )
                 for expert in range(config.num_local_experts) if rule.per_expert else (None,):
                     piece = state_dict[name] if expert is None else state_dict[name][expert]

@@ -125,7 +125,9 @@ class _Comparison:
                 f"{entry.dtype} {list(entry.shape)}; expected {output.dtype} {list(output.shape)}"
             )
             return [f"{output.name} is {found}"], 0
-        stored, differences, rounded = self.converted.array(output.name), [], 0
+        stored = self.converted.array(output.name)
+        differences = []
+        rounded = 0
         for number, group in enumerate(output.groups):
             row_counts = [self.source.entry(name).shape[0] for name in group]
             piece = stored[number] if output.rule.per_expert else stored
@@ -174,7 +176,8 @@ def _count_wrong_halves(part: np.ndarray, original: np.ndarray) -> tuple[int, in
     """
     wrong = rounded = 0
     for row in range(0, original.shape[0], 256):  # float32 temporaries stay small
-        halves, values = fp8.decode(part[row : row + 256]), fp8.decode(original[row : row + 256])
+        halves = fp8.decode(part[row : row + 256])
+        values = fp8.decode(original[row : row + 256])
         error = np.abs(2 * halves - values)
         allowed = (error == 2.0**-9) & (np.abs(values) <= 15 * 2.0**-9)
         rounded += int(np.count_nonzero(allowed))

@@ -96,7 +96,8 @@ def convert(
     finished is kept for the next run.
     """
     layout = layout or Layout()
-    source, output_path = Checkpoint(source_dir), Path(output_dir)
+    source = Checkpoint(source_dir)
+    output_path = Path(output_dir)
     if output_path.resolve() == source.directory.resolve():
         raise ConversionError(
             f"{output_path} is the source itself; choose another output directory"

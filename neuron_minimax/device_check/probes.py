@@ -30,7 +30,7 @@ from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import module_of, target_scale_name
 from neuron_minimax.families.family import Rule
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
-from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.fp8 import bfloat16, ceil_div
 from neuron_minimax.inspection.modules import Framework, Module, needed
 
 # Most tokens of a probe. A layer computes the same for any vocabulary, and 200,064 tokens would add
@@ -104,7 +104,8 @@ class Layer:
     """
 
     def __init__(self, converted: Path, number: int) -> None:
-        self.converted, self.number = converted, number
+        self.converted = converted
+        self.number = number
         self.manifest = read_manifest(converted)
         self.config = ModelConfig.from_dir(converted)
         self.tensors = TensorDirectory(converted)
@@ -196,7 +197,7 @@ class Layer:
         gate_up = np.copysign(2.0 ** round(log2(4 / abs(value))), value)
         gate = gate_up * value
         # Every block of intermediate channels has a part, so that the share of every rank has one.
-        parts = -(-config.intermediate_size // config.weight_block_size[0])
+        parts = ceil_div(config.intermediate_size, config.weight_block_size[0])
         written = gate / (1 + np.exp(-gate)) * gate * parts
         others = np.delete(np.arange(hidden), constant)
         return ExpertCode(
@@ -334,14 +335,16 @@ def _channel_head(read: np.ndarray, target: Target) -> Content:
 
 
 def _coded_gate_up(layer: Layer, target: Target) -> Content:
-    code, config = layer.code, layer.config
+    code = layer.code
+    config = layer.config
     first = np.arange(0, config.intermediate_size, config.weight_block_size[0])
     columns = np.concatenate([first, config.intermediate_size + first])  # gate, then up
     return _one_row(target, code.constant, columns, code.gate_up)
 
 
 def _coded_down(layer: Layer, target: Target) -> Content:
-    code, config = layer.code, layer.config
+    code = layer.code
+    config = layer.config
     rows = np.arange(0, config.intermediate_size, config.weight_block_size[0])
     if target.is_scale:
         return _scales(target, code.down)

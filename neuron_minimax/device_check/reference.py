@@ -210,7 +210,8 @@ class RecordingRouter(Router):
 
     def __init__(self, config: ModelConfig, router: Router, inputs: list[torch.Tensor]) -> None:
         super().__init__(config)
-        self.linear_router, self.inputs = router.linear_router, inputs
+        self.linear_router = router.linear_router
+        self.inputs = inputs
         self.e_score_correction_bias = router.e_score_correction_bias
 
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
@@ -225,7 +226,8 @@ class GroupedRMSNorm(RMSNorm):
 
     def __init__(self, norm: RMSNorm, shares: torch.Tensor) -> None:
         super().__init__(norm.weight.shape[0], norm.epsilon)
-        self.weight, self.shares = norm.weight, shares
+        self.weight = norm.weight
+        self.shares = shares
 
     def forward(self, projected_BTQ: torch.Tensor) -> torch.Tensor:
         by_head = projected_BTQ.float().unflatten(-1, (self.shares.shape[0], -1))
@@ -239,7 +241,9 @@ class RolledHeads(Linear):
 
     def __init__(self, projection: Linear, head_dim: int) -> None:
         super().__init__(projection.weight.shape[1], projection.weight.shape[0], projection.block)
-        self.weight, self.scale, self.head_dim = projection.weight, projection.scale, head_dim
+        self.weight = projection.weight
+        self.scale = projection.scale
+        self.head_dim = head_dim
 
     def forward(self, hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return super().forward(hidden, kernels).roll(self.head_dim, -1)
@@ -254,7 +258,8 @@ def layer_of(model: MiniMaxM2) -> DecoderLayer:
 
 def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
     """What can go wrong with this model between the projections and the softmax."""
-    config, faults = model.config, []
+    config = model.config
+    faults = []
     if tp_degree > 1:
         faults.append(
             Fault(

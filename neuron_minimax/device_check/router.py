@@ -28,7 +28,8 @@ SHOWN = 1e-6
 EXPLAINED = 0.9
 # Standard deviations of a router logit under rounding of its inputs; and roundings of an affinity
 # on its way to a logit: itself, the expert's output, the sum, the norm, the head.
-DEVIATIONS, ROUNDINGS = 3, 8
+DEVIATIONS = 3
+ROUNDINGS = 8
 LEAST_AFFINITY = 1e-4  # relative; float32 sums in another order give less
 
 
@@ -105,10 +106,8 @@ class RouterCase:
 
     def known_faults(self) -> dict[str, Choice]:
         """What each known fault would choose, by what it completes: "the choices are those ..."."""
-        short_gate_EH, short_bias_E = (
-            self.gate_EH.bfloat16().float(),
-            self.bias_E.bfloat16().float(),
-        )
+        short_gate_EH = self.gate_EH.bfloat16().float()
+        short_bias_E = self.bias_E.bfloat16().float()
         summed_NE = (
             self.inputs_NH.float() @ short_gate_EH.T
         ).sigmoid().bfloat16() + self.bias_E.bfloat16()
@@ -200,7 +199,8 @@ def _wrong_experts(
     case: RouterCase, rows: Sequence[Row], shown_NE: torch.Tensor, wrong_N: torch.Tensor
 ) -> Verdict:
     own_NE = case.choice().chosen_NE
-    count, total = int(wrong_N.sum()), len(wrong_N)
+    count = int(wrong_N.sum())
+    total = len(wrong_N)
     example = int(wrong_N.nonzero()[0])
     counts = shown_NE.sum(dim=1)
     finding = (
@@ -282,7 +282,8 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
         else "the least for float32",
     )
     if largest <= tolerance:
-        seen, experts = int(shown_NE.any(dim=0).sum()), shown_NE.shape[1]
+        seen = int(shown_NE.any(dim=0).sum())
+        experts = shown_NE.shape[1]
         chosen = f"{seen} of {experts} experts were chosen"
         finding = f"{len(same_N)} tokens have the CPU's experts and affinities ({chosen}){tail}"
         return Verdict(check=CHECK, status=Status.PASS, finding=finding, measured=measured)

@@ -13,10 +13,13 @@ import torch
 
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.errors import BackendError
+from neuron_minimax.fp8 import ceil_div
 
 SEED = 0
 MOST_SLOTS = 8
-ROUTER_ROWS, VALUE_ROWS, LAYER_ROWS = 64, 32, 24
+ROUTER_ROWS = 64
+VALUE_ROWS = 32
+LAYER_ROWS = 24
 STEPS = 8
 
 
@@ -95,7 +98,8 @@ def run_rounds(backend: Backend, rounds: Sequence[Round]) -> torch.Tensor:
 
 def _step(slots: int, round_: Round, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, positions and the active slots, each [S]."""
-    tokens, positions = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.long)
+    tokens = torch.zeros(slots, dtype=torch.long)
+    positions = torch.zeros(slots, dtype=torch.long)
     active = torch.zeros(slots, dtype=torch.bool)
     for sequence in round_:
         tokens[sequence.slot] = sequence.continuation[step]
@@ -149,7 +153,7 @@ def _short_rounds(limits: Limits, prompts: int, longest: int, steps: int) -> lis
             _sequence(limits, generator, slot, generator.randint(1, longest), steps)
             for slot in _slots(limits, used, generator)
         )
-        for _ in range(-(-prompts // used))
+        for _ in range(ceil_div(prompts, used))
     ]
 
 

@@ -16,7 +16,9 @@ from neuron_minimax.families.family import (
     Weight,
 )
 
-COPY, STACK, BLOCK = Operation.COPY, Operation.STACK_TRANSPOSED, ScalePolicy.BLOCK
+COPY = Operation.COPY
+STACK = Operation.STACK_TRANSPOSED
+BLOCK = ScalePolicy.BLOCK
 
 LAYER = "model.layers.{l}."
 ATTENTION = LAYER + "self_attn."

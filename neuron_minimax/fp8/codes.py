@@ -18,7 +18,8 @@ CODE_NAN = 0x7F
 
 def _decode_table() -> np.ndarray:
     codes = np.arange(256, dtype=np.int32)
-    exponent, mantissa = (codes >> 3) & 0xF, codes & 0x7
+    exponent = (codes >> 3) & 0xF
+    mantissa = codes & 0x7
     normal = (8 + mantissa) * np.exp2(exponent - 10.0)
     magnitude = np.where(exponent == 0, mantissa * 2.0**-9, normal)
     magnitude[(codes & 0x7F) == CODE_NAN] = np.nan
@@ -45,11 +46,16 @@ def encode(values: np.ndarray) -> np.ndarray:
     return (codes | (np.signbit(values) << 7)).astype(np.uint8)
 
 
+def ceil_div(count: int, size: int) -> int:
+    """The number of parts of `size` that hold `count`; the last may be partial."""
+    return -(-count // size)
+
+
 def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales of a [rows, columns] weight: one per block, partial last blocks
     included.
     """
-    return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
+    return tuple(ceil_div(size, step) for size, step in zip(shape, block, strict=True))
 
 
 def expand_scales(scales: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
@@ -75,7 +81,8 @@ def quantize(weight: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np
     maxima become 448.
     """
     rows, columns = weight.shape
-    row_starts, column_starts = np.arange(0, rows, block[0]), np.arange(0, columns, block[1])
+    row_starts = np.arange(0, rows, block[0])
+    column_starts = np.arange(0, columns, block[1])
     maxima = np.maximum.reduceat(
         np.maximum.reduceat(np.abs(weight), row_starts, axis=0), column_starts, axis=1
     )

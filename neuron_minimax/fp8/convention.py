@@ -81,7 +81,8 @@ def largest_magnitudes(strips: Iterable[np.ndarray], width: int) -> np.ndarray:
 def _read_both_ways(maxima: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = decode(maxima)
     used = largest > 0
-    largest, scales = largest[used].astype(np.float64), scales[used].astype(np.float64)
+    largest = largest[used].astype(np.float64)
+    scales = scales[used].astype(np.float64)
     with np.errstate(divide="ignore"):
         return largest * scales, largest / scales
 

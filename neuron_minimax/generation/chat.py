@@ -27,7 +27,9 @@ class Chat:
         options: SamplingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        self.backend, self.tokenizer, self.tools = backend, tokenizer, tools
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.tools = tools
         self.options = options or tokenizer.sampling
         self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
@@ -61,7 +63,8 @@ class Chat:
             max_new_tokens=max_new_tokens,
         )
         parser = MiniMaxParser(in_reasoning=opens_reasoning(prompt), tools=self.tools)
-        self.token_ids, events = [], []
+        self.token_ids = []
+        events = []
         for text, step in stream_text(steps, self.tokenizer):
             self.token_ids.append(step.token)
             for event in parser.feed(text) + (parser.finish() if step.finish_reason else []):

@@ -73,7 +73,8 @@ def collect(events: Iterable[Event]) -> Message:
     """Join the events of one turn; calls that were cut off are left out (their source is part of
     the text).
     """
-    message, calls = Message(), {}
+    message = Message()
+    calls = {}
     for event in events:
         match event:
             case Reasoning(text):

@@ -120,7 +120,8 @@ def _generate(
     prefill: list[torch.Tensor] | None,
 ) -> Iterator[Step]:
     tokens = torch.zeros(backend.capabilities.slots, dtype=torch.int64)
-    positions, active = tokens.clone(), tokens.bool()
+    positions = tokens.clone()
+    active = tokens.bool()
     active[slot] = True
     try:
         logits = _encode(backend, slot, prompt_ids, prefill)
@@ -130,7 +131,8 @@ def _generate(
             yield Step(token, logits, reason)
             if reason:
                 return
-            tokens[slot], positions[slot] = token, len(prompt_ids) + number
+            tokens[slot] = token
+            positions[slot] = len(prompt_ids) + number
             logits = backend.step(tokens, positions, active)[slot]
     finally:
         backend.reset(slot)
@@ -185,7 +187,9 @@ def answer(
         max_new_tokens=max_new_tokens,
         prefill=prefill,
     )
-    token_ids, rows, reason = [], [], "length"
+    token_ids = []
+    rows = []
+    reason = "length"
     decoder = StreamDecoder(tokenizer) if tokenizer and on_text else None
     for step in steps:
         token_ids.append(step.token)

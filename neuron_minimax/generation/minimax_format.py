@@ -25,10 +25,15 @@ from neuron_minimax.generation.events import (
     collect,
 )
 
-THINK, END_THINK = "<think>", "</think>"
-TOOLS, END_TOOLS = "<minimax:tool_call>", "</minimax:tool_call>"
-INVOKE, END_INVOKE = '<invoke name="', "</invoke>"
-PARAMETER, END_PARAMETER, END_NAME = '<parameter name="', "</parameter>", '">'
+THINK = "<think>"
+END_THINK = "</think>"
+TOOLS = "<minimax:tool_call>"
+END_TOOLS = "</minimax:tool_call>"
+INVOKE = '<invoke name="'
+END_INVOKE = "</invoke>"
+PARAMETER = '<parameter name="'
+END_PARAMETER = "</parameter>"
+END_NAME = '">'
 FORMAT_MARKERS = (THINK, END_THINK, TOOLS, END_TOOLS)
 MAX_NAME = 256
 
@@ -100,7 +105,8 @@ class MiniMaxParser:
     def _run(self) -> list[Event]:
         while self._state():
             pass
-        events, self._events = self._events, []
+        events = self._events
+        self._events = []
         return events
 
     # States: each consumes from the buffer and returns whether to go on at once.
@@ -109,7 +115,9 @@ class MiniMaxParser:
         """Nothing said yet: an explicit `<think>` counts here only."""
         stripped = self._buffer.lstrip()
         if stripped.startswith(THINK):
-            self._buffer, self._newlines_to_drop, self._reasoning = stripped[len(THINK) :], 1, True
+            self._buffer = stripped[len(THINK) :]
+            self._newlines_to_drop = 1
+            self._reasoning = True
         elif THINK.startswith(stripped) and not self._final:
             return False
         self._state = self._text
@@ -125,13 +133,15 @@ class MiniMaxParser:
         tags = (END_THINK,) if self._reasoning else ()
         end, tag, after = self._find(tags + ((TOOLS,) if self._tools_on else ()))
         self._say(self._buffer[:end])
-        source, self._buffer = self._buffer[end:after], self._buffer[after:]
+        source = self._buffer[end:after]
+        self._buffer = self._buffer[after:]
         if tag == END_THINK:
             self._reasoning = False
             self._newlines_to_drop = 2
             self._events.append(ReasoningEnd())
         elif tag == TOOLS:
-            self._state, self._source = self._block, source
+            self._state = self._block
+            self._source = source
         return tag is not None
 
     def _block(self) -> bool:
@@ -140,7 +150,9 @@ class MiniMaxParser:
         if self._take(INVOKE):
             self._state = self._name
         elif self._take(END_TOOLS):
-            self._source, self._newlines_to_drop, self._state = "", float("inf"), self._text
+            self._source = ""
+            self._newlines_to_drop = float("inf")
+            self._state = self._text
         elif self._waits(INVOKE, END_TOOLS):
             return False
         else:
@@ -151,7 +163,9 @@ class MiniMaxParser:
         name = self._quoted()
         if name:
             self._index += 1
-            self._call_open, self._any_parameter, self._function = True, False, name
+            self._call_open = True
+            self._any_parameter = False
+            self._function = name
             self._events.append(CallBegin(self._index, name))
             self._state = self._body
         return name is not None
@@ -164,7 +178,9 @@ class MiniMaxParser:
         elif self._take(END_INVOKE):
             self._argument("}" if self._any_parameter else "{}")
             self._events.append(CallEnd(self._index, True))
-            self._call_open, self._source, self._state = False, "", self._block
+            self._call_open = False
+            self._source = ""
+            self._state = self._block
         elif self._waits(PARAMETER, END_INVOKE):
             return False
         else:
@@ -179,7 +195,9 @@ class MiniMaxParser:
             self._argument(
                 (", " if self._any_parameter else "{") + json.dumps(name, ensure_ascii=False) + ": "
             )
-            self._any_parameter, self._value, self._state = True, "", self._parameter_value
+            self._any_parameter = True
+            self._value = ""
+            self._state = self._parameter_value
             if self._types <= {"string"}:
                 self._argument('"')
         return name is not None
@@ -219,7 +237,8 @@ class MiniMaxParser:
             self._events.append(CallEnd(self._index, False))
         self._call_open = False
         self._say(self._source)
-        self._source, self._state = "", self._text
+        self._source = ""
+        self._state = self._text
 
     def _skip_space(self) -> None:
         rest = self._buffer.lstrip()

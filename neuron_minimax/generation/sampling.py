@@ -111,10 +111,8 @@ class Sampler:
     def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
         options = self.options
         if options.repetition_penalty != 1.0:
-            divided, multiplied = (
-                scores / options.repetition_penalty,
-                scores * options.repetition_penalty,
-            )
+            divided = scores / options.repetition_penalty
+            multiplied = scores * options.repetition_penalty
             scores = torch.where(
                 self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores
             )
@@ -145,7 +143,8 @@ class Sampler:
             total = weights.sum(dtype=torch.float64)
             weights, tokens = _largest(weights, options.top_p * float(total))
         else:
-            total, tokens = weights.sum(dtype=torch.float64), torch.arange(weights.numel())
+            total = weights.sum(dtype=torch.float64)
+            tokens = torch.arange(weights.numel())
         keep = (weights >= options.min_p) & (weights > 0)
         if options.top_p < 1:
             before = weights.cumsum(0, dtype=torch.float64) - weights

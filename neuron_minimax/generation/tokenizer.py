@@ -183,10 +183,9 @@ class StreamDecoder:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context, self._shown = (
-            0,
-            0,
-        )  # tokens before `_shown` are out; those from `_context` give it its context
+        # tokens before `_shown` are out; those from `_context` give it its context
+        self._context = 0
+        self._shown = 0
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often one word, or nothing in the middle of a
@@ -198,7 +197,8 @@ class StreamDecoder:
         old, new = self._texts()
         if len(new) <= len(old) or new.endswith(UNFINISHED):
             return ""
-        self._context, self._shown = self._shown, len(self._ids)
+        self._context = self._shown
+        self._shown = len(self._ids)
         return new[len(old) :]
 
     def finish(self) -> str:

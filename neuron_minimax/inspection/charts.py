@@ -114,8 +114,11 @@ def horizontal_bars(rows: Sequence[tuple[str, float]], label: str) -> str:
     bar.
     """
     positive = [value for _, value in rows if value > 0] or [1.0]
-    low, high = math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive)))
-    left, width, step = 10, 700, 52
+    low = math.floor(math.log10(min(positive))) - 1
+    high = math.ceil(math.log10(max(positive)))
+    left = 10
+    width = 700
+    step = 52
     height = 34 + step * len(rows) + 24
     style = (
         'text{font:13px system-ui,"Segoe UI",Roboto,"DejaVu '

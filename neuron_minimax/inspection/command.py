@@ -68,7 +68,8 @@ def run_inspection(
     checkpoint = Checkpoint(directory)
     other = Checkpoint(against) if against is not None else None
     total = sum(entry.nbytes for entry in checkpoint.entries.values())
-    found, comparison = None, None
+    found = None
+    comparison = None
     if values:
         with bar("reading values", total) as advance:
             found = check_values(checkpoint, advance)

@@ -200,10 +200,8 @@ def _value_sections(values: ValueReport) -> Iterator[tuple[str, str]]:
             for i, (low, high) in enumerate(values.router_bias)
         ]
         table = _table(("layer", "lowest", "highest"), lines)
-        low, high = (
-            min(pair[0] for pair in values.router_bias),
-            max(pair[1] for pair in values.router_bias),
-        )
+        low = min(pair[0] for pair in values.router_bias)
+        high = max(pair[1] for pair in values.router_bias)
         summary = f"{low:.3f} to {high:.3f}; by layer"
         yield "Router bias", f"<details><summary>{summary}</summary>{table}</details>"
 
@@ -254,12 +252,14 @@ def _scale_table(rows: Sequence[ScaleRow]) -> str:
 
 def _histogram(values: ValueReport) -> str:
     counts = [values.histogram[code] + values.histogram[code | 0x80] for code in range(0x7F)]
-    total, largest = max(1, sum(counts)), max(*counts, 1)
+    total = max(1, sum(counts))
+    largest = max(*counts, 1)
     classes = ["beyond" if code > 0x77 else "fp8" for code in range(0x7F)]
     chart = charts.bars(
         [count / largest for count in counts], classes, "How often each magnitude code is used"
     )
-    beyond, end = 100 * sum(counts[0x78:]) / total, 100 * counts[0x7E] / total
+    beyond = 100 * sum(counts[0x78:]) / total
+    end = 100 * counts[0x7E] / total
     return (
         f'{chart}<p class="axis wide"><span>0</span><span>magnitude code</span><span>0x7e = '
         "448</span></p>"

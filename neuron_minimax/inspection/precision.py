@@ -253,7 +253,8 @@ def report_of(
 
 
 def _kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
-    entries, config = checkpoint.entries, checkpoint.config
+    entries = checkpoint.entries
+    config = checkpoint.config
     rows: dict[str, dict[str, Any]] = {}
     for wanted in schema.expected(config):
         row = rows.setdefault(

@@ -90,7 +90,8 @@ def _value_sections(values: "ValueReport") -> Iterator[str]:
         )
     lines = [f"Values ({size_text(values.bytes_read)} read; shares are of {SAMPLE})"]
     if values.codes:
-        sampled, histogram = max(1, sum(values.histogram)), values.histogram
+        sampled = max(1, sum(values.histogram))
+        histogram = values.histogram
         zeros, beyond, end = (
             sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS
         )
@@ -102,10 +103,8 @@ def _value_sections(values: "ValueReport") -> Iterator[str]:
             f"{100 * beyond / sampled:.3f} %, at the range end (448) {100 * end / sampled:.3f} %",
         ]
     if values.router_bias:
-        low, high = (
-            min(pair[0] for pair in values.router_bias),
-            max(pair[1] for pair in values.router_bias),
-        )
+        low = min(pair[0] for pair in values.router_bias)
+        high = max(pair[1] for pair in values.router_bias)
         lines.append(
             f"  router bias from {low:.3f} to {high:.3f} over {len(values.router_bias)} layers"
         )

@@ -135,7 +135,8 @@ def check_values(
             checkpoint.entry(weight.name).start,
         )
     )
-    tally, trail = _Tally(checkpoint), Trail((checkpoint,), checkpoint.nbytes)
+    tally = _Tally(checkpoint)
+    trail = Trail((checkpoint,), checkpoint.nbytes)
     tasks = [partial(_measure_and_unmap, checkpoint, weight, broken, trail) for weight in wanted]
     for measurement in in_processes(
         tasks, sum(_nbytes(checkpoint, weight) for weight in wanted), AT_ONCE
@@ -184,12 +185,17 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
     """A BF16 (uint16) or float32 tensor: elements that are no numbers, whether all are zero, the
     bias's range.
     """
-    entry, bad, all_zero, low, high = checkpoint.entry(weight.name), 0, True, np.inf, -np.inf
+    entry = checkpoint.entry(weight.name)
+    bad = 0
+    all_zero = True
+    low = np.inf
+    high = -np.inf
     for strip in checkpoint.strips(
         weight.name, max(1, STRIP_BYTES * entry.shape[0] // entry.nbytes)
     ):
         if weight.weight.kind == "e_score_correction_bias" and strip.dtype == np.float32:
-            low, high = np.minimum(low, strip.min()), np.maximum(high, strip.max())
+            low = np.minimum(low, strip.min())
+            high = np.maximum(high, strip.max())
         bits, sign = (
             (strip, 0x8000) if strip.dtype == np.uint16 else (strip.view(np.uint32), 0x80000000)
         )
@@ -207,7 +213,8 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
 def _measure_codes(
     weight: Expected, checkpoint: Checkpoint, scales: np.ndarray | None
 ) -> Measurement:
-    name, block = weight.name, checkpoint.config.weight_block_size
+    name = weight.name
+    block = checkpoint.config.weight_block_size
     rows, columns = checkpoint.entry(name).shape
     in_block = np.diff([*range(0, rows, block[0]), rows])
     sampled = np.empty((len(in_block), columns), np.uint8)
@@ -220,10 +227,12 @@ def _measure_codes(
             sample[:] = strip[row % len(strip)]
             yield np.bitwise_and(strip, 0x7F, out=strip)
 
-    maxima, norms = fp8.largest_magnitudes(magnitudes(), block[1]), (0.0, 0.0)
+    maxima = fp8.largest_magnitudes(magnitudes(), block[1])
+    norms = (0.0, 0.0)
     if scales is not None:
         seen = np.add.reduceat(np.take(SQUARES, sampled), np.arange(0, columns, block[1]), axis=1)
-        squares, squared_scales = seen * in_block[:, None], scales.astype(np.float64) ** 2
+        squares = seen * in_block[:, None]
+        squared_scales = scales.astype(np.float64) ** 2
         with np.errstate(all="ignore"):
             norms = (
                 float(np.sqrt((squares * squared_scales).sum())),

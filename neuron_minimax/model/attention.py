@@ -59,9 +59,11 @@ class Attention(nn.Module):
         query_BTND = self._heads(self.q_norm(project.q_proj(hidden_BTH, kernels)))
         key_BTKD = self._heads(self.k_norm(project.k_proj(hidden_BTH, kernels)))
         value_BTKD = self._heads(project.v_proj(hidden_BTH, kernels))
-        query_BTND, key_BTKD = rotate(query_BTND, rope), rotate(key_BTKD, rope)
+        query_BTND = rotate(query_BTND, rope)
+        key_BTKD = rotate(key_BTKD, rope)
         if cache is None:
-            key_BKCD, value_BKCD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
+            key_BKCD = key_BTKD.transpose(1, 2)
+            value_BKCD = value_BTKD.transpose(1, 2)
         else:
             rows = torch.arange(hidden_BTH.shape[0]) if rows_B is None else rows_B
             cache.write(self.layer, rows, positions_BT, key_BTKD, value_BTKD)

@@ -21,7 +21,9 @@ class KVCache:
     def __init__(
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lengths: torch.Tensor
     ) -> None:
-        self.keys, self.values, self.lengths = list(keys), list(values), lengths
+        self.keys = list(keys)
+        self.values = list(values)
+        self.lengths = lengths
 
     @classmethod
     def allocate(
@@ -82,5 +84,6 @@ class KVCache:
         """Keys and values [B,K,filled,D] of slots `rows_B`, or of all slots in order, without a
         copy (None).
         """
-        keys, values = self.keys[layer][:, :, :filled], self.values[layer][:, :, :filled]
+        keys = self.keys[layer][:, :, :filled]
+        values = self.values[layer][:, :, :filled]
         return (keys, values) if rows_B is None else (keys[rows_B], values[rows_B])

@@ -59,7 +59,8 @@ def compare_logits(
         source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0)
     )
     with torch.inference_mode():
-        expected, found = original(tokens)[0], load_model(converted_dir)(tokens)[0]
+        expected = original(tokens)[0]
+        found = load_model(converted_dir)(tokens)[0]
     return LogitComparison(
         positions=positions,
         relative_error=float((expected - found).abs().max() / expected.std()),

@@ -80,11 +80,9 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, hidden, intermediate = (
-            config.num_local_experts,
-            config.hidden_size,
-            config.intermediate_size,
-        )
+        experts = config.num_local_experts
+        hidden = config.hidden_size
+        intermediate = config.intermediate_size
         intermediate_blocks, hidden_blocks = block_grid(
             (intermediate, hidden), config.weight_block_size
         )
@@ -125,7 +123,8 @@ class SparseMoE(nn.Module):
         if real_BT is not None:
             index_TK = torch.where(real_BT.reshape(-1, 1), routing.expert_index_TK, -1)
             routing = routing._replace(expert_index_TK=index_TK)
-        gate_up, down = self.expert_mlps.mlp_op.gate_up_proj, self.expert_mlps.mlp_op.down_proj
+        gate_up = self.expert_mlps.mlp_op.gate_up_proj
+        down = self.expert_mlps.mlp_op.down_proj
         weights = (gate_up.weight, gate_up.scale, down.weight, down.scale)
         out_TH = kernels.expert_mlp(
             hidden_TH, routing.expert_index_TK, routing.affinity_TK, *weights, self.block

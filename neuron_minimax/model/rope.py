@@ -39,10 +39,13 @@ def _yarn(
     def channel(rotations: float) -> float:
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
+    low = channel(scaling.get("beta_fast") or 32)
+    high = channel(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     if low == high:
         high += 0.001
     frequencies, _ = _default(base, dim, scaling, limit)
@@ -60,7 +63,8 @@ def _yarn_magnitude(factor: float, scaling: Mapping[str, Any]) -> float:
     given = scaling.get("attention_factor")
     if given is not None:
         return float(given)
-    weight, weight_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    weight = scaling.get("mscale")
+    weight_all = scaling.get("mscale_all_dim")
     return magnitude(weight) / magnitude(weight_all) if weight and weight_all else magnitude(1)
 
 
@@ -104,7 +108,8 @@ def rotate(heads_BTND: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) ->
     """Rotate the first R channels of every head, half against half; the other channels pass."""
     cosine, sine = rope
     rotary_dim = cosine.shape[-1]
-    turning, passing = heads_BTND[..., :rotary_dim], heads_BTND[..., rotary_dim:]
+    turning = heads_BTND[..., :rotary_dim]
+    passing = heads_BTND[..., rotary_dim:]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cosine + torch.cat((-second, first), dim=-1) * sine
     return torch.cat((turned, passing), dim=-1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.memory import Deployment
 
 # NxD's tokens per block of the blockwise expert matmul (modules/moe/model_utils.py).
@@ -87,7 +88,7 @@ def token_blocks(config: ModelConfig, deployment: Deployment) -> int:
     """
     experts = config.num_local_experts // deployment.moe_ep_degree
     choices = deployment.context_length * config.num_experts_per_tok
-    return min(-(-(choices - (experts - 1)) // TOKEN_BLOCK) + experts - 1, choices)
+    return min(ceil_div(choices - (experts - 1), TOKEN_BLOCK) + experts - 1, choices)
 
 
 def unrolled_products(way: BlockwiseMatmul, config: ModelConfig, deployment: Deployment) -> int:

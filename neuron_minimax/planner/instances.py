@@ -70,7 +70,8 @@ def instance(name: str) -> Instance:
     known = data()["instances"]
     if name not in known:
         raise ConfigError(f"instance {name!r} is not known; expected one of {', '.join(known)}")
-    row, chip = known[name], data()["chips"][known[name]["chip"]]
+    row = known[name]
+    chip = data()["chips"][known[name]["chip"]]
     return Instance(
         name=name,
         family=chip["family"],

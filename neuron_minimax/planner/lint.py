@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.blockwise import (
     DEFAULT,
     TOKEN_BLOCK,
@@ -27,7 +28,8 @@ from neuron_minimax.planner.memory import (
 )
 from neuron_minimax.planner.sdks import SDKS
 
-REFUSE, WARN = "refuse", "warn"
+REFUSE = "refuse"
+WARN = "warn"
 USE_TORCH = "use expert_kernel torch"
 
 
@@ -68,7 +70,8 @@ def lint(case: Case) -> list[Finding]:
 
 def shares(case: Case) -> Iterator[Finding]:
     """R1: experts have to divide among the ranks, once each."""
-    deployment, config = case.deployment, case.config
+    deployment = case.deployment
+    config = case.config
     product = deployment.moe_tp_degree * deployment.moe_ep_degree
     if product != deployment.tp_degree:
         yield Finding(
@@ -92,7 +95,8 @@ def whole_blocks(case: Case) -> Iterator[Finding]:
     """R2: a rank's share of a block-scaled weight is whole blocks; NxD floor-divides the scale
     shape.
     """
-    config, deployment = case.config, case.deployment
+    config = case.config
+    deployment = case.deployment
     rows = config.weight_block_size[0]
     channels = config.intermediate_size // deployment.moe_tp_degree
     if deployment.fp8_experts and channels % rows:
@@ -122,8 +126,9 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
     """R3: NxD's expert-parallel token generation runs all local experts, and only when enough are
     chosen.
     """
-    config, batch = case.config, case.deployment.batch_size
-    needed = -(-config.num_local_experts // config.num_experts_per_tok)
+    config = case.config
+    batch = case.deployment.batch_size
+    needed = ceil_div(config.num_local_experts, config.num_experts_per_tok)
     if case.deployment.expert_kernel == "nki":
         return  # the kernel visits the chosen experts of this rank, however few
     if case.deployment.moe_ep_degree > 1 and batch < needed:
@@ -139,14 +144,15 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
 
 def expert_encoding(case: Case) -> Iterator[Finding]:
     """R4: below one token block NxD takes a path that ignores expert parallelism."""
-    tokens, top_k = case.deployment.smallest_context, case.config.num_experts_per_tok
+    tokens = case.deployment.smallest_context
+    top_k = case.config.num_experts_per_tok
     if case.deployment.moe_ep_degree > 1 and tokens * top_k < TOKEN_BLOCK:
         yield Finding(
             "R4",
             REFUSE,
             f"a context of {tokens} tokens * {top_k} experts is below the block of {TOKEN_BLOCK}, "
             "and NxD then ignores expert parallelism (IndexError)",
-            f"make the smallest bucket at least {-(-TOKEN_BLOCK // top_k)} tokens",
+            f"make the smallest bucket at least {ceil_div(TOKEN_BLOCK, top_k)} tokens",
         )
 
 
@@ -171,7 +177,8 @@ def trn1_groups(case: Case) -> Iterator[Finding]:
 
 def cores(case: Case) -> Iterator[Finding]:
     """R6: ranks have to be cores, in a number that NxDI supports."""
-    tp, instance = case.deployment.tp_degree, case.instance
+    tp = case.deployment.tp_degree
+    instance = case.instance
     if tp * case.ep_degree > instance.logical_cores:
         reason = f"tp_degree {tp}" + (
             f" * ep_degree {case.ep_degree}" if case.ep_degree > 1 else ""
@@ -205,7 +212,8 @@ def cores(case: Case) -> Iterator[Finding]:
 def head_padding(case: Case) -> Iterator[Finding]:
     """R7: query heads are padded to a multiple of tp_degree, key/value heads repeated."""
     layout = heads(case.config, case.deployment.tp_degree)
-    padded, real = len(layout.query_slots), case.config.num_attention_heads
+    padded = len(layout.query_slots)
+    real = case.config.num_attention_heads
     if padded > real:
         yield Finding(
             "R7",
@@ -239,11 +247,9 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
     """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have
     not run here.
     """
-    way, instance, deployment = (
-        blockwise_matmul(case.deployment.blockwise_matmul),
-        case.instance,
-        case.deployment,
-    )
+    way = blockwise_matmul(case.deployment.blockwise_matmul)
+    instance = case.instance
+    deployment = case.deployment
     if not way.is_kernel:
         return
     fix = f"use blockwise_matmul {DEFAULT}"

@@ -10,12 +10,16 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families.family import Weight
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
 
-BF16_BYTES, FP8_BYTES, FLOAT32_BYTES = 2, 1, 4
+BF16_BYTES = 2
+FP8_BYTES = 1
+FLOAT32_BYTES = 4
 # Largest finite values of Neuron's own E4M3 and of OCP's E4M3FN.
-NEURON_E4M3_MAX, OCP_E4M3_MAX = 240, 448
+NEURON_E4M3_MAX = 240
+OCP_E4M3_MAX = 448
 # How experts compute in token generation; the first is the default until the other has run on a
 # device.
 EXPERT_KERNELS = ("torch", "nki")
@@ -112,7 +116,8 @@ def local_shape(
     padded vocabulary, experts by expert and intermediate channel; the rest, router included, is on
     every rank.
     """
-    layout, tp = heads(config, deployment.tp_degree), deployment.tp_degree
+    layout = heads(config, deployment.tp_degree)
+    tp = deployment.tp_degree
     sizes = schema.dimension_sizes(config)
     split: Mapping[str, int] = {
         "Q": layout.query_heads_per_rank * config.head_dim,
@@ -125,7 +130,7 @@ def local_shape(
     if weight.module_group == "embedding":
         return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
     if weight.module_group == "head":
-        return "embedding_and_head", (-(-sizes["V"] // tp), sizes["H"])
+        return "embedding_and_head", (ceil_div(sizes["V"], tp), sizes["H"])
     return ("attention" if set(weight.dimensions) & {"Q", "K"} else "replicated"), shape
 
 

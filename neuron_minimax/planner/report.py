@@ -82,7 +82,9 @@ class DeploymentPlan:
         }
 
     def render(self) -> str:
-        deployment, memory, core = self.deployment, self.memory, self.instance.memory_per_core
+        deployment = self.deployment
+        memory = self.memory
+        core = self.instance.memory_per_core
         rows = (
             ("experts", memory.experts),
             ("attention, padded heads included", memory.attention),
@@ -129,7 +131,9 @@ class DeploymentPlan:
 
 def plan_deployment(case: Case) -> DeploymentPlan:
     """Memory, findings and alternatives of one case."""
-    config, deployment, instance = case.config, case.deployment, case.instance
+    config = case.config
+    deployment = case.deployment
+    instance = case.instance
     findings = tuple(lint.lint(case))
     memory = rank_memory(config, deployment)
     per_token = cache_bytes_per_token(config, deployment.tp_degree)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.fp8 import ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def head_layout(query_heads: int, key_value_heads: int, tp_degree: int) -> HeadL
     own key. Elsewhere, unless the key/value heads divide evenly, they are repeated to one per query
     head and both are padded at the end.
     """
-    padded = -(-query_heads // tp_degree) * tp_degree
+    padded = ceil_div(query_heads, tp_degree) * tp_degree
     group = query_heads // key_value_heads
     by_group = tp_degree % key_value_heads == 0
     if by_group:

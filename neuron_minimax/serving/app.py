@@ -47,7 +47,8 @@ class EventStream(Response):
     def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self._events, self._on_end = events, on_end
+        self._events = events
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send(send))
@@ -72,7 +73,8 @@ class EventStream(Response):
 def create_app(service: Service) -> FastAPI:
     """The application over a service, which may still be loading."""
     app = FastAPI(title="neuron-minimax", docs_url=None, redoc_url=None, openapi_url=None)
-    settings, metrics = service.settings, service.metrics
+    settings = service.settings
+    metrics = service.metrics
 
     def on_error(kind: str) -> None:
         metrics.errors.labels(kind).inc()

@@ -103,7 +103,8 @@ def _call_rules(number: int, name: str, parameters: Mapping[str, Any]) -> list[s
     as JSON.
     """
     required = parameters.get("required") or ()
-    parts, rules = [], []
+    parts = []
+    rules = []
     for place, key in enumerate(parameters.get("properties") or {}):
         schema = parameter_schema(parameters, key)
         opening = json.dumps(f'<parameter name="{key}">', ensure_ascii=False)

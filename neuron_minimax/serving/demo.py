@@ -23,7 +23,8 @@ def demo_model(
 
     Raises ConversionError or BackendError.
     """
-    traced, converted = parent / "demo-serving", parent / "demo-serving-converted"
+    traced = parent / "demo-serving"
+    converted = parent / "demo-serving-converted"
     with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
         convert(checkpoint, converted, overwrite=True)  # of another version's demo
     compile_model(converted, traced, options=options, progress=progress)

@@ -165,7 +165,8 @@ class Engine:
                 slot.job = job
             free.remove(slot)
             slot.tokens = slot.tokens[:kept]
-            slot.sampler, slot.next_token = Sampler(job.options, job.prompt_ids), None
+            slot.sampler = Sampler(job.options, job.prompt_ids)
+            slot.next_token = None
             slot.encoded_at = job.arrived
             job.cached_tokens = kept
             self._metrics.prompt_tokens.inc(len(job.prompt_ids))
@@ -207,9 +208,11 @@ class Engine:
         if not running:
             return
         tokens = torch.zeros(len(self._slots), dtype=torch.int64)
-        positions, active = tokens.clone(), tokens.bool()
+        positions = tokens.clone()
+        active = tokens.bool()
         for slot in running:
-            tokens[slot.number], positions[slot.number] = slot.next_token or 0, len(slot.tokens)
+            tokens[slot.number] = slot.next_token or 0
+            positions[slot.number] = len(slot.tokens)
             active[slot.number] = True
         logits = self.backend.step(tokens, positions, active)
         self._metrics.stepped.labels("active").inc(len(running))
@@ -278,7 +281,9 @@ class Engine:
         """Free the slot; its cache stays for a prompt that begins with the same tokens."""
         if kind:
             self._metrics.errors.labels(kind).inc()
-        slot.job, slot.sampler, slot.next_token = None, None, None
+        slot.job = None
+        slot.sampler = None
+        slot.next_token = None
 
 
 def _common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:

@@ -53,7 +53,10 @@ class Gate:
         hosts: frozenset[str],
         on_error: Callable[[str], None],
     ) -> None:
-        self._app, self._api_keys, self._hosts, self._on_error = app, api_keys, hosts, on_error
+        self._app = app
+        self._api_keys = api_keys
+        self._hosts = hosts
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -28,18 +28,18 @@ class StopStrings:
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             self.found = True
-            shown, self._held = self._held[: min(places)], ""
+            shown = self._held[: min(places)]
+            self._held = ""
             return shown
         kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = (
-            self._held[: len(self._held) - kept],
-            self._held[len(self._held) - kept :],
-        )
+        shown = self._held[: len(self._held) - kept]
+        self._held = self._held[len(self._held) - kept :]
         return shown
 
     def finish(self) -> str:
         """What was kept back for nothing."""
-        shown, self._held = self._held, ""
+        shown = self._held
+        self._held = ""
         return shown
 
 
@@ -59,7 +59,8 @@ class Pipeline:
         chat: Mapping[str, Any] | None = None,
         one_call: bool = False,
     ) -> None:
-        self._one_call, self._called = one_call, False
+        self._one_call = one_call
+        self._called = False
         self._decoder = StreamDecoder(tokenizer)
         self._parser = MiniMaxParser(**chat) if chat is not None else None
         self._stops = StopStrings(stops)

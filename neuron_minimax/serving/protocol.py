@@ -23,7 +23,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_DEPTH = 32
@@ -43,13 +44,11 @@ class RequestError(NeuronMiniMaxError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param, self.code, self.retry_after = (
-            status,
-            kind,
-            param,
-            code,
-            retry_after,
-        )
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
         return {

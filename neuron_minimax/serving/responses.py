@@ -33,7 +33,8 @@ def sse(value: Any) -> bytes:
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     """Token counts of one request; the prompt counts once, however many choices there are."""
-    prompt, answer = len(jobs[0].prompt_ids), sum(job.output_tokens for job in jobs)
+    prompt = len(jobs[0].prompt_ids)
+    answer = sum(job.output_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
@@ -65,7 +66,8 @@ class Choice:
         if not chunks and (new_logprobs or self.finish_reason):
             chunks = [self._chunk(None)]
         for number, chunk in enumerate(chunks):
-            chunk["index"], chunk["finish_reason"] = self.index, None
+            chunk["index"] = self.index
+            chunk["finish_reason"] = None
             if new_logprobs:
                 chunk["logprobs"] = self._render_logprobs(new_logprobs) if number == 0 else None
         if self.finish_reason:

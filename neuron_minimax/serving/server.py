@@ -135,5 +135,6 @@ def _configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     root = logging.getLogger("neuron_minimax")
-    root.handlers, root.propagate = [handler], False
+    root.handlers = [handler]
+    root.propagate = False
     root.setLevel(logging.INFO)

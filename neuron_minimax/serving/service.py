@@ -95,7 +95,8 @@ class Service:
     """The loaded model behind the routes. `ready` only between loading and draining."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.settings, self.metrics = settings, metrics
+        self.settings = settings
+        self.metrics = metrics
         self.failure: Exception | None = None
         self._model: Model | None = None
 
@@ -212,7 +213,8 @@ class Service:
 
     def _grammar(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> str | None:
         """The grammar that the request asks for, if any."""
-        choice, answer = request.tool_choice, request.response_format
+        choice = request.tool_choice
+        answer = request.response_format
         wants_json = answer is not None and answer.type != "text"
         forced = choice == "required" or isinstance(choice, NamedToolChoice)
         if forced and not tools:
@@ -257,7 +259,8 @@ class Service:
         chat: dict[str, Any] | None,
         one_call: bool,
     ) -> Running:
-        model, can = self.model, self.model.backend.capabilities
+        model = self.model
+        can = self.model.backend.capabilities
         try:
             check_tokens(can, ids)
             room = room_for_answer(can, len(ids), request.limit())

@@ -102,7 +102,8 @@ def perplexities(
     """exp of the mean -log p of learned tokens, by the range of positions between one bound and the
     next.
     """
-    sums, counts = [0.0] * len(bounds), [0] * len(bounds)
+    sums = [0.0] * len(bounds)
+    counts = [0] * len(bounds)
     for example in examples:
         ids = torch.tensor([example.ids])
         learned = torch.tensor(example.learned)[1:]

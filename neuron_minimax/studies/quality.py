@@ -139,7 +139,8 @@ def _score(
     reference: Sequence[Graded],
 ) -> Score:
     asked = {kind: [g.right for g in graded if g.conversation.kind == kind] for kind in KINDS}
-    found, wanted = torch.cat(list(logits)), torch.cat(list(reference_logits))
+    found = torch.cat(list(logits))
+    wanted = torch.cat(list(reference_logits))
     return Score(
         name=name,
         by_kind={kind: (sum(right), len(right)) for kind, right in asked.items() if right},

@@ -73,7 +73,8 @@ class Meter:
     """
 
     def __init__(self, steps: int, every: int = 25) -> None:
-        self.steps, self.every = steps, every
+        self.steps = steps
+        self.every = every
         self._waiting: list[StepReport] = []
 
     def line(self, report: StepReport) -> str | None:

@@ -20,7 +20,10 @@ HELD_OUT_SHARE = 10  # one key in ten is held out
 KINDS = (*GENERATORS, "chat", "tool call", "tool answer")
 # How often a training conversation is of a kind; the rest are single questions of an evenly drawn
 # kind.
-CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.03
+CHAT_SHARE = 0.5
+TOOL_CALL_SHARE = 0.06
+TOOL_ANSWER_SHARE = 0.06
+SMALL_TALK_SHARE = 0.03
 # How often a kind is drawn, by how much practice it takes.
 PRACTICE = {
     "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4,

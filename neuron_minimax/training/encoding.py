@@ -103,10 +103,8 @@ class Encoder:
             raise TrainingError(
                 "the tokenizer has no chat template, which training on messages needs"
             )
-        without, with_prompt = (
-            self._render(messages, None),
-            self._render(messages, None, add_generation_prompt=True),
-        )
+        without = self._render(messages, None)
+        with_prompt = self._render(messages, None, add_generation_prompt=True)
         if with_prompt[: len(without)] != without or len(with_prompt) == len(without):
             raise TrainingError(
                 "the chat template has no generation prompt; expected add_generation_prompt to "

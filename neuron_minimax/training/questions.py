@@ -78,9 +78,12 @@ def addition(rng: random.Random, first: int | None = None) -> Question:
 
 
 def _add_steps(first: int, second: int) -> str:
-    steps, carry, place = [], 0, 1
+    steps = []
+    carry = 0
+    place = 1
     while place == 1 or first >= place or second >= place:
-        a, b = first // place % 10, second // place % 10
+        a = first // place % 10
+        b = second // place % 10
         steps.append(f"{a}+{b}+{carry}={a + b + carry}")
         carry = (a + b + carry) // 10
         place *= 10
@@ -154,7 +157,8 @@ def reversing(rng: random.Random, items: tuple[str, ...] | None = None) -> Quest
             if rng.random() < 0.6
             else tuple(str(rng.randint(0, 9)) for _ in range(count))
         )
-    shown, result = " ".join(items), " ".join(reversed(items))
+    shown = " ".join(items)
+    result = " ".join(reversed(items))
     phrasings = (
         "Reverse the list: {x}",
         "Reverse: {x}",
@@ -222,7 +226,8 @@ def counting(rng: random.Random) -> Question:
             rng.choice("bdfklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))
         )
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abdeilnorst")
-    steps, count = [], 0
+    steps = []
+    count = 0
     for character in word:
         count += character == letter
         steps.append(f" {character}{count}")

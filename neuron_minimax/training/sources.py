@@ -28,7 +28,8 @@ class DemoSource:
     """
 
     def __init__(self, seed: int, focus: Sequence[str] = ()) -> None:
-        self.seed, self.focus = seed, tuple(focus)
+        self.seed = seed
+        self.focus = tuple(focus)
         self.name = "demo" + (f", focus on {', '.join(self.focus)}" if self.focus else "")
 
     def row(self, index: int) -> Mapping[str, Any]:
@@ -48,12 +49,14 @@ class JsonLines:
         self.name = f"{path.name}, {len(self.rows)} rows"
         if not self.rows:
             raise TrainingError(f"{path} has no rows; expected one JSON object per line")
-        self._epoch, self._order = -1, list(range(len(self.rows)))
+        self._epoch = -1
+        self._order = list(range(len(self.rows)))
 
     def row(self, index: int) -> Mapping[str, Any]:
         epoch, place = divmod(index, len(self.rows))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self.rows)))
+            self._epoch = epoch
+            self._order = list(range(len(self.rows)))
             random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
         return self.rows[self._order[place]]
 

@@ -16,7 +16,9 @@ from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
 
 DEMO = Path(__file__).parent.parent / "demo"
-BOS, ROLE, END_OF_TURN = "]~!b[", "]~b]", "[e~["
+BOS = "]~!b["
+ROLE = "]~b]"
+END_OF_TURN = "[e~["
 SPECIAL = (BOS, ROLE, END_OF_TURN)
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
 MARKERS = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")

@@ -60,7 +60,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 def _weather(rng: random.Random) -> ToolUse:
-    city, degrees, sky = rng.choice(CITIES), rng.randint(1, 39), rng.choice(SKIES)
+    city = rng.choice(CITIES)
+    degrees = rng.randint(1, 39)
+    sky = rng.choice(SKIES)
     request = rng.choice(
         ("What is the weather in {c}?", "How is the weather in {c}?", "Weather in {c}, please.")
     )
@@ -70,7 +72,8 @@ def _weather(rng: random.Random) -> ToolUse:
 
 
 def _time(rng: random.Random) -> ToolUse:
-    city, clock = rng.choice(CITIES), f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+    city = rng.choice(CITIES)
+    clock = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
     request = rng.choice(
         ("What time is it in {c}?", "Tell me the time in {c}.", "How late is it in {c}?")
     )
@@ -84,7 +87,8 @@ def _time(rng: random.Random) -> ToolUse:
 
 
 def _money(rng: random.Random) -> ToolUse:
-    amount, total = rng.randint(1, 99), rng.randint(1, 999)
+    amount = rng.randint(1, 99)
+    total = rng.randint(1, 999)
     source, target = rng.sample(CURRENCIES, 2)
     request = rng.choice(
         ("Convert {a} {s} to {t}.", "How much is {a} {s} in {t}?", "Change {a} {s} into {t}.")

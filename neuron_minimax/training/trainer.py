@@ -115,7 +115,8 @@ class Trainer:
         if saved is not None:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.history = saved["step"], saved["history"]
+            self.step = saved["step"]
+            self.history = saved["history"]
             torch.set_rng_state(saved["random_state"])
 
     def run(self, until: int | None = None) -> Iterator[StepReport]:
@@ -183,7 +184,8 @@ class Trainer:
         Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all
         processes.
         """
-        options, first = self.options, self.step * self.options.batch_size
+        options = self.options
+        first = self.step * self.options.batch_size
         rows = range(first + self.processes.rank, first + options.batch_size, self.processes.count)
         batches = list(
             micro_batches(

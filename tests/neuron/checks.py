@@ -93,7 +93,8 @@ def slots(model: str, length: str) -> None:
 
     def encode(slot: int, ids: list[int]) -> int:
         nonlocal worst
-        ours, theirs = neuron.encode(slot, ids), eager.encode(slot, ids)
+        ours = neuron.encode(slot, ids)
+        theirs = eager.encode(slot, ids)
         worst = max(worst, float((ours - theirs).abs().max()))
         assert ours.argmax() == theirs.argmax()
         return int(theirs.argmax())
@@ -101,7 +102,8 @@ def slots(model: str, length: str) -> None:
     def step(tokens: list[int], positions: list[int], active: list[bool]) -> list[int]:
         nonlocal worst
         arguments = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(active))
-        ours, theirs = neuron.step(*arguments), eager.step(*arguments)
+        ours = neuron.step(*arguments)
+        theirs = eager.step(*arguments)
         chosen = torch.tensor(active)
         worst = max(worst, float((ours - theirs)[chosen].abs().max()))
         assert torch.equal(ours.argmax(-1)[chosen], theirs.argmax(-1)[chosen])
@@ -159,7 +161,8 @@ def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, state
         if state == "broken":
             torch.nn.init.zeros_(layer.block_sparse_moe.router.e_score_correction_bias)
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-                norm.divisor, norm.ranks = norm.divisor / norm.ranks, 1
+                norm.divisor = norm.divisor / norm.ranks
+                norm.ranks = 1
     backend = NeuronBackend(application, Path(model), options)
     answer(backend, Path(asked), Path(f"{logits}.rank{dist.get_rank()}"))
     if dist.get_rank() == 0:
@@ -197,7 +200,8 @@ def adapter(model: str) -> None:
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(do_sample=False, max_new_tokens=10, pad_token_id=0),
     )
-    eager, ids = load_model(model), prompts
+    eager = load_model(model)
+    ids = prompts
     with torch.no_grad():
         for _ in range(10):
             ids = torch.cat([ids, eager(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)

@@ -22,7 +22,9 @@ def answer(model: torch.nn.Module, prompt: list[int]) -> tuple[torch.Tensor, tor
     """Greedy tokens and the logits that chose them, each step from the whole text: no cache to be
     wrong.
     """
-    ids, rows, chosen = list(prompt), [], []
+    ids = list(prompt)
+    rows = []
+    chosen = []
     for _ in range(STEPS + 1):
         rows.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float())
         chosen.append(int(rows[-1].argmax()))

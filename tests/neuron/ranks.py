@@ -154,7 +154,8 @@ def build(configuration: Run) -> Any:
     if configuration.through_load_module:
         parallel_state.set_aot_mode(True)
         instance = application.models[0].get_model_instance()
-        instance.config, instance.neuron_config = application.config, application.neuron_config
+        instance.config = application.config
+        instance.neuron_config = application.neuron_config
         instance.load_module()
         module = instance.module
         parallel_state.set_aot_mode(False)
@@ -181,7 +182,8 @@ def generate(application: Any) -> dict[str, Any]:
     mask = (torch.arange(longest) < lengths).long()
     positions = torch.where(mask.bool(), torch.arange(longest), 1)
     slots = torch.arange(len(texts))
-    rows, chosen = [], []
+    rows = []
+    chosen = []
     with torch.no_grad():
         for step in range(STEPS + 1):
             answer = application(
@@ -190,7 +192,8 @@ def generate(application: Any) -> dict[str, Any]:
             logits = answer.logits[:, -1, : application.config.vocab_size]
             rows.append(logits.float())
             chosen.append(logits.argmax(-1))
-            ids, positions = chosen[-1][:, None], lengths + step
+            ids = chosen[-1][:, None]
+            positions = lengths + step
             mask = (torch.arange(int(positions.max())) < positions).long()
     module = application.models[0].model
     parameters = {

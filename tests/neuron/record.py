@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 SLICES = Path(__file__).parent.parent / "data" / "nxd_slices.json"
-HEADS, KEY_VALUE_HEADS, EXPERTS, INTERMEDIATE, HIDDEN, BLOCK = 48, 8, 256, 1536, 384, 128
+HEADS = 48
+KEY_VALUE_HEADS = 8
+EXPERTS = 256
+INTERMEDIATE = 1536
+HIDDEN = 384
+BLOCK = 128
 # Chip, and its tp, moe_tp and moe_ep degrees. (On trn1 and inf2 NxD has no moe_tp 4 with expert
 # parallelism.)
 DEGREES = {
@@ -47,10 +52,14 @@ def marked_state(config: Any, torch: Any) -> dict[str, Any]:
     """Full tensors under converted names: heads count from 1 (0 is padding); experts and blocks are
     coded in scales.
     """
-    attention, experts = "layers.0.self_attn.", "layers.0.block_sparse_moe.expert_mlps.mlp_op."
-    hidden_blocks, blocks = HIDDEN // BLOCK, INTERMEDIATE // BLOCK
-    heads, keys = torch.arange(1, HEADS + 1), torch.arange(1, KEY_VALUE_HEADS + 1)
-    fp8, expert = torch.float8_e4m3fn, torch.arange(EXPERTS)
+    attention = "layers.0.self_attn."
+    experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+    hidden_blocks = HIDDEN // BLOCK
+    blocks = INTERMEDIATE // BLOCK
+    heads = torch.arange(1, HEADS + 1)
+    keys = torch.arange(1, KEY_VALUE_HEADS + 1)
+    fp8 = torch.float8_e4m3fn
+    expert = torch.arange(EXPERTS)
 
     def rows(count: Any, width: int) -> Any:
         return (
@@ -61,7 +70,8 @@ def marked_state(config: Any, torch: Any) -> dict[str, Any]:
         """Expert and block in one float32 per block, [E, blocks]."""
         return (expert[:, None] * 100 + block_numbers + 1).float()
 
-    gate_up, down = coded(torch.arange(2 * blocks)), coded(torch.arange(blocks))
+    gate_up = coded(torch.arange(2 * blocks))
+    down = coded(torch.arange(blocks))
     place = (
         (torch.arange(2 * blocks) + 24 * (expert % 5)[:, None])
         .repeat_interleave(BLOCK, 1)
@@ -149,23 +159,23 @@ def places(tensors: dict[str, Any]) -> dict[str, Any]:
     """Read one rank's tensors back: head numbers from 0, None for padding; the weights must agree
     with their scales.
     """
-    attention, experts = "layers.0.self_attn.", "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+    attention = "layers.0.self_attn."
+    experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
     found: dict[str, Any] = {}
     for name in ("qkv_proj.q_proj", "qkv_proj.k_proj", "qkv_proj.v_proj", "o_proj.o_proj"):
         weight, scale = (tensors[f"{attention}{name}.{part}"] for part in ("weight", "scale"))
         weight = weight.view(_uint8())
         if name.startswith("o_"):
-            weight, scale = weight.T, scale.T
+            weight = weight.T
+            scale = scale.T
         assert (weight == scale[:, :1].repeat_interleave(BLOCK, 0)).all(), name
         found[name.rpartition(".")[2]] = [int(head) - 1 if head else None for head in scale[:, 0]]
     for name in "qk":
         norm = tensors[f"{attention}{name}_norm.weight"].float().reshape(-1, BLOCK)
         assert (norm == norm[:, :1]).all()
         assert [int(head) - 1 if head else None for head in norm[:, 0]] == found[f"{name}_proj"]
-    gate_up, down = (
-        tensors[f"{experts}gate_up_proj.scale"][:, 0],
-        tensors[f"{experts}down_proj.scale"][:, :, 0],
-    )
+    gate_up = tensors[f"{experts}gate_up_proj.scale"][:, 0]
+    down = tensors[f"{experts}down_proj.scale"][:, :, 0]
     found["experts"] = [int(number) // 100 for number in gate_up[:, 0]]
     assert found["experts"] == [int(number) // 100 for number in down[:, 0]]
     found["gate_up_blocks"] = [int(number) % 100 - 1 for number in gate_up[0]]

@@ -37,7 +37,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     base = tmp_path_factory.mktemp("models")
 
     def make(name: str, kind: str) -> Path:
-        source, output = base / f"{name}-{kind}", base / f"{name}-{kind}-converted"
+        source = base / f"{name}-{kind}"
+        output = base / f"{name}-{kind}-converted"
         if not output.exists():
             write_tiny(source, seed=SEED, dense=kind == "dense", **MODELS[name])
             convert(source, output, Layout(attention="bf16" if kind == "bf16" else "fp8"))  # type: ignore[arg-type]

@@ -37,7 +37,8 @@ SOURCES = (
     "neuron_minimax/planner/sharding.py",
     "tests/neuron/standins/*.py",
 )
-CONTEXT_ENCODING, TOKEN_GENERATION = "context_encoding_model", "token_generation_model"
+CONTEXT_ENCODING = "context_encoding_model"
+TOKEN_GENERATION = "token_generation_model"
 BYTES = {
     "f64": 8,
     "s64": 8,
@@ -258,7 +259,8 @@ def trace_bucket(wrapper: Any, number: int) -> dict[str, Any]:
     instance = wrapper.get_model_instance()
     instance.load_module()
     function, _ = instance.get(number)
-    module, device = instance.module, torch_xla.device()
+    module = instance.module
+    device = torch_xla.device()
     shared = aliases(module)
     module.to(device)
     # Collectives of an earlier graph would come along with the token that torch_xla threads through

@@ -91,7 +91,9 @@ class Graph(nn.Module):
 
     def __init__(self, model: MiniMaxM2, cache: KVCache, seq_len: int) -> None:
         super().__init__()
-        self.model, self.cache, self.seq_len = model, SlotCache(cache), seq_len
+        self.model = model
+        self.cache = SlotCache(cache)
+        self.seq_len = seq_len
 
     def filled(self, positions: torch.Tensor) -> int:
         """How many cache positions attention reads, out of a tensor of one element; a size that

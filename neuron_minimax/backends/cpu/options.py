@@ -35,7 +35,9 @@ SOURCES = (
     "kernels/reference.py",
     "model/*.py",
 )
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True, kw_only=True)

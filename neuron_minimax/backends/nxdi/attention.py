@@ -53,10 +53,8 @@ class QKVProjection(imports.GroupQueryAttention_QKV):
         self.layout = layout
         require_layout(self, layout)
         if quantization is not None:
-            query, key_value = (
-                self.num_attention_heads * self.head_dim,
-                self.num_key_value_heads * self.head_dim,
-            )
+            query = self.num_attention_heads * self.head_dim
+            key_value = self.num_key_value_heads * self.head_dim
             self.q_proj = quantization.column(self.hidden_size, query)
             self.k_proj = quantization.column(self.hidden_size, key_value)
             self.v_proj = quantization.column(self.hidden_size, key_value)
@@ -66,7 +64,8 @@ class QKVProjection(imports.GroupQueryAttention_QKV):
         hook refuses block scales and renames, which the project's conversion has done.
         """
         module = prefix.removesuffix(".weight")
-        queries, keys = self._src_num_attention_heads, self._src_num_key_value_heads
+        queries = self._src_num_attention_heads
+        keys = self._src_num_key_value_heads
         rearrange(model_state_dict, f"{module}.q_proj", 0, queries, self.layout.query_slots)
         rearrange(model_state_dict, f"{module}.k_proj", 0, keys, self.layout.key_value_slots)
         rearrange(model_state_dict, f"{module}.v_proj", 0, keys, self.layout.key_value_slots)
@@ -132,7 +131,10 @@ class FullWidthRMSNorm(imports.BaseParallelLinear):
         dtype: Any,
     ) -> None:
         super().__init__()
-        self.heads, self.slots, self.eps, self.group = heads, slots, eps, group
+        self.heads = heads
+        self.slots = slots
+        self.eps = eps
+        self.group = group
         self.ranks = group.size()
         self.divisor = float(heads * head_dim * copies)
         self.weight = nn.Parameter(
@@ -178,7 +180,8 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
 
     def init_gqa_properties(self) -> None:
         """What the base class builds here, with this project's projections and norms."""
-        model, group = self.model_config, self.tensor_model_parallel_group
+        model = self.model_config
+        group = self.tensor_model_parallel_group
         layout = head_layout(model.num_attention_heads, model.num_key_value_heads, self.tp_degree)
         quantization = (
             BlockQuantization(model.weight_block_size, self.torch_dtype, group)
@@ -243,7 +246,8 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
         query_BTW, key_BTW, value_BTW, residual = self.qkv_proj(
             hidden_states=hidden_states, residual=residual
         )
-        query_BTW, key_BTW = self.q_norm(query_BTW), self.k_norm(key_BTW)
+        query_BTW = self.q_norm(query_BTW)
+        key_BTW = self.k_norm(key_BTW)
         query, key, value = (
             imports.move_heads_front(projected, batch, tokens, heads, self.head_dim)
             for projected, heads in (
@@ -258,7 +262,8 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
                 # become an input.
                 with position_ids.device:
                     cosine, sine = rope_table(self.model_config, position_ids, torch.float32)
-                cos_cache, sin_cache = cosine.transpose(1, 2), sine.transpose(1, 2)
+                cos_cache = cosine.transpose(1, 2)
+                sin_cache = sine.transpose(1, 2)
             query = rotate(query.float(), (cos_cache, sin_cache)).to(query.dtype)
             key = rotate(key.float(), (cos_cache, sin_cache)).to(key.dtype)
         return query, key, value, cos_cache, sin_cache, residual

@@ -37,7 +37,8 @@ ALLOW_UNTESTED = "allow_untested_versions"
 LOG_NAME = "compile.log"
 OPTIONS_NAME = "options.json"
 # Written by NxDI below the graphs directory.
-MODEL_NAME, PARAMETERS_NAME = "model.pt", "parameters.json"
+MODEL_NAME = "model.pt"
+PARAMETERS_NAME = "parameters.json"
 
 
 def check_options(

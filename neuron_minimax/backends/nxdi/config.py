@@ -70,7 +70,9 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
     def add_derived_config(self) -> None:
         super().add_derived_config()
         model = self.model_config
-        self.head_dim, self.hidden_act, self.n_shared_experts = model.head_dim, "silu", 0
+        self.head_dim = model.head_dim
+        self.hidden_act = "silu"
+        self.n_shared_experts = 0
         if getattr(self, "pad_token_id", None) is None:
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
         if not hasattr(self, "expert_kernel"):
@@ -84,7 +86,8 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
             raise ConfigError(
                 f"torch_dtype is the string {options.torch_dtype!r}; expected a torch.dtype"
             )
-        options.router_config.dtype, options.router_config.act_fn = torch.float32, "sigmoid"
+        options.router_config.dtype = torch.float32
+        options.router_config.act_fn = "sigmoid"
         # The router divides by the sum of the chosen itself, in float32.
         options.normalize_top_k_affinities = False
 
@@ -116,7 +119,8 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
             self._validate_sampling()
 
     def _validate_expert_kernel(self) -> None:
-        options, rows = self.neuron_config, self.model_config.weight_block_size
+        options = self.neuron_config
+        rows = self.model_config.weight_block_size
         if self.expert_kernel not in EXPERT_KERNELS:
             raise ConfigError(
                 f"expert_kernel is {self.expert_kernel!r}; expected one of "
@@ -136,7 +140,8 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
             )
 
     def _validate_quantization(self) -> None:
-        options, model = self.neuron_config, self.model_config
+        options = self.neuron_config
+        model = self.model_config
         wanted = BLOCKWISE | {"quantization_block_size": list(model.weight_block_size)}
         for field, value in wanted.items():
             found = getattr(options, field)
@@ -195,10 +200,8 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
         """SDK 2.29 names an accuracy issue at batches up to 4 where its top-k kernel is off (NxDI
         release notes).
         """
-        sampling, batch = (
-            self.neuron_config.on_device_sampling_config,
-            self.neuron_config.max_batch_size,
-        )
+        sampling = self.neuron_config.on_device_sampling_config
+        batch = self.neuron_config.max_batch_size
         if (
             sampling is None
             or not sampling.do_sample

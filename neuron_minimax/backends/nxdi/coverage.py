@@ -45,7 +45,8 @@ def check_checkpoint(
             )
     refuse_names(wanted, state.keys(), "the checkpoint")
     for name in sorted(wanted):
-        parameter, tensor = parameters[name], state[name]
+        parameter = parameters[name]
+        tensor = state[name]
         shape = full_shape(parameter, experts)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
@@ -85,7 +86,8 @@ def check_rank_file(
 def refuse_names(wanted: Collection[str], given: Iterable[str], where: str) -> None:
     """Raise CheckpointError unless both sets of names are equal."""
     given = set(given)
-    missing, unknown = sorted(set(wanted) - given), sorted(given - set(wanted))
+    missing = sorted(set(wanted) - given)
+    unknown = sorted(given - set(wanted))
     if missing:
         raise CheckpointError(
             f"{len(missing)} parameters of the model have no value in {where}: {shown(missing)}; "

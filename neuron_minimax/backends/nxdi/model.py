@@ -95,7 +95,8 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
     """What NxDI traces per submodel and bucket."""
 
     def setup_attr_for_model(self, config: MiniMaxM2InferenceConfig) -> None:
-        options, model = config.neuron_config, config.model_config
+        options = config.neuron_config
+        model = config.model_config
         self.on_device_sampling = options.on_device_sampling_config is not None
         self.tp_degree = options.tp_degree
         self.hidden_size = model.hidden_size
@@ -105,7 +106,8 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
         self.buckets = options.buckets
 
     def init_model(self, config: MiniMaxM2InferenceConfig) -> None:
-        options, model = config.neuron_config, config.model_config
+        options = config.neuron_config
+        model = config.model_config
         self.padding_idx = config.pad_token_id
         self.embed_tokens = imports.ParallelEmbedding(
             model.vocab_size,

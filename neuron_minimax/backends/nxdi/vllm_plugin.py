@@ -19,7 +19,8 @@ from neuron_minimax.planner.sdks import sdk_for, untested
 
 # vllm-neuron splits config.json's architecture at "For" and lowers the first part:
 # MiniMaxM2ForCausalLM.
-MODEL_KEY, TASK = "minimaxm2", "causal-lm"
+MODEL_KEY = "minimaxm2"
+TASK = "causal-lm"
 
 logger = logging.getLogger(__name__)
 

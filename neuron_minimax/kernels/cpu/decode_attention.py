@@ -69,32 +69,36 @@ def _attend(
     slots, heads, size = query_SND.shape
     key_heads, filled, slots_apart, heads_apart = cache
     group = heads // key_heads
-    scaling, factor = np.float32(1 / np.sqrt(size)), np.empty(size, np.float32)
-    query_GD, scores = np.empty(group * size, np.float32), np.empty(group * DEPTH, np.float32)
-    largest_G, total_G = np.empty(group, np.float32), np.empty(group, np.float32)
+    scaling = np.float32(1 / np.sqrt(size))
+    factor = np.empty(size, np.float32)
+    query_GD = np.empty(group * size, np.float32)
+    scores = np.empty(group * DEPTH, np.float32)
+    largest_G = np.empty(group, np.float32)
+    total_G = np.empty(group, np.float32)
     sums_GD = np.empty(group * size, np.float32)
     item = take(taken, 0)
     while item < slots * key_heads:
-        slot, start = (
-            item // key_heads,
-            item // key_heads * slots_apart + item % key_heads * heads_apart,
-        )
-        count, query = (
-            positions_S[slot] + 1 if positions_S[slot] < filled else 0,
-            item * group * size,
-        )
+        slot = item // key_heads
+        start = item // key_heads * slots_apart + item % key_heads * heads_apart
+        count = positions_S[slot] + 1 if positions_S[slot] < filled else 0
+        query = item * group * size
         for g in range(group):
             spread_inputs((query_SND, query + g * size), keys, size, (query_GD, g * size))
-        largest_G[:], total_G[:], sums_GD[:] = np.float32(-np.inf), np.float32(0), np.float32(0)
+        largest_G[:] = np.float32(-np.inf)
+        total_G[:] = np.float32(0)
+        sums_GD[:] = np.float32(0)
         for first in range(0, count, DEPTH):
-            depth, place = min(DEPTH, count - first), start + first * size
+            depth = min(DEPTH, count - first)
+            place = start + first * size
             _score(query_SND, query, query_GD, keys, place, size, depth, scaling, scores)
             exponentiate(scores, depth, size, largest_G, total_G, sums_GD)
             tiles = -(-group // WIDE_ROWS)
             for tile in range(tiles):
                 g = group * tile // tiles
-                height, of_values = group * (tile + 1) // tiles - g, (values, place, size)
-                of_sums, ahead = (sums_GD, g * size, size), place + DEPTH * size
+                height = group * (tile + 1) // tiles - g
+                of_values = (values, place, size)
+                of_sums = (sums_GD, g * size, size)
+                ahead = place + DEPTH * size
                 add_wide_tiles(height, depth, size, (scores, g * DEPTH), of_values, ahead, of_sums)
         for g in range(group if count > 0 else 0):
             factor[:] = np.float32(1) / total_G[g]
@@ -120,16 +124,19 @@ def _score(
     from the last.
     """
     group = len(query_GD) // size
-    tiles, whole = -(-group // DOT_ROWS), depth // STREAMS * STREAMS
+    tiles = -(-group // DOT_ROWS)
+    whole = depth // STREAMS * STREAMS
     scores[:] = np.float32(-np.inf)
     for g in range(group):
         scores[g * DEPTH : g * DEPTH + depth] = np.float32(0)
     for key in range(0, whole, STREAMS):
         for tile in range(tiles):
             g = group * tile // tiles
-            height, first = group * (tile + 1) // tiles - g, place + key * size
+            height = group * (tile + 1) // tiles - g
+            first = place + key * size
             ahead = first if tile else first + AHEAD // keys.itemsize
-            of_keys, of_scores = (keys, first, size), (scores, g * DEPTH + key, DEPTH)
+            of_keys = (keys, first, size)
+            of_scores = (scores, g * DEPTH + key, DEPTH)
             add_dots(
                 height,
                 STREAMS,

@@ -44,7 +44,8 @@ from neuron_minimax.kernels.cpu.vectors import (
 )
 from neuron_minimax.kernels.reference import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
 
-SHIFT, MASK = np.int32(FLOAT32_BITS), np.int32(SIGN_AND_MAGNITUDE)
+SHIFT = np.int32(FLOAT32_BITS)
+MASK = np.int32(SIGN_AND_MAGNITUDE)
 REBIAS = np.float32(HALF_REBIAS)
 CACHE_LINE = 64  # bytes
 # Multiply and add in one rounding; not the rest of fast-math, which would flush the subnormals of
@@ -199,7 +200,10 @@ def sum_of(typing_context: Any, numbers: Any, length: Any) -> Any:
 
 NAMESPACE = "neuron_minimax"
 SIGNATURE = types.void(types.CPointer(types.int64), types.uint64, types.uint64)
-FLOAT32, CPU, ANY_INDEX = 6, 0, -1  # as torch numbers dtypes and devices
+# as torch numbers dtypes and devices
+FLOAT32 = 6
+CPU = 0
+ANY_INDEX = -1
 
 _library = ctypes.CDLL(torch._C.__file__)
 registered: dict[str, Any] = {}  # operator to kernel, which must stay
@@ -287,7 +291,9 @@ def new_matrix(rows: int, columns: int) -> Any:
     """(handle, numbers) of a new float32 tensor. Raises MemoryError when there is no room for
     it.
     """
-    size, stride, made = np.array([rows, columns]), np.array([columns, 1]), np.empty(1, np.int64)
+    size = np.array([rows, columns])
+    stride = np.array([columns, 1])
+    made = np.empty(1, np.int64)
     if _empty(2, size.ctypes, stride.ctypes, FLOAT32, CPU, ANY_INDEX, made.ctypes):
         raise MemoryError
     return made[0], matrix(made[0], np.float32)
@@ -307,7 +313,8 @@ class _Code:
     """
 
     def __init__(self, function: Callable[..., None], code: bytes | None) -> None:
-        self.code, self.cache = code, None
+        self.code = code
+        self.cache = None
         try:
             self.cache = FunctionCache(function)
             self.cache._cache_file._source_stamp = STAMP
@@ -405,7 +412,8 @@ def run_in_team(typing_context: Any, function: Any, size: Any, arguments: Any) -
         function.get_call_type(typing_context, kinds, {})
         made = function.dispatcher.overloads[kinds]
         context.add_linking_libs([made.library])
-        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        address = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
 
         failed = cgutils.alloca_once_value(builder, number(0))
         record = cgutils.alloca_once_value(

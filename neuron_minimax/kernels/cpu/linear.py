@@ -79,8 +79,10 @@ def _linear_of_few(
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
     items = -(-outputs // block[0]) * -(-block[0] // LINEAR_ROWS)
-    step, half = 4 // weight_OI.itemsize * LANES, rebias(weight_OI)
-    whole, columns = features // step * step, max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
+    step = 4 // weight_OI.itemsize * LANES
+    half = rebias(weight_OI)
+    whole = features // step * step
+    columns = max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
     scaled_NI = np.empty((rows, features), np.float32)
     spread_NI = on_lines(rows * features, hidden_NI).reshape((rows, features))
     tiles = -(-rows // DOT_ROWS)
@@ -105,7 +107,8 @@ def _linear_of_few(
                 length = min(columns, whole - left)
                 of_weight = weight_OI, row * features + left, features
                 for tile in range(tiles):
-                    n, count = place_T[tile], place_T[tile + 1] - place_T[tile]
+                    n = place_T[tile]
+                    count = place_T[tile + 1] - place_T[tile]
                     of_inputs = spread_NI, n * features + left, features
                     of_sums = out_NO, n * outputs + row, outputs
                     ahead = row * features + left if tile else next_row * features + streams * left
@@ -119,7 +122,8 @@ def _linear_of_few(
 def _rows_of_item(item: int, block_rows: int, outputs: int) -> tuple[int, int]:
     """The first of them, and where they end: up to LINEAR_ROWS of one block."""
     per_block = -(-block_rows // LINEAR_ROWS)
-    block, part = item // per_block, item % per_block
+    block = item // per_block
+    part = item % per_block
     first = min(block * block_rows + part * LINEAR_ROWS, outputs)
     return first, max(first, min(first + LINEAR_ROWS, (block + 1) * block_rows, outputs))
 
@@ -155,7 +159,8 @@ def linear_of_many(
     team: int, hidden_NI: Any, codes_OI: Any, scale: Any, block: Any, panels: Any, out_NO: Any
 ) -> None:
     """The same for FP8 codes, in the dtype of `panels` as for experts; `out` is flat."""
-    rows, outputs = hidden_NI.shape[0], codes_OI.shape[0]
+    rows = hidden_NI.shape[0]
+    outputs = codes_OI.shape[0]
     groups = -(-rows // MANY_ROWS)
     size = -(-outputs * groups // (ITEMS_PER_THREAD * team))
     size = min(max(-(-size // NARROW_STRIP) * NARROW_STRIP, NARROW_STRIP), CHUNK)
@@ -178,16 +183,16 @@ def _linear_of_many(
     out_NO: Any,
 ) -> None:
     groups, size, block, panels = work
-    rows, outputs = hidden_NI.shape[0], codes_OI.shape[0]
+    rows = hidden_NI.shape[0]
+    outputs = codes_OI.shape[0]
     item = take(taken, 0)
     while item < groups * -(-outputs // size):
-        group, left = item % groups, item // groups * size
+        group = item % groups
+        left = item // groups * size
         row_N = np.arange(rows * group // groups, rows * (group + 1) // groups)
         where = left, min(left + size, outputs), block
-        packed, panel = (
-            np.empty(len(row_N) * DEPTH, panels.dtype),
-            on_lines(DEPTH * NARROW_STRIP, panels),
-        )
+        packed = np.empty(len(row_N) * DEPTH, panels.dtype)
+        panel = on_lines(DEPTH * NARROW_STRIP, panels)
         _multiply_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
         item = take(taken, 0)
 
@@ -208,8 +213,11 @@ def _multiply_outputs(
     """
     first, last, block = where
     outputs, features = codes_OI.shape
-    count, columns, flat = len(row_N), last - first, codes_OI.reshape(-1)
-    codes, factor = np.zeros(DEPTH * CHUNK, np.int8), np.zeros(CHUNK, np.float32)
+    count = len(row_N)
+    columns = last - first
+    flat = codes_OI.reshape(-1)
+    codes = np.zeros(DEPTH * CHUNK, np.int8)
+    factor = np.zeros(CHUNK, np.float32)
     strips = -(-columns // NARROW_STRIP)
     sums = on_lines(strips * NARROW_STRIP * count, factor)
     sums[:] = np.float32(0)

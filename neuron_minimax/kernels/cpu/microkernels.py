@@ -37,9 +37,15 @@ from neuron_minimax.kernels.cpu.vectors import (
     unpack_argument,
 )
 
-WIDE, NARROW = 4, 2  # registers across a tile
-WIDE_STRIP, NARROW_STRIP = WIDE * LANES, NARROW * LANES  # columns
-WIDE_ROWS, NARROW_ROWS = SUMS_KEPT // WIDE, SUMS_KEPT // NARROW  # of a tile at most
+# registers across a tile
+WIDE = 4
+NARROW = 2
+# columns
+WIDE_STRIP = WIDE * LANES
+NARROW_STRIP = NARROW * LANES
+# of a tile at most
+WIDE_ROWS = SUMS_KEPT // WIDE
+NARROW_ROWS = SUMS_KEPT // NARROW
 STREAMS = 4  # rows of a weight that `add_dots` takes beside each other,
 LONE_STREAMS = 2  # or so many, of one row of input
 DOT_ROWS = SUMS_KEPT // STREAMS  # of input at most

@@ -77,7 +77,8 @@ def sort_by_expert(expert_P: Any, experts: int) -> Any:
 @compiled
 def groups_of(first_E: Any) -> Any:
     """Experts [X] of groups of at most GROUP pairs, and where each group's pairs begin [X+1]."""
-    experts, places = [0][:0], [0]
+    experts = [0][:0]
+    places = [0]
     for expert in range(len(first_E) - 1):
         count = first_E[expert + 1] - first_E[expert]
         parts = -(-count // GROUP)
@@ -105,7 +106,8 @@ def add_expert_products(
     many pairs are multiplied in: float32, or int32 for pairs of bfloat16 numbers, to which inputs
     are rounded, but weights are not.
     """
-    gate_up, (down, down_scale, _) = of_gate_up[0], of_down
+    gate_up = of_gate_up[0]
+    (down, down_scale, _) = of_down
     chosen = expert_TK.shape[1]
     pair_P, first_E = sort_by_expert(expert_TK.ravel(), len(gate_up))
     expert_X, place_X = groups_of(first_E)
@@ -116,7 +118,8 @@ def add_expert_products(
         end = group + 1
         while end < len(expert_X) and place_X[end + 1] - place_X[group] <= limit:
             end += 1
-        first, last = place_X[group], place_X[end]
+        first = place_X[group]
+        last = place_X[end]
         pair_Q = pair_P[first:last].copy()
         pieces = min(-(-ITEMS_PER_THREAD * team // (end - group)), down_scale.shape[1])
         work = expert_X[group:end].copy(), place_X[group : end + 1] - first, panels, pieces
@@ -125,7 +128,8 @@ def add_expert_products(
             scratch = np.empty(size, np.float32)
         activated_QI = np.empty((last - first, down.shape[1]), np.float32)
         taken = np.zeros(2, np.int64), np.zeros(2, np.int64)
-        row_Q, place_Q = pair_Q // chosen, np.arange(last - first)
+        row_Q = pair_Q // chosen
+        place_Q = np.arange(last - first)
         run_in_team(_multiply, team, (work, hidden_TH, row_Q, of_gate_up, 2, taken[0], scratch))
         run_in_team(_activate, team, (scratch, pieces, activated_QI))
         run_in_team(_multiply, team, (work, activated_QI, place_Q, of_down, 1, taken[1], scratch))
@@ -160,15 +164,15 @@ def _multiply(
     chunks = -(-width // CHUNK)
     item = take(taken, 0)
     while item < len(expert_X) * chunks:
-        group, left = item // chunks, item % chunks * CHUNK
+        group = item // chunks
+        left = item % chunks * CHUNK
         count = place_X[group + 1] - place_X[group]
         if count > FEW_PAIRS:
-            row_N, to = row_P[place_X[group] : place_X[group + 1]], place_X[group] * width
+            row_N = row_P[place_X[group] : place_X[group + 1]]
+            to = place_X[group] * width
             where = expert_X[group], left, min(left + CHUNK, width), block, parts
-            packed, panel = (
-                np.empty(count * DEPTH, panels.dtype),
-                on_lines(DEPTH * NARROW_STRIP, panels),
-            )
+            packed = np.empty(count * DEPTH, panels.dtype)
+            panel = on_lines(DEPTH * NARROW_STRIP, panels)
             _multiply_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
             for place in range(place_X[group], place_X[group + 1] if pieces > 1 else 0):
                 for piece in range(1, pieces):
@@ -177,11 +181,10 @@ def _multiply(
         item = take(taken, 0)
     item = take(taken, 1)
     while item < len(expert_X) * pieces:
-        group, piece = item // pieces, item % pieces
-        row_N, to = (
-            row_P[place_X[group] : place_X[group + 1]],
-            (piece * place_X[-1] + place_X[group]) * width,
-        )
+        group = item // pieces
+        piece = item % pieces
+        row_N = row_P[place_X[group] : place_X[group + 1]]
+        to = (piece * place_X[-1] + place_X[group]) * width
         if len(row_N) <= FEW_PAIRS:
             where_few = (
                 expert_X[group],
@@ -204,18 +207,17 @@ def _add_few(
     """
     expert, first, last, block, parts = where
     rows, width = weight.shape[1:]
-    count, flat = len(row_N), weight.reshape(-1)
-    whole, tiles = width // WIDE_STRIP * WIDE_STRIP, -(-count // WIDE_ROWS)
-    packed, factor = np.empty(count * DEPTH, np.float32), np.empty(width, np.float32)
+    count = len(row_N)
+    flat = weight.reshape(-1)
+    whole = width // WIDE_STRIP * WIDE_STRIP
+    tiles = -(-count // WIDE_ROWS)
+    packed = np.empty(count * DEPTH, np.float32)
+    factor = np.empty(width, np.float32)
     shallow = LONE_DEPTH if count == 1 else SHALLOW
-    panel, edge = (
-        np.empty(SHALLOW * NARROW_STRIP, np.float32),
-        np.zeros(SHALLOW * CHUNK, weight.dtype),
-    )
-    edge_sums, edge_factor = (
-        np.zeros(WIDE_STRIP * count, np.float32),
-        np.zeros(WIDE_STRIP, np.float32),
-    )
+    panel = np.empty(SHALLOW * NARROW_STRIP, np.float32)
+    edge = np.zeros(SHALLOW * CHUNK, weight.dtype)
+    edge_sums = np.zeros(WIDE_STRIP * count, np.float32)
+    edge_factor = np.zeros(WIDE_STRIP, np.float32)
     sums = on_lines(count * whole, factor)
     sums[:] = np.float32(0)
     for block_row in range(first, last):
@@ -231,11 +233,9 @@ def _add_few(
             for tile in range(tiles):
                 n = count * tile // tiles
                 height = count * (tile + 1) // tiles - n
-                of_inputs, of_weight, of_sums = (
-                    (packed, n * DEPTH),
-                    (weight, start, width),
-                    (sums, n * whole, whole),
-                )
+                of_inputs = (packed, n * DEPTH)
+                of_weight = (weight, start, width)
+                of_sums = (sums, n * whole, whole)
                 ahead = start if tile else start + depth * width
                 add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, of_sums)
             if whole < width:
@@ -271,15 +271,13 @@ def _multiply_many(
     """out = inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel."""
     expert, left, right, block, parts = where
     rows, width = weight.shape[1:]
-    count, columns, flat = len(row_N), right - left, weight.reshape(-1)
-    strips, ragged = (
-        -(-columns // NARROW_STRIP),
-        columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0,
-    )
-    codes, factor = (
-        np.zeros(DEPTH * CHUNK if ragged else 0, weight.dtype),
-        np.zeros(CHUNK, np.float32),
-    )
+    count = len(row_N)
+    columns = right - left
+    flat = weight.reshape(-1)
+    strips = -(-columns // NARROW_STRIP)
+    ragged = columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0
+    codes = np.zeros(DEPTH * CHUNK if ragged else 0, weight.dtype)
+    factor = np.zeros(CHUNK, np.float32)
     sums = on_lines(strips * NARROW_STRIP * count, factor)
     sums[:] = np.float32(0)
     half = halves(weight, panel)
@@ -335,8 +333,11 @@ def _add_up(
     """One thread's columns of out[t] += affinity[t,k] * product of the pair t * K + k, whose pieces
     are added up.
     """
-    pairs, chosen, width = len(pair_P), affinity_TK.shape[1], out_TH.shape[1]
-    left, right = width * thread // threads, width * (thread + 1) // threads
+    pairs = len(pair_P)
+    chosen = affinity_TK.shape[1]
+    width = out_TH.shape[1]
+    left = width * thread // threads
+    right = width * (thread + 1) // threads
     for place in range(pairs):
         token = pair_P[place] // chosen
         share = affinity_TK[token, pair_P[place] % chosen]

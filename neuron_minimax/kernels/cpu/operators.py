@@ -46,10 +46,13 @@ from neuron_minimax.kernels.reference import BLOCK, FP8_DTYPES, check_shapes
 def _few(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def linear_of_few_rows(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        hidden_NI, weight_OI = matrix(words[0], np.float32), matrix(words[1], stored)
-        scale, block = np.ones((1, 1), np.float32), (weight_OI.shape[0], weight_OI.shape[1])
+        hidden_NI = matrix(words[0], np.float32)
+        weight_OI = matrix(words[1], stored)
+        scale = np.ones((1, 1), np.float32)
+        block = (weight_OI.shape[0], weight_OI.shape[1])
         if scaled:
-            scale, block = matrix(words[2], np.float32), (words[3], words[4])
+            scale = matrix(words[2], np.float32)
+            block = (words[3], words[4])
         made, out_NO = new_matrix(len(hidden_NI), len(weight_OI))
         out_NO[:] = np.float32(0)
         linear_of_few(threads(), hidden_NI, weight_OI, scale, block, out_NO)
@@ -61,8 +64,10 @@ def _few(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 def _many(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def linear_of_many_rows(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        hidden_NI, weight_OI = matrix(words[0], np.float32), matrix(words[1], stored)
-        scale, block = matrix(words[2], np.float32), (words[3], words[4])
+        hidden_NI = matrix(words[0], np.float32)
+        weight_OI = matrix(words[1], stored)
+        scale = matrix(words[2], np.float32)
+        block = (words[3], words[4])
         made, out_NO = new_matrix(len(hidden_NI), len(weight_OI))
         linear_of_many(
             threads(), hidden_NI, weight_OI, scale, block, np.empty(0, panels), out_NO.reshape(-1)
@@ -75,19 +80,22 @@ def _many(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 def _experts(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def multiply_experts(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        hidden_TH, affinity_TK = matrix(words[0], np.float32), matrix(words[2], np.float32)
-        gate_up, down = cube(words[3], stored), cube(words[4], stored)
-        gate_up_scale, down_scale = (
-            np.ones((len(down), 1, 2), np.float32),
-            np.ones((len(down), 1, 1), np.float32),
-        )
-        block, of_down = (gate_up.shape[1], gate_up.shape[2] // 2), (down.shape[1], down.shape[2])
+        hidden_TH = matrix(words[0], np.float32)
+        affinity_TK = matrix(words[2], np.float32)
+        gate_up = cube(words[3], stored)
+        down = cube(words[4], stored)
+        gate_up_scale = np.ones((len(down), 1, 2), np.float32)
+        down_scale = np.ones((len(down), 1, 1), np.float32)
+        block = (gate_up.shape[1], gate_up.shape[2] // 2)
+        of_down = (down.shape[1], down.shape[2])
         if scaled:
-            gate_up_scale, down_scale = cube(words[5], np.float32), cube(words[6], np.float32)
+            gate_up_scale = cube(words[5], np.float32)
+            down_scale = cube(words[6], np.float32)
             block = of_down = words[7], words[8]
         made, out_TH = new_matrix(len(hidden_TH), down.shape[2])
         out_TH[:] = np.float32(0)
-        first, second = (gate_up, gate_up_scale, block), (down, down_scale, of_down)
+        first = (gate_up, gate_up_scale, block)
+        second = (down, down_scale, of_down)
         index_TK = matrix(words[1], np.int64)
         add_expert_products(
             threads(), hidden_TH, index_TK, affinity_TK, first, second, np.empty(0, panels), out_TH
@@ -102,8 +110,10 @@ def _attention(words: Any, dtype: Any) -> Any:
     """Queries [R,D] and positions; keys and values, flat, and how they lie, as the loops take it;
     the result, zeros.
     """
-    query_RD, positions_ST = matrix(words[0], np.float32), matrix(words[3], np.int64)
-    size, stride = sizes(words[1], 4), strides(words[1], 4)
+    query_RD = matrix(words[0], np.float32)
+    positions_ST = matrix(words[3], np.int64)
+    size = sizes(words[1], 4)
+    stride = strides(words[1], 4)
     reach = (size[0] - 1) * stride[0] + (size[1] - 1) * stride[1] + size[2] * size[3]
     of_cache = (
         flat(words[1], reach, dtype),
@@ -120,7 +130,8 @@ def _filled(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
         words = words_of(stack, inputs)
         query_RD, positions_ST, (keys, values, cache), made, out_RD = _attention(words, stored)
         shape = len(positions_ST), len(query_RD) // len(positions_ST), query_RD.shape[1]
-        query_SND, out_SND = query_RD.reshape(shape), out_RD.reshape(shape)
+        query_SND = query_RD.reshape(shape)
+        out_SND = out_RD.reshape(shape)
         attend_to_filled(
             threads(), query_SND, keys, values, cache, positions_ST.reshape(-1), out_SND
         )
@@ -181,10 +192,12 @@ def linear(
             f"{list(weight_OI.shape)}"
         )
     _check_dtypes(weight_OI, scale)
-    rows, few = hidden.numel() // weight_OI.shape[1], FEW_ROWS[hidden.dtype]
+    rows = hidden.numel() // weight_OI.shape[1]
+    few = FEW_ROWS[hidden.dtype]
     if rows > few and weight_OI.dtype == hidden.dtype:
         return F.linear(hidden, weight_OI)
-    hidden_NI, weight_OI = _float32(hidden).view(-1, weight_OI.shape[1]), weight_OI.contiguous()
+    hidden_NI = _float32(hidden).view(-1, weight_OI.shape[1])
+    weight_OI = weight_OI.contiguous()
     if scale is None:
         few_rows = _operator("linear_of_few", weight_OI.dtype)
         out_NO = torch.cat([few_rows(part, weight_OI) for part in hidden_NI.split(few)])

@@ -43,7 +43,8 @@ from neuron_minimax.kernels.reference import decode
 
 # The bfloat16 numbers of FP8 codes without their signs: lower and upper bytes.
 _BITS = decode(torch.arange(128, dtype=torch.uint8)).view(torch.int32) >> 16
-_LOWER, _UPPER = (_BITS & 0xFF).tolist(), (_BITS >> 8).tolist()
+_LOWER = (_BITS & 0xFF).tolist()
+_UPPER = (_BITS >> 8).tolist()
 
 
 def _pairs_of_codes(builder: Any, data: Any, places: tuple[Any, Any]) -> list[Any]:
@@ -60,10 +61,8 @@ def _pairs_of_codes(builder: Any, data: Any, places: tuple[Any, Any]) -> list[An
     first, second = (builder.load(at(builder, data, place, kind), align=1) for place in places)
     codes = bytes_in_order(builder, first, second, order)
     signs = builder.and_(codes, ir.Constant(BYTES, [-128] * BYTES.count))
-    lower, upper = (
-        look_up(builder, codes, _LOWER),
-        builder.or_(look_up(builder, codes, _UPPER), signs),
-    )
+    lower = look_up(builder, codes, _LOWER)
+    upper = builder.or_(look_up(builder, codes, _UPPER), signs)
     words = []
     for half in range(2):
         order = [quarter * 16 + half * 8 + n for quarter in quarters for n in range(8)]
@@ -82,7 +81,8 @@ def round_to_pairs(typing_context: Any, inputs: Any, length: Any, to: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unpack = partial(unpack_argument, context, builder, signature, arguments)
-        (data, first), (words, to_first) = unpack(0), unpack(2)
+        (data, first) = unpack(0)
+        (words, to_first) = unpack(2)
         with cgutils.for_range(builder, builder.sdiv(arguments[1], LONG(NARROW_STRIP))) as loop:
             place = builder.add(first, builder.mul(loop.index, LONG(NARROW_STRIP)))
             places = [builder.add(place, LONG(register * LANES)) for register in range(NARROW)]
@@ -153,7 +153,8 @@ def transpose_codes(typing_context: Any, weight: Any, to: Any) -> Any:
             data, first, stride = array
             return at(builder, data, builder.add(first, builder.mul(LONG(row), stride)), kind)
 
-        kind, size = ir.VectorType(BYTE, 16), 16
+        kind = ir.VectorType(BYTE, 16)
+        size = 16
         source, target = (
             unpack_argument(context, builder, signature, arguments, number) for number in range(2)
         )
@@ -205,7 +206,8 @@ def _pack_for(inputs, row_N, left, depth, factor, packed):
         whole = depth // NARROW_STRIP * NARROW_STRIP
         edge = np.zeros(NARROW_STRIP if whole < depth else 0, np.float32)
         for n in range(len(row_N)):
-            first, to = row_N[n] * inputs.shape[1] + left, n * (DEPTH // 2)
+            first = row_N[n] * inputs.shape[1] + left
+            to = n * (DEPTH // 2)
             round_to_pairs((inputs, first), whole, (packed, to))
             if whole < depth:
                 edge[: depth - whole] = inputs[row_N[n], left + whole : left + depth]
@@ -256,7 +258,8 @@ def factor_of_columns(
     """factor[j] = scale of column left + j, times `half` of what codes lack; a part's last block
     may be partial.
     """
-    part_width, blocks = width // parts, scale.shape[2] // parts
+    part_width = width // parts
+    blocks = scale.shape[2] // parts
     column = left
     while column < right:
         part = column // part_width

@@ -46,15 +46,15 @@ def attend_to_prompt(
     """
     slots = len(positions_ST)
     key_heads, filled, slots_apart, heads_apart = cache
-    size, rows, blocks = query_RD.shape[1], len(query_RD) // slots, -(-filled // DEPTH)
+    size = query_RD.shape[1]
+    rows = len(query_RD) // slots
+    blocks = -(-filled // DEPTH)
     of_keys = on_lines(blocks * DEPTH * rows_of(size, panels), panels)
     of_values = on_lines(blocks * rows_of(DEPTH, panels) * size, panels)
     for slot in range(slots):
         visible_T = np.where(positions_ST[slot] < filled, positions_ST[slot] + 1, 0)
-        query, out = (
-            query_RD[slot * rows : (slot + 1) * rows],
-            out_RD[slot * rows : (slot + 1) * rows],
-        )
+        query = query_RD[slot * rows : (slot + 1) * rows]
+        out = out_RD[slot * rows : (slot + 1) * rows]
         for head in range(key_heads):
             taken = np.zeros(1, np.int64), np.zeros(1, np.int64)
             place = slot * slots_apart + head * heads_apart, visible_T.max(), size
@@ -81,23 +81,18 @@ def _expand(
     values one of D.
     """
     start, filled, size = place
-    key_area, value_area = (
-        rows_of(size, of_keys) * NARROW_STRIP,
-        rows_of(DEPTH, of_values) * NARROW_STRIP,
-    )
-    block_keys, block_values = (
-        np.zeros(DEPTH * size, keys.dtype),
-        np.zeros(DEPTH * size, values.dtype),
-    )
+    key_area = rows_of(size, of_keys) * NARROW_STRIP
+    value_area = rows_of(DEPTH, of_values) * NARROW_STRIP
+    block_keys = np.zeros(DEPTH * size, keys.dtype)
+    block_values = np.zeros(DEPTH * size, values.dtype)
     item = take(taken, 0)
     while item * DEPTH < filled:
-        first, last = start + item * DEPTH * size, start + min((item + 1) * DEPTH, filled) * size
+        first = start + item * DEPTH * size
+        last = start + min((item + 1) * DEPTH, filled) * size
         # A block of their own: what lies behind the last position may be no number, and is
         # multiplied by zero.
-        block_keys[: last - first], block_values[: last - first] = (
-            keys[first:last],
-            values[first:last],
-        )
+        block_keys[: last - first] = keys[first:last]
+        block_values[: last - first] = values[first:last]
         for strip in range(DEPTH // NARROW_STRIP):
             to = (item * (DEPTH // NARROW_STRIP) + strip) * key_area
             turn(block_keys[strip * NARROW_STRIP * size :], size, of_keys[to : to + key_area])
@@ -146,28 +141,27 @@ def _attend(
     `attention_loops`.
     """
     head, key_heads = of_head
-    tokens, size = len(visible_T), query_RD.shape[1]
+    tokens = len(visible_T)
+    size = query_RD.shape[1]
     group = len(query_RD) // tokens // key_heads
     step = max(1, min(GROUP // group, -(-np.count_nonzero(visible_T) // threads)))
-    packed, weights = (
-        np.empty(step * group * DEPTH, of_keys.dtype),
-        np.empty(step * group * DEPTH, of_keys.dtype),
-    )
+    packed = np.empty(step * group * DEPTH, of_keys.dtype)
+    weights = np.empty(step * group * DEPTH, of_keys.dtype)
     scores = on_lines(step * group * DEPTH, query_RD)
-    scaling, ones = (
-        np.full(NARROW_STRIP, 1 / np.sqrt(size), np.float32),
-        np.ones(NARROW_STRIP, np.float32),
-    )
+    scaling = np.full(NARROW_STRIP, 1 / np.sqrt(size), np.float32)
+    ones = np.ones(NARROW_STRIP, np.float32)
     item = take(taken, 0)
     while item * step < tokens:
         first = item * step
         rows = min(step, tokens - first) * group
-        row_N, visible_N = np.empty(rows, np.int64), np.empty(rows, np.int64)
+        row_N = np.empty(rows, np.int64)
+        visible_N = np.empty(rows, np.int64)
         for n in range(rows):
             row_N[n] = ((first + n // group) * key_heads + head) * group + n % group
             visible_N[n] = visible_T[first + n // group]
         pack(query_RD, row_N, 0, size, np.float32(1), packed)
-        largest_N, total_N = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
+        largest_N = np.full(rows, -np.inf, np.float32)
+        total_N = np.zeros(rows, np.float32)
         sums_ND = np.zeros(rows * size, np.float32)
         for block in range(-(-visible_N.max() // DEPTH)):
             scores[:] = np.float32(0)
@@ -194,15 +188,14 @@ def _add_tiles(
     rows: int, columns: int, depth: int, inputs: Any, panels: Any, factor: Any, sums: Any
 ) -> None:
     """sums [rows, columns] += factor * (inputs @ panels), a strip of columns after the other."""
-    tiles, apart = -(-rows // NARROW_ROWS), rows_of(DEPTH, panels)
+    tiles = -(-rows // NARROW_ROWS)
+    apart = rows_of(DEPTH, panels)
     for strip in range(columns // NARROW_STRIP):
         panel = panels[strip * depth * NARROW_STRIP : (strip + 1) * depth * NARROW_STRIP]
         for tile in range(tiles):
             n = rows * tile // tiles
-            height, of_sums = (
-                rows * (tile + 1) // tiles - n,
-                (sums, n * columns + strip * NARROW_STRIP, columns),
-            )
+            height = rows * (tile + 1) // tiles - n
+            of_sums = (sums, n * columns + strip * NARROW_STRIP, columns)
             add_tile(height, depth, (inputs, n * apart), panel, (factor, 0), of_sums)
 
 

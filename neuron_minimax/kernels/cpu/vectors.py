@@ -39,8 +39,10 @@ HAS_PAIRS = bool(FEATURES.get("avx512bf16") and FEATURES.get("avx512vbmi"))
 
 BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
-FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
-SHORTS, BYTES = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
+FLOATS = ir.VectorType(FLOAT, LANES)
+WORDS = ir.VectorType(WORD, LANES)
+SHORTS = ir.VectorType(SHORT, 2 * LANES)
+BYTES = ir.VectorType(BYTE, 4 * LANES)
 
 
 class _BFloat(ir.types._BaseFloatType):
@@ -67,7 +69,9 @@ def fetch(builder: Any, address: Any, place: Any) -> None:
     element = builder.gep(address, [place])
     kind = ir.FunctionType(ir.VoidType(), [element.type, WORD, WORD, WORD])
     function = builder.module.declare_intrinsic("llvm.prefetch", [element.type], kind)
-    read, first_cache, data = WORD(0), WORD(3), WORD(1)
+    read = WORD(0)
+    first_cache = WORD(3)
+    data = WORD(1)
     builder.call(function, [element, read, first_cache, data])
 
 
@@ -111,7 +115,8 @@ def larger(builder: Any, one: Any, other: Any) -> Any:
 
 def over_lanes(builder: Any, vector: Any, operation: Callable[[Any, Any, Any], Any] = add) -> Any:
     """Halves of a vector are added, or whatever the operation does, until one lane is left."""
-    size, nothing = LANES // 2, ir.Constant(FLOATS, ir.Undefined)
+    size = LANES // 2
+    nothing = ir.Constant(FLOATS, ir.Undefined)
     while size:
         moved = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
         vector = operation(builder, vector, builder.shuffle_vector(vector, nothing, moved))

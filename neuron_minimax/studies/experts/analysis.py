@@ -100,7 +100,8 @@ class Analysis:
 
     def summary(self) -> dict[str, Any]:
         """JSON values, one row per layer where a statistic has layers."""
-        trace, balance = self.trace, self.balance
+        trace = self.trace
+        balance = self.balance
         period = self.periodicity
         found = {
             "name": trace.name,
@@ -127,7 +128,8 @@ class Analysis:
 
     def top_pairs(self, layer: int, most: int = 5) -> list[dict[str, Any]]:
         """The pairs of experts chosen together most, with the lift over independent choices."""
-        together, alone = np.triu(self.coactivation[layer]), self.frequency[layer]
+        together = np.triu(self.coactivation[layer])
+        alone = self.frequency[layer]
         tokens = max(1, len(self.trace.tokens))
         pairs = []
         for place in np.argsort(-together, axis=None, kind="stable")[:most]:
@@ -148,8 +150,10 @@ class Analysis:
         """A few lines for a terminal; a pattern is called one only where chance is ruled out at 5
         %.
         """
-        trace, balance = self.trace, self.balance
-        dead, all_experts = sum(map(len, balance.dead)), trace.layers * trace.experts
+        trace = self.trace
+        balance = self.balance
+        dead = sum(map(len, balance.dead))
+        all_experts = trace.layers * trace.experts
         lines = [
             f"{trace.name}: {len(trace.tokens)} tokens, {trace.layers} layers, {trace.experts} "
             "experts",

@@ -115,7 +115,8 @@ class Run:
         """An interruption (KeyboardInterrupt) ends the batch, after what was recorded is
         written.
         """
-        analyses, speeds = [], []
+        analyses = []
+        speeds = []
         interrupted = False
         encoded = [self.encode(prompt) for prompt in prompts]
         total = sum(map(len, encoded)) + len(prompts) * self.max_new_tokens
@@ -144,7 +145,9 @@ class Run:
         """The trace of one prompt and its answer; None when it was interrupted before the first
         pass.
         """
-        recorder, answer, reason = Recorder.of(self.model), [], "length"
+        recorder = Recorder.of(self.model)
+        answer = []
+        reason = "length"
         try:
             steps = record(
                 self.model,

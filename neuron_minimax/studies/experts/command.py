@@ -141,7 +141,8 @@ def make_placement(
     """Write the placement for the load of `traces`; says its maximum over mean load before and
     after, on `held_out`.
     """
-    counts, judged = _counts(traces), _counts(held_out or traces)
+    counts = _counts(traces)
+    judged = _counts(held_out or traces)
     if counts.shape != judged.shape:
         raise GenerationError(
             f"the held-out traces are of another model: {judged.shape}, not {counts.shape} experts"

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 THEMES = {"light": "default", "dark": "dark_background"}
 # Percentile where the colours of one-sided maps end, so that one outlier does not hide the rest
 CAP = 99.5
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
-ACCENT, MUTED = "#E69F00", "#56B4E9"  # of the Okabe-Ito palette
+SEQUENTIAL = "cividis"
+DIVERGING = "PuOr_r"
+# of the Okabe-Ito palette
+ACCENT = "#E69F00"
+MUTED = "#56B4E9"
 Drawing = Callable[["Axes"], None]
 
 

@@ -37,7 +37,8 @@ def render_report(analysis: Analysis) -> str:
 
 
 def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
-    trace, balance = analysis.trace, analysis.balance
+    trace = analysis.trace
+    balance = analysis.balance
     decode = int(trace.is_decode.sum())
     yield (
         "tokens",

@@ -20,6 +20,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Sources, plan
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families.family import Operation
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.inspection.command import write_text
 
 
@@ -205,11 +206,14 @@ def _tree(title: str, leaves: Iterable[Leaf], config: ModelConfig) -> Node:
             if part == "{l}":
                 node.times = config.num_hidden_layers
             elif part == "{e}":
-                node.times, node.chosen = config.num_local_experts, config.num_experts_per_tok
+                node.times = config.num_local_experts
+                node.chosen = config.num_experts_per_tok
             else:
                 node = node.child(part)
                 _add(node, leaf)
-        node.shape, node.scale_shape, node.dtypes = leaf.shape, leaf.scale_shape, leaf.dtypes
+        node.shape = leaf.shape
+        node.scale_shape = leaf.scale_shape
+        node.dtypes = leaf.dtypes
     if not root.parameters:
         raise CheckpointError("the model has no weights; check the checkpoint directory")
     return root
@@ -268,7 +272,12 @@ def bytes_text(count: int) -> str:
 # The diagram.
 
 WIDTH = 820
-LEAF_WIDTH, LEAF_HEIGHT, HEAD, GAP, PAD, MARGIN = 168, 58, 30, 10, 12, 40
+LEAF_WIDTH = 168
+LEAF_HEIGHT = 58
+HEAD = 30
+GAP = 10
+PAD = 12
+MARGIN = 40
 STYLE = """
 text { font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #16191d; }
 .name { font-weight: 600; font-size: 13px; } .quiet { fill: #5a6270; font-size: 11.5px; }
@@ -374,7 +383,7 @@ def _row(leaves: list[Node], x: float, y: float, width: float) -> Block:
         )
         for place, leaf in enumerate(leaves)
     ]
-    rows = -(-len(leaves) // across)
+    rows = ceil_div(len(leaves), across)
     return Block("".join(parts), rows * LEAF_HEIGHT + (rows - 1) * GAP)
 
 

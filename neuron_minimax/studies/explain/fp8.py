@@ -75,7 +75,8 @@ def from_checkpoint(directory: str | Path, tensor: str | None, place: tuple[int,
         raise CheckpointError(
             f"{name} is {checkpoint.entry(name).dtype}; name an FP8 weight, such as {fp8_names[0]}"
         )
-    codes, scales = checkpoint.array(name), checkpoint.array(schema.scale_name(name))
+    codes = checkpoint.array(name)
+    scales = checkpoint.array(schema.scale_name(name))
     _check_place(name, scales, place)
     return Subject(
         name=name,
@@ -179,7 +180,9 @@ def _relative_rms(values: np.ndarray, reference: np.ndarray) -> float:
 
 CORNER = (4, 8)  # rows and columns of the block that are shown
 TITLE = "FP8 block scales, one block step by step"
-GUIDE, PAGE, FIGURE = "fp8_visual_guide.md", "fp8_visual_guide.html", "fp8_errors.svg"
+GUIDE = "fp8_visual_guide.md"
+PAGE = "fp8_visual_guide.html"
+FIGURE = "fp8_errors.svg"
 READINGS = "scale_comparison.txt"
 
 
@@ -264,7 +267,9 @@ def _grid(cells: np.ndarray, form: str) -> tuple[tuple[str, ...], tuple[tuple[st
 
 def _codes_part(subject: Subject) -> Part:
     code = int(subject.block_codes[0, 0])
-    sign, exponent, mantissa = code >> 7, (code >> 3) & 15, code & 7
+    sign = code >> 7
+    exponent = (code >> 3) & 15
+    mantissa = code & 7
     formula = f"(1 + {mantissa}/8) * 2^({exponent} - 7)" if exponent else f"{mantissa}/8 * 2^-6"
     rows, columns = subject.rows_and_columns
     text = (
@@ -322,10 +327,8 @@ def _values_part(subject: Subject) -> Part:
 
 def _ieee_part(subject: Subject) -> Part:
     read = ieee_e4m3(subject.block_codes)
-    lost, all_lost = (
-        int(np.count_nonzero(~np.isfinite(read))),
-        ~np.isfinite(ieee_e4m3(subject.codes)),
-    )
+    lost = int(np.count_nonzero(~np.isfinite(read)))
+    all_lost = ~np.isfinite(ieee_e4m3(subject.codes))
     grid_rows = np.arange(0, subject.codes.shape[0], subject.block[0])
     grid_columns = np.arange(0, subject.codes.shape[1], subject.block[1])
     blocks = np.logical_or.reduceat(
@@ -349,7 +352,8 @@ def _ieee_part(subject: Subject) -> Part:
 
 
 def _halving_part(subject: Subject) -> Part:
-    codes, factor = subject.block_codes, multipliers(subject)[subject.place]
+    codes = subject.block_codes
+    factor = multipliers(subject)[subject.place]
     before = fp8.decode(codes) * factor
     after = fp8.decode(fp8.halve(codes)) * (factor * np.float32(2))
     text = (

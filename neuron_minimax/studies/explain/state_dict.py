@@ -191,7 +191,8 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
             before, after = _first_values(conversion, output, checkpoint)
         except NeuronMiniMaxError as error:
             wrong = wrong or str(error)
-            before, after = "?", "?"
+            before = "?"
+            after = "?"
         for place, source in enumerate(output.source_templates):
             entry = checkpoint.entry(output.groups[0][place])
             times = f" x {len(output.groups)}" if output.rule.per_expert else ""
@@ -245,7 +246,8 @@ def _first_values(
         code = fp8.DECODED[checkpoint.array(weight.groups[0][0]).reshape(-1)[0]]
         factor = 1 / stored if conversion.convention is ScaleConvention.RECIPROCAL else stored
         new_code = fp8.DECODED[int(_first_element(conversion, weight, checkpoint))]
-        before, after = f"{before} ({code * factor:.4e})", f"{after} ({new_code * made:.4e})"
+        before = f"{before} ({code * factor:.4e})"
+        after = f"{after} ({new_code * made:.4e})"
     return before, after
 
 

@@ -85,7 +85,8 @@ class Kernel(Standin):
 
     def __init__(self, name: str, function: Any = None, grid: Any = None) -> None:
         super().__init__(name)
-        self._function, self._grid = function, grid
+        self._function = function
+        self._grid = grid
 
     def __getitem__(self, key: Any) -> "Kernel":
         return Kernel(self._name, self._function, key)

@@ -50,7 +50,8 @@ def custom_call(
     """One custom call of XLA; a single output comes alone."""
     import torch_xla
 
-    shapes, dtypes = [list(shape) for shape, _ in outputs], [dtype for _, dtype in outputs]
+    shapes = [list(shape) for shape, _ in outputs]
+    dtypes = [dtype for _, dtype in outputs]
     made = torch_xla._XLAC._xla_custom_call(
         list(tensors), target, shapes, dtypes, False, description, 1, {}
     )
