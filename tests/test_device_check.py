@@ -277,6 +277,7 @@ def router_case(
 ) -> tuple[RouterCase, list[schedule.Row]]:
     generator = torch.Generator().manual_seed(0)
     case = RouterCase(
+        bias_name="e_score_correction_bias",
         gate_EH=torch.randn(8, 256, generator=generator) / 8,
         bias_E=bias,
         inputs_NH=torch.randn(30, 256, generator=generator),
@@ -369,7 +370,9 @@ def test_the_margin_of_a_choice_covers_what_rounding_the_hidden_state_to_bf16_mo
     hidden = torch.randn(400, 256, generator=generator)
     gate = torch.randn(32, 256, generator=generator) / 8
     bias = torch.randn(32, generator=generator) / 4
-    exact = RouterCase(gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4)
+    exact = RouterCase(
+        bias_name="bias", gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4
+    )
     rounded = replace(exact, inputs_NH=hidden.bfloat16())
     moved = (exact.choice().choice_NE - rounded.choice().choice_NE).abs()
     assert (moved <= rounded.choice().margin_NE).all()

@@ -181,7 +181,7 @@ def test_a_placed_model_computes_the_same(directories, model, tmp_path):
     loaded = Placement.load(tmp_path / "placement.json")
     assert np.array_equal(loaded.order, placement.order)
     assert loaded.ranks == 4
-    placed = MiniMaxM2(model.config, loaded.apply(model.state_dict()))
+    placed = MiniMaxM2(model.config, loaded.apply(model.state_dict(), model.config.family))
     tokens = torch.tensor([PROMPT])
     with torch.inference_mode():
         assert torch.allclose(placed(tokens)[0], model(tokens)[0], atol=1e-5)
@@ -216,9 +216,9 @@ def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
     with pytest.raises(ConversionError, match="exactly once"):
         Placement(order=np.zeros((2, 8), dtype=int), ranks=4)
     with pytest.raises(ConversionError, match="with 16 experts, as placed"):
-        as_numbered(2, 16, 4).apply(model.state_dict())
+        as_numbered(2, 16, 4).apply(model.state_dict(), model.config.family)
     with pytest.raises(ConversionError, match=r"has 1 layers, but the state dict has layers\.1"):
-        as_numbered(1, 8, 4).apply(model.state_dict())
+        as_numbered(1, 8, 4).apply(model.state_dict(), model.config.family)
     with pytest.raises(
         ConversionError, match="is for 4 expert-parallel ranks, but moe_ep_degree is 2"
     ):

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from neuron_minimax.backends.nxdi.options import FLOAT32_NAMES
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.plan import plan as plan_conversion
+from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS, unrolled_products
 from neuron_minimax.planner.instances import instance
 from neuron_minimax.planner.memory import rank_memory
@@ -97,7 +97,8 @@ def test_every_weight_is_an_input_of_the_graph_in_the_dtype_of_the_conversion(
         if not re.search("rank|kv_mgr|local_", name)
     }
     assert held == {output.name: dtypes[output.dtype] for output in outputs}
-    assert all(dtype == "float32" for name, dtype in held.items() if name.endswith(FLOAT32_NAMES))
+    kept = MINIMAX_M2.float32_endings
+    assert all(dtype == "float32" for name, dtype in held.items() if name.endswith(kept))
 
 
 @each_graph

@@ -19,6 +19,7 @@ from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.write import convert, plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.families import module_of
+from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.inspection.compare import compare
 from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed, reaches
 from neuron_minimax.inspection.precision import inspect
@@ -61,6 +62,10 @@ def test_a_ragged_checkpoint_has_partial_blocks_and_is_usable(tmp_path):
     assert rows["w1"].scale_shapes == ((2, 3),)
 
 
+def module_at(path):
+    return Module(path=path, weights=1, fp8=0, renamed=MINIMAX_M2.transformers_names)
+
+
 def test_transformers_agrees_on_what_an_entry_reaches():
     paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 11)]
     paths += [
@@ -82,18 +87,16 @@ def test_transformers_agrees_on_what_an_entry_reaches():
     entries += ["model.layers.1.mlp", "head", "e_score_correction_bias", "model"]
     for entry in entries:
         for path in paths:
-            assert reaches(Framework.HUGGING_FACE, entry, path) != should_convert_module(
+            assert reaches(Framework.HUGGING_FACE, entry, module_at(path)) != should_convert_module(
                 path, [entry]
             ), (entry, path)
-    assert reaches(
-        Framework.HUGGING_FACE, "block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate"
-    )
+    gate = module_at("model.layers.1.block_sparse_moe.gate")
+    assert reaches(Framework.HUGGING_FACE, "block_sparse_moe.gate", gate)
 
 
 def test_nxdi_finds_gate_inside_gate_up_proj():
-    assert reaches(
-        Framework.NXDI, "gate", "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
-    )
+    gate_up = module_at("layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+    assert reaches(Framework.NXDI, "gate", gate_up)
 
 
 def test_the_module_paths_are_those_the_conversion_writes(tiny):

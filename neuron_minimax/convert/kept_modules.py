@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConversionError
-from neuron_minimax.families import module_of
+from neuron_minimax.families import Family, module_of
 from neuron_minimax.families.family import Rule
 
 
@@ -29,10 +29,11 @@ def check_module_names(modules: Sequence[str], config: ModelConfig) -> None:
             hint = (
                 f"near matches: {', '.join(near)}"
                 if near
-                else "give a whole module name such as lm_head or self_attn"
+                else f"give a whole module name such as {config.family.head_module} or "
+                f"{config.family.attention_module}"
             )
             raise ConversionError(f"--keep-in-bf16 {module} is no module of this model; {hint}")
-        if module.split(".")[-1] in ("gate", "router", "linear_router"):
+        if module.split(".")[-1] in config.family.routing_modules:
             raise ConversionError(
                 f"--keep-in-bf16 {module}: routing stays in float32; BF16 flips experts"
             )
@@ -60,7 +61,11 @@ def _names_module(module: str, path: list[str]) -> bool:
 
 
 def kept_in_bf16(
-    rule: Rule, layer: int | None, groups: Sequence[tuple[str, ...]], modules: Sequence[str]
+    rule: Rule,
+    layer: int | None,
+    groups: Sequence[tuple[str, ...]],
+    modules: Sequence[str],
+    family: Family,
 ) -> bool:
     """Whether one of the modules names this rule's target or all of its sources.
 
@@ -74,8 +79,8 @@ def kept_in_bf16(
         if any(hits) and not all(hits):
             raise ConversionError(
                 f"--keep-in-bf16 {module} names {sum(hits)} of the {len(hits)} weights that become "
-                f"{target}; name `expert_mlps` (all experts) or one layer's, since its experts are "
-                "stored together"
+                f"{target}; name `{family.experts_module}` (all experts) or one layer's, since its "
+                "experts are stored together"
             )
         if all(hits):
             return True

@@ -16,7 +16,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.kept_modules import check_module_names, kept_in_bf16
 from neuron_minimax.convert.ops import SCALE_TREATMENTS, Treatment, arranged_shape
 from neuron_minimax.errors import ConversionError
-from neuron_minimax.families import module_of, target_scale_name
+from neuron_minimax.families import Family, module_of, target_scale_name
 from neuron_minimax.families.family import Rule, ScalePolicy
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.modules import Framework, Module, needed
@@ -82,12 +82,9 @@ class Layout:
             }
         )
 
-    @property
-    def bf16_modules(self) -> tuple[str, ...]:
-        return (
-            *self.keep_in_bf16,
-            *(("self_attn",) if self.attention is AttentionPrecision.BF16 else ()),
-        )
+    def bf16_modules(self, family: Family) -> tuple[str, ...]:
+        attention = self.attention is AttentionPrecision.BF16
+        return (*self.keep_in_bf16, *((family.attention_module,) if attention else ()))
 
     def as_options(self) -> dict[str, Any]:
         """What a manifest records: the options that change stored bytes."""
@@ -243,7 +240,8 @@ def _bind(
             f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts"
         )
     _check_shapes(rule, groups, sources, config)
-    to_bf16 = not float32_only and kept_in_bf16(rule, layer, groups, layout.bf16_modules)
+    modules = layout.bf16_modules(config.family)
+    to_bf16 = not float32_only and kept_in_bf16(rule, layer, groups, modules, config.family)
 
     def output(
         name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()

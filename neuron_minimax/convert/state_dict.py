@@ -15,7 +15,7 @@ from neuron_minimax.convert.ops import take_apart
 from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.convert.plan import ConventionChoice, Layout, Sources, plan
 from neuron_minimax.errors import ConversionError
-from neuron_minimax.families import target_scale_name
+from neuron_minimax.families import Role, target_scale_name
 from neuron_minimax.fp8 import ScaleConvention, ceil_div
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ def convert_hf_to_neuron_state_dict(
     import torch
 
     layout = layout or Layout()
-    if "embed_tokens.weight" in state_dict:
+    embedding = config.family.weight_of(Role.EMBEDDING).template
+    if embedding.removeprefix("model.") in state_dict:
+        head = f"{config.family.head_module}."
         state_dict = {
-            name if name.startswith("lm_head.") else f"model.{name}": t
-            for name, t in state_dict.items()
+            name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
         }
     source = _StateDict(state_dict)
     tolerated = [name for name in state_dict if schema.is_mtp(name, config)]
@@ -77,11 +78,8 @@ def convert_hf_to_neuron_state_dict(
         elements = torch.from_numpy(memory).view(getattr(torch, TORCH_DTYPES[output.dtype]))
         converted[output.name] = elements.view(output.shape)
     if layout.tp_degree is not None:
-        for template in config.family.rank_tensors:
-            for layer in range(config.num_hidden_layers) if "{l}" in template else (None,):
-                converted[template.format(l=layer)] = torch.arange(
-                    layout.tp_degree, dtype=torch.int32
-                )
+        for name in config.family.rank_names(config.num_hidden_layers):
+            converted[name] = torch.arange(layout.tp_degree, dtype=torch.int32)
     return converted
 
 

@@ -18,7 +18,7 @@ from neuron_minimax.backends.directory import BACKENDS, fingerprint, read_manife
 from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check import reference, router, schedule, tokens
-from neuron_minimax.device_check.probes import TARGETS, Layer, Probe, write_probe
+from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault, Reference
 from neuron_minimax.device_check.run import read_logits, write_prompts, write_rounds
 from neuron_minimax.device_check.schedule import Limits, Round
@@ -31,6 +31,7 @@ from neuron_minimax.device_check.verdicts import (
     judge_logits,
 )
 from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
+from neuron_minimax.families import Role
 from neuron_minimax.model.decoder import MiniMaxM2
 
 RUN_SECONDS = 1800.0
@@ -144,7 +145,7 @@ CHECKS = (
         faults=lambda model, tp_degree: reference.expert_faults(model),
         if_wrong=(
             "router and attention are right, so what is left is the experts: their weights, block "
-            "scales, the two halves of gate_up_proj, or the expert kernel"
+            "scales, the two halves of {gate_up}, or the expert kernel"
         ),
         next_step="repeat with --expert-kernel torch, then with another --moe-tp-degree",
         needs=(router.CHECK, "value and output projection", "QK norm"),
@@ -322,7 +323,7 @@ def _run_check(
         compute=request.compute,
         compared_N=compared_N,
         faults=faults,
-        if_wrong=check.if_wrong,
+        if_wrong=check.if_wrong.format(gate_up=layer.config.family.module_name(Role.EXPERT_GATE)),
         next_step=check.next_step,
     )
     return judge_logits(expectation, found_NV)
@@ -330,10 +331,11 @@ def _run_check(
 
 def _router_case(layer: Layer, inputs_NH: torch.Tensor) -> router.RouterCase:
     gate, bias = (
-        layer.tensors.tensor(TARGETS[kind].target.format(l=layer.number)).float()
-        for kind in ("gate", "e_score_correction_bias")
+        layer.tensors.tensor(layer.name_of(role)).float()
+        for role in (Role.ROUTER, Role.ROUTER_BIAS)
     )
     return router.RouterCase(
+        bias_name=layer.config.family.weight_of(Role.ROUTER_BIAS).kind,
         gate_EH=gate,
         bias_E=bias,
         inputs_NH=inputs_NH,

@@ -27,9 +27,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.pieces import PIECE_BYTES
 from neuron_minimax.convert.write import FORMAT_VERSION, MANIFEST_NAME, read_manifest
 from neuron_minimax.errors import ConversionError
-from neuron_minimax.families import module_of, target_scale_name
-from neuron_minimax.families.family import Rule
-from neuron_minimax.families.minimax_m2 import MINIMAX_M2
+from neuron_minimax.families import Role, module_of, target_scale_name
 from neuron_minimax.fp8 import bfloat16, ceil_div
 from neuron_minimax.inspection.modules import Framework, Module, needed
 
@@ -45,11 +43,6 @@ EXPERT_OUTPUT = 16.0
 PER_LAYER_FIELDS = ("attn_type_list",)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# The conversion's rules by the kind of their first source in the table of weights.
-TARGETS: dict[str, Rule] = {
-    MINIMAX_M2.weight(rule.sources[0]).kind: rule for rule in MINIMAX_M2.rules
-}
-
 
 class Probe(StrEnum):
     ROUTER = "router"
@@ -61,7 +54,7 @@ class Probe(StrEnum):
 class Target:
     """One tensor of a probe: its own name, that of the layer's tensor, and how both are stored."""
 
-    kind: str
+    role: Role  # of the first weight that it is made of
     name: str
     source: str
     dtype: str
@@ -132,13 +125,15 @@ class Layer:
         """Which tokens of the vocabulary the probe's are, [V], spread over all of it."""
         return np.arange(self.vocabulary) * self.config.vocab_size // self.vocabulary
 
-    def stored(self, kind: str) -> np.ndarray:
-        """The stored elements of the weight of one kind."""
-        return self.tensors.array(TARGETS[kind].target.format(l=self.number))
+    def name_of(self, role: Role) -> str:
+        """The converted name of this layer's weight of one role."""
+        return self.config.family.rule_of(role).target.format(l=self.number)
 
     def targets(self) -> Iterator[Target]:
         """Every tensor of a probe, by the conversion's rules."""
-        for kind, rule in TARGETS.items():
+        family = self.config.family
+        for rule in family.rules:
+            weight = family.weight(rule.sources[0])
             for is_scale, template in (
                 (False, rule.target),
                 (True, target_scale_name(rule.target)),
@@ -147,11 +142,11 @@ class Layer:
                 if is_scale and source not in self.tensors.entries:
                     continue
                 entry = self.tensors.entry(source)
-                cut = MINIMAX_M2.weight(rule.sources[0]).dimensions[0] == "V"
+                cut = weight.dimensions[0] == "V"
                 shape = (self.vocabulary, *entry.shape[1:]) if cut else entry.shape
                 name = template.format(l=0)
                 yield Target(
-                    kind=kind,
+                    role=weight.role,
                     name=name,
                     source=source,
                     dtype=entry.dtype,
@@ -186,7 +181,7 @@ class Layer:
         experts is all zero.
         """
         config = self.config
-        norm = bfloat16.to_float32(self.stored("post_attention_layernorm"))
+        norm = bfloat16.to_float32(self.tensors.array(self.name_of(Role.MLP_NORM)))
         constant = int(np.abs(norm).argmax())
         hidden = config.hidden_size
         value = CONSTANT / float(np.sqrt(1 + CONSTANT**2 / hidden)) * float(norm[constant])
@@ -244,8 +239,8 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
         output.finish(layer.probe_config(), records, {"probe": str(probe), "layer": layer.number})
 
 
-def _pieces(layer: Layer, target: Target, changes: Mapping[str, Change]) -> Iterator[Piece]:
-    content = changes.get(target.kind, partial(_copied, layer))(target)
+def _pieces(layer: Layer, target: Target, changes: Mapping[Role, Change]) -> Iterator[Piece]:
+    content = changes.get(target.role, partial(_copied, layer))(target)
     rows = target.shape[0]
     row_bytes = prod(target.shape[1:]) * STORED_DTYPES[target.dtype].itemsize
     step = max(1, PIECE_BYTES // row_bytes)
@@ -260,22 +255,22 @@ def _fill(content: Content, taken: slice, target: Target, memory: np.ndarray) ->
     return 0
 
 
-def _changes(layer: Layer, probe: Probe) -> dict[str, Change]:
-    """What a probe has in place of the layer's own, by kind of weight."""
+def _changes(layer: Layer, probe: Probe) -> dict[Role, Change]:
+    """What a probe has in place of the layer's own, by the role of the weight."""
     if probe is Probe.LAYER:
-        return {"embed_tokens": partial(_cut, layer), "lm_head": partial(_cut, layer)}
+        return {Role.EMBEDDING: partial(_cut, layer), Role.HEAD: partial(_cut, layer)}
     read = layer.code.channels if probe is Probe.ROUTER else layer.attention_channels
-    shown: dict[str, Change] = {
-        "embed_tokens": partial(_masked_embedding, layer, read, probe is Probe.ROUTER),
-        "norm": _ones,
-        "lm_head": partial(_channel_head, read),
+    shown: dict[Role, Change] = {
+        Role.EMBEDDING: partial(_masked_embedding, layer, read, probe is Probe.ROUTER),
+        Role.FINAL_NORM: _ones,
+        Role.HEAD: partial(_channel_head, read),
     }
     if probe is Probe.ATTENTION:
-        return shown | {"w2": partial(_silent, layer)}
+        return shown | {Role.EXPERT_DOWN: partial(_silent, layer)}
     return shown | {
-        "o_proj": partial(_silent, layer),
-        "w1": partial(_coded_gate_up, layer),
-        "w2": partial(_coded_down, layer),
+        Role.OUTPUT: partial(_silent, layer),
+        Role.EXPERT_GATE: partial(_coded_gate_up, layer),
+        Role.EXPERT_DOWN: partial(_coded_down, layer),
     }
 
 

@@ -70,6 +70,7 @@ class RouterCase:
     the compute dtype.
     """
 
+    bias_name: str  # of the bias, as the checkpoint calls it
     gate_EH: torch.Tensor
     bias_E: torch.Tensor
     inputs_NH: torch.Tensor
@@ -117,12 +118,12 @@ class RouterCase:
             experts_per_token=self.experts_per_token,
         )
         return {
-            "without e_score_correction_bias: it is missing on the device": self.choice(
+            f"without {self.bias_name}: it is missing on the device": self.choice(
                 bias_E=torch.zeros_like(self.bias_E)
             ),
-            "with e_score_correction_bias rounded to BF16": self.choice(bias_E=short_bias_E),
+            f"with {self.bias_name} rounded to BF16": self.choice(bias_E=short_bias_E),
             "with the gate rounded to BF16": self.choice(gate_EH=short_gate_EH),
-            "with the gate and e_score_correction_bias rounded to BF16": self.choice(
+            f"with the gate and {self.bias_name} rounded to BF16": self.choice(
                 gate_EH=short_gate_EH, bias_E=short_bias_E
             ),
             "with scores and bias added in BF16": in_bf16,
@@ -188,7 +189,7 @@ def _why_blind(case: RouterCase, expected_NE: torch.Tensor) -> Verdict | None:
     if spread > 0 and bool(own.allows(without.chosen_NE).all()):
         return tool_failure(
             CHECK,
-            f"e_score_correction_bias (spread {spread:.3g}) changes no token's experts, so a lost "
+            f"{case.bias_name} (spread {spread:.3g}) changes no token's experts, so a lost "
             "one is not seen",
             "choose another layer with --layer",
         )
@@ -295,7 +296,7 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
         status=Status.FAIL,
         measured=measured,
         finding=f"the experts are the CPU's, their affinities are not{tail}",
-        meaning="the affinities are those with e_score_correction_bias in them; it may only choose"
+        meaning=f"the affinities are those with {case.bias_name} in them; it may only choose"
         if is_biased
         else "affinities are normalised differently, or an expert's output is",
         next_step="look at normalize_top_k_affinities and at the router's activation in the "

@@ -3,26 +3,80 @@
 Everything else asks the family. Names are templates over layer `{l}` and expert `{e}`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 
+class Role(StrEnum):
+    """What a weight does, whatever its family calls it."""
+
+    EMBEDDING = "embedding"
+    ATTENTION_NORM = "norm before attention"
+    QUERY = "query projection"
+    KEY = "key projection"
+    VALUE = "value projection"
+    OUTPUT = "output projection"
+    QUERY_NORM = "norm of queries"
+    KEY_NORM = "norm of keys"
+    MLP_NORM = "norm before the MLP"
+    ROUTER = "router"
+    ROUTER_BIAS = "bias of the router's choice"
+    EXPERT_GATE = "gate projection of an expert"
+    EXPERT_UP = "up projection of an expert"
+    EXPERT_DOWN = "down projection of an expert"
+    FINAL_NORM = "norm before the head"
+    HEAD = "head"
+
+
+# Role -> what reports gather it under.
+MODULE_GROUPS: Mapping[Role, str] = {
+    Role.EMBEDDING: "embedding",
+    Role.ATTENTION_NORM: "norm",
+    Role.QUERY: "attention",
+    Role.KEY: "attention",
+    Role.VALUE: "attention",
+    Role.OUTPUT: "attention",
+    Role.QUERY_NORM: "norm",
+    Role.KEY_NORM: "norm",
+    Role.MLP_NORM: "norm",
+    Role.ROUTER: "router",
+    Role.ROUTER_BIAS: "router",
+    Role.EXPERT_GATE: "experts",
+    Role.EXPERT_UP: "experts",
+    Role.EXPERT_DOWN: "experts",
+    Role.FINAL_NORM: "norm",
+    Role.HEAD: "head",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One row of the table: a published tensor's name template, its dimensions, and its dtype.
+    """One row of the table: a published tensor's name template, its dimensions, dtype and role.
 
     `dimensions` are letters: V vocabulary, H hidden, I intermediate, Q query width, K key/value
-    width, E experts, D head_dim. `module_group` is one of embedding, norm, attention, router,
-    experts, mlp, head.
+    width, E experts, D head_dim.
     """
 
     template: str
     dimensions: tuple[str, ...]
     published_dtype: str
-    kind: str
-    module_group: str
+    role: Role
+
+    @property
+    def kind(self) -> str:
+        """The family's own word for it, the last part of its name: `q_proj`."""
+        return self.template.removesuffix(".weight").rpartition(".")[2]
+
+    @property
+    def module_group(self) -> str:
+        """One of embedding, norm, attention, router, experts, head."""
+        return MODULE_GROUPS[self.role]
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.dimensions) == 2
 
     @property
     def quantized(self) -> bool:
@@ -123,8 +177,9 @@ class Family:
     config.json a field of ModelConfig is stored, where the two differ. `rank_tensors` are int32
     [tp_degree] tensors of NxD, each rank's own number after sharding; they are made for a state
     dict in memory, never stored. `chat_format` is a name in generation/chat_formats; `neuron_class`
-    is "module:class" of the NxDI application. `ignored_markers` begin the name parts of published
-    tensors that are not run (multi-token prediction).
+    is "module:class" of the NxDI application. `transformers_names` are the parts of published names
+    that the modules of transformers spell differently. `ignored_markers` begin the name parts of
+    published tensors that are not run (multi-token prediction).
     """
 
     model_type: str
@@ -140,11 +195,119 @@ class Family:
     neuron_class: str
     rope_theta: float
     field_names: Mapping[str, str] = field(default_factory=dict)
+    transformers_names: Mapping[str, str] = field(default_factory=dict)
     ignored_markers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        templates = [weight.template for weight in self.weights]
+        used = [source for rule in self.rules for source in rule.sources]
+        assert len({weight.role for weight in self.weights}) == len(templates), "a role twice"
+        assert sorted(used) == sorted(templates), "not every weight is in exactly one rule"
 
     def weight(self, template: str) -> Weight:
         """The row of a published name template."""
         return next(weight for weight in self.weights if weight.template == template)
+
+    def weight_of(self, role: Role) -> Weight:
+        """The row of a role that the family has; StopIteration is our own mistake."""
+        return next(weight for weight in self.weights if weight.role is role)
+
+    def rule_of(self, role: Role) -> Rule:
+        """The rule that converts the weight of a role."""
+        template = self.weight_of(role).template
+        return next(rule for rule in self.rules if template in rule.sources)
+
+    def role_of(self, rule: Rule) -> Role:
+        """The role of a rule's first source."""
+        return self.weight(rule.sources[0]).role
+
+    def module(self, role: Role) -> str:
+        """The dotted path of the module on Neuron that holds the weight of a role, over `{l}`."""
+        return module_of(self.rule_of(role).target)
+
+    def module_name(self, role: Role) -> str:
+        """The last part of that path."""
+        return self.module(role).rpartition(".")[2]
+
+    def rank_names(self, layers: int) -> tuple[str, ...]:
+        """Names of the rank tensors of a model of so many layers, each once."""
+        return tuple(
+            template.format(l=layer)
+            for template in self.rank_tensors
+            for layer in range(layers if "{l}" in template else 1)
+        )
+
+    @property
+    def float32_endings(self) -> tuple[str, ...]:
+        """Ends of the converted names that stay float32 under every cast: routing, and scales."""
+        routing = (
+            rule.target.rpartition("{l}")[2]
+            for rule in self.rules
+            if self.weight(rule.sources[0]).float32_only
+        )
+        return (*routing, ".scale")
+
+    @property
+    def expert_targets(self) -> tuple[str, ...]:
+        """Converted names, scales included, whose first dimension counts experts."""
+        names: list[str] = []
+        for rule in self.rules:
+            if rule.per_expert or self.weight(rule.sources[0]).dimensions[0] == "E":
+                scaled = rule.scale is ScalePolicy.BLOCK
+                names += [rule.target, *([target_scale_name(rule.target)] if scaled else [])]
+        return tuple(names)
+
+    @property
+    def unconverted(self) -> tuple[str, ...]:
+        """What the published config.json lists in `modules_to_not_convert`: routing and head."""
+        return tuple(
+            weight.kind for weight in self.weights if weight.module_group in ("router", "head")
+        )
+
+    @property
+    def attention_module(self) -> str:
+        """The name, here and in the published files, of the module with a layer's projections."""
+        around = [
+            _around(module_of(weight.template))
+            for weight in self.weights
+            if weight.module_group == "attention"
+        ]
+        innermost = [module for module in around[0] if all(module in each for each in around)][-1]
+        return innermost.rpartition(".")[2]
+
+    @property
+    def head_module(self) -> str:
+        return self.weight_of(Role.HEAD).kind
+
+    @property
+    def experts_module(self) -> str:
+        """The name on Neuron of the outermost module that holds the experts and nothing else."""
+        experts = {rule.target for rule in self.rules if rule.per_expert}
+        return self._modules_of(experts)[0]
+
+    @property
+    def routing_modules(self) -> tuple[str, ...]:
+        """Names, on Neuron and published, of modules that hold float32 routing and no more."""
+        published = {weight.template for weight in self.weights if weight.float32_only}
+        converted = {rule.target for rule in self.rules if published & {*rule.sources}}
+        return self._modules_of(published | converted)
+
+    def _modules_of(self, names: Collection[str]) -> tuple[str, ...]:
+        """Last parts of the modules that hold these weights alone, outermost first."""
+        everything = [
+            *(weight.template for weight in self.weights),
+            *(rule.target for rule in self.rules),
+        ]
+        shared = {module for name in everything if name not in names for module in _around(name)}
+        own = (module for name in names for module in _around(name) if module not in shared)
+        found = sorted(set(own), key=lambda module: (module.count("."), module))
+        return tuple(dict.fromkeys(module.rpartition(".")[2] for module in found))
+
+
+def _around(weight_name: str) -> list[str]:
+    """Paths of all modules around a parameter, outermost first."""
+    parts = module_of(weight_name).split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def module_of(weight_name: str) -> str:

@@ -9,6 +9,7 @@ from neuron_minimax.families.family import (
     Family,
     Operation,
     QKNorm,
+    Role,
     RouterKind,
     Rule,
     SamplingDefaults,
@@ -26,35 +27,27 @@ MOE = LAYER + "block_sparse_moe."
 EXPERT = MOE + "experts.{e}."
 
 
-def _row(template: str, dimensions: str, dtype: str, kind: str, group: str) -> Weight:
-    return Weight(
-        template=template,
-        dimensions=tuple(dimensions),
-        published_dtype=dtype,
-        kind=kind,
-        module_group=group,
-    )
+def _row(template: str, dimensions: str, dtype: str, role: Role) -> Weight:
+    return Weight(template=template, dimensions=tuple(dimensions), published_dtype=dtype, role=role)
 
 
 WEIGHTS = (
-    _row("model.embed_tokens.weight", "VH", "BF16", "embed_tokens", "embedding"),
-    _row(LAYER + "input_layernorm.weight", "H", "BF16", "input_layernorm", "norm"),
-    _row(ATTENTION + "q_proj.weight", "QH", "F8_E4M3", "q_proj", "attention"),
-    _row(ATTENTION + "k_proj.weight", "KH", "F8_E4M3", "k_proj", "attention"),
-    _row(ATTENTION + "v_proj.weight", "KH", "F8_E4M3", "v_proj", "attention"),
-    _row(ATTENTION + "o_proj.weight", "HQ", "F8_E4M3", "o_proj", "attention"),
-    _row(ATTENTION + "q_norm.weight", "Q", "BF16", "q_norm", "norm"),
-    _row(ATTENTION + "k_norm.weight", "K", "BF16", "k_norm", "norm"),
-    _row(
-        LAYER + "post_attention_layernorm.weight", "H", "BF16", "post_attention_layernorm", "norm"
-    ),
-    _row(MOE + "gate.weight", "EH", "F32", "gate", "router"),
-    _row(MOE + "e_score_correction_bias", "E", "F32", "e_score_correction_bias", "router"),
-    _row(EXPERT + "w1.weight", "IH", "F8_E4M3", "w1", "experts"),
-    _row(EXPERT + "w2.weight", "HI", "F8_E4M3", "w2", "experts"),
-    _row(EXPERT + "w3.weight", "IH", "F8_E4M3", "w3", "experts"),
-    _row("model.norm.weight", "H", "BF16", "norm", "norm"),
-    _row("lm_head.weight", "VH", "BF16", "lm_head", "head"),
+    _row("model.embed_tokens.weight", "VH", "BF16", Role.EMBEDDING),
+    _row(LAYER + "input_layernorm.weight", "H", "BF16", Role.ATTENTION_NORM),
+    _row(ATTENTION + "q_proj.weight", "QH", "F8_E4M3", Role.QUERY),
+    _row(ATTENTION + "k_proj.weight", "KH", "F8_E4M3", Role.KEY),
+    _row(ATTENTION + "v_proj.weight", "KH", "F8_E4M3", Role.VALUE),
+    _row(ATTENTION + "o_proj.weight", "HQ", "F8_E4M3", Role.OUTPUT),
+    _row(ATTENTION + "q_norm.weight", "Q", "BF16", Role.QUERY_NORM),
+    _row(ATTENTION + "k_norm.weight", "K", "BF16", Role.KEY_NORM),
+    _row(LAYER + "post_attention_layernorm.weight", "H", "BF16", Role.MLP_NORM),
+    _row(MOE + "gate.weight", "EH", "F32", Role.ROUTER),
+    _row(MOE + "e_score_correction_bias", "E", "F32", Role.ROUTER_BIAS),
+    _row(EXPERT + "w1.weight", "IH", "F8_E4M3", Role.EXPERT_GATE),
+    _row(EXPERT + "w2.weight", "HI", "F8_E4M3", Role.EXPERT_DOWN),
+    _row(EXPERT + "w3.weight", "IH", "F8_E4M3", Role.EXPERT_UP),
+    _row("model.norm.weight", "H", "BF16", Role.FINAL_NORM),
+    _row("lm_head.weight", "VH", "BF16", Role.HEAD),
 )
 
 TARGET = "layers.{l}."
@@ -110,6 +103,7 @@ MINIMAX_M2 = Family(
     sampling=SamplingDefaults(temperature=1.0, top_p=0.95, top_k=40),
     neuron_class="neuron_minimax.backends.nxdi.model:NeuronMiniMaxM2ForCausalLM",
     rope_theta=5_000_000.0,
+    transformers_names={"block_sparse_moe": "mlp"},
     # Declared by config.json (`num_mtp_modules`), in no published checkpoint.
     ignored_markers=("mtp", "nextn"),
 )

@@ -9,13 +9,15 @@ the start of the module path up to a dot, or as the path's ending. NxDI (`quanti
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TensorEntry
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.families import Family, Role, module_of
+from neuron_minimax.families.family import Weight
 
 
 class Framework(StrEnum):
@@ -27,32 +29,27 @@ class Framework(StrEnum):
 
 # Neither framework of today swaps these for quantized modules; they are listed so that no other
 # release does.
-NEVER_SWAPPED = ("embed_tokens", "gate")
-# Kind of weight -> path of its module.
-MODULE_PATHS: dict[Framework, dict[str, str]] = {
-    Framework.HUGGING_FACE: {
-        **{
-            name: f"model.layers.{{l}}.self_attn.{name}"
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        },
-        **{name: "model.layers.{l}.block_sparse_moe.experts" for name in ("w1", "w2", "w3")},
-        "gate": "model.layers.{l}.block_sparse_moe.gate",
-        "lm_head": "lm_head",
-    },
-    Framework.NXDI: {
-        **{
-            name: f"layers.{{l}}.self_attn.qkv_proj.{name}"
-            for name in ("q_proj", "k_proj", "v_proj")
-        },
-        "o_proj": "layers.{l}.self_attn.o_proj.o_proj",
-        "w1": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
-        "w3": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj",
-        "w2": "layers.{l}.block_sparse_moe.expert_mlps.mlp_op.down_proj",
-        "gate": "layers.{l}.block_sparse_moe.router.linear_router",
-        "embed_tokens": "embed_tokens",
-        "lm_head": "lm_head",
-    },
-}
+NEVER_SWAPPED = (Role.EMBEDDING, Role.ROUTER)
+
+
+def module_paths(framework: Framework, family: Family) -> dict[Role, str]:
+    """Path over `{l}` of the module that a framework could convert, for each matrix of a family.
+
+    transformers never converts an embedding, and has all experts of a layer in one module.
+    """
+    matrices = [weight for weight in family.weights if weight.is_matrix]
+    if framework is Framework.NXDI:
+        return {weight.role: family.module(weight.role) for weight in matrices}
+    return {
+        weight.role: _published_module(weight)
+        for weight in matrices
+        if weight.role is not Role.EMBEDDING
+    }
+
+
+def _published_module(weight: Weight) -> str:
+    before_expert, expert, _ = weight.template.partition(".{e}")
+    return before_expert if expert else module_of(weight.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,8 @@ class Module:
     """One module: its path, its weights, how many are FP8 with scales, and whether the framework
     would swap it.
 
-    `odd_weight` is the first weight of the rarest dtype where its weights have several.
+    `odd_weight` is the first weight of the rarest dtype where its weights have several; `renamed`
+    are the parts of the path that the framework spells differently.
     """
 
     path: str
@@ -69,6 +67,8 @@ class Module:
     swapped: bool = True
     dtypes: tuple[tuple[str, int], ...] = ()
     odd_weight: str | None = None
+    is_attention: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,13 @@ class EntryVerdict:
     reason: str
 
 
-def reaches(framework: Framework, entry: str, path: str) -> bool:
-    """Whether an entry keeps the module at `path` from being converted."""
+def reaches(framework: Framework, entry: str, module: Module) -> bool:
+    """Whether an entry keeps a module from being converted."""
     if framework is Framework.NXDI:
-        return entry in path
+        return entry in module.path
     entry, path = (
-        f".{text}.".replace(".block_sparse_moe.", ".mlp.")[1:-1] for text in (entry, path)
+        ".".join(module.renamed.get(part, part) for part in text.split("."))
+        for text in (entry, module.path)
     )
     try:
         pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
@@ -105,21 +106,19 @@ def modules_of(
     """The modules that each framework could convert, in layer order, judged by the tensors that are
     there.
     """
-    held: dict[Framework, dict[str, list[TensorEntry]]] = {framework: {} for framework in Framework}
-    never_swapped: set[str] = set()
+    held: dict[Framework, dict[str, list[schema.Expected]]] = {each: {} for each in Framework}
+    paths = {framework: module_paths(framework, config.family) for framework in Framework}
     for wanted in schema.expected(config):
-        entry = entries.get(wanted.name)
-        if wanted.is_scale or entry is None:
+        if wanted.is_scale or wanted.name not in entries:
             continue
-        for framework, paths in MODULE_PATHS.items():
-            template = paths.get(wanted.weight.kind)
+        for framework in Framework:
+            template = paths[framework].get(wanted.weight.role)
             if template is not None:
-                path = template.format(l=wanted.layer)
-                held[framework].setdefault(path, []).append(entry)
-                never_swapped |= {path} if wanted.weight.kind in NEVER_SWAPPED else set()
+                held[framework].setdefault(template.format(l=wanted.layer), []).append(wanted)
+    renamed = config.family.transformers_names
     return {
         framework: [
-            _module(path, weights, entries, path not in never_swapped)
+            _module(path, weights, entries, renamed if framework is Framework.HUGGING_FACE else {})
             for path, weights in by_path.items()
         ]
         for framework, by_path in held.items()
@@ -127,8 +126,12 @@ def modules_of(
 
 
 def _module(
-    path: str, weights: list[TensorEntry], entries: Mapping[str, TensorEntry], swapped: bool
+    path: str,
+    wanted: Sequence[schema.Expected],
+    entries: Mapping[str, TensorEntry],
+    renamed: Mapping[str, str],
 ) -> Module:
+    weights = [entries[each.name] for each in wanted]
     dtypes = Counter(weight.dtype for weight in weights)
     rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
     return Module(
@@ -138,11 +141,13 @@ def _module(
             weight.dtype == "F8_E4M3" and schema.scale_name(weight.name) in entries
             for weight in weights
         ),
-        swapped=swapped,
+        swapped=not any(each.weight.role in NEVER_SWAPPED for each in wanted),
         dtypes=tuple(dtypes.most_common()),
         odd_weight=next(weight.name for weight in weights if weight.dtype == rarest)
         if len(dtypes) > 1
         else None,
+        is_attention=wanted[0].weight.module_group == "attention",
+        renamed=renamed,
     )
 
 
@@ -152,7 +157,7 @@ def judge(
     """One verdict for each entry, with the reason."""
     verdicts = []
     for entry in entries:
-        reached = [module for module in modules if reaches(framework, entry, module.path)]
+        reached = [module for module in modules if reaches(framework, entry, module)]
         fp8 = sum(module.fp8 for module in reached)
         others = sum(module.weights for module in reached) - fp8
         verdict = "breaks" if fp8 else "right" if reached else "no effect"
@@ -180,7 +185,7 @@ def uncovered(
         for module in modules
         if module.swapped
         and not module.fp8
-        and not any(reaches(framework, entry, module.path) for entry in entries)
+        and not any(reaches(framework, entry, module) for entry in entries)
     ]
 
 
@@ -188,20 +193,20 @@ def needed(framework: Framework, modules: Sequence[Module]) -> tuple[str, ...]:
     """The fewest, then shortest entries that reach every module without FP8 weights and none with
     them.
     """
-    quantized = [module.path for module in modules if module.fp8]
-    plain = [module.path for module in modules if not module.fp8]
+    quantized = [module for module in modules if module.fp8]
+    plain = [module for module in modules if not module.fp8]
     if not quantized:  # nothing is quantized, so nothing needs to be kept from it
         return ()
     chosen: list[str] = []
     while plain:
         covered = {
-            entry: sum(reaches(framework, entry, path) for path in plain)
-            for entry in _parts_of(plain[0])
-            if not any(reaches(framework, entry, path) for path in quantized)
+            entry: sum(reaches(framework, entry, module) for module in plain)
+            for entry in _parts_of(plain[0].path)
+            if not any(reaches(framework, entry, module) for module in quantized)
         }
         best = max(covered, key=lambda entry: (covered[entry], -entry.count("."), -len(entry)))
         chosen.append(best)
-        plain = [path for path in plain if not reaches(framework, best, path)]
+        plain = [module for module in plain if not reaches(framework, best, module)]
     return tuple(sorted(chosen))
 
 
@@ -222,28 +227,23 @@ def _reason(
         return f"{entry} is not {where} of the path of a module that {framework} converts"
     if not fp8:
         return f"{entry} reaches {_count(others)}, no FP8 among them (for one, {reached[0].path})"
-    example = next(module.path for module in reached if module.fp8)
-    start = (
-        f"{entry} reaches {_count(fp8)} in FP8 with scales (for one, {example}); listing it makes "
+    example = next(module for module in reached if module.fp8)
+    return (
+        f"{entry} reaches {_count(fp8)} in FP8 with scales (for one, {example.path}); listing it "
+        f"makes {_consequence(framework, example)}"
     )
-    consequence: Callable[[str], str] = (
-        _nxdi_consequence if framework is Framework.NXDI else _hugging_face_consequence
-    )
-    return start + consequence(example)
 
 
 def _count(weights: int) -> str:
     return "1 weight" if weights == 1 else f"{weights:,} weights"
 
 
-def _nxdi_consequence(path: str) -> str:
-    if ".self_attn." in path:
+def _consequence(framework: Framework, module: Module) -> str:
+    if framework is Framework.HUGGING_FACE:
+        return "a runtime that honours the list read raw FP8 codes as the weights"
+    if module.is_attention:
         return (
             "NxDI load them into unquantized layers: a bare AssertionError at gqa.py:134, or "
             "garbage if per row"
         )
     return "NxDI load raw FP8 codes as the weights, silently: wrong logits"
-
-
-def _hugging_face_consequence(path: str) -> str:
-    return "a runtime that honours the list read raw FP8 codes as the weights"

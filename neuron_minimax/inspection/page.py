@@ -12,7 +12,7 @@ import numpy as np
 from neuron_minimax.inspection import charts
 from neuron_minimax.inspection.compare import Comparison
 from neuron_minimax.inspection.findings import Finding
-from neuron_minimax.inspection.precision import PrecisionReport
+from neuron_minimax.inspection.precision import KindRow, PrecisionReport
 from neuron_minimax.inspection.text import size_text
 from neuron_minimax.inspection.values import SAMPLE, ScaleRow, ValueReport
 
@@ -76,7 +76,7 @@ def _sections(report: PrecisionReport, comparison: Comparison | None) -> Iterato
     yield "Precision by layer", _grid(report)
     yield "modules_to_not_convert", _module_lists(report)
     if report.values:
-        yield from _value_sections(report.values)
+        yield from _value_sections(report.values, report.kinds)
     rows = [(escape(row.name), f"{row.tensors:,}", size_text(row.bytes)) for row in report.shards]
     table = _table(("file", "tensors", "bytes"), rows)
     yield "Files", f"<details><summary>{len(report.shards)} files</summary>{table}</details>"
@@ -140,7 +140,7 @@ def _legend(report: PrecisionReport) -> str:
 def _grid(report: PrecisionReport) -> str:
     lines = []
     for row in report.kinds:
-        if len(row.layers) != report.layers or row.kind in ("embed_tokens", "norm", "lm_head"):
+        if not row.per_layer:
             continue
         classes = [DTYPE_CLASSES.get(dtype, "mixed") for dtype in row.layers]
         titles = [f"layer {layer}: {row.kind} {dtype}" for layer, dtype in enumerate(row.layers)]
@@ -170,7 +170,7 @@ def _module_lists(report: PrecisionReport) -> str:
     return f"<ul>{needs}</ul>{''.join(lists)}"
 
 
-def _value_sections(values: ValueReport) -> Iterator[tuple[str, str]]:
+def _value_sections(values: ValueReport, kinds: Sequence[KindRow]) -> Iterator[tuple[str, str]]:
     convention = (
         f"<p>weight_scale_inv is the <b>{values.convention or 'unclear'}</b>: "
         f"{escape(values.evidence)}.</p>"
@@ -188,9 +188,11 @@ def _value_sections(values: ValueReport) -> Iterator[tuple[str, str]]:
             f'down, experts across, from {norms.min():.3g} to {norms.max():.3g}">'
         )
         layer, expert = np.unravel_index(int(norms.argmin()), norms.shape)
+        *others, last = [row.kind for row in kinds if row.group == "experts"]
+        names = f"{', '.join(others)} and {last}"
         yield (
             "Expert norms",
-            f"<p>Frobenius norm of w1, w2 and w3 together (from {SAMPLE}): experts across, layers "
+            f"<p>Frobenius norm of {names} together (from {SAMPLE}): experts across, layers "
             f"down; dark {norms.min():.3g} (layer {layer}, expert {expert}) to bright "
             f"{norms.max():.3g}.</p>{image}",
         )

@@ -53,6 +53,8 @@ class KindRow:
         str, ...
     ]  # dtype of each layer's weights, "F8_E4M3", "mixed", "missing"; one entry when not per layer
 
+    per_layer: bool = True
+
     @property
     def precision(self) -> str:
         """What the weights of this kind are, in words."""
@@ -284,6 +286,7 @@ def _kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
             bytes=sum(entry.nbytes for entry in found),
             scale_bytes=sum(entry.nbytes for entry in row["scales"]),
             layers=tuple(_one_dtype(by_layer.get(layer, set())) for layer in range(count)),
+            per_layer=row["weight"].per_layer,
         )
 
 

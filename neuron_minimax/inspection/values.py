@@ -25,7 +25,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.checkpoint.workers import in_processes
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.families.minimax_m2 import EXPERT
+from neuron_minimax.families import Role, module_of
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.findings import Finding
 
@@ -193,7 +193,7 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
     for strip in checkpoint.strips(
         weight.name, max(1, STRIP_BYTES * entry.shape[0] // entry.nbytes)
     ):
-        if weight.weight.kind == "e_score_correction_bias" and strip.dtype == np.float32:
+        if weight.weight.role is Role.ROUTER_BIAS and strip.dtype == np.float32:
             low = np.minimum(low, strip.min())
             high = np.maximum(high, strip.max())
         bits, sign = (
@@ -277,7 +277,7 @@ class _Tally:
         self.findings += found.findings
         if weight.expert is not None and found.all_zero:
             self.dead[weight.layer or 0, weight.expert] += 1
-        if weight.weight.kind == "e_score_correction_bias":
+        if weight.weight.role is Role.ROUTER_BIAS:
             self.bias[weight.layer or 0] = (found.low, found.high)
         if found.histogram is None or found.maxima is None:
             return
@@ -332,12 +332,16 @@ class _Tally:
         )
 
     def _dead_experts(self) -> Iterator[Finding]:
+        family = self.checkpoint.config.family
+        weights = sum(weight.per_expert for weight in family.weights)
+        module = module_of(module_of(family.weight_of(Role.EXPERT_GATE).template))
         for (layer, expert), count in sorted(self.dead.items()):
             message = (
-                f"expert {expert} of layer {layer} is dead: {count} of its 3 weights are all zero; "
+                f"expert {expert} of layer {layer} is dead: {count} of its {weights} weights are "
+                "all zero; "
                 "tokens routed to it get nothing from it"
             )
-            subject = EXPERT.format(l=layer, e=expert).rstrip(".")
+            subject = module.format(l=layer, e=expert)
             yield Finding(severity="warning", kind="dead expert", subject=subject, message=message)
 
 

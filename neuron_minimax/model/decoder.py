@@ -23,8 +23,6 @@ from neuron_minimax.model.rope import rope_table
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 FIRST_CAPACITY = 256
-# NxD's rank tensors depend on the tp degree and mean nothing to a model on one device.
-RANK_SUFFIX = "rank_util.rank"
 
 
 class DecoderLayer(nn.Module):
@@ -158,8 +156,9 @@ class MiniMaxM2(nn.Module):
         return self.norm(hidden_BTH), routings
 
     def _assign(self, state: Mapping[str, torch.Tensor]) -> None:
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(RANK_SUFFIX)}
-        left = dict(state)
+        # NxD's rank tensors depend on the tp degree and mean nothing to a model on one device.
+        ranks = self.config.family.rank_names(self.config.num_hidden_layers)
+        left = {name: tensor for name, tensor in state.items() if name not in ranks}
         for name, module in self.named_modules():
             if isinstance(module, Weight):
                 weight = left.pop(f"{name}.weight", None)
@@ -170,7 +169,8 @@ class MiniMaxM2(nn.Module):
                     )
                 module.assign(name, weight, left.pop(f"{name}.scale", None))
             elif isinstance(module, Router):
-                module.assign_bias(name, left.pop(f"{name}.e_score_correction_bias", None))
+                for buffer, _ in module.named_buffers(name, recurse=False):
+                    module.assign_bias(buffer, left.pop(buffer, None))
         if left:
             raise CheckpointError(
                 f"the state dict holds {len(left)} tensors that this model has no place for, such "

@@ -39,8 +39,8 @@ class Router(nn.Module):
         self.experts_per_token = config.num_experts_per_tok
         self.linear_router = Weight(config.num_local_experts, config.hidden_size)
         # A buffer, not a parameter: training moves it by a rule of its own, without a gradient.
-        self.register_buffer(
-            "e_score_correction_bias", torch.empty(config.num_local_experts, device="meta")
+        self.e_score_correction_bias = nn.Buffer(
+            torch.empty(config.num_local_experts, device="meta")
         )
 
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
@@ -55,12 +55,8 @@ class Router(nn.Module):
         another shape.
         """
         if bias is None:
-            raise CheckpointError(
-                f"{name}.e_score_correction_bias is missing; convert the checkpoint again"
-            )
-        require_shape(
-            f"{name}.e_score_correction_bias", bias, tuple(self.e_score_correction_bias.shape)
-        )
+            raise CheckpointError(f"{name} is missing; convert the checkpoint again")
+        require_shape(name, bias, tuple(self.e_score_correction_bias.shape))
         self.e_score_correction_bias = bias.float()
 
 

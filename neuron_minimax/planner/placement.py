@@ -15,25 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from neuron_minimax.errors import ConversionError
-from neuron_minimax.families.minimax_m2 import EXPERTS, ROUTER
+from neuron_minimax.families import Family
 
 if TYPE_CHECKING:
     import torch
 
 Tensor = TypeVar("Tensor", np.ndarray, "torch.Tensor")
 FORMAT_VERSION = 1
-RENUMBERED = (
-    *(
-        EXPERTS + name
-        for name in (
-            "gate_up_proj.weight",
-            "gate_up_proj.scale",
-            "down_proj.weight",
-            "down_proj.scale",
-        )
-    ),
-    *(ROUTER + name for name in ("linear_router.weight", "e_score_correction_bias")),
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,14 +52,14 @@ class Placement:
         load_LR = self.rank_load(counts_LE)
         return load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-12)
 
-    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         """A converted state dict with the experts renumbered; the model computes the same.
 
         Raises ConversionError when it has other numbers of layers or experts.
         """
         result = dict(state)
         for layer, order in enumerate(self.order):
-            for template in RENUMBERED:
+            for template in family.expert_targets:
                 name = template.format(l=layer)
                 if name not in state and name.endswith(".scale"):
                     continue
@@ -80,7 +68,7 @@ class Placement:
                         f"{name} is not in the state dict with {len(order)} experts, as placed"
                     )
                 result[name] = _reordered(state[name], order)
-        extra = ROUTER.format(l=len(self.order)) + "linear_router.weight"
+        extra = family.expert_targets[0].format(l=len(self.order))
         if extra in state:
             raise ConversionError(
                 f"the placement has {len(self.order)} layers, but the state dict has {extra}"

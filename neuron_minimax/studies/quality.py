@@ -19,6 +19,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.families import Role
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
@@ -179,10 +180,12 @@ def scale_per_row(published: State, config: ModelConfig) -> State:
 
 def round_router_bias(published: State, config: ModelConfig) -> State:
     """What casting every float parameter to the compute dtype does to the router's bias."""
-    kind = "e_score_correction_bias"
-    return {
-        n: t.to(torch.bfloat16).float() if n.endswith(kind) else t for n, t in published.items()
+    rounded = {
+        w.name: published[w.name].to(torch.bfloat16).float()
+        for w in schema.expected(config)
+        if w.weight.role is Role.ROUTER_BIAS
     }
+    return {**published, **rounded}
 
 
 def invert_scales(published: State, config: ModelConfig) -> State:

@@ -24,7 +24,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-UNCONVERTED = ["gate", "e_score_correction_bias", "lm_head"]
 
 
 class Precision(StrEnum):
@@ -82,7 +81,7 @@ def config_json(config: ModelConfig, precision: Precision) -> dict[str, Any]:
             "fmt": "float8_e4m3fn",
             "quant_method": "fp8",
             "weight_block_size": list(config.weight_block_size),
-            "modules_to_not_convert": UNCONVERTED,
+            "modules_to_not_convert": list(config.family.unconverted),
         }
     return fields
 

@@ -14,6 +14,7 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.families import Role
 from neuron_minimax.model.decoder import MiniMaxM2, initial_state
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
@@ -146,8 +147,10 @@ class Trainer:
 
     def _fresh_state(self) -> dict[str, torch.Tensor]:
         state = initial_state(self.config, self.options.seed, self.options.initial_deviation)
+        template = self.config.family.rule_of(Role.ROUTER_BIAS).target
+        biases = {template.format(l=layer) for layer in range(self.config.num_hidden_layers)}
         for name, tensor in state.items():
-            if name.endswith("e_score_correction_bias"):
+            if name in biases:
                 tensor.fill_(self.options.router_bias_start)
         return state
 
@@ -245,4 +248,5 @@ class Trainer:
         """What a saved state must agree with, in types that a state file holds."""
         options = {**asdict(self.options), "betas": list(self.options.betas)}
         options["source"] = self.source.name
-        return {**options, "config": {n: v for n, v in asdict(self.config).items() if n != "raw"}}
+        config = {n: v for n, v in asdict(self.config).items() if n not in ("family", "raw")}
+        return {**options, "config": {**config, "family": self.config.family.model_type}}

@@ -14,6 +14,7 @@ from torch import nn
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.heads import rearrange
 from neuron_minimax.errors import BackendError
+from neuron_minimax.families import Family, Role
 from neuron_minimax.model.rope import rope_table, rotate
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
 
@@ -41,16 +42,21 @@ class BlockQuantization:
         return imports.QuantizedRowParallel(inputs, outputs, input_is_parallel=True, **self.options)
 
 
-class QKVProjection(imports.GroupQueryAttention_QKV):
+class NeuronQKVProjection(imports.GroupQueryAttention_QKV):
     """The three projections; heads are placed by `HeadLayout`, scales together with their
     weights.
     """
 
     def __init__(
-        self, layout: HeadLayout, quantization: BlockQuantization | None, **options: Any
+        self,
+        layout: HeadLayout,
+        quantization: BlockQuantization | None,
+        family: Family,
+        **options: Any,
     ) -> None:
         super().__init__(gather_output=False, **options)
         self.layout = layout
+        self.family = family
         require_layout(self, layout)
         if quantization is not None:
             query = self.num_attention_heads * self.head_dim
@@ -66,20 +72,29 @@ class QKVProjection(imports.GroupQueryAttention_QKV):
         module = prefix.removesuffix(".weight")
         queries = self._src_num_attention_heads
         keys = self._src_num_key_value_heads
-        rearrange(model_state_dict, f"{module}.q_proj", 0, queries, self.layout.query_slots)
-        rearrange(model_state_dict, f"{module}.k_proj", 0, keys, self.layout.key_value_slots)
-        rearrange(model_state_dict, f"{module}.v_proj", 0, keys, self.layout.key_value_slots)
+        for role, heads, slots in (
+            (Role.QUERY, queries, self.layout.query_slots),
+            (Role.KEY, keys, self.layout.key_value_slots),
+            (Role.VALUE, keys, self.layout.key_value_slots),
+        ):
+            name = self.family.module_name(role)
+            rearrange(model_state_dict, f"{module}.{name}", 0, heads, slots)
         return True
 
 
-class OutputProjection(imports.GroupQueryAttention_O):
+class NeuronOutputProjection(imports.GroupQueryAttention_O):
     """The output projection; its columns follow the padded query heads."""
 
     def __init__(
-        self, layout: HeadLayout, quantization: BlockQuantization | None, **options: Any
+        self,
+        layout: HeadLayout,
+        quantization: BlockQuantization | None,
+        family: Family,
+        **options: Any,
     ) -> None:
         super().__init__(input_is_parallel=True, **options)
         self.layout = layout
+        self.family = family
         require_layout(self, layout)
         if quantization is not None:
             self.o_proj = quantization.row(
@@ -87,11 +102,11 @@ class OutputProjection(imports.GroupQueryAttention_O):
             )
 
     def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
-        """As `QKVProjection.preshard_hook`, along the input dimension."""
+        """As `NeuronQKVProjection.preshard_hook`, along the input dimension."""
         module = prefix.removesuffix(".weight")
         rearrange(
             model_state_dict,
-            f"{module}.o_proj",
+            f"{module}.{self.family.module_name(Role.OUTPUT)}",
             1,
             self._src_num_attention_heads,
             self.layout.query_slots,
@@ -198,11 +213,11 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
             "tensor_model_parallel_group": group,
             "logical_nc_config": self.logical_nc_config,
         }
-        self.qkv_proj = QKVProjection(
-            layout, quantization, rms_norm_eps=model.rms_norm_eps, **shared
+        self.qkv_proj = NeuronQKVProjection(
+            layout, quantization, model.family, rms_norm_eps=model.rms_norm_eps, **shared
         )
-        self.o_proj = OutputProjection(
-            layout, quantization, rpl_reduce_dtype=self.rpl_reduce_dtype, **shared
+        self.o_proj = NeuronOutputProjection(
+            layout, quantization, model.family, rpl_reduce_dtype=self.rpl_reduce_dtype, **shared
         )
         norm = {
             "head_dim": self.head_dim,

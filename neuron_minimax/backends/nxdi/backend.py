@@ -103,7 +103,9 @@ def build(
     parsed = neuron_options.parse(options)
     notes = [f"untested version: {line}" for line in untested_versions(parsed.instance)]
     stored = TensorDirectory(model).entries.values()
-    rounded = neuron_options.rounded_weights((entry.name, entry.dtype == "F32") for entry in stored)
+    rounded = neuron_options.rounded_weights(
+        ((entry.name, entry.dtype == "F32") for entry in stored), ModelConfig.from_dir(model).family
+    )
     if rounded:
         notes.append(neuron_options.rounding_note(rounded))
     for note in notes:

@@ -14,6 +14,7 @@ from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.families import Role
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import (
@@ -59,7 +60,6 @@ UNSERVED: tuple[tuple[str, Any, str], ...] = (
 )
 FEW_SEQUENCES = 4
 TORCH = blockwise.BLOCKWISE_MATMULS[blockwise.DEFAULT]
-EXPERT_MODULE = "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
 
 
 class MiniMaxM2InferenceConfig(imports.InferenceConfig):
@@ -127,7 +127,7 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
                 f"{', '.join(EXPERT_KERNELS)}"
             )
         if self.expert_kernel == "nki" and not (
-            self.quantizes(EXPERT_MODULE) and rows == (128, 128)
+            self.quantizes(Role.EXPERT_GATE) and rows == (128, 128)
         ):
             raise ConfigError(
                 "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' "
@@ -162,7 +162,7 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
                 f"hidden_size {model.hidden_size} is not whole blocks of {rows}; NxD's scales need "
                 "them"
             )
-        if self.quantizes("layers.0.self_attn.qkv_proj.q_proj") and model.head_dim % rows:
+        if self.quantizes(Role.QUERY) and model.head_dim % rows:
             raise ConfigError(
                 f"head_dim {model.head_dim} is not whole blocks of {rows}, so a rank's share of "
                 "FP8 attention is not either; convert with --attention bf16"
@@ -260,11 +260,12 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
         """The model's dimensions, parsed from the same fields."""
         return ModelConfig.from_dict({"model_type": MINIMAX_M2.model_type} | vars(self))
 
-    def quantizes(self, module: str) -> bool:
-        """Whether NxD's rule leaves `module` to be quantized: no listed name is a substring of the
-        dotted path.
+    def quantizes(self, role: Role, layer: int = 0) -> bool:
+        """Whether NxD's rule leaves the module with the weight of this role to be quantized: no
+        listed name is a substring of its dotted path.
         """
         options = self.neuron_config
+        module = self.model_config.family.module(role).format(l=layer)
         return bool(options.quantized) and not names_module(
             options.modules_to_not_convert or (), module
         )

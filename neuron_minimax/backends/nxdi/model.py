@@ -16,11 +16,12 @@ from neuron_minimax.backends.nxdi import coverage, imports
 from neuron_minimax.backends.nxdi.attention import NeuronMiniMaxM2Attention
 from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig
 from neuron_minimax.backends.nxdi.moe import build_moe
-from neuron_minimax.backends.nxdi.options import FLOAT32_NAMES, rounded_weights, rounding_note
+from neuron_minimax.backends.nxdi.options import rounded_weights, rounding_note
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.convert.plan import AttentionPrecision, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.families import Role
 from neuron_minimax.planner.memory import NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.placement import Placement
 
@@ -50,7 +51,7 @@ class NeuronMiniMaxM2DecoderLayer(nn.Module):
 
     def __init__(self, config: MiniMaxM2InferenceConfig, layer: int) -> None:
         super().__init__()
-        quantized = config.quantizes(f"layers.{layer}.self_attn.qkv_proj.q_proj")
+        quantized = config.quantizes(Role.QUERY, layer)
         self.self_attn = NeuronMiniMaxM2Attention(config, quantized=quantized)
         self.block_sparse_moe = build_moe(config)
         self.input_layernorm = HiddenRMSNorm(config)
@@ -185,22 +186,19 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         """
         options = config.neuron_config
         if any(name.startswith("model.") for name in state_dict):
+            projections = f".{config.model_config.family.attention_module}."
             # BF16 is a choice against FP8 only; what is stored otherwise stays as it is.
             stored_fp8 = any(
                 coverage.is_fp8(tensor)
                 for name, tensor in state_dict.items()
-                if ".self_attn." in name
+                if projections in name
             )
-            to_bf16 = stored_fp8 and not config.quantizes("layers.0.self_attn.qkv_proj.q_proj")
+            to_bf16 = stored_fp8 and not config.quantizes(Role.QUERY)
             attention = AttentionPrecision.BF16 if to_bf16 else AttentionPrecision.FP8
             layout = Layout(attention=attention, tp_degree=options.tp_degree)
             return convert_hf_to_neuron_state_dict(state_dict, config.model_config, layout)
-        layers = range(config.model_config.num_hidden_layers)
-        names = {
-            name.format(l=layer)
-            for name in config.model_config.family.rank_tensors
-            for layer in layers
-        }
+        model = config.model_config
+        names = model.family.rank_names(model.num_hidden_layers)
         # Each its own tensor: a rank's weights are saved to a file, which refuses shared memory.
         return state_dict | {
             name: torch.arange(options.tp_degree, dtype=torch.int32) for name in names
@@ -229,19 +227,26 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         options = self.config.neuron_config
         directory = options.quantized_checkpoints_path if options.quantized else self.model_path
         state = self.get_state_dict(str(directory), self.config)
+        family = self.config.model_config.family
         if self.config.expert_placement:
             # Renumbered experts are copies in host memory, 3.6 GB per layer of the real model.
             state = (
                 Placement.load(self.config.expert_placement)
                 .for_ranks(options.moe_ep_degree)
-                .apply(state)
+                .apply(state, family)
             )
         rounded = rounded_weights(
-            (name, tensor.dtype == torch.float32) for name, tensor in state.items()
+            ((name, tensor.dtype == torch.float32) for name, tensor in state.items()), family
         )
         if rounded and options.torch_dtype == torch.bfloat16:
             logger.warning("%s", rounding_note(rounded))
-        return {name: cast_for(name, tensor, options.torch_dtype) for name, tensor in state.items()}
+        kept = family.float32_endings
+        return {
+            name: tensor.to(torch.float32)
+            if name.endswith(kept)
+            else cast_for(tensor, options.torch_dtype)
+            for name, tensor in state.items()
+        }
 
     def enable_context_encoding(self, **model_init_kwargs: Any) -> None:
         self.compile_tag = imports.CONTEXT_ENCODING_MODEL_TAG
@@ -292,12 +297,8 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         return " ".join(parts)
 
 
-def cast_for(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A checkpoint tensor in the dtype that its parameter has; routing and scales are float32
-    whatever `dtype` is.
-    """
-    if name.endswith(FLOAT32_NAMES):
-        return tensor.to(torch.float32)
+def cast_for(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A dense tensor in `dtype`; FP8 codes and whole numbers as they are."""
     if tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn:
         return tensor.to(dtype)
     return tensor

@@ -15,7 +15,7 @@ from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.kernels.reference import ExpertMLP
 
 
-class Router(imports.RouterTopK):
+class NeuronRouter(imports.RouterTopK):
     """Top-K of sigmoid + bias in float32; the affinities are the unbiased sigmoids over the sum of
     the chosen ones.
 
@@ -53,7 +53,7 @@ class Router(imports.RouterTopK):
         affinities_TE = scores_TE / scores_TE.gather(1, index_TK).sum(dim=1, keepdim=True)
         return logits_TE, affinities_TE.to(hidden_states.dtype), index_TK.detach().to(torch.long)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
+    def _apply(self, fn: Callable, recurse: bool = True) -> "NeuronRouter":
         """Moves between devices reach the router, casts do not."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def build_moe(config: Any) -> nn.Module:
     """
     block = imports.initialize_moe_module(config=config)
     model = config.model_config
-    block.router = Router(
+    block.router = NeuronRouter(
         experts=model.num_local_experts,
         experts_per_token=model.num_experts_per_tok,
         hidden_size=model.hidden_size,

@@ -10,7 +10,7 @@ from typing import Any
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
-from neuron_minimax.families.minimax_m2 import MINIMAX_M2
+from neuron_minimax.families import Family
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.report import (
@@ -32,17 +32,6 @@ BLOCKWISE = {
 # torch_xla threads through them.
 MOE_SETTINGS = {"moe_mask_padded_tokens": True, "disable_numeric_cc_token": True}
 FP8_CASTS = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
-# Ends of the names of what stays float32 under every cast: the router's gate and bias, and scales.
-FLOAT32_NAMES = (
-    *(
-        rule.target.rpartition("{l}")[2]
-        for rule in MINIMAX_M2.rules
-        if any(
-            weight.float32_only and weight.template in rule.sources for weight in MINIMAX_M2.weights
-        )
-    ),
-    ".scale",
-)
 DEFAULT_INSTANCE = "trn2.48xlarge"
 SMALLEST_BUCKET = 128
 
@@ -192,9 +181,10 @@ def neuron_config_fields(options: NeuronOptions) -> dict[str, Any]:
     }
 
 
-def rounded_weights(weights: Iterable[tuple[str, bool]]) -> list[str]:
+def rounded_weights(weights: Iterable[tuple[str, bool]], family: Family) -> list[str]:
     """Names of the weights that a BF16 compile rounds, of (name, is it float32?)."""
-    return [name for name, is_float32 in weights if is_float32 and not name.endswith(FLOAT32_NAMES)]
+    kept = family.float32_endings
+    return [name for name, is_float32 in weights if is_float32 and not name.endswith(kept)]
 
 
 def rounding_note(rounded: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from neuron_minimax.convert.pieces import convert_piece
 from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
 from neuron_minimax.convert.write import plan_conversion, read_manifest
 from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Part
@@ -208,11 +209,14 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
         steps += [str(output.treatment)] if output.treatment is not Treatment.KEEP else []
         form = f"{output.dtype} {list(output.shape)}"
         rows.append((f"-> {output.name}", form, after, ", ".join(steps)))
+    family = conversion.config.family
+    gate = family.weight_of(Role.EXPERT_GATE).kind
+    up = family.weight_of(Role.EXPERT_UP).kind
     sentence = (
         f"One rule makes each target (->) from the sources above it; {len(conversion.outputs):,} "
         f"targets in all, {len(shown)} shown. Stacked: the experts {{e}} in one tensor, each "
-        "transposed, w3 beside w1. The value is the first of the first block; behind a scale, in "
-        "brackets, the first weight: code times scale."
+        f"transposed, {up} beside {gate}. The value is the first of the first block; behind a "
+        "scale, in brackets, the first weight: code times scale."
     )
     return Stage(
         title="Rules",
