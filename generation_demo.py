@@ -24,7 +24,7 @@ from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.verify import verify
 from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
-from neuron_minimax.generation.chat import Chat
+from neuron_minimax.generation.conversation import Chat
 from neuron_minimax.generation.events import (
     CallArguments,
     CallBegin,
@@ -34,7 +34,7 @@ from neuron_minimax.generation.events import (
     Reasoning,
 )
 from neuron_minimax.generation.generate import generate
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions, distinct_ratio
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams, distinct_ratio
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.inspection.precision import inspect
 
@@ -222,8 +222,8 @@ def smoke_test(backend: Backend, tokenizer: TextTokenizer, seed: int | None) -> 
     prompt = tokenizer.encode(
         tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
     )
-    options = SamplingOptions(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
-    steps = generate(backend, prompt, options=options, max_new_tokens=SMOKE_TOKENS)
+    params = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
+    steps = generate(backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
     ratio = distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
     print(
         f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} "
@@ -269,9 +269,9 @@ def run(arguments: argparse.Namespace) -> None:
         backend = load(arguments.traced_model_dir)
         tokenizer = TextTokenizer.from_dir(backend.model_directory)
     sampling = tokenizer.sampling if arguments.sample else GREEDY
-    options = SamplingOptions(**{**vars(sampling), "seed": arguments.seed})
+    params = SamplingParams(**{**vars(sampling), "seed": arguments.seed})
     tools = json.loads(arguments.tools.read_text(encoding="utf-8")) if arguments.tools else None
-    chat = Chat(backend, tokenizer, options=options, tools=tools)
+    chat = Chat(backend, tokenizer, params=params, tools=tools)
     if arguments.chat:
         talk(chat, arguments.max_new_tokens)
         return

@@ -17,7 +17,7 @@ import uvicorn
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.app import create_app
-from neuron_minimax.serving.metrics import Metrics
+from neuron_minimax.serving.engine_thread import Metrics
 from neuron_minimax.serving.service import Service, Settings
 
 MODEL = "tiny"

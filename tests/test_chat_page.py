@@ -104,9 +104,8 @@ def test_text_appears_while_the_answer_is_still_being_made_and_stop_frees_the_sl
     assert page.run("return document.getElementById('log').ariaBusy") == "true"
     page.click("#stop")
     page.wait(f"{LAST}.textContent.includes('Stopped.') && {IDLE}")
-    slots = server.service.model.engine._slots
     end = time.monotonic() + 5
-    while any(slot.job for slot in slots):
+    while server.service.model.engine.occupied:
         assert time.monotonic() < end
         time.sleep(0.01)
     backend.before_call = lambda: None

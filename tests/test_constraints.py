@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.minimax_format import parse
-from neuron_minimax.generation.sampling import Sampler, SamplingOptions
+from neuron_minimax.generation.chat_formats.minimax_m2 import parse
+from neuron_minimax.generation.sampling import Sampler, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.constraints import ANY_OBJECT, Grammars
 from tests.tiny_tokenizer import write_tokenizer
@@ -64,7 +64,7 @@ def babble(tokenizer, constraint, seed, tokens=400):
     every token.
     """
     random = torch.Generator().manual_seed(seed)
-    sampler = Sampler(SamplingOptions(seed=seed))
+    sampler = Sampler(SamplingParams(seed=seed))
     said = []
     for step in range(tokens):
         logits = torch.randn(VOCAB, generator=random)

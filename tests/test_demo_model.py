@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.generation.minimax_format import parse
+from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.inspection.precision import inspect
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.studies.lengths import long_chat, measure_lengths, perplexities

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from neuron_minimax.serving.metrics import PREFIX, Metrics
+from neuron_minimax.serving.engine_thread import PREFIX, Metrics
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -11,7 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import neuron_minimax
-from neuron_minimax.generation.argument_types import allowed_types, typed_value
+from neuron_minimax.generation.chat_formats.argument_types import allowed_types, typed_value
+from neuron_minimax.generation.chat_formats.minimax_m2 import (
+    MiniMaxM2Format,
+    MiniMaxM2Parser,
+    parse,
+)
 from neuron_minimax.generation.events import (
     CallArguments,
     CallBegin,
@@ -21,7 +26,6 @@ from neuron_minimax.generation.events import (
     ToolCall,
     collect,
 )
-from neuron_minimax.generation.minimax_format import MiniMaxParser, opens_reasoning, parse
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -78,7 +82,7 @@ def joined(events):
 
 
 def streamed(pieces, **options):
-    parser = MiniMaxParser(**options)
+    parser = MiniMaxM2Parser(**options)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return joined(events + parser.finish())
 
@@ -134,7 +138,7 @@ def test_several_calls_of_one_turn_keep_their_order_and_types():
 
 
 def test_the_name_arrives_before_the_arguments_and_a_string_arrives_in_pieces():
-    parser = MiniMaxParser(in_reasoning=False, tools=TOOL_LIST)
+    parser = MiniMaxM2Parser(in_reasoning=False, tools=TOOL_LIST)
     assert parser.feed('<minimax:tool_call>\n<invoke name="weather">') == [CallBegin(0, "weather")]
     first = parser.feed('\n<parameter name="city">San ')
     assert "".join(event.text for event in first) == '{"city": "San '
@@ -318,5 +322,6 @@ def test_events_join_to_a_message_without_the_calls_that_were_cut_off():
 
 def test_the_prompt_tells_whether_the_output_starts_inside_the_reasoning(tokenizer):
     prompt = tokenizer.render_chat([{"role": "user", "content": "hi"}])
+    opens_reasoning = MiniMaxM2Format().opens_reasoning
     assert opens_reasoning(prompt)
     assert not opens_reasoning("<think>\nover\n</think>\n")

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from neuron_minimax.serving.server import _bind
+from neuron_minimax.serving.server import listen
 from tests.tiny_traced import write_traced
 
 COMMAND = [sys.executable, "-m", "neuron_minimax.cli", "serve"]
@@ -102,7 +102,7 @@ def test_what_is_written_is_sent_at_once():
 
     async def option():
         found = asyncio.get_running_loop().create_future()
-        listener = _bind(uvicorn.Config(None, host="127.0.0.1", port=0))
+        listener = listen(uvicorn.Config(None, host="127.0.0.1", port=0))
 
         def connected(_, writer):
             found.set_result(

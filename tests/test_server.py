@@ -12,10 +12,9 @@ import openai
 import pytest
 
 from neuron_minimax.backends import load
-from neuron_minimax.generation.generate import answer
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from tests.served import MODEL, ask, open_client, serving, text_of
-from tests.tiny_traced import write_traced
+from tests.tiny_traced import answer_alone, write_traced
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def reference(traced):
 
     def run(content, new_tokens):
         ids = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": content}]))
-        return answer(
+        return answer_alone(
             backend,
             ids,
             tokenizer=tokenizer,
@@ -395,7 +394,7 @@ def test_faults_inside_the_server_show_no_trace_to_the_client(traced, caplog):
             json={"messages": [{"role": "user", "content": "secret words"}]},
         )
         assert no_template.status_code == 400
-        served.service._submit = None  # a fault that nobody planned for
+        served.service.model.engine.submit = None  # a fault that nobody planned for
         response = httpx.post(f"{served.url}/v1/completions", json={"prompt": "secret words"})
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "internal error; the server's log has it"

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from neuron_minimax.backends import load
-from neuron_minimax.serving.demo import demo_model
+from neuron_minimax.serving.server import demo_model
 from tests.served import MODEL, ask, open_client, serving
 
 

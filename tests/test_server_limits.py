@@ -30,7 +30,7 @@ def wait_until(condition, seconds=20):
 
 
 def running(served):
-    return sum(slot.job is not None for slot in served.service.model.engine._slots)
+    return served.service.model.engine.occupied
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
-from neuron_minimax.generation.tokenizer import StreamDecoder, TextTokenizer, read_stop_tokens
+from neuron_minimax.generation.reader import StreamDecoder
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
+from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
 from tests.tiny_tokenizer import write_tokenizer
 
 TEXTS = ["Hello, wörld! 12345", "雪 🙂‍↔️ \n\n tabs\t", "<think>\nreason\n</think>\n\nanswer"]
@@ -122,8 +123,8 @@ def test_without_any_eos_the_end_of_turn_stops_and_pads(tokenizer):
 @pytest.mark.parametrize(
     ("contents", "options"),
     [
-        (None, SamplingOptions(temperature=1.0, top_p=0.95, top_k=40)),
-        ({"temperature": 0.6, "top_k": 20}, SamplingOptions(temperature=0.6, top_p=0.95, top_k=20)),
+        (None, SamplingParams(temperature=1.0, top_p=0.95, top_k=40)),
+        ({"temperature": 0.6, "top_k": 20}, SamplingParams(temperature=0.6, top_p=0.95, top_k=20)),
         ({"do_sample": False, "temperature": 0.6}, GREEDY),
     ],
 )

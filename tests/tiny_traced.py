@@ -2,11 +2,15 @@
 for tests.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import compile_model
+from neuron_minimax.backends.base import Backend
 from neuron_minimax.convert.write import convert
+from neuron_minimax.generation.generate import Answer, answer, generate
+from neuron_minimax.generation.tokenizer import TextTokenizer
 from tests.tiny import write_tiny
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -30,3 +34,13 @@ def write_traced(
     options = {"slots": slots, "seq_len": seq_len, "buckets": buckets, "engine": "eager"}
     compile_model(directory / "converted", directory / "traced", options=options)
     return directory / "traced"
+
+
+def answer_alone(
+    backend: Backend,
+    prompt_ids: Sequence[int],
+    tokenizer: TextTokenizer | None = None,
+    **options: Any,
+) -> Answer:
+    """The whole answer to one prompt with nothing else in the batch; `options` of generate."""
+    return answer(generate(backend, prompt_ids, **options), tokenizer)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,18 +176,27 @@ def generate(
     """Generate from a compiled directory; sampling defaults are the checkpoint's own."""
     if (prompt is None) == (token_ids is None):
         raise typer.BadParameter("give either --prompt or --token-ids")
-    from neuron_minimax.generation.command import GenerateRequest, run_generate
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if greedy and given:
+        raise GenerationError(
+            f"--greedy excludes --{min(given).replace('_', '-')}; give one or the other"
+        )
+    prompt_ids = parse_integers("--token-ids", token_ids) if token_ids is not None else []
+    from neuron_minimax.generation.conversation import Turn
+    from neuron_minimax.generation.llm import LLM
+    from neuron_minimax.generation.sampling import GREEDY
 
-    request = GenerateRequest(
-        prompt=prompt,
-        token_ids=None if token_ids is None else parse_integers("--token-ids", token_ids),
+    llm = LLM(traced)
+    if prompt is not None:
+        prompt_ids = Turn.after([{"role": "user", "content": prompt}], llm.tokenizer).prompt_ids
+    params = replace(GREEDY if greedy else llm.sampling, **given)
+    answer = llm.generate(
+        prompt_ids,
+        params if seed is None else replace(params, seed=seed),
         max_new_tokens=max_new_tokens,
-        greedy=greedy,
-        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        on_text=lambda text: None if as_json else print(text, end="", flush=True),
         dump_logits=dump_logits,
-    )
-    answer = run_generate(
-        traced, request, on_text=None if as_json else lambda text: print(text, end="", flush=True)
     )
     print(json.dumps({"token_ids": answer.token_ids, "text": answer.text}) if as_json else "")
 
@@ -233,21 +243,19 @@ def serve(
         raise typer.BadParameter(
             f"--reasoning-format is {reasoning_format!r}; expected separate or none"
         )
-    from neuron_minimax.serving.demo import demo_model
+    from neuron_minimax.serving.server import ServerOptions, demo_model
     from neuron_minimax.serving.server import serve as run_server
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    run_server(
-        traced or demo_model(progress=say),
+    options = ServerOptions(
+        model_name=served_model_name or "",
         host=host,
         port=port,
         api_key_file=api_key_file,
         allow_anonymous=allow_anonymous,
         allowed_hosts=tuple(allowed_host or ()),
-        model_name=served_model_name,
-        on_listening=lambda url: say(f"listening on {url}"),
         split_reasoning=reasoning_format == "separate",
         max_waiting=max_waiting,
         request_timeout=request_timeout,
@@ -255,3 +263,4 @@ def serve(
         max_body=max_body_mib << 20,
         log_requests=enable_log_requests,
     )
+    run_server(traced or demo_model(progress=say), options, lambda url: say(f"listening on {url}"))

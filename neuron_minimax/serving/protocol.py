@@ -1,8 +1,10 @@
-"""What clients may send, in OpenAI's format with vLLM's extensions; everything else is refused by
-name.
+"""Requests in OpenAI's format with vLLM's extensions; everything else is refused by name.
+
+Chat messages and tools are brought here into the form that chat templates expect.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +19,7 @@ from pydantic import (
 )
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
-from neuron_minimax.generation.sampling import SamplingOptions
+from neuron_minimax.generation.sampling import SamplingParams
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -138,7 +140,7 @@ class StreamOptions(_Strict):
 
 
 class _Sampled(_Strict):
-    """What chat and plain completions have in common; None means the checkpoint's own default."""
+    """The fields that chat and plain completions share; None: the checkpoint's own default."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -170,9 +172,10 @@ class _Sampled(_Strict):
             )
         return stops
 
-    def sampling(self, defaults: SamplingOptions, choice: int = 0) -> SamplingOptions:
-        """The options of choice number `choice`; each has a seed of its own. Raises RequestError by
-        name.
+    def sampling(self, defaults: SamplingParams, choice: int = 0) -> SamplingParams:
+        """Return the parameters of choice number `choice`; each has a seed of its own.
+
+        Raises RequestError that names the field.
         """
         values = asdict(defaults)
         values |= {name: value for name in values if (value := getattr(self, name)) is not None}
@@ -180,7 +183,7 @@ class _Sampled(_Strict):
         if self.seed is not None:
             values["seed"] = self.seed + choice
         try:
-            return SamplingOptions(**values)
+            return SamplingParams(**values)
         except GenerationError as error:
             raise RequestError(str(error), param=str(error).split()[0]) from None
 
@@ -251,9 +254,7 @@ def parse_request(model: type[Model], body: bytes) -> Model:
 
 
 def _named(error: ValidationError) -> RequestError:
-    """The first problem of a validation, in words; a field that does not exist is named as
-    unsupported.
-    """
+    """Return the first problem of a validation; an unknown field is named as unsupported."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = next((problem for problem in problems if problem["type"] == "extra_forbidden"), None)
     problem = unknown or problems[0]
@@ -276,3 +277,83 @@ def check_depth(value: Any, name: str, limit: int = MAX_SCHEMA_DEPTH) -> None:
         if not level:
             return
     raise RequestError(f"{name} is nested deeper than {limit} levels", param=name)
+
+
+def tool_objects(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """Return tools as plain objects, without what was not given; None without tools.
+
+    Raises RequestError when they are nested too deeply.
+    """
+    if not tools:
+        return None
+    objects = [tool.model_dump(exclude_none=True) for tool in tools]
+    check_depth(objects, "tools")
+    return objects
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages for a chat template: content as text, arguments of calls as objects.
+
+    One system message comes first: developer messages are system messages, and several join to one.
+    Raises RequestError when they cannot be brought into that form.
+    """
+    head = next(
+        (place for place, message in enumerate(messages) if not _is_system(message)), len(messages)
+    )
+    late = next(
+        (place for place in range(head, len(messages)) if _is_system(messages[place])), None
+    )
+    if late is not None:
+        raise RequestError(
+            f"messages.{late}: a {messages[late].role} message after the conversation has begun is "
+            "not supported; put it first",
+            param=f"messages.{late}.role",
+        )
+    system = "\n\n".join(message.text() for message in messages[:head])
+    rendered = [{"role": "system", "content": system}] if head else []
+    return rendered + [
+        _template_message(place, messages[place]) for place in range(head, len(messages))
+    ]
+
+
+def _is_system(message: ChatMessage) -> bool:
+    return message.role in ("system", "developer")
+
+
+def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
+    if message.role != "assistant" and (
+        message.tool_calls or message.reasoning_content is not None
+    ):
+        raise RequestError(
+            f"messages.{place}: only assistant messages have tool_calls or reasoning_content",
+            param=f"messages.{place}",
+        )
+    if message.content is None and not message.tool_calls and message.reasoning_content is None:
+        raise RequestError(
+            f"messages.{place}.content is missing", param=f"messages.{place}.content"
+        )
+    rendered: dict[str, Any] = {"role": message.role, "content": message.text()}
+    if message.reasoning_content is not None:
+        rendered["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _called(place, call)}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    return rendered
+
+
+def _called(place: int, call: Call) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(
+            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON "
+            "object",
+            param=f"messages.{place}.tool_calls",
+        )
+    return {"name": call.function.name, "arguments": arguments}

@@ -1,6 +1,4 @@
-"""Answers in OpenAI's form: whole objects and the chunks of a stream, from the events of each
-choice.
-"""
+"""Responses in OpenAI's format: whole objects, and the chunks of a stream."""
 
 import json
 import time
@@ -8,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from neuron_minimax.generation.engine import Request, TokenLogprobs, Update
 from neuron_minimax.generation.events import (
     CallArguments,
     CallBegin,
@@ -19,27 +18,25 @@ from neuron_minimax.generation.events import (
     ReasoningEnd,
     collect,
 )
-from neuron_minimax.generation.minimax_format import END_THINK, THINK
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.jobs import Job, Output, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 
 
 def sse(value: Any) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
-def usage(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Token counts of one request; the prompt counts once, however many choices there are."""
-    prompt = len(jobs[0].prompt_ids)
-    answer = sum(job.output_tokens for job in jobs)
+def usage(requests: Sequence[Request]) -> dict[str, Any]:
+    """Return the token counts of one response; the prompt counts once for all choices."""
+    prompt = len(requests[0].prompt_ids)
+    answer = sum(request.output_tokens for request in requests)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": jobs[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens},
     }
 
 
@@ -53,13 +50,13 @@ class Choice:
         self._events: list[Event] = []
         self._logprobs: list[TokenLogprobs] = []
 
-    def take(self, output: Output) -> list[dict[str, Any]]:
-        """Add an output; returns the choices of the chunks that tell a client about it."""
-        events = self._adapted(output.events)
+    def add(self, update: Update) -> list[dict[str, Any]]:
+        """Add an update; return the choices of the chunks that tell a client about it."""
+        events = self._adapted(update.events)
         self._events += events
-        new_logprobs = [output.logprobs] if output.logprobs else []
+        new_logprobs = [update.logprobs] if update.logprobs else []
         self._logprobs += new_logprobs
-        self.finish_reason = self._reason(output.finish_reason)
+        self.finish_reason = self._reason(update.finish_reason)
         chunks: list[dict[str, Any]] = [
             self._chunk(event) for event in events if not _is_silent(event)
         ]
@@ -75,7 +72,7 @@ class Choice:
         return chunks
 
     def whole(self, with_logprobs: bool) -> dict[str, Any]:
-        """The finished choice of a response that is not streamed."""
+        """Return the finished choice of a response that is not streamed."""
         logprobs = self._render_logprobs(self._logprobs) if with_logprobs else None
         body = self._body(collect(self._events))
         return {
@@ -85,7 +82,7 @@ class Choice:
             "finish_reason": self.finish_reason,
         }
 
-    def _adapted(self, events: list[Event]) -> list[Event]:
+    def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
         return events
 
     def _reason(self, reason: str | None) -> str | None:
@@ -130,8 +127,9 @@ class TextChoice(Choice):
 
 
 class ChatChoice(Choice):
-    """A choice of /v1/chat/completions; `split_reasoning` false leaves the reasoning, with its
-    tags, in the content.
+    """A choice of /v1/chat/completions.
+
+    Without `split_reasoning` the reasoning stays in the content, with its tags.
     """
 
     def __init__(self, index: int, tokenizer: TextTokenizer, split_reasoning: bool = True) -> None:
@@ -141,19 +139,20 @@ class ChatChoice(Choice):
         self._complete_calls = 0
         self._call_ids: dict[int, str] = {}
 
-    def _adapted(self, events: list[Event]) -> list[Event]:
+    def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
         self._complete_calls += sum(
             isinstance(event, CallEnd) and event.complete for event in events
         )
         if self._split:
             return events
+        opening, closing = self.tokenizer.chat_format.reasoning_tags
         inline: list[Event] = []
         for event in events:
             if isinstance(event, Reasoning):
-                inline.append(Content(event.text if self._reasoned else f"{THINK}\n{event.text}"))
+                inline.append(Content(event.text if self._reasoned else f"{opening}\n{event.text}"))
                 self._reasoned = True
             elif isinstance(event, ReasoningEnd):
-                inline += [Content(f"\n{END_THINK}\n\n")] if self._reasoned else []
+                inline += [Content(f"\n{closing}\n\n")] if self._reasoned else []
             else:
                 inline.append(event)
         return inline
@@ -222,8 +221,8 @@ class ChatChoice(Choice):
         }
 
 
-class Envelope:
-    """What surrounds the choices of one response: its id, kind, model and time."""
+class CompletionObject:
+    """The object of one response, without its choices: id, kind, model and time."""
 
     def __init__(self, chat: bool, model: str) -> None:
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
@@ -231,13 +230,13 @@ class Envelope:
         self._chunk_kind = "chat.completion.chunk" if chat else "text_completion"
         self._rest = {"created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[dict[str, Any]], jobs: Sequence[Job]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], requests: Sequence[Request]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": self._kind,
             **self._rest,
             "choices": choices,
-            "usage": usage(jobs),
+            "usage": usage(requests),
         }
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:

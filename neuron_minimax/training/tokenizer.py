@@ -11,17 +11,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.generation.chat_formats.minimax_m2 import (
+    BEGIN_OF_TEXT,
+    END_OF_TURN,
+    ROLE,
+    MiniMaxM2Format,
+)
 from neuron_minimax.training.data import demo_conversation
 from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
 
 DEMO = Path(__file__).parent.parent / "demo"
-BOS = "]~!b["
-ROLE = "]~b]"
-END_OF_TURN = "[e~["
-SPECIAL = (BOS, ROLE, END_OF_TURN)
+SPECIAL = (BEGIN_OF_TEXT, ROLE, END_OF_TURN)
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
-MARKERS = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
+MARKERS = MiniMaxM2Format.tags
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -58,7 +61,7 @@ def write_demo_tokenizer(
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
+        "bos_token": BEGIN_OF_TEXT,
         "eos_token": END_OF_TURN,
         "additional_special_tokens": [ROLE],
         "clean_up_tokenization_spaces": False,

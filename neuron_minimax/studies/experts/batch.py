@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
+from neuron_minimax.generation.conversation import Turn
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.studies.experts import stats
@@ -106,7 +107,7 @@ class Run:
     tokenizer: TextTokenizer
     directory: Path
     outputs: Outputs = field(default_factory=Outputs)
-    sampling: SamplingOptions = GREEDY
+    sampling: SamplingParams = GREEDY
     max_new_tokens: int = 64
     progress: Progress = lambda name, tokens, total: None
     chunk: int = 128  # prompt tokens per pass, and between two calls of `progress`
@@ -137,15 +138,15 @@ class Run:
         return result
 
     def encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(
-            self.tokenizer.render_chat([{"role": "user", "content": prompt.text}])
-        )
+        return Turn.after([{"role": "user", "content": prompt.text}], self.tokenizer).prompt_ids
 
     def trace(self, prompt: Prompt, ids: list[int], total: int) -> Trace | None:
         """The trace of one prompt and its answer; None when it was interrupted before the first
         pass.
         """
-        recorder = Recorder.of(self.model)
+        recorder = Recorder.of(
+            self.model, on_pass=lambda tokens: self.progress(prompt.name, tokens, total)
+        )
         answer = []
         reason = "length"
         try:
@@ -153,11 +154,10 @@ class Run:
                 self.model,
                 ids,
                 recorder,
-                options=self.sampling,
+                params=self.sampling,
                 stop_token_ids=self.tokenizer.stop_token_ids,
                 max_new_tokens=self.max_new_tokens,
                 chunk=self.chunk,
-                on_pass=lambda tokens: self.progress(prompt.name, tokens, total),
             )
             for token, finish_reason in steps:
                 answer.append(token)

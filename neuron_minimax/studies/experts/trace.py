@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.sampling import GREEDY, Sampler, SamplingOptions
+from neuron_minimax.generation.engine import Engine, Request
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.model.moe import Routing
@@ -91,17 +93,21 @@ class Trace:
 
 @dataclass
 class Recorder:
-    """Collects routing pass by pass; `trace` may be taken at any time, so an interruption keeps
-    what is done.
+    """Collects routing pass by pass; `trace` may be taken at any time, also after an interruption.
+
+    `on_pass` is called with the number of tokens of each pass.
     """
 
     bias: np.ndarray
+    on_pass: Callable[[int], None] = lambda tokens: None
     passes: list[tuple[list[int], bool, list[Routing]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: MiniMaxM2) -> "Recorder":
+    def of(
+        cls, model: MiniMaxM2, on_pass: Callable[[int], None] = lambda tokens: None
+    ) -> "Recorder":
         biases = [layer.block_sparse_moe.router.e_score_correction_bias for layer in model.layers]  # type: ignore[union-attr]
-        return cls(torch.stack(biases).float().numpy())  # type: ignore[arg-type]
+        return cls(torch.stack(biases).float().numpy(), on_pass)  # type: ignore[arg-type]
 
     @property
     def tokens(self) -> list[int]:
@@ -114,6 +120,7 @@ class Recorder:
             for r in routings
         ]
         self.passes.append((tokens, is_decode, kept))
+        self.on_pass(len(tokens))
 
     def trace(self, **words: Any) -> Trace:
         """Everything recorded; `words` are the trace's texts, answer, finish_reason and name."""
@@ -137,23 +144,58 @@ class Recorder:
         )
 
 
-@torch.inference_mode()
+class RecordingBackend(Backend):
+    """One slot of a model in memory; every pass goes into `recorder`."""
+
+    def __init__(self, model: MiniMaxM2, recorder: Recorder, seq_len: int, chunk: int) -> None:
+        self.config = model.config
+        self.capabilities = Capabilities(
+            slots=1,
+            seq_len=seq_len,
+            buckets=(min(chunk, seq_len),),
+            vocab_size=model.config.vocab_size,
+            chunked_encoding=True,
+            all_position_logits=False,
+        )
+        self._model = model
+        self._recorder = recorder
+        self._cache = KVCache.allocate(model.config, 1, seq_len, model.compute)
+
+    def reset(self, slot: int) -> None:
+        """Do nothing: a recording is of one sequence."""
+
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        return self._run(ids, False)
+
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        return self._run(tokens.tolist(), True)[None]
+
+    @torch.inference_mode()
+    def _run(self, tokens: list[int], is_decode: bool) -> torch.Tensor:
+        """Run the next tokens of the sequence and record it; return the logits [V] of the last."""
+        logits_BTV, _, routings = self._model(
+            torch.tensor([tokens]), self._cache, return_routing=True
+        )
+        self._recorder.add(tokens, is_decode, routings)
+        return logits_BTV[0, -1].float()
+
+
 def record(
     model: MiniMaxM2,
     prompt_ids: Sequence[int],
     recorder: Recorder,
     *,
-    options: SamplingOptions = GREEDY,
+    params: SamplingParams = GREEDY,
     stop_token_ids: Collection[int] = (),
     max_new_tokens: int = 0,
     chunk: int = 512,
-    on_pass: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[int, str | None]]:
-    """Run the prompt (in chunks) and an answer, recording each pass; yields each new token and why
-    the answer ended.
+    """Run the prompt (in chunks) and an answer, recording each pass.
 
-    `on_pass` is called with the number of tokens of each pass. Raises GenerationError when the
-    prompt is empty or does not fit the model's positions with its answer.
+    Yields each new token and why the answer ended. Raises GenerationError when the prompt is empty,
+    or does not fit the model's positions with its answer.
     """
     limit = model.config.max_position_embeddings
     if not prompt_ids:
@@ -163,34 +205,15 @@ def record(
             f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's "
             f"{limit} positions; shorten the prompt or lower the number of new tokens"
         )
-    sampler = Sampler(options, list(prompt_ids))
-    cache = KVCache.allocate(model.config, 1, len(prompt_ids) + max_new_tokens, model.compute)
-    run = _pass(model, cache, recorder, on_pass)
-    for start in range(0, len(prompt_ids), chunk):
-        logits_V = run(list(prompt_ids[start : start + chunk]), False)
-    for number in range(max_new_tokens):
-        token = sampler.choose(logits_V)
-        reason = (
-            "stop"
-            if token in stop_token_ids
-            else "length"
-            if number + 1 == max_new_tokens
-            else None
-        )
-        yield token, reason
-        if reason:
-            return
-        logits_V = run([token], True)
-
-
-def _pass(
-    model: MiniMaxM2, cache: KVCache, recorder: Recorder, on_pass: Callable[[int], None]
-) -> Callable[[list[int], bool], torch.Tensor]:
-    def run(tokens: list[int], is_decode: bool) -> torch.Tensor:
-        """One forward pass, recorded; the logits [V] of its last position."""
-        logits_BTV, _, routings = model(torch.tensor([tokens]), cache, return_routing=True)
-        recorder.add(tokens, is_decode, routings)
-        on_pass(len(tokens))
-        return logits_BTV[0, -1].float()
-
-    return run
+    backend = RecordingBackend(model, recorder, len(prompt_ids) + max_new_tokens, chunk)
+    if max_new_tokens == 0:
+        backend.encode(0, prompt_ids)
+        return
+    request = Request(
+        prompt_ids=prompt_ids,
+        params=params,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=frozenset(stop_token_ids),
+    )
+    for step in Engine(backend).run(request):
+        yield step.token, step.finish_reason

@@ -1,7 +1,6 @@
-"""MiniMax-M2's output format, parsed as it streams: reasoning, text and tool calls, the same for
-any split of the text.
+"""MiniMax-M2's format: reasoning, text and tool calls, parsed as they stream.
 
-Format (the checkpoint's chat template):
+Source: the checkpoint's chat template.
 `<think>\\n{reasoning}\\n</think>\\n\\n{text}\\n<minimax:tool_call>\\n <invoke
 name="f">\\n<parameter name="k">v</parameter>\\n</invoke>\\n</minimax:tool_call>`. What only looks
 like a tag, such as a `<minimax:tool_call>` without an `<invoke name="`, is text.
@@ -9,10 +8,14 @@ like a tag, such as a `<minimax:tool_call>` without an `<invoke name="`, is text
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from neuron_minimax.generation.argument_types import allowed_types, parameter_schema, typed_value
+from neuron_minimax.generation.chat_formats.argument_types import (
+    allowed_types,
+    parameter_schema,
+    typed_value,
+)
 from neuron_minimax.generation.events import (
     CallArguments,
     CallBegin,
@@ -34,27 +37,59 @@ END_INVOKE = "</invoke>"
 PARAMETER = '<parameter name="'
 END_PARAMETER = "</parameter>"
 END_NAME = '">'
-FORMAT_MARKERS = (THINK, END_THINK, TOOLS, END_TOOLS)
+BEGIN_OF_TEXT = "]~!b["
+ROLE = "]~b]"
+END_OF_TURN = "[e~["
 MAX_NAME = 256
 
 _POSSIBLE_START = re.compile(r"[<\n]")
 _SPACE = re.compile(r"\s*")
 
 
-def opens_reasoning(prompt: str) -> bool:
-    """Whether a rendered prompt leaves the reasoning open, so that the output starts inside it."""
-    return prompt.rstrip().endswith(THINK)
+class MiniMaxM2Format:
+    """The format as generation and serving ask for it (see ChatFormat)."""
+
+    turn_markers: tuple[str, ...] = (BEGIN_OF_TEXT, ROLE, END_OF_TURN)
+    end_of_turn = END_OF_TURN
+    end_of_turn_id = 200020
+    tags: tuple[str, ...] = (THINK, END_THINK, TOOLS, END_TOOLS)
+    reasoning_tags = (THINK, END_THINK)
+
+    def opens_reasoning(self, prompt: str) -> bool:
+        """Say whether a rendered prompt leaves the reasoning open: the output starts in it."""
+        return prompt.rstrip().endswith(THINK)
+
+    def parser(
+        self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None
+    ) -> "MiniMaxM2Parser":
+        return MiniMaxM2Parser(in_reasoning=in_reasoning, tools=tools)
+
+    def call_grammar(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        several: bool,
+        literal: Callable[[str], str],
+        json_rule: Callable[[Mapping[str, Any]], str],
+    ) -> list[str]:
+        call = "call+" if several else "call"
+        rules = [f'calls: {literal(TOOLS)} "\\n" {call} {literal(END_TOOLS)}']
+        rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
+        rules.append(f'text[suffix="{END_PARAMETER}"]: /(?s:.*)/')
+        for number, tool in enumerate(tools):
+            rules += _call_rules(number, tool["function"], json_rule)
+        return rules
 
 
 def parse(
     text: str, *, in_reasoning: bool = False, tools: Iterable[Mapping[str, Any]] | None = None
 ) -> Message:
-    """Parse one whole output; arguments as for MiniMaxParser."""
-    parser = MiniMaxParser(in_reasoning=in_reasoning, tools=tools)
+    """Parse one whole output; arguments as for MiniMaxM2Parser."""
+    parser = MiniMaxM2Parser(in_reasoning=in_reasoning, tools=tools)
     return collect(parser.feed(text) + parser.finish())
 
 
-class MiniMaxParser:
+class MiniMaxM2Parser:
     """Turns pieces of output text into events.
 
     `in_reasoning`: the prompt ended in `<think>` (see opens_reasoning). `tools`: the request's
@@ -76,22 +111,24 @@ class MiniMaxParser:
         self._events: list[Event] = []
         self._source = ""  # of the tool call under way, in case it turns out to be none
         self._index = -1
-        self._call_open = self._any_parameter = False
-        self._function = self._parameter = self._value = ""
+        self._call_open = False
+        self._any_parameter = False
+        self._function = ""
+        self._value = ""
         self._types: frozenset[str] = frozenset()
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether what comes next is reasoning, unless it is a tag."""
+        """Say whether what comes next is reasoning, unless it is a tag."""
         return self._reasoning
 
     def feed(self, text: str) -> list[Event]:
-        """The events that `text` completes; the last few characters may wait for what follows."""
+        """Return the events that `text` completes; its last characters may wait for more."""
         self._buffer += text
         return self._run()
 
     def finish(self) -> list[Event]:
-        """The events left when the output has ended; a call that was cut off ends as text."""
+        """Return the events left when the output has ended; a call cut off ends as text."""
         self._final = True
         events = self._run()
         if self._state not in (self._text, self._start):
@@ -130,7 +167,7 @@ class MiniMaxParser:
             self._newlines_to_drop -= 1
         if self._buffer:
             self._newlines_to_drop = 0
-        tags = (END_THINK,) if self._reasoning else ()
+        tags: tuple[str, ...] = (END_THINK,) if self._reasoning else ()
         end, tag, after = self._find(tags + ((TOOLS,) if self._tools_on else ()))
         self._say(self._buffer[:end])
         source = self._buffer[end:after]
@@ -232,7 +269,7 @@ class MiniMaxParser:
         self._events.append(CallArguments(self._index, text))
 
     def _abandon(self) -> None:
-        """What has been read of the call under way is text after all."""
+        """Say that what has been read of the call under way is text after all."""
         if self._call_open:
             self._events.append(CallEnd(self._index, False))
         self._call_open = False
@@ -257,9 +294,7 @@ class MiniMaxParser:
         return any(literal.startswith(self._buffer) for literal in literals)
 
     def _quoted(self) -> str | None:
-        """The name up to `">`; None to wait. Abandons the call (and returns "") when this is no
-        name.
-        """
+        """Take the name up to `">`. Return None to wait, "" when the call had to be abandoned."""
         name, end, rest = self._buffer.partition(END_NAME)
         if end and name and len(name) <= MAX_NAME:
             self._source += name + end
@@ -271,8 +306,9 @@ class MiniMaxParser:
         return ""
 
     def _find(self, tags: tuple[str, ...]) -> tuple[int, str | None, int]:
-        """(end of the text before, tag or None, where to go on), for the first of `tags` in the
-        buffer. Text that may still become a tag is kept back until more has arrived.
+        """Find the first of `tags`: (end of the text before, tag or None, where to go on).
+
+        Text that may still become a tag is kept back until more has arrived.
         """
         for place in _POSSIBLE_START.finditer(self._buffer):
             start = place.start()
@@ -283,9 +319,7 @@ class MiniMaxParser:
         return len(self._buffer), None, len(self._buffer)
 
     def _match(self, tag: str, start: int) -> int | None:
-        """End of `tag` at `start` of the buffer, 0 when only more text can tell, None when it is
-        not there.
-        """
+        """Return the end of `tag` at `start`, 0 when only more text can tell, None without it."""
         buffer = self._buffer
         literal = "\n" + tag if buffer[start] == "\n" and tag != END_PARAMETER else tag
         if not buffer.startswith(literal, start):
@@ -303,3 +337,39 @@ class MiniMaxParser:
             if not self._final and any(follower.startswith(rest) for follower in followers)
             else None
         )
+
+
+def _call_rules(
+    number: int, function: Mapping[str, Any], json_rule: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    """Return the rules of one tool's call: its parameters in the order of the schema.
+
+    Strings are written bare, everything else as JSON.
+    """
+    parameters = function.get("parameters") or {}
+    required = parameters.get("required") or ()
+    parts = []
+    rules = []
+    for place, key in enumerate(parameters.get("properties") or {}):
+        schema = parameter_schema(parameters, key)
+        opening = _quote(f"{PARAMETER}{key}{END_NAME}")
+        is_text = allowed_types(schema, parameters) <= {"string"}
+        if is_text and "enum" not in schema and "const" not in schema:
+            part = f'{opening} text "\\n"'
+        elif is_text:
+            values = [schema["const"]] if "const" in schema else schema["enum"]
+            choices = " | ".join(_quote(str(value)) for value in values)
+            part = f'{opening} ({choices}) "{END_PARAMETER}\\n"'
+        else:
+            definitions = {
+                name: parameters[name] for name in ("$defs", "definitions") if name in parameters
+            }
+            rules.append(f"value_{number}_{place}: {json_rule({**definitions, **schema})}")
+            part = f'{opening} value_{number}_{place} "{END_PARAMETER}\\n"'
+        parts.append(part if key in required else f"({part})?")
+    opening = _quote(f"{INVOKE}{function['name']}{END_NAME}\n")
+    return [f'call_{number}: {opening} {" ".join(parts)} "{END_INVOKE}\\n"', *rules]
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,19 +1,51 @@
-"""From tokens to what a client sees: text as it completes, MiniMax's format taken apart, stop
-strings honoured.
-"""
+"""From tokens to events: text as it completes, its parts apart, stop strings honoured."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from neuron_minimax.generation.chat_formats import OutputParser
 from neuron_minimax.generation.events import CallBegin, CallEnd, Content, Event
-from neuron_minimax.generation.minimax_format import MiniMaxParser
-from neuron_minimax.generation.tokenizer import StreamDecoder, TextTokenizer
+from neuron_minimax.generation.tokenizer import TextTokenizer
+
+UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
+
+
+class StreamDecoder:
+    """The text of a growing answer; the pieces join to `TextTokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Tokens before `_shown` are out; those from `_context` on give the next ones their context.
+        self._context = 0
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes, nothing in the middle of a character."""
+        if token in self._tokenizer.hidden_ids:
+            return ""
+        self._ids.append(token)
+        old, new = self._texts()
+        if len(new) <= len(old) or new.endswith(UNFINISHED):
+            return ""
+        self._context = self._shown
+        self._shown = len(self._ids)
+        return new[len(old) :]
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come."""
+        old, new = self._texts()
+        self._context = len(self._ids)
+        self._shown = len(self._ids)
+        return new[len(old) :]
+
+    def _texts(self) -> tuple[str, str]:
+        tail = self._ids[self._context :]
+        shown = tail[: self._shown - self._context]
+        return self._tokenizer.decode(shown), self._tokenizer.decode(tail)
 
 
 class StopStrings:
-    """Cuts text before the first stop string; what may become one is kept back until more text has
-    come.
-    """
+    """Cuts text before the first stop string; what may become one is kept back for more text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -21,7 +53,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that may be shown; nothing after a stop string was found."""
+        """Return the text that may be shown; nothing after a stop string was found."""
         if self.found:
             return ""
         self._held += text
@@ -37,53 +69,50 @@ class StopStrings:
         return shown
 
     def finish(self) -> str:
-        """What was kept back for nothing."""
+        """Return what was kept back for nothing."""
         shown = self._held
         self._held = ""
         return shown
 
 
-class Pipeline:
-    """Tokens of one answer to events. Stop strings apply to the answer's text, not to the reasoning
-    before it.
+class AnswerReader:
+    """Turns the tokens of one answer into events.
 
-    `chat` is None for plain completions (all text is Content), else the arguments of MiniMaxParser.
-    With `one_call` the answer ends with its first tool call.
+    Without a parser all text is Content. Stop strings apply to the answer's text, not to the
+    reasoning before it or to calls. With `one_call` the answer ends with its first tool call.
     """
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
+        parser: OutputParser | None = None,
         *,
         stops: Sequence[str] = (),
-        chat: Mapping[str, Any] | None = None,
         one_call: bool = False,
     ) -> None:
         self._one_call = one_call
         self._called = False
         self._decoder = StreamDecoder(tokenizer)
-        self._parser = MiniMaxParser(**chat) if chat is not None else None
+        self._parser = parser
         self._stops = StopStrings(stops)
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether the answer proper has not begun."""
+        """Say whether the answer proper has not begun."""
         return self._parser is not None and self._parser.in_reasoning
 
     @property
     def stopped(self) -> bool:
-        """Whether the answer is over: a stop string was found, or the only call that was allowed is
-        complete.
-        """
+        """Say whether a stop string was found, or the only call that is allowed is complete."""
         return self._stops.found or (self._one_call and self._called)
 
     def push(self, token: int) -> list[Event]:
-        """The events that `token` completes."""
+        """Return the events that `token` completes."""
         text = self._decoder.push(token)
         return self._cut(self._parse(text)) if text else []
 
     def finish(self) -> list[Event]:
-        """The events left when no more tokens come."""
+        """Return the events left when no more tokens come."""
         if self.stopped:
             return []
         events = self._parse(self._decoder.finish()) + (
@@ -114,12 +143,6 @@ def _content(text: str) -> list[Event]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
-    return next(
-        (
-            size
-            for size in range(min(len(text), len(stop) - 1), 0, -1)
-            if text.endswith(stop[:size])
-        ),
-        0,
-    )
+    """Return the length of the longest proper beginning of `stop` that `text` ends with."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,6 +1,4 @@
-"""The JSON value of a tool-call argument that the model wrote as plain text, typed by the tool's
-JSON schema.
-"""
+"""Arguments of tool calls that a model writes as plain text, typed by the tool's JSON schema."""
 
 import json
 from collections.abc import Mapping
@@ -12,16 +10,15 @@ TYPE_OF_PYTHON = {
     int: "integer",
     float: "number",
     type(None): "null",
+    dict: "object",
+    list: "array",
 }
-TYPE_OF_PYTHON |= {dict: "object", list: "array"}
 PYTHON_SPELLINGS = {"True": True, "False": False, "None": None}
 MAX_REFERENCES = 16
 
 
 def parameter_schema(parameters: Any, name: str) -> Mapping[str, Any]:
-    """Schema of parameter `name` in a tool's `parameters` object; empty when nothing is said about
-    it.
-    """
+    """Return the schema of parameter `name` in a tool's `parameters`; empty when there is none."""
     parameters = _resolve(parameters, parameters)
     properties = parameters.get("properties")
     found = properties.get(name) if isinstance(properties, Mapping) else None
@@ -29,15 +26,15 @@ def parameter_schema(parameters: Any, name: str) -> Mapping[str, Any]:
 
 
 def allowed_types(schema: Any, root: Any) -> frozenset[str]:
-    """JSON types that `schema` allows; `root` holds the definitions that `$ref` points to. Empty:
-    nothing is said.
+    """Return the JSON types that `schema` allows; empty when it says nothing.
+
+    `root` holds the definitions that `$ref` points to.
     """
     return _allowed(schema, root, MAX_REFERENCES)
 
 
 def typed_value(text: str, types: frozenset[str]) -> Any:
-    """The value that `text` spells among the JSON `types`; text that spells none of them stays a
-    string.
+    """Return the value that `text` spells among the JSON `types`, else the text itself.
 
     The template writes strings bare and everything else as JSON, so where a string and another type
     are both allowed (nullable strings, `anyOf`), the other type wins when the text is valid JSON of
@@ -62,16 +59,16 @@ def typed_value(text: str, types: frozenset[str]) -> Any:
 def _allowed(schema: Any, root: Any, budget: int) -> frozenset[str]:
     schema = _resolve(schema, root)
     kinds = schema.get("type")
-    types = frozenset(
-        [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else ()
-    )
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    types = frozenset(kinds if isinstance(kinds, list) else ())
     if not types:
         types = _implied(schema, root, budget)
     return types | {"null"} if types and schema.get("nullable") is True else types
 
 
 def _implied(schema: Mapping[str, Any], root: Any, budget: int) -> frozenset[str]:
-    """Types of a schema without `type`: from its values, its alternatives or its structure."""
+    """Return the types of a schema without `type`, from its values, alternatives or structure."""
     if "const" in schema or isinstance(schema.get("enum"), list):
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return frozenset(
@@ -90,9 +87,7 @@ def _implied(schema: Mapping[str, Any], root: Any, budget: int) -> frozenset[str
 
 
 def _resolve(schema: Any, root: Any) -> Mapping[str, Any]:
-    """Follow local `$ref` pointers (RFC 6901) inside `root`; what cannot be resolved says
-    nothing.
-    """
+    """Follow local `$ref` pointers (RFC 6901) inside `root`; an unresolved one says nothing."""
     schema = _mapping(schema)
     for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref")
@@ -110,4 +105,4 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")

@@ -1,6 +1,4 @@
-"""What every HTTP request passes first: host, key, content type, size, a request id, and the line
-in the log.
-"""
+"""Access control and log: every HTTP request is checked for host, key, content type and size."""
 
 import contextvars
 import hmac
@@ -40,9 +38,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class Gate:
-    """ASGI middleware. `api_keys` empty: no key is needed; `hosts` empty: any Host header is
-    taken.
+class AccessControl:
+    """ASGI middleware that checks a request, gives it an id, and writes its line into the log.
+
+    Without `api_keys` no key is needed; without `hosts` any Host header is taken.
     """
 
     def __init__(
@@ -126,14 +125,13 @@ class Gate:
     def _authorized(self, headers: dict[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("utf-8", "surrogateescape")
-        matches = [
-            hmac.compare_digest(given, known) for known in self._api_keys
-        ]  # every key, to take constant time
+        # Every key is compared, so that the time says nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
         return scheme.lower() == "bearer" and any(matches)
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """An error in OpenAI's form."""
+    """Return an error in OpenAI's form."""
     headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -143,7 +141,7 @@ def error_response(error: RequestError) -> JSONResponse:
 async def read_body(
     receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int
 ) -> bytes:
-    """The whole body. Raises RequestError (413) as soon as it is larger than `limit` bytes."""
+    """Read the whole body. Raises RequestError (413) as soon as it is larger than `limit` bytes."""
     body = bytearray()
     while True:
         message = await receive()
