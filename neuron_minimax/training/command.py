@@ -14,13 +14,14 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.training.curve import plot_losses, require_matplotlib
 from neuron_minimax.training.encoding import Encoder
 from neuron_minimax.training.export import Precision, copy_tokenizer, export_checkpoint
 from neuron_minimax.training.processes import Processes
 from neuron_minimax.training.sources import DemoSource, JsonLines, Source
-from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
+from neuron_minimax.training.tokenizer import load_tokenizer
 from neuron_minimax.training.trainer import StepReport, Trainer, TrainingOptions
 
 FINAL_STEPS = 100  # the final loss is the mean of so many last steps

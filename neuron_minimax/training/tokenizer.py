@@ -10,12 +10,12 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.training.data import demo_conversation
 from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
 
-DEMO = Path(__file__).parent.parent / "demo"
 BOS = "]~!b["
 ROLE = "]~b]"
 END_OF_TURN = "[e~["
