@@ -26,6 +26,7 @@ from neuron_minimax.errors import TrainingError
 from neuron_minimax.model.decoder import MiniMaxM2, initial_state
 from neuron_minimax.model.moe import Routing
 from neuron_minimax.training.command import TrainingRequest, read_dense, train
+from neuron_minimax.training.data import DemoSource, JsonLines
 from neuron_minimax.training.encoding import Encoder, Example, micro_batches, pad
 from neuron_minimax.training.export import Precision, export_checkpoint
 from neuron_minimax.training.objective import (
@@ -34,10 +35,8 @@ from neuron_minimax.training.objective import (
     sequence_balance_loss,
     update_router_bias,
 )
-from neuron_minimax.training.sources import DemoSource, JsonLines
-from neuron_minimax.training.state import STATE_NAME
 from neuron_minimax.training.tokenizer import load_tokenizer
-from neuron_minimax.training.trainer import Trainer, TrainingOptions
+from neuron_minimax.training.trainer import STATE_NAME, Trainer, TrainingOptions
 from tests.tiny import tiny_config
 
 SMALL: dict[str, Any] = {
