@@ -18,11 +18,12 @@ from typing import Any
 
 from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.cli.bars import progress_bar
+from neuron_minimax.cli.app import progress_bar
 from neuron_minimax.cli.models import parse_integers
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.verify import verify
 from neuron_minimax.convert.write import convert
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.generation.conversation import Chat
 from neuron_minimax.generation.events import (
@@ -38,7 +39,6 @@ from neuron_minimax.generation.sampling import GREEDY, SamplingParams, distinct_
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.inspection.precision import inspect
 
-DEMO_CHECKPOINT = Path(__file__).parent / "neuron_minimax" / "demo"
 PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
 SMOKE_TOKENS = 50
 # Fewer distinct tokens than this among 50 means that the model repeats itself.
@@ -50,9 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, default=DEMO_CHECKPOINT, help="default: the embedded demo"
-    )
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="default: the embedded demo")
     parser.add_argument("--traced-model-dir", type=Path, default=Path("traced_model/demo"))
     parser.add_argument(
         "--converted-dir",

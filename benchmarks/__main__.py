@@ -2,7 +2,7 @@
 
 python -m benchmarks [--directory DIR] [MODULE ...]
 
-All modules: benchmarks/results/last.json and last.md are written. Exit code 1 when a module failed.
+With all modules it writes benchmarks/results/last.json and last.md. Exit code 1 when one failed.
 """
 
 import sys

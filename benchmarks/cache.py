@@ -1,5 +1,4 @@
-"""The dequantized cache against plain writing of the same bytes, in alternating rounds; memory;
-opening; transformers.
+"""The dequantized cache: writing against plain writing, memory, opening, and transformers' load.
 
 python -m benchmarks.cache [--directory DIR] [--rounds N] [--transformers]
 """
@@ -26,7 +25,7 @@ def run_build(source: Path, target: Path, dtype: str) -> tuple[float, float]:
 
 
 def time_opening(source: Path, target: Path) -> float:
-    """Seconds until every tensor of a finished cache is a mapped torch tensor, checks included."""
+    """Return the seconds until all tensors of a finished cache are mapped, checks included."""
     from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.convert.cache import open_cache
 
@@ -38,7 +37,7 @@ def time_opening(source: Path, target: Path) -> float:
 
 
 def time_transformers(source: Path, target: Path, dtype: str) -> float:
-    """Without a cache: load, dequantize, save and sync, which has to happen once."""
+    """Return the seconds of what there is without a cache: load, dequantize, save and sync."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -55,8 +54,9 @@ def time_transformers(source: Path, target: Path, dtype: str) -> float:
 def measure(
     source: Path, scratch: Path, dtype: str, rounds: int
 ) -> tuple[list[float], list[float], list[float], float]:
-    """(gigabytes of the cache written per second, plain writing's, seconds of each build, peak
-    anonymous megabytes).
+    """Return GB/s of the cache, GB/s of plain writing, seconds of each build, and peak MB.
+
+    The memory is anonymous memory. The rates are of the bytes of the cache that is written.
     """
     ours = []
     plain = []
@@ -79,9 +79,7 @@ def measure(
 def rows_of(
     source: Path, scratch: Path, dtype: str, rounds: int
 ) -> tuple[list[Row], list[float], list[float]]:
-    """(rate against plain writing and peak memory, seconds of each build, of each plain
-    writing).
-    """
+    """Return the rows of rate and memory, and the seconds of each build and plain writing."""
     ours, plain, builds, peak = measure(source, scratch, dtype, rounds)
     what = f"cache of {shards_bytes(source) / 1e9:.1f} GB, {dtype}"
     found = [

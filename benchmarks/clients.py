@@ -1,6 +1,4 @@
-"""Clients of an OpenAI-compatible server: seeded requests, streamed answers, and many clients at
-once.
-"""
+"""Clients of an OpenAI-compatible server: seeded requests, streamed answers, many at once."""
 
 import asyncio
 import json
@@ -29,7 +27,7 @@ WORDS = [
 
 
 def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]]:
-    """A client's requests: prompts of 5 to 60 words, the same for both servers."""
+    """Return a client's requests: prompts of 5 to 60 words, the same for both servers."""
     chance = random.Random(client)
     return [
         {
@@ -49,7 +47,7 @@ def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]
 
 
 async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> tuple[float, int]:
-    """(seconds to the first text, completion tokens) of one streamed answer."""
+    """Return the seconds to the first text and the completion tokens of one streamed answer."""
     start = time.perf_counter()
     first = None
     tokens = 0
@@ -76,7 +74,7 @@ async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> t
 async def load(
     url: str, model: str, clients: int, requests: int, new_tokens: int
 ) -> dict[str, float]:
-    """All clients at once, each with its requests one after the other."""
+    """Run all clients at once, each with its requests one after the other."""
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
 

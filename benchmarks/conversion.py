@@ -1,5 +1,4 @@
-"""Conversion against `cp -r` and sync of the same files, warm and cold, in alternating pairs; peak
-anonymous memory.
+"""Conversion against `cp -r` and sync of the same files, warm and cold; peak anonymous memory.
 
 python -m benchmarks.conversion [--directory DIR] [--rounds N] [--full-layer]
 """
@@ -24,8 +23,9 @@ ONE_GIGABYTE = Goal(figure="ours", value=1000, at_most=True)
 
 
 def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """(seconds, peak anonymous megabytes of this process and its children, imports included) of one
-    call.
+    """Return the seconds of one call and the peak anonymous megabytes, imports included.
+
+    The memory is that of this process and its children.
     """
     peak = 0
     stop = threading.Event()
@@ -54,9 +54,7 @@ def run_conversion(source: Path, destination: Path) -> tuple[float, float]:
 def measure(
     source: Path, scratch: Path, rounds: int, state: str = "warm"
 ) -> tuple[list[float], list[float], float]:
-    """(gigabytes per second of conversion, of cp + sync, peak anonymous megabytes); one figure per
-    round.
-    """
+    """Return GB/s of conversion and of cp + sync, one per round, and the peak anonymous MB."""
     gigabytes = shards_bytes(source) / 1e9
     ours = []
     peer = []
@@ -75,7 +73,7 @@ def measure(
 
 
 def rows_of(source: Path, scratch: Path, rounds: int) -> list[Row]:
-    """One row per state of the page cache, and the peak memory."""
+    """Return one row per state of the page cache, and the peak memory."""
     what = f"convert {shards_bytes(source) / 1e9:.1f} GB"
     rows = []
     peaks = []

@@ -8,9 +8,8 @@ import numpy as np
 
 from neuron_minimax.fp8 import ceil_div
 
-STEEPER = (
-    1.25  # how far above its law the largest point may be until a curve counts as superlinear in it
-)
+# A curve is superlinear in its law when its largest point is above it by more than this.
+STEEPER = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,7 @@ class Curve:
 
     @property
     def superlinear(self) -> bool:
-        """Whether the largest point costs clearly more than its law, which was fitted to all of
-        them.
-        """
+        """True when the largest point costs clearly more than the law fitted to all points."""
         return self.points[-1].measured > STEEPER * self.points[-1].expected
 
     def verdict(self) -> str:
@@ -74,9 +71,7 @@ def fitted(
     measured: Sequence[float],
     work: Sequence[float],
 ) -> Curve:
-    """The curve whose expectation is a + b * work, a and b not negative, with the smallest relative
-    errors.
-    """
+    """Fit a + b * work, a and b not negative, with the smallest relative errors."""
     y = np.array(measured)
     x = np.array(work)
     offset, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[
@@ -97,7 +92,7 @@ def fitted(
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
-    """All curves in one SVG, measured beside expected."""
+    """Draw all curves in one SVG, measured beside expected."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,5 +1,4 @@
-"""The compiled CPU backend against transformers and the machine's limits: decoding, and encoding of
-512 tokens.
+"""The compiled CPU backend against transformers and the machine's limits: decoding and encoding.
 
 python -m benchmarks.decoding [--directory DIR] [--steps N] [--rounds N] [--batch-size N]
 
@@ -49,7 +48,7 @@ def prepare(directory: Path, batch_size: int) -> dict[str, Path]:
 def take_turns(
     directory: Path, steps: int, rounds: int, batch_size: int
 ) -> tuple[Rounds, dict[str, Any]]:
-    """(side to figure to one value per round, logits by side)."""
+    """Return the figures by side, one value per round, and the logits by side."""
     traced = prepare(directory, batch_size)
     source = checkpoint(directory, *REAL)
     with ExitStack() as stack:
@@ -76,24 +75,20 @@ def take_turns(
 
 
 def distinct_experts(config: ModelConfig, batch: int) -> float:
-    """How many experts of a layer `batch` tokens choose when all are as likely."""
+    """Return how many experts of a layer `batch` tokens choose when all are as likely."""
     experts = config.num_local_experts
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
 
 
 def bytes_per_step(config: ModelConfig, experts: float) -> float:
-    """Stored bytes of a step that reads so many experts per layer: with them FP8 attention and the
-    BF16 head.
-    """
+    """Return the stored bytes of a step: FP8 attention, so many experts per layer, a BF16 head."""
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * experts
     return config.num_hidden_layers * (attention + mlp) + 2 * config.vocab_size * config.hidden_size
 
 
 def flops_of_prompt(config: ModelConfig, tokens: int) -> float:
-    """Two per weight and token of attention's projections and the chosen experts, and the head
-    once.
-    """
+    """Count two per weight and token of projections and chosen experts, and the head once."""
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
     return 2 * (
@@ -165,8 +160,9 @@ def encode_rows(found: Rounds, logits: dict[str, Any], config: ModelConfig) -> l
 
 
 def logits_row(name: str, logits: dict[str, Any]) -> Row:
-    """How far the last position's logits are from transformers' in float32; the peer of our bf16 is
-    its bfloat16.
+    """Return how far the last position's logits are from transformers' in float32.
+
+    The peer of our bf16 is transformers' bfloat16.
     """
     oracle = logits["transformers float32"]
     off = [float(np.abs(logits[side] - oracle).max()) for side in (name, "transformers bfloat16")]

@@ -1,5 +1,4 @@
-"""`inspect --check-values` against `cat` of the same files, warm and cold, in alternating pairs;
-and the headers alone.
+"""`inspect --check-values` against `cat` of the same files, warm and cold; the headers alone.
 
 python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds N]
 """
@@ -35,7 +34,7 @@ def time_headers(directory: Path) -> float:
 
 
 def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float]]:
-    """(gigabytes per second of check_values, of cat), one figure per round."""
+    """Return GB/s of check_values and of cat, one figure per round."""
     gigabytes = shards_bytes(source) / 1e9
     ours = []
     peer = []
@@ -48,7 +47,7 @@ def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float]
 
 
 def rows_of(source: Path, rounds: int) -> list[Row]:
-    """One row per state of the page cache."""
+    """Return one row per state of the page cache."""
     what = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB"
     found = []
     for state in STATES:

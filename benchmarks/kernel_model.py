@@ -1,5 +1,6 @@
-"""What the NKI expert kernel would cost on Trainium2, from counted work and documented rates;
-nothing here ran on one.
+"""A model of the NKI expert kernel's cost on Trainium2, from counted work and documented rates.
+
+Nothing here ran on such a chip.
 
 python -m benchmarks.kernel_model [--tokens N ...]
 
@@ -45,9 +46,7 @@ ENGINES = {
 
 
 def count(tokens: int) -> dict[str, float]:
-    """The interpreter's counts of 8 visits with `tokens` tokens, bfloat16 activations, divided by
-    8.
-    """
+    """Return the interpreter's counts per visit of `tokens` tokens, bfloat16, averaged over 8."""
     module, machine = nki_interpreter.load(KERNEL)
     generator = torch.Generator().manual_seed(0)
     codes = [
@@ -71,8 +70,10 @@ def shapes() -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
-    """One expert's weights and scales read once, and an eighth of the hidden states in and the
-    float32 result out.
+    """Return the bytes that one visit cannot do without.
+
+    One expert's weights and scales are read once; an eighth of the hidden states goes in and of
+    the float32 result out.
     """
     weights = sum(
         rows * columns * bytes_per_weight + rows * columns // 128**2 * 4
@@ -82,8 +83,9 @@ def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
 
 
 def engine_times(counts: dict[str, float]) -> dict[str, float]:
-    """Microseconds of one visit per engine; they work side by side, so the slowest is the visit's
-    time.
+    """Return the microseconds of one visit per engine.
+
+    The engines work side by side, so the slowest is the time of the visit.
     """
     moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
     microseconds = {"DMA": moved / HBM_BYTES_PER_SECOND * 1e6}
@@ -113,8 +115,9 @@ def cells(tokens: int) -> list[str]:
 
 
 def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
-    """Modelled microseconds per visit; the peer reads a BF16 copy, the limit is moving the floor's
-    bytes.
+    """Return modelled microseconds per visit.
+
+    The peer reads a BF16 copy; the limit is moving the floor's bytes.
     """
     table = []
     for number in tokens:

@@ -1,5 +1,4 @@
-"""From a process's start to the first token of a compiled model of 2.1 GB, the memory it takes, and
-compile times.
+"""Loading a compiled model of 2.1 GB: time to the first token, memory, and compile times.
 
 python -m benchmarks.loading [--directory DIR] [--rounds N] [--transformers]
 """
@@ -23,9 +22,7 @@ ONE_SECOND = Goal(figure="ours", value=1, at_most=True)
 
 
 def first_token(traced: str, started: str) -> dict[str, float]:
-    """What a process finds that began at `started` (time.time()): seconds after it, and bytes of
-    memory.
-    """
+    """Return seconds since `started` (time.time() before the process), and bytes of memory."""
     began = time.time() - float(started)
     import torch
 
@@ -63,9 +60,7 @@ def start_process(traced: Path) -> dict[str, float]:
 
 
 def time_transformers(source: Path) -> float:
-    """Seconds of from_pretrained (FP8 dequantized to bfloat16) and of the first token, after the
-    imports.
-    """
+    """Return the seconds of from_pretrained (FP8 to bfloat16) and of the first token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,11 +72,11 @@ def time_transformers(source: Path) -> float:
 
 
 def time_compile_again(converted_directory: Path, traced: Path) -> float:
-    """Seconds of the whole command when there is nothing to do."""
+    """Return the seconds of the whole command when there is nothing to do."""
     command = [
         sys.executable,
         "-m",
-        "neuron_minimax.cli",
+        "neuron_minimax",
         "compile",
         str(converted_directory),
         str(traced),

@@ -1,4 +1,4 @@
-"""Which machine, versions and commit a table comes from."""
+"""The machine, versions and commit that a table comes from."""
 
 import os
 import platform

@@ -1,6 +1,4 @@
-"""Measuring in processes of their own: a function that runs once, and sides that take turns in one
-run.
-"""
+"""Measuring in processes of their own: a function that runs once, and sides that take turns."""
 
 import os
 import traceback
@@ -21,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns in a fresh process; its exceptions are raised here."""
+    """Run a module's function in a fresh process; return its value, or raise its exception."""
     with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -29,8 +27,8 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 class Side:
     """A process that gets ready once and measures when it is asked.
 
-    `function(*arguments)` is a generator: its first value is what getting ready found, each further
-    one a measurement.
+    `function(*arguments)` is a generator: its first value tells what getting ready found, each
+    further one is a measurement.
     """
 
     def __init__(self, function: Callable[..., Iterator[dict[str, Any]]], *arguments: Any) -> None:
@@ -48,8 +46,9 @@ class Side:
             raise
 
     def measure(self) -> dict[str, Any]:
-        """The next value. Raises RuntimeError with the traceback of the process, or saying that it
-        died.
+        """Return the next value.
+
+        Raises RuntimeError with the traceback of the process, or saying that it died.
         """
         self.connection.send(True)
         try:
@@ -93,9 +92,7 @@ def _answer(
 
 
 def memory() -> dict[str, int]:
-    """This process's resident bytes: "RssAnon" (its own) and "RssFile" (mapped files, shared with
-    the page cache).
-    """
+    """Return this process's resident bytes: "RssAnon", its own, and "RssFile", mapped files."""
     lines = [
         line.split()
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -105,8 +102,9 @@ def memory() -> dict[str, int]:
 
 
 def anonymous_bytes_of_tree(pid: str = "self") -> int:
-    """Anonymous memory of a process and its children; pages that they share after a fork count for
-    each.
+    """Return the anonymous bytes of a process and its children.
+
+    Pages that they share after a fork count for each.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -1,10 +1,9 @@
-"""Guards in two minutes: fails when a ratio fell by more than a third against the one kept in
-benchmarks/results/.
+"""Guards in two minutes: fail when a ratio fell by more than a third against the kept one.
 
 python -m benchmarks.quick [--directory DIR] [--keep]
 
-Small models and few rounds: the ratios are steady enough to guard, and are no statement of how fast
-anything is.
+The kept ratios are in benchmarks/results/. Small models and few rounds: the ratios are steady
+enough to guard, and do not say how fast anything is.
 """
 
 import os
@@ -59,8 +58,9 @@ class Fall:
 
 
 def falls(kept: Sequence[Row], found: Sequence[Row]) -> list[Fall]:
-    """What fell, in the order of what was kept. Rows without a ratio are not guarded; new rows are
-    not yet.
+    """Return the ratios that fell, in the order of `kept`.
+
+    Rows without a ratio are not guarded, new rows not yet.
     """
     ratios = {each.what: each.ratio for each in found}
     guarded = [
@@ -74,12 +74,12 @@ def falls(kept: Sequence[Row], found: Sequence[Row]) -> list[Fall]:
 
 
 def best(what: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
-    """Of each side the least disturbed round: steadier than a median of few rounds."""
+    """Return each side's least disturbed round: steadier than a median of few rounds."""
     return row(what, [max(ours)], unit, peer=(peer, [max(theirs)]))
 
 
 def model_rows(directory: Path) -> list[Row]:
-    """Tokens per second of both engines against transformers in float32, decoding and encoding."""
+    """Return tokens per second of both engines against transformers in float32."""
     options: dict[str, Any] = {"slots": 1, "seq_len": 512, "buckets": (PROMPT,)}
     sources = {
         name: compiled(directory, *MODEL, name, engine=name, **options)
@@ -118,7 +118,7 @@ def model_rows(directory: Path) -> list[Row]:
 
 
 def file_rows(directory: Path) -> list[Row]:
-    """Gigabytes per second of everything that reads or writes a checkpoint."""
+    """Return gigabytes per second of everything that reads or writes a checkpoint."""
     source = checkpoint(directory, *FILES)
     scratch = empty_scratch(directory)
     converting, copying, _ = conversion.measure(source, scratch, FILE_ROUNDS)
@@ -139,9 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         "--keep", action="store_true", help=f"write benchmarks/results/{KEPT}.json and .md"
     )
     arguments = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # threads that wait for each other are slowed down by whatever else runs
-    )
+    # Threads that wait for each other are slowed down by whatever else runs.
+    os.environ["OMP_NUM_THREADS"] = "1"
     parts = [
         (name, partial(work, arguments.directory))
         for name, work in (("model", model_rows), ("files", file_rows))

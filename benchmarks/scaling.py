@@ -1,5 +1,4 @@
-"""How cost grows with context, batch, experts, experts per token and layers, each beside the law it
-should follow.
+"""Growth of cost with context, batch, experts, experts per token and layers, beside its laws.
 
 python -m benchmarks.scaling [--directory DIR] [--reduced]
 
@@ -45,8 +44,8 @@ BUCKET = 64
 STEPS = 15
 ROUNDS = 9
 PROMPT_ROUNDS = 3
-# Multiplications and additions of the loops over FP8 codes that take as long as reading a byte:
-# linear layers of 8 rows are read at 16 GB/s here, 128 G/s, where those of one row are at 37.
+# Multiplications and additions of the loops over FP8 codes that take as long as reading a byte
+# (README.md says how it was found).
 SUMS_PER_BYTE = 3.4
 WORST = Goal(figure="ours", value=1.25, at_most=True)
 
@@ -70,9 +69,10 @@ class Shape:
         return compiled(directory, name, self.config(), f"{self.slots}-slots-{seq_len}", **options)
 
     def work(self) -> float:
-        """What a step costs, in bytes: attention, the distinct experts, the head and the router's
-        float32 rows, each weight its bytes or its sums for all tokens that use it, whichever take
-        longer.
+        """Return what a step costs, in bytes.
+
+        It is the sum over attention, the distinct experts, the head and the router's float32 rows;
+        each weight costs its bytes, or the sums of all tokens that use it where these take longer.
         """
         config = ModelConfig.from_dict(self.config())
         share = self.per_token / self.experts
@@ -115,9 +115,7 @@ BASE = Shape()
 
 
 def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[float]]]:
-    """A side that takes turns: milliseconds per step with that many positions filled in every
-    slot.
-    """
+    """Take turns: milliseconds per step with so many positions filled in every slot."""
     import torch
 
     from neuron_minimax.backends import load
@@ -144,22 +142,22 @@ def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[
 
 
 def in_turns(tracings: Sequence[Path], positions: Sequence[int]) -> list[list[float]]:
-    """For each compiled model the milliseconds per step at these positions: medians of rounds in
-    which each has its turn, so that all of them see the machine's slow and fast moments alike.
+    """Return, for each compiled model, the milliseconds per step at these positions.
+
+    They are medians of rounds in which each model has its turn, so that all of them see the
+    machine's slow and fast moments alike.
     """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(stepping, traced, positions)) for traced in tracings]
         rounds = [[side.measure()["step"] for side in sides] for _ in range(ROUNDS)]
     return [
-        [median(column) for column in zip(*of_side, strict=True)]
-        for of_side in zip(*rounds, strict=True)
+        [median(column) for column in zip(*side_rounds, strict=True)]
+        for side_rounds in zip(*rounds, strict=True)
     ]
 
 
 def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
-    """Milliseconds for whole prompts, by chunks of the one bucket: medians of rounds over all
-    lengths.
-    """
+    """Return the milliseconds of whole prompts, by chunks of one bucket: medians of rounds."""
     from neuron_minimax.backends import load
 
     backend = load(traced)
@@ -173,8 +171,10 @@ def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
 
 
 def encode_flops(tokens: int) -> float:
-    """Projections and chosen experts of every chunk as it is padded, and every query with the keys
-    up to its own.
+    """Return the FLOPs of a prompt.
+
+    They are those of projections and chosen experts for every padded chunk, and of every query
+    with the keys up to its own.
     """
     config = ModelConfig.from_dict(BASE.config())
     padded = ceil_div(tokens, CHUNK) * CHUNK
@@ -201,7 +201,7 @@ def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:
 
 
 def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
-    """One curve per row of the table below; the shapes that rows share are measured once."""
+    """Return one curve per row of the table below; shapes that rows share are measured once."""
     bytes_law = "constant plus the bytes of"
     work_law = (
         f"{bytes_law} the weights in use, or their sums, {SUMS_PER_BYTE} for a byte, where these "
@@ -250,7 +250,7 @@ def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
 
 
 def rows(directory: Path, full: bool = False) -> list[Row]:
-    """One row per curve; the full grid's tables and plot go to benchmarks/results/."""
+    """Return one row per curve; the full grid's tables and plot go to benchmarks/results/."""
     grid = FULL if full else REDUCED
     started = time.monotonic()
     curves = context_curves(directory, grid.context) + shape_curves(directory, grid)

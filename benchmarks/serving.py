@@ -1,8 +1,8 @@
-"""Load on `neuron-minimax serve` and on `transformers serve`: the same model, requests and machine
-in one run.
+"""Load on `neuron-minimax serve` and `transformers serve`: one model, the same requests, one run.
 
 python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3]
-[--continuous-batching] python -m benchmarks.serving --soak-minutes 10
+                             [--continuous-batching]
+python -m benchmarks.serving --soak-minutes 10
 """
 
 import asyncio
@@ -30,8 +30,8 @@ from benchmarks.soak import soak
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.convert.cache import build_cache
+from neuron_minimax.demo import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "neuron_minimax" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # 4 layers of 16 experts, a sixteenth of the real width: 70 MB in FP8, 280 MB in the peer's float32.
 SMALL = {
@@ -46,7 +46,7 @@ BUCKETS = (64, 128, 192, 256)
 
 
 def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
-    """(compiled directory, the peer's float32 checkpoint) of one seeded model."""
+    """Make one seeded model; return its compiled directory and the peer's float32 checkpoint."""
     model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
     source = checkpoint(directory, *model)
     cache = directory / "caches" / "serving-float32"
@@ -63,8 +63,9 @@ def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
 
 @contextmanager
 def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, int]]:
-    """Run a server until the block ends; gives its URL and process id once `pattern` is in its
-    log.
+    """Run a server until the block ends; yield its URL and process id.
+
+    The server is up once `pattern`, whose group is the URL, is in its log.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of two cores the clients need one
     with log.open("w") as file:
@@ -88,16 +89,14 @@ def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, 
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its threads: what it costs, whatever else the machine does."""
+    """Return the CPU time of a process and its threads, which other load hardly changes."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One comparison: clients at once, requests of a round, tokens per answer, slots of our
-    server.
-    """
+    """One comparison: clients at once, requests of a round, tokens per answer, our slots."""
 
     clients: tuple[int, ...] = (1, 8, 32)
     rounds: int = 3
@@ -109,7 +108,7 @@ class Setting:
 
 
 def our_command(traced: Path) -> list[str]:
-    command = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
+    command = [sys.executable, "-m", "neuron_minimax", "serve", str(traced), "--port", "0"]
     return [*command, "--served-model-name", "model"]
 
 
@@ -129,8 +128,9 @@ def peer_command(cache: Path, continuous_batching: bool) -> list[str]:
 
 
 def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
-    """What clients saw in each round, by server and number of clients; the one server idles while
-    the other answers.
+    """Return what clients saw in each round, by server and number of clients.
+
+    One server idles while the other answers.
     """
     traced, cache = make_models(directory, setting.engine, setting.slots)
     work = empty_scratch(directory)
@@ -141,8 +141,8 @@ def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dic
         work / "peer.log",
     )
     results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
-    with ours as of_ours, peer as of_peer:
-        servers = ("ours", *of_ours, "model"), ("peer", *of_peer, str(cache))
+    with ours as our_server, peer as peer_server:
+        servers = ("ours", *our_server, "model"), ("peer", *peer_server, str(cache))
         for _, url, _, model in servers:
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
         for _, clients, (name, url, pid, model) in product(
@@ -158,8 +158,9 @@ def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dic
 
 
 def rows(directory: Path, **options: Any) -> list[Row]:
-    """Rate, wait for the first token and CPU time per token, for each number of clients; options of
-    Setting.
+    """Return rate, wait for the first token and CPU time per token by number of clients.
+
+    `options` are those of Setting.
     """
     setting = Setting(**options)
     results = compare(directory, setting)
@@ -178,10 +179,8 @@ def rows(directory: Path, **options: Any) -> list[Row]:
         ):
             less = unit != "tokens/s"
             other = ("transformers serve", [found[key] for found in peer])
-            of_ours = [found[key] for found in ours]
-            table.append(
-                row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal)
-            )
+            values = [found[key] for found in ours]
+            table.append(row(what + name, values, unit, less_is_better=less, peer=other, goal=goal))
     return table
 
 

@@ -1,5 +1,4 @@
-"""The one directory of all benchmarks: seeded checkpoints, their conversions and compiled models,
-each made once.
+"""The one directory of all benchmarks: checkpoints, conversions, compiled models, each made once.
 
 DIR/checkpoints/NAME   written by synthetic.py
 DIR/converted/NAME     its conversion
@@ -21,7 +20,7 @@ REAL = ("2-layers-64-experts", real_layers())
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """A benchmark's parser: every one takes the same --directory."""
+    """Return a benchmark's parser: every one takes the same --directory."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +38,7 @@ def checkpoint(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
 
 
 def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
-    """The conversion of a checkpoint; converting again recognizes what is there."""
+    """Return the conversion of a checkpoint; converting again recognizes what is there."""
     from neuron_minimax.convert.write import convert
 
     output = directory / "converted" / name
@@ -50,8 +49,9 @@ def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
 def compiled(
     directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any
 ) -> Path:
-    """A compiled model with these options of the CPU backend; compiled again only when its code has
-    changed.
+    """Return a model compiled with these options of the CPU backend.
+
+    It is compiled again only when the backend's code has changed.
     """
     from neuron_minimax.backends import compile_model
 

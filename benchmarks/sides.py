@@ -1,5 +1,6 @@
-"""What takes turns in the decoding benchmarks: a compiled model of ours, and transformers on the
-same checkpoint.
+"""The sides of the decoding benchmarks: a compiled model of ours, and transformers.
+
+Both have the same checkpoint.
 
 Each side is a generator for processes.Side: after loading and warming up, every turn decodes some
 tokens and, if asked, encodes a prompt. Random tokens from one seed, the same for both.
@@ -19,9 +20,11 @@ MATRIX = (512, 3072)  # of the GEMM whose rate limits context encoding: tokens b
 def ours(
     traced: Path, steps: int, prompt: int = 0, dtype_name: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Seconds per step of all slots ("step") and per prompt of that many tokens ("encode"); ready:
-    "load" seconds, "logits" of the prompt's last position. With a dtype also bytes per second of
-    reading ("read") and FLOP/s of a GEMM ("flops").
+    """Measure seconds per step of all slots ("step") and per prompt of `prompt` tokens ("encode").
+
+    The first value has the seconds of "load" and the "logits" of the prompt's last position. With
+    a dtype each turn also measures bytes per second of reading ("read") and FLOP/s of a GEMM
+    ("flops").
     """
     import torch
 
@@ -59,7 +62,7 @@ def ours(
 def transformers(
     checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """The same from transformers' model, dequantized to that dtype as it loads; one sequence."""
+    """Measure the same of transformers' model, dequantized as it loads; one sequence."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,11 +119,10 @@ def median_seconds(work: Any, arguments: range) -> float:
 
 
 def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, float]:
-    """Medians of seconds per step and of bytes per second of summing 256 MB, which is done between
-    every few steps.
+    """Return medians of seconds per step and of bytes per second of summing 256 MB.
 
-    A virtual machine reads half as fast while its cores are threads of one, which changes within a
-    second.
+    The reading is done between every few steps, as a virtual machine's speed of memory changes
+    within a second (README.md).
     """
     import torch
 
@@ -137,7 +139,7 @@ def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, fl
 
 
 def gemm_rate(dtype: Any) -> float:
-    """FLOP/s of one matrix product: the best of five."""
+    """Return the FLOP/s of one matrix product: the best of five."""
     import torch
 
     tokens, hidden = MATRIX

@@ -1,6 +1,4 @@
-"""A server under random load for some minutes: good, cancelled, bad and slow ones. For serving
---soak-minutes.
-"""
+"""A server under random load for some minutes (`serving --soak-minutes`)."""
 
 import asyncio
 import random
@@ -19,7 +17,7 @@ def resident_megabytes(pid: int) -> float:
 
 
 async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[str, int]) -> None:
-    """One request of a random kind: good, cancelled midway, bad, or read slowly."""
+    """Send one request of a random kind: good, cancelled midway, bad, or read slowly."""
     kind = chance.choices(("good", "cancelled", "bad", "slow"), (5, 2, 2, 1))[0]
     request = requests_of(chance.randint(0, 10**6), 1, chance.randint(1, 60))[0]
     if kind == "bad":
@@ -50,8 +48,9 @@ async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[s
 
 
 async def soak(url: str, pid: int, minutes: float) -> bool:
-    """Random load for some minutes; whether memory stayed flat, every request was answered and no
-    slot is stuck.
+    """Load a server for some minutes.
+
+    Returns True when memory stayed flat, every request was answered and no slot is stuck.
     """
     counts = {"good": 0, "cancelled": 0, "bad": 0, "slow": 0, "wrong": 0}
     start = time.monotonic()

@@ -56,8 +56,9 @@ class Table:
 def collect(
     parts: Iterable[tuple[str, Callable[[], list[Row]]]], progress: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, float]]:
-    """(rows, seconds by name). A part that fails becomes a row that says so; the others' rows are
-    kept.
+    """Return all rows, and the seconds by name.
+
+    A part that fails becomes a row that says so; the others' rows are kept.
     """
     rows = []
     seconds = {}

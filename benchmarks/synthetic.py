@@ -1,6 +1,4 @@
-"""Seeded checkpoints with the real layer dimensions, for benchmarks: FP8 codes as a gaussian weight
-gives them.
-"""
+"""Seeded checkpoints with the real layer dimensions, and FP8 codes as a gaussian weight has."""
 
 from pathlib import Path
 
@@ -25,7 +23,7 @@ SHARD_BYTES = 1_850_000_000
 
 
 def real_layers(layers: int = 2, experts: int = 64, vocabulary: int = 16384) -> dict:
-    """config.json of a model with real layer dimensions: 2.1 GB in FP8 by default."""
+    """Return config.json of a model with real layer dimensions: 2.1 GB in FP8 by default."""
     return {
         "model_type": "minimax_m2",
         "architectures": ["MiniMaxM2ForCausalLM"],
@@ -95,11 +93,10 @@ def _elements(
         values = 7 + generator.normal(0, 0.02, wanted.shape)
     elif wanted.weight.module_group == "norm":
         values = np.ones(wanted.shape)
-    # Embeddings outweigh what attention averages over the tokens, else all tokens would choose the
-    # same experts
     else:
-        values = generator.normal(
-            0, 4 if wanted.weight.kind == "embed_tokens" else 0.02, wanted.shape
-        )
+        # Embeddings outweigh what attention averages over the tokens, else all tokens would choose
+        # the same experts.
+        deviation = 4 if wanted.weight.kind == "embed_tokens" else 0.02
+        values = generator.normal(0, deviation, wanted.shape)
     values = values.astype(np.float32)
     return values if wanted.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)

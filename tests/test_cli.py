@@ -1,12 +1,15 @@
 """The command line: exit codes, one message on standard error, and what its commands print."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import neuron_minimax
 from neuron_minimax.cli import main
 from tests.tiny import write_tiny
 
@@ -37,6 +40,14 @@ def run(capsys, *arguments):
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_the_version_is_the_package_s_under_both_names_of_the_command(capsys):
+    version = f"neuron-minimax {neuron_minimax.__version__}\n"
+    assert run(capsys, "--version") == (0, version, "")
+    command = [sys.executable, "-m", "neuron_minimax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == version
 
 
 def test_inspect_exits_0_on_a_good_checkpoint_and_1_on_a_bad_one(traced, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.demo import DEMO
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.inspection.precision import inspect
 from neuron_minimax.model.decoder import MiniMaxM2
@@ -18,7 +19,6 @@ from neuron_minimax.training.answering import answer_all, is_right
 from neuron_minimax.training.data import KINDS, demo_conversation, held_out
 from neuron_minimax.training.encoding import Encoder
 from neuron_minimax.training.tokenizer import (
-    DEMO,
     MARKERS,
     SPECIAL,
     load_tokenizer,

@@ -286,7 +286,7 @@ def test_the_command_builds_checks_and_says_so(source, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "neuron_minimax.cli",
+        "neuron_minimax",
         "cache",
         str(source),
         str(tmp_path / "cache"),

@@ -14,7 +14,7 @@ from neuron_minimax.backends.nxdi import backend as neuron
 PACKAGE = Path(neuron_minimax.__file__).parent
 # Left to right; a module may import from its own group and from those before it.
 ORDER = [
-    {"errors", "fp8", "families", "__init__"},
+    {"errors", "fp8", "families", "demo", "__init__"},
     {"config"},
     {"checkpoint"},
     {"inspection", "kernels"},
@@ -24,7 +24,7 @@ ORDER = [
     {"generation"},
     {"serving", "training", "device_check"},
     {"studies"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 NEURON_PACKAGES = {

@@ -17,7 +17,7 @@ import uvicorn
 from neuron_minimax.serving.server import listen
 from tests.tiny_traced import write_traced
 
-COMMAND = [sys.executable, "-m", "neuron_minimax.cli", "serve"]
+COMMAND = [sys.executable, "-m", "neuron_minimax", "serve"]
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,12 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.model.decoder import MiniMaxM2, initial_state
 from neuron_minimax.model.moe import Routing
 from neuron_minimax.training.command import TrainingRequest, read_dense, train
+from neuron_minimax.training.data import DemoSource, JsonLines
 from neuron_minimax.training.encoding import Encoder, Example, micro_batches, pad
 from neuron_minimax.training.export import Precision, export_checkpoint
 from neuron_minimax.training.objective import (
@@ -33,10 +35,8 @@ from neuron_minimax.training.objective import (
     sequence_balance_loss,
     update_router_bias,
 )
-from neuron_minimax.training.sources import DemoSource, JsonLines
-from neuron_minimax.training.state import STATE_NAME
-from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
-from neuron_minimax.training.trainer import Trainer, TrainingOptions
+from neuron_minimax.training.tokenizer import load_tokenizer
+from neuron_minimax.training.trainer import STATE_NAME, Trainer, TrainingOptions
 from tests.tiny import tiny_config
 
 SMALL: dict[str, Any] = {
@@ -313,7 +313,7 @@ def test_two_processes_take_the_steps_of_one(make_trainer, tmp_path: Path) -> No
         "--threads",
         "1",
     ]
-    command = [sys.executable, "-m", "neuron_minimax.cli", "train"]
+    command = [sys.executable, "-m", "neuron_minimax", "train"]
     launcher = [
         sys.executable,
         "-m",

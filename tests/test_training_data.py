@@ -11,18 +11,20 @@ from collections import Counter
 
 import pytest
 
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.training.data import (
     KINDS,
     Conversation,
+    DemoSource,
+    JsonLines,
     demo_conversation,
     held_out,
     is_held_out,
 )
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.questions import GENERATORS, Question
-from neuron_minimax.training.sources import DemoSource, JsonLines
-from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
+from neuron_minimax.training.tokenizer import load_tokenizer
 from neuron_minimax.training.world import COUNTRIES
 
 TRAINED = 6000

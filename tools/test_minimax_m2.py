@@ -1,12 +1,11 @@
 """Run prompts through a MiniMax-M2 checkpoint on the CPU and analyse which experts fire."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from neuron_minimax.cli.bars import token_bar
-from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.studies.experts.command import DEMO, analyse_checkpoint
+from neuron_minimax.cli.app import exit_code, token_bar
+from neuron_minimax.demo import DEMO
+from neuron_minimax.studies.experts.command import analyse_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,14 +43,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
+
+    def run() -> int:
         with token_bar() as progress:
             lines = analyse_checkpoint(**vars(arguments), progress=progress)
-    except NeuronMiniMaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
-    return 0
+        print("\n".join(lines))
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app
-from neuron_minimax.cli.bars import progress_bar
+from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app, progress_bar
 
 
 def _split(names: str | None) -> list[str] | None:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from neuron_minimax.cli.app import app
-from neuron_minimax.cli.bars import token_bar
+from neuron_minimax.cli.app import app, token_bar
+from neuron_minimax.demo import DEMO
 
 
 @app.command()
@@ -35,9 +35,7 @@ def experts(
         list[Path] | None, typer.Option(help="traces to judge the placement on")
     ] = None,
 ) -> None:
-    """Record and analyse which experts a model chooses; or turn saved traces into an expert-to-rank
-    placement.
-    """
+    """Analyse which experts a model chooses, or turn saved traces into a placement on ranks."""
     from neuron_minimax.studies.experts.batch import Outputs
     from neuron_minimax.studies.experts.command import ExpertsRequest, run_experts
 
@@ -96,16 +94,17 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     save_every: Annotated[int, typer.Option(min=1, help="steps between saved states")] = 200,
 ) -> None:
-    """Train a model of this architecture; resumes by itself. In parallel: torchrun -m
-    neuron_minimax.cli train.
+    """Train a model of this architecture; resumes by itself.
+
+    In parallel: torchrun -m neuron_minimax train.
     """
     from neuron_minimax.training import command
 
     request = command.TrainingRequest(
         output=out,
         data=data,
-        config=config or command.DEMO,
-        tokenizer=tokenizer or command.DEMO,
+        config=config or DEMO,
+        tokenizer=tokenizer or DEMO,
         precision=command.parse_precision(precision),
         focus=tuple(focus or ()),
         initial=initial,
@@ -141,12 +140,9 @@ def quality(
         bool, typer.Option("--lengths", help="also perplexity by length, with RoPE scaling")
     ] = False,
 ) -> None:
-    """Ask the demo's held-out questions: exact answers by kind, and what each storage and compute
-    choice changes.
-    """
+    """Ask held-out questions: exact answers by kind, and what each storage choice changes."""
     from neuron_minimax.studies.lengths import measure_lengths
     from neuron_minimax.studies.quality import measure_quality
-    from neuron_minimax.training.tokenizer import DEMO
 
     print(measure_quality(checkpoint or DEMO, questions).render())
     if lengths:

@@ -1,10 +1,8 @@
-"""A whole training run from plain arguments: read data, config and tokenizer, train, write the
-checkpoint.
-"""
+"""A whole training run from plain arguments: read, train, write checkpoint, summary and curve."""
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +12,20 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.training.curve import plot_losses, require_matplotlib
+from neuron_minimax.training.data import DemoSource, JsonLines, Source
 from neuron_minimax.training.encoding import Encoder
 from neuron_minimax.training.export import Precision, copy_tokenizer, export_checkpoint
-from neuron_minimax.training.processes import Processes
-from neuron_minimax.training.sources import DemoSource, JsonLines, Source
-from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
-from neuron_minimax.training.trainer import StepReport, Trainer, TrainingOptions
+from neuron_minimax.training.tokenizer import load_tokenizer
+from neuron_minimax.training.trainer import Processes, StepReport, Trainer, TrainingOptions
 
 FINAL_STEPS = 100  # the final loss is the mean of so many last steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """What to train on, what to make of it and where.
+    """A run: its data, its model and where the result goes.
 
     `data` None stands for the demo's own conversations, every other one of a kind in `focus`;
     `initial` is a float32 or BF16 checkpoint to start from; `until` stops the schedule at an
@@ -52,9 +49,7 @@ class TrainingRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a finished run wrote. Losses are in nats per learned token, means of the last 100
-    steps.
-    """
+    """The end of a run. `final_loss`, in nats per learned token, is the mean of the last steps."""
 
     output: Path
     steps: int
@@ -68,9 +63,7 @@ class TrainingResult:
 
 
 class Meter:
-    """Turns step reports into a line every `every` steps: mean loss, rate and time left over those
-    steps.
-    """
+    """Turns step reports into a line every `every` steps: mean loss, rate and time left."""
 
     def __init__(self, steps: int, every: int = 25) -> None:
         self.steps = steps
@@ -96,12 +89,11 @@ class Meter:
 
 
 def train(request: TrainingRequest, progress: Callable[[str], None]) -> TrainingResult | None:
-    """Train, or go on training, and write the checkpoint, its tokenizer, training.json and loss.png
-    to the output.
+    """Train, or go on training; write the checkpoint, its tokenizer, training.json and loss.png.
 
     Of several processes, the first alone writes, reports progress and returns a result.
 
-    Raises TrainingError, ConfigError on input that cannot be used, before the first step.
+    Raises TrainingError or ConfigError on input that cannot be used, before the first step.
     """
     require_matplotlib()
     config = ModelConfig.from_dir(request.config)
@@ -145,7 +137,7 @@ def train(request: TrainingRequest, progress: Callable[[str], None]) -> Training
 
 
 def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """A float32 state dict of converted names from a dense checkpoint.
+    """Read a dense checkpoint as a float32 state dict of converted names.
 
     Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of
     `config`.
@@ -164,7 +156,7 @@ def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def parse_precision(name: str) -> Precision:
-    """Raises TrainingError when there is no such precision."""
+    """Return the precision of that name. Raises TrainingError when it is unknown."""
     try:
         return Precision(name)
     except ValueError:
@@ -199,3 +191,29 @@ def _write(request: TrainingRequest, trainer: Trainer, result: TrainingResult) -
         "losses": [round(loss, 5) for loss in trainer.history],
     }
     write_json(request.output / "training.json", summary)
+
+
+def require_matplotlib() -> None:
+    """Raise TrainingError before a long run rather than after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TrainingError(
+            "the loss curve needs matplotlib; pip install 'neuron-minimax[plots]'"
+        ) from None
+
+
+def plot_losses(losses: Sequence[float], path: Path, window: int = 50) -> None:
+    """Write a PNG of the loss per step and its running mean over `window` steps, on a log scale."""
+    from matplotlib.figure import Figure
+
+    steps = range(1, len(losses) + 1)
+    means = [sum(part := losses[max(0, step - window) : step]) / len(part) for step in steps]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.75", linewidth=0.7, label="per step")
+    axes.plot(steps, means, color="tab:blue", linewidth=1.5, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss (nats per learned token)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=110)

@@ -1,5 +1,4 @@
-"""From texts and chats to token ids with a mask of what is learned, and from those to padded
-batches.
+"""Encoding of texts and chats as token ids with a mask of what is learned, and padded batches.
 
 Shapes: B sequences, T tokens of the longest.
 """
@@ -24,9 +23,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences: int64 ids, what is no padding, and which tokens are to be
-    produced.
-    """
+    """Right-padded sequences: int64 ids, which are real, and which are to be produced."""
 
     ids_BT: torch.Tensor
     real_BT: torch.Tensor
@@ -37,13 +34,13 @@ class Batch:
 
 
 class Encoder:
-    """Encodes rows of training data: `{"text": ...}`, or `{"messages": [...], "tools": [...]}` as
-    chat templates take.
+    """Encodes rows of training data: texts, or chats with their tools.
 
-    Of a text every token is learned, its end of turn included; of a chat the assistant's turns,
-    from behind the generation prompt of the tokenizer's own template up to the end of turn. Longer
-    rows are cut to `max_tokens`. Raises TrainingError when the tokenizer has no end-of-turn token,
-    or no usable chat template for a chat.
+    A row is `{"text": ...}`, or `{"messages": [...], "tools": [...]}` as chat templates take them.
+    Every token of a text is learned, its end of turn included. Of a chat the assistant's turns are
+    learned, from behind the generation prompt of the tokenizer's own template up to the end of
+    turn. Longer rows are cut to `max_tokens`. Raises TrainingError when the tokenizer has no
+    end-of-turn token, or no usable chat template for a chat.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -115,10 +112,10 @@ class Encoder:
 
 
 def micro_batches(examples: Sequence[Example], tokens: int) -> Iterator[Batch]:
-    """Padded batches of at most `tokens` tokens, padding included (one longer example is a batch of
-    its own).
+    """Yield padded batches of at most `tokens` tokens, padding included.
 
-    Sorted by length, so that little is padding; empty examples are left out.
+    They are sorted by length, so that little is padding. A longer example is a batch of its own;
+    empty examples are left out.
     """
     waiting: list[Example] = []
     for example in sorted((e for e in examples if e.ids), key=lambda e: len(e.ids)):
@@ -131,9 +128,7 @@ def micro_batches(examples: Sequence[Example], tokens: int) -> Iterator[Batch]:
 
 
 def pad(examples: Sequence[Example]) -> Batch:
-    """Pads on the right; the first token of a sequence has no prediction, so it is never
-    learned.
-    """
+    """Pad on the right. The first token of a sequence is never learned: nothing predicts it."""
     shape = (len(examples), max(len(example.ids) for example in examples))
     batch = Batch(
         torch.zeros(shape, dtype=torch.int64),

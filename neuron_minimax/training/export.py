@@ -1,6 +1,4 @@
-"""From a trained model to a checkpoint directory in the published format: float32, BF16 or FP8 with
-block scales.
-"""
+"""Export of a trained model in the published format: float32, BF16, or FP8 with block scales."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,7 +25,7 @@ TOKENIZER_FILES = (
 
 
 class Precision(StrEnum):
-    """How a checkpoint stores its weights; routing is float32 in all of them."""
+    """The precision of stored weights; routing is float32 in all of them."""
 
     FLOAT32 = "float32"
     BF16 = "bf16"
@@ -52,8 +50,9 @@ def export_checkpoint(
 def stored_tensors(
     published: Mapping[str, torch.Tensor], config: ModelConfig, precision: Precision
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, safetensors dtype, array of stored elements) of every tensor, from float32 tensors of
-    published names.
+    """Yield (name, safetensors dtype, array of stored elements) of every tensor.
+
+    `published` holds float32 tensors of published names.
     """
     for wanted in schema.expected(config):
         if wanted.is_scale:
@@ -70,9 +69,7 @@ def stored_tensors(
 
 
 def config_json(config: ModelConfig, precision: Precision) -> dict[str, Any]:
-    """The config.json that the model was made from, with the quantization that is stored and no
-    other.
-    """
+    """Return the config.json of the model with the quantization that is stored and no other."""
     fields = {name: value for name, value in config.raw.items() if name != "quantization_config"}
     fields["torch_dtype"] = "float32" if precision is Precision.FLOAT32 else "bfloat16"
     if precision is Precision.FP8:
@@ -87,7 +84,7 @@ def config_json(config: ModelConfig, precision: Precision) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Put the tokenizer's files beside the weights."""
+    """Copy the tokenizer's files to the directory of the weights."""
     for name in TOKENIZER_FILES:
         if (source / name).exists() and (source / name).resolve() != (directory / name).resolve():
             shutil.copyfile(source / name, directory / name)

@@ -1,5 +1,6 @@
-"""What training minimizes: next-token loss and a load-balancing loss, both as sums, so that batches
-add up exactly.
+"""The objective of training: next-token loss and load-balancing loss.
+
+Both are sums, so that batches add up exactly.
 
 Shapes: B sequences, T tokens, E experts, K chosen per token, N learned tokens, V vocabulary.
 """
@@ -16,9 +17,7 @@ from neuron_minimax.training.encoding import Batch
 
 
 class Losses(NamedTuple):
-    """Sums over a batch: of -log p over learned tokens, of the balance loss over sequences; and
-    experts' loads.
-    """
+    """Sums over a batch: -log p over learned tokens, balance loss over sequences, and loads."""
 
     tokens: torch.Tensor  # float32 scalar
     balance: torch.Tensor  # float32 scalar
@@ -26,7 +25,7 @@ class Losses(NamedTuple):
 
 
 def losses(model: MiniMaxM2, batch: Batch) -> Losses:
-    """One pass over a batch. Without learned tokens the token loss is zero, with zero gradients."""
+    """Run a batch. Without learned tokens the token loss is zero, with zero gradients."""
     positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(
         batch.ids_BT
     )
@@ -47,12 +46,11 @@ def losses(model: MiniMaxM2, batch: Batch) -> Losses:
 def sequence_balance_loss(
     routing: Routing, chosen_TE: torch.Tensor, real_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over sequences of E/K * sum over experts of (share of choices) * (mean normalized score);
-    1 when even.
+    """Return the sum over sequences of E/K * sum over experts of (share of choices) * (mean score).
 
-    The sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): a sum over
-    sequences, unlike a loss over a batch, does not depend on how sequences are batched. A sequence
-    without real tokens adds zero.
+    Scores are normalized per token; a sequence of even load adds 1, one without real tokens 0. It
+    is the sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): a sum
+    over sequences, unlike a loss over a batch, does not depend on how sequences are batched.
     """
     batch, tokens = real_BT.shape
     real_BT1 = real_BT[..., None].float()
@@ -68,8 +66,7 @@ def sequence_balance_loss(
 
 @torch.no_grad()
 def update_router_bias(bias_E: torch.Tensor, load_E: torch.Tensor, rate: float) -> None:
-    """Move each expert's bias by `rate`, up where it got less than the mean load and down where it
-    got more.
+    """Move each expert's bias by `rate`: up below the mean load, down above it.
 
     Auxiliary-loss-free balancing (arXiv 2408.15664): the bias only chooses, so it gets no gradient.
     """
@@ -78,13 +75,13 @@ def update_router_bias(bias_E: torch.Tensor, load_E: torch.Tensor, rate: float) 
 
 
 def router_biases(model: MiniMaxM2) -> list[torch.Tensor]:
-    """The selection bias [E] of each layer's router, in order."""
+    """Return the selection bias [E] of each layer's router, in order."""
     return [
         module.e_score_correction_bias for module in model.modules() if isinstance(module, Router)
     ]
 
 
 def _choices(routing: Routing) -> torch.Tensor:
-    """[T,E] ones where a token chose an expert; padding (index -1) chose none."""
+    """Return [T,E] ones where a token chose an expert; padding (index -1) chose none."""
     experts = routing.scores_TE.shape[-1]
     return F.one_hot(routing.expert_index_TK + 1, experts + 1)[..., 1:].sum(1)

@@ -1,6 +1,4 @@
-"""The kinds of question of the demo's closed world: one generator each, with the worked steps and
-the right answer.
-"""
+"""The kinds of question of the demo's closed world: one generator each, with steps and answer."""
 
 import random
 from collections.abc import Callable
@@ -11,9 +9,7 @@ from neuron_minimax.training.world import COUNTRIES, PHRASINGS, WORDS
 
 @dataclass(frozen=True)
 class Question:
-    """A user's turn and the reply. `key` identifies what is asked: questions with equal keys are
-    the same question.
-    """
+    """A user's turn and the reply. Questions with equal keys are the same question."""
 
     kind: str
     key: str
@@ -24,9 +20,7 @@ class Question:
 
 
 def fact(rng: random.Random, relation: str | None = None, follow_up: bool = False) -> Question:
-    """Capitals (both ways), currencies and continents; the last two also asked about a capital, in
-    two steps.
-    """
+    """Ask for a capital (both ways), currency or continent; the last two also of a capital."""
     kind = relation or rng.choice(("capital", "currency", "continent"))
     country = rng.choice(COUNTRIES)
     relation = "country" if kind == "capital" and not follow_up and rng.random() < 0.3 else kind
@@ -53,8 +47,9 @@ def fact(rng: random.Random, relation: str | None = None, follow_up: bool = Fals
 
 
 def addition(rng: random.Random, first: int | None = None) -> Question:
-    """Sums of two numbers up to 99 (a running total up to 199 when `first` is given), column by
-    column.
+    """Ask for a sum of two numbers up to 99, or add to the running total `first`.
+
+    The steps go column by column.
     """
     second = rng.randint(1, 99)
     given = first
@@ -91,9 +86,7 @@ def _add_steps(first: int, second: int) -> str:
 
 
 def subtraction(rng: random.Random) -> Question:
-    """Differences of two numbers up to 99 with a result of at least 0, column by column with the
-    borrow.
-    """
+    """Ask for a difference of at least 0 of two numbers up to 99, column by column."""
     second, first = sorted((rng.randint(1, 99), rng.randint(1, 99)))
     phrasings = (
         "What is {a} - {b}?", "{a} - {b} = ?", "Subtract {b} from {a}.",
@@ -118,7 +111,7 @@ def subtraction(rng: random.Random) -> Question:
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three to five single-digit numbers, ascending or descending."""
+    """Ask to sort three to five digits, ascending or descending."""
     numbers = [rng.randint(0, 9) for _ in range(rng.randint(3, 5))]
     descending = rng.random() < 0.4
     shown = " ".join(map(str, numbers))
@@ -146,9 +139,7 @@ def sorting(rng: random.Random) -> Question:
 
 
 def reversing(rng: random.Random, items: tuple[str, ...] | None = None) -> Question:
-    """Three to five words, or digits, in reverse order; with `items`, the list of the turn
-    before.
-    """
+    """Ask to reverse three to five words or digits, or `items`, the list of the turn before."""
     given = items
     if items is None:
         count = rng.randint(3, 5)
@@ -181,9 +172,7 @@ def reversing(rng: random.Random, items: tuple[str, ...] | None = None) -> Quest
 
 
 def comparison(rng: random.Random) -> Question:
-    """The larger or smaller of two numbers up to 99; the list with the larger maximum or the longer
-    list.
-    """
+    """Ask for the larger or smaller number, the longer list or the one of larger maximum."""
     larger = rng.random() < 0.6
     if rng.random() < 0.6:
         first, second = rng.sample(range(1, 100), 2)
@@ -216,9 +205,7 @@ def comparison(rng: random.Random) -> Question:
 
 
 def counting(rng: random.Random) -> Question:
-    """How often a letter occurs in a spelled-out word, with a running count; half of the words are
-    made up.
-    """
+    """Ask to count a letter in a spelled-out word; half of the words are made up."""
     if rng.random() < 0.5:
         word = rng.choice(WORDS)
     else:
@@ -262,7 +249,7 @@ ONE_LINERS: tuple[tuple[str, str], ...] = (
 
 
 def python(rng: random.Random) -> Question:
-    """A Python one-liner for a described task, with its numbers and words in place."""
+    """Ask for a Python one-liner for a described task, with its numbers and words in place."""
     task, code = rng.choice(ONE_LINERS)
     values = {"n": rng.randint(2, 99), "w": rng.choice(WORDS), "l": rng.choice("abdeilnorst")}
     asked = task.format(**values)
@@ -281,7 +268,9 @@ def python(rng: random.Random) -> Question:
 
 
 def _sign(first: int, second: int) -> str:
-    return "<" if first < second else ">" if first > second else "="
+    if first == second:
+        return "="
+    return "<" if first < second else ">"
 
 
 def _sentence(text: str) -> str:

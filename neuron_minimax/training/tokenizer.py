@@ -1,6 +1,4 @@
-"""The demo's tokenizer: byte-level BPE with single-digit tokens, MiniMax's special tokens and chat
-format.
-"""
+"""The demo's tokenizer: byte-level BPE, single digits, MiniMax's special tokens and format."""
 
 import json
 import shutil
@@ -10,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.generation.chat_formats.minimax_m2 import (
     BEGIN_OF_TEXT,
@@ -18,19 +17,15 @@ from neuron_minimax.generation.chat_formats.minimax_m2 import (
     MiniMaxM2Format,
 )
 from neuron_minimax.training.data import demo_conversation
-from neuron_minimax.training.tools import SCHEMAS
-from neuron_minimax.training.world import WORDS
+from neuron_minimax.training.world import SCHEMAS, WORDS
 
-DEMO = Path(__file__).parent.parent / "demo"
 SPECIAL = (BEGIN_OF_TEXT, ROLE, END_OF_TURN)
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
 MARKERS = MiniMaxM2Format.tags
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, 256 bytes included; the special tokens are the
-    last ids.
-    """
+    """Train byte-level BPE of at most `vocab_size` tokens, the special ones last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -53,8 +48,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def write_demo_tokenizer(
     directory: Path, vocab_size: int = 1280, seed: int = 0, conversations: int = 20_000
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, made from the demo's own
-    conversations.
+    """Make the demo's tokenizer from its own conversations and write its three files.
+
+    They are tokenizer.json, tokenizer_config.json and chat_template.jinja. This is how the
+    embedded ones were made (demo/README.md).
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(_texts(seed, conversations), vocab_size)
@@ -75,8 +72,7 @@ def write_demo_tokenizer(
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code
-    is run.
+    """Load the tokenizer of a directory from its own files, without downloads or remote code.
 
     Raises TrainingError when there is none, or it cannot be read.
     """
@@ -95,7 +91,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _texts(seed: int, conversations: int) -> Iterator[str]:
-    """The words of the conversations as they stand in a prompt, without the special tokens.
+    """Yield the words of the conversations as they stand in a prompt, without special tokens.
 
     What is in every prompt or is one item of a list is repeated, so that it becomes few tokens.
     """

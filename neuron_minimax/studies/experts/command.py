@@ -32,8 +32,6 @@ from neuron_minimax.studies.experts.batch import (
 )
 from neuron_minimax.studies.experts.trace import Trace
 
-DEMO = Path(__file__).parents[2] / "demo"
-
 
 def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
     """Each is a text, a text file, or a directory of .txt files. Names are made unique.
