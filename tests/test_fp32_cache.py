@@ -219,7 +219,7 @@ def test_a_good_cache_opens_and_is_mapped_not_copied(source, cache):
     ("spoil", "message"),
     {
         "absent": (
-            lambda cache: shutil.rmtree(cache),
+            shutil.rmtree,
             "does not exist; run `neuron-minimax cache .* --dtype float32`",
         ),
         "unfinished": (lambda cache: (cache / "cache.json").unlink(), "is not finished; run"),

@@ -11,7 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import neuron_minimax
-from neuron_minimax.generation.chat_formats.argument_types import allowed_types, typed_value
+from neuron_minimax.generation.chat_formats.argument_types import (
+    TYPE_OF_PYTHON,
+    allowed_types,
+    parameter_schema,
+    typed_value,
+)
 from neuron_minimax.generation.chat_formats.minimax_m2 import (
     MiniMaxM2Format,
     MiniMaxM2Parser,
@@ -306,6 +311,52 @@ def test_arguments_are_typed_by_their_schema(schema, text, value):
     root = {"$defs": {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
     typed = typed_value(text, allowed_types(schema, root))
     assert (typed, type(typed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "schema"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, {"type": "integer"}),
+        ({"properties": {"b": {"type": "integer"}}}, {}),
+        ({"additionalProperties": {"type": "null"}}, {"type": "null"}),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "null"}}, {}),
+        ({"properties": {"b": {}}, "additionalProperties": {"type": "null"}}, {"type": "null"}),
+        ({"additionalProperties": False}, {}),
+        (
+            {"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"a": {"enum": [1]}}}}},
+            {"enum": [1]},
+        ),
+        ({"properties": ["a"]}, {}),
+        ("not a schema", {}),
+    ],
+)
+def test_the_schema_of_a_parameter_is_its_own_or_that_of_all_others(parameters, schema):
+    assert parameter_schema(parameters, "a") == schema
+
+
+KINDS = {
+    "boolean": st.booleans(),
+    "integer": st.integers(),
+    "number": st.floats(allow_nan=False, allow_infinity=False),
+    "null": st.none(),
+    "array": st.lists(st.integers() | st.text()),
+    "object": st.dictionaries(st.text(), st.booleans()),
+}
+TYPES = st.frozensets(st.sampled_from([*KINDS, "string"]))
+
+
+@given(st.data(), st.sampled_from([*KINDS]), TYPES)
+def test_json_of_an_allowed_type_is_read_as_that_value(data, kind, others):
+    value = data.draw(KINDS[kind])
+    typed = typed_value(json.dumps(value), others | {kind})
+    assert (typed, type(typed)) == (value, type(value))
+
+
+@given(st.text() | st.from_type(float).map(repr), TYPES)
+def test_text_that_spells_no_allowed_type_stays_as_it_is(text, types):
+    typed = typed_value(text, types)
+    kinds = {TYPE_OF_PYTHON[type(typed)]} | ({"number"} if type(typed) is int else set())
+    assert typed == text or kinds & types
 
 
 def test_events_join_to_a_message_without_the_calls_that_were_cut_off():

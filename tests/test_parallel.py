@@ -9,8 +9,9 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from neuron_minimax.checkpoint.records import joined_crc32
 from neuron_minimax.checkpoint.workers import PARALLEL_FROM, in_processes
@@ -101,9 +102,13 @@ def test_processes_of_a_killed_caller_end_with_their_task(at_once):
     pytest.fail(f"process {orphan} still runs")
 
 
-@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (7, 0), (1, 1), (12345, 678), (3, 1 << 20)])
-def test_digests_of_two_stretches_join_into_that_of_both(sizes):
-    first, second = (np.random.default_rng(size).bytes(size) for size in sizes)
-    assert joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(
-        first + second
-    )
+@given(st.lists(st.binary(max_size=300)), st.integers(0, 1 << 16))
+@example([], 0)
+@example([b""], 0)
+@example([b"a", b"", b"b"], 1 << 20)
+def test_digests_of_stretches_join_into_that_of_all(pieces, zeros):
+    pieces = [*pieces, bytes(zeros), b"end"]
+    joined = 0
+    for piece in pieces:
+        joined = joined_crc32(joined, zlib.crc32(piece), len(piece))
+    assert joined == zlib.crc32(b"".join(pieces))

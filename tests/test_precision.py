@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -243,25 +242,63 @@ def test_value_statistics_equal_a_slow_computation(tmp_path):
     row = next(row for row in values.scales if row.kind == "w2")
     assert (row.blocks, row.minimum, row.maximum) == (scales.size, scales.min(), scales.max())
     assert row.median == np.median(scales.astype(np.float64))
-    sampled = [codes[sampled_rows(name, len(codes))].ravel() for name, (codes, _) in stored.items()]
-    assert values.histogram == tuple(np.bincount(np.concatenate(sampled), minlength=256))
 
 
-def sampled_rows(name, rows):
-    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's
-    name.
-    """
-    blocks = range(0, rows, 128)
-    return [
-        first + (crc32(name.encode()) + 37 * i) % min(128, rows - first)
-        for i, first in enumerate(blocks)
-    ]
+def test_one_row_of_each_block_goes_into_the_histogram_and_not_always_the_same(tmp_path):
+    directory = write_tiny(tmp_path / "c", **RAGGED)
+    stored = rewrite_codes(directory, number_in_block)
+    histogram = np.array(check_values(Checkpoint(directory)).histogram)
+    assert histogram.sum() == sum(codes[::128].size for codes, _ in stored.values())
+    everything = np.bincount(np.concatenate([codes.ravel() for codes, _ in stored.values()]))
+    assert (histogram[: everything.size] <= everything).all()
+    assert not histogram[everything.size :].any()
+    # Of 128 places in a block; chosen evenly, this many blocks would meet half of them.
+    assert np.count_nonzero(histogram) > 32
 
 
-def norm_of_samples(name, weight):
-    """The squared norm of a weight whose blocks had their sampled row in each row."""
-    blocks = zip(range(0, len(weight), 128), sampled_rows(name, len(weight)), strict=True)
-    return sum(np.sum(weight[row] ** 2) * len(weight[first : first + 128]) for first, row in blocks)
+def test_where_the_rows_of_a_block_are_alike_one_of_them_tells_all(tmp_path):
+    directory = write_tiny(tmp_path / "c", **RAGGED)
+    stored = rewrite_codes(directory, first_of_block)
+    values = check_values(Checkpoint(directory))
+    rows = np.concatenate([codes[::128].ravel() for codes, _ in stored.values()])
+    assert values.histogram == tuple(np.bincount(rows, minlength=256))
+    for layer in range(2):
+        for expert in range(8):
+            wanted = np.sqrt(sum(map(squared_norm, expert_of(stored, layer, expert))))
+            assert values.expert_norms[layer][expert] == pytest.approx(wanted, rel=1e-6)
+
+
+def number_in_block(codes):
+    """Codes that are their row's place in its block of 128; the last two share a finite one."""
+    places = (np.arange(len(codes)) % 128).clip(max=126)
+    return np.broadcast_to(places[:, None], codes.shape).astype(np.uint8)
+
+
+def first_of_block(codes):
+    """Each row as the first of its block of 128."""
+    return codes[np.arange(len(codes)) // 128 * 128]
+
+
+def rewrite_codes(directory, change):
+    """Put change(codes) in place of the codes of every FP8 weight; return what is stored then."""
+    checkpoint = Checkpoint(directory)
+    for name, (codes, _) in load_codes(directory).items():
+        entry = checkpoint.entry(name)
+        with (directory / entry.shard).open("r+b") as file:
+            file.seek(entry.start)
+            file.write(change(codes).tobytes())
+    return load_codes(directory)
+
+
+def expert_of(stored, layer, expert):
+    """The codes and scales of an expert's three weights."""
+    start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+    return [stored[f"{start}{name}.weight"] for name in ("w1", "w2", "w3")]
+
+
+def squared_norm(weight):
+    """The squared Frobenius norm of a weight, from its codes and scales."""
+    return np.sum(dequantized(*weight) ** 2)
 
 
 def load_codes(directory):
@@ -293,24 +330,14 @@ def test_a_router_bias_that_is_no_number_is_null(tmp_path):
     assert None not in bias[1]
 
 
-def test_expert_norms_are_those_of_samples_and_near_those_of_the_dequantized_weights(tmp_path):
+def test_expert_norms_are_near_those_of_the_dequantized_weights(tmp_path):
     directory = write_tiny(tmp_path / "c", **RAGGED)
     values = check_values(Checkpoint(directory))
     stored = load_codes(directory)
     for layer in range(2):
         for expert in range(8):
-            start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-            weights = {
-                f"{start}{w}.weight": dequantized(*stored[f"{start}{w}.weight"])
-                for w in ("w1", "w2", "w3")
-            }
-            found = values.expert_norms[layer][expert]
-            assert found == pytest.approx(
-                np.sqrt(sum(norm_of_samples(*each) for each in weights.items())), rel=1e-6
-            )
-            assert found == pytest.approx(
-                np.sqrt(sum(np.sum(weight**2) for weight in weights.values())), rel=0.1
-            )
+            wanted = np.sqrt(sum(map(squared_norm, expert_of(stored, layer, expert))))
+            assert values.expert_norms[layer][expert] == pytest.approx(wanted, rel=0.1)
 
 
 def test_two_equal_checkpoints_compare_equal_and_one_changed_byte_is_named(tmp_path):

@@ -54,10 +54,9 @@ TOOLS = st.lists(
     ),
     max_size=2,
 )
-FIELDS = {
-    name: ANY_JSON
-    for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "model"}
-}
+FIELDS = dict.fromkeys(
+    {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"messages", "model"}, ANY_JSON
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
 def local_directory(checkpoint: str | Path) -> Path:
     """Return the directory of a checkpoint that is named by path or by hub id.
 
-    A path in a directory that exists is taken as it is. Else a hub id is looked up in the local cache of
-    huggingface_hub and completed by a download, which resumes and shows its progress; with
-    HF_HUB_OFFLINE=1 the cache alone is used. Raises CheckpointError when there is neither.
+    A path in a directory that exists is taken as it is. Else a hub id is looked up in the local
+    cache of huggingface_hub and completed by a download, which resumes and shows its progress;
+    with HF_HUB_OFFLINE=1 the cache alone is used. Raises CheckpointError when there is neither.
     """
     path = Path(checkpoint)
     match = HUB_ID.fullmatch(str(checkpoint))

@@ -202,8 +202,8 @@ def tiny_parameters(base: Path) -> dict[str, Any]:
     from tests.tiny import write_tiny
 
     recorded = {}
-    for name, (overrides, degrees) in TINY.items():
-        overrides = {"intermediate_size": 256, **overrides}
+    for name, (changed, degrees) in TINY.items():
+        overrides = {"intermediate_size": 256, **changed}
         converted = base / f"{name}-converted"
         convert(write_tiny(base / name, **overrides), converted)
         tensors = shard(converted, degrees)[0]
