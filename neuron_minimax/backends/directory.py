@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuron_minimax.checkpoint.output import comparable
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.write import read_manifest as read_conversion
@@ -109,11 +110,14 @@ def read_manifest(directory: Path) -> Manifest:
 
 def fingerprint(converted: Path) -> str:
     """Identity of a converted directory: its headers, samples of its data, and its own record of
-    all digests.
+    all digests, without the version that wrote it.
     """
     digest = hashlib.sha256(TensorDirectory(converted).fingerprint.encode())
     record = converted / "conversion.json"
-    digest.update(record.read_bytes() if record.exists() else b"")
+    if record.exists():
+        manifest = json.loads(record.read_bytes())
+        same = comparable(manifest) | {"identity": comparable(manifest["identity"])}
+        digest.update(json.dumps(same).encode())
     return digest.hexdigest()
 
 

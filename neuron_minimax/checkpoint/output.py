@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from neuron_minimax import __version__
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
@@ -41,6 +42,8 @@ from neuron_minimax.checkpoint.writer import (
 from neuron_minimax.errors import ConversionError
 
 UNFINISHED = ".unfinished"
+# Who wrote an output is recorded, never compared. Earlier versions had it in the identity.
+MADE_BY = "made_by"
 # and seconds
 LOCK_ATTEMPTS = 20
 LOCK_PAUSE = 0.05
@@ -49,9 +52,9 @@ LOCK_PAUSE = 0.05
 class OutputDirectory:
     """A directory that is being filled by one run, or was finished by an earlier one.
 
-    `identity` says what would be made (source fingerprint and options). Used as a context manager
-    it holds a lock: a second run is refused. Raises ConversionError when the directory holds
-    another output, unless `overwrite`.
+    `identity` says what would be made: source fingerprint, options and format version. Used as a
+    context manager it holds a lock: a second run is refused. Raises ConversionError when the
+    directory holds another output, unless `overwrite`.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class OutputDirectory:
     ) -> None:
         self.path = path
         self.manifest_path = path / manifest_name
-        self.identity = json.loads(json.dumps(identity))  # as it reads back from a file
+        self.identity = comparable(json.loads(json.dumps(identity)))  # as it reads back from a file
         self.overwrite = overwrite
         self.unfinished = path / UNFINISHED
         self.reused_shards = 0
@@ -90,7 +93,7 @@ class OutputDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run has made exactly this output."""
+        """True when an earlier run has made exactly this output."""
         return self.manifest_path.exists()
 
     def write_shards(
@@ -139,7 +142,12 @@ class OutputDirectory:
         write_json(self.path / "config.json", dict(config))
         write_json(
             self.manifest_path,
-            {"identity": self.identity, **manifest, "tensors": records_as_json(records)},
+            {
+                "identity": self.identity,
+                MADE_BY: f"neuron-minimax {__version__}",
+                **manifest,
+                "tensors": records_as_json(records),
+            },
         )
         shutil.rmtree(self.unfinished)
         sync_directory(self.path)
@@ -165,7 +173,9 @@ class OutputDirectory:
             )
         if stale:
             self._clear()
-        if not self.finished:
+        if self.finished:  # of a run that ended between its manifest and its last line
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        else:
             self.unfinished.mkdir(exist_ok=True)
             write_json(self.unfinished / "identity.json", self.identity)
 
@@ -174,8 +184,8 @@ class OutputDirectory:
             if path.exists():
                 try:
                     found = json.loads(path.read_text(encoding="utf-8"))
-                    found = found["identity"] if path == self.manifest_path else found
-                except (ValueError, KeyError, TypeError):
+                    found = comparable(found["identity"] if path == self.manifest_path else found)
+                except (ValueError, KeyError, TypeError, AttributeError):
                     return f"holds a {path.name} that cannot be read"
                 changed = sorted(
                     key for key in self.identity | found if self.identity.get(key) != found.get(key)
@@ -268,6 +278,11 @@ class OutputDirectory:
                 f"{stream.writer.path} cannot be written ({error.strerror}); finished shards are "
                 "kept: mend it and run again"
             ) from None
+
+
+def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an identity that decide whether two outputs are the same."""
+    return {name: value for name, value in identity.items() if name != MADE_BY}
 
 
 def reopen(output: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax import __version__, fp8
+from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.output import OutputDirectory, reopen
@@ -118,7 +118,7 @@ def open_cache(cache_dir: str | Path, source: Checkpoint, dtype: str = "float32"
         raise CheckpointError(f"the cache {path} {found}; run {rebuild}`")
     identity = read_cache_manifest(path)["identity"]
     for name, wanted in _identity(source, dtype).items():
-        if identity.get(name) != wanted and name != "made_by":
+        if identity.get(name) != wanted:
             what = {
                 "source_fingerprint": "was made of another checkpoint",
                 "dtype": f"holds {identity.get('dtype')}",
@@ -156,7 +156,6 @@ def _identity(source: Checkpoint, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "scale_convention": str(convention or ScaleConvention.MULTIPLIER),
         "format_version": FORMAT_VERSION,
-        "made_by": f"neuron-minimax {__version__}",
     }
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax import __version__
 from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.records import TensorRecord
@@ -107,7 +106,6 @@ def convert(
         "source_fingerprint": source.fingerprint,
         "options": layout.as_options() | {"scale_convention": str(conversion.convention)},
         "format_version": FORMAT_VERSION,
-        "made_by": f"neuron-minimax {__version__}",
     }
     with OutputDirectory(output_path, MANIFEST_NAME, identity, overwrite) as output:
         if output.finished:

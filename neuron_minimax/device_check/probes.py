@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax import __version__, fp8
+from neuron_minimax import fp8
 from neuron_minimax.backends.directory import fingerprint
 from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.output import OutputDirectory
@@ -221,7 +221,6 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
     identity = dict(layer.manifest["identity"]) | {
         "source_fingerprint": fingerprint(layer.converted),
         "format_version": FORMAT_VERSION,
-        "made_by": f"neuron-minimax {__version__}",
         "probe": f"{probe} of layer {layer.number}",
     }
     changes = _changes(layer, probe)
