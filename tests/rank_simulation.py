@@ -1,8 +1,8 @@
 """One decoder layer computed rank by rank from a converted state: each rank its own shards, then
 sums over ranks.
 
-Shapes: T tokens, H hidden. The shards follow `planner/sharding.py`, which
-`tests/data/nxd_slices.json` ties to NxD; the arithmetic of a rank is the eager model's own.
+Shapes: T tokens, H hidden. The heads follow `planner/sharding.py` and the experts `expert_shard`,
+which `tests/data/nxd_slices.json` ties to NxD; the arithmetic of a rank is the eager model's own.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from neuron_minimax.backends.nxdi.heads import rearrange
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.kernels.reference import attend, expert_mlp, linear
 from neuron_minimax.model.rope import rope_table, rotate
-from neuron_minimax.planner.sharding import expert_shard, head_layout
+from neuron_minimax.planner.sharding import head_layout
 
 State = Mapping[str, torch.Tensor]
 QKV = "self_attn.qkv_proj."
@@ -25,6 +25,31 @@ class Degrees:
     tp: int
     moe_tp: int
     moe_ep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShard:
+    """One rank's experts of every layer, and their intermediate channels."""
+
+    experts: range
+    intermediate: range
+
+
+def expert_shard(
+    config: ModelConfig, *, moe_tp_degree: int, moe_ep_degree: int, rank: int
+) -> ExpertShard:
+    """Which experts and channels `rank` holds: consecutive ranks share an expert group
+    (neuronx-distributed 0.18.0, parallel_layers/parallel_state.py).
+    """
+    experts = config.num_local_experts // moe_ep_degree
+    channels = config.intermediate_size // moe_tp_degree
+    assert experts * moe_ep_degree == config.num_local_experts
+    assert channels * moe_tp_degree == config.intermediate_size
+    group, member = divmod(rank, moe_tp_degree)
+    return ExpertShard(
+        experts=range(group * experts, (group + 1) * experts),
+        intermediate=range(member * channels, (member + 1) * channels),
+    )
 
 
 def share(tensor: torch.Tensor, dimension: int, ranks: int, rank: int) -> torch.Tensor:

@@ -16,10 +16,10 @@ from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.model.layers import Kernels
 from neuron_minimax.model.rope import rope_table
 from neuron_minimax.planner.memory import Deployment, rank_memory
-from neuron_minimax.planner.sharding import expert_shard, head_layout
+from neuron_minimax.planner.sharding import head_layout
 from tests import rank_simulation
 from tests.full_size import PUBLISHED_SIZES
-from tests.rank_simulation import Degrees
+from tests.rank_simulation import Degrees, expert_shard
 from tests.tiny import tiny_config, write_tiny
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "nxd_slices.json").read_text())

@@ -20,7 +20,7 @@ from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS, unrolled_products
 from neuron_minimax.planner.instances import instance
 from neuron_minimax.planner.memory import rank_memory
-from neuron_minimax.planner.report import deployment_case
+from neuron_minimax.planner.report import DeploymentSettings, deployment_case
 from neuron_minimax.planner.sdks import sdk_for
 from tests.full_size import published_config
 from tests.neuron.tracing import CASES, CONTEXT_ENCODING, TRACES, Case, code_lines, sources_digest
@@ -123,12 +123,14 @@ def test_a_rank_holds_the_bytes_of_the_plan(case: Case, graph: str, found: dict[
     tp, moe_tp, moe_ep = case.degrees
     deployment = deployment_case(
         CONFIG,
-        instance=case.instance,
-        tp_degree=tp,
-        moe_tp_degree=moe_tp,
-        moe_ep_degree=moe_ep,
-        batch_size=case.batch,
-        seq_len=case.seq_len,
+        DeploymentSettings(
+            instance=case.instance,
+            tp_degree=tp,
+            moe_tp_degree=moe_tp,
+            moe_ep_degree=moe_ep,
+            batch_size=case.batch,
+            seq_len=case.seq_len,
+        ),
     ).deployment
     memory = rank_memory(CONFIG, deployment)
     ranks = sum(
@@ -200,11 +202,13 @@ def test_experts_are_unrolled_or_called_as_often_as_the_plan_says(
     tp, moe_tp, moe_ep = case.degrees
     deployment = deployment_case(
         CONFIG,
-        instance=case.instance,
-        tp_degree=tp,
-        moe_tp_degree=moe_tp,
-        moe_ep_degree=moe_ep,
-        context_lengths=(int(graph.split()[1]),),
+        DeploymentSettings(
+            instance=case.instance,
+            tp_degree=tp,
+            moe_tp_degree=moe_tp,
+            moe_ep_degree=moe_ep,
+            context_lengths=(int(graph.split()[1]),),
+        ),
     ).deployment
     way = BLOCKWISE_MATMULS[case.blockwise_matmul]
     planned = unrolled_products(way, CONFIG, deployment)

@@ -43,6 +43,7 @@ def dimension_sizes(config: ModelConfig) -> dict[str, int]:
         "Q": config.query_size,
         "K": config.key_value_size,
         "E": config.num_local_experts,
+        "D": config.head_dim,
     }
 
 
@@ -72,8 +73,8 @@ def scale_name(weight_name: str) -> str:
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not
-    run: named so, or a layer beyond the last where config.json declares such modules.
+    """Return whether a tensor belongs to the multi-token-prediction modules, which this project
+    does not run: named so, or a layer beyond the last where config.json declares such modules.
     """
     parts = name.split(".")
     if any(part.startswith(config.family.ignored_markers) for part in parts):

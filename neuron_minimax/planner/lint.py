@@ -1,9 +1,9 @@
-"""Settings that cannot work or will disappoint, found before a compile: numbered, explained, with
-what fixes each.
+"""Find settings that cannot work or will disappoint, before a compile.
 
-Each rule is a function of a `Case` that yields findings. Sources: NxD 0.18.0 and NxDI 0.9.0 (SDK
-2.29), NxD 0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports named in
-planner/instances.json.
+A requirement is a function of a `Case` that yields findings: numbered, explained, with what fixes
+each. Sources: NxD 0.18.0 and NxDI 0.9.0
+(SDK 2.29), NxD 0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports
+named in planner/instances.json.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,24 +48,20 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the rules look at. `ep_degree` is NxDI's outer expert parallelism, `fp8_max` the largest
-    code stored.
-    """
+    """A model in a deployment on an instance; `fp8_max` is the largest code stored."""
 
     config: ModelConfig
     deployment: Deployment
     instance: Instance
-    ep_degree: int = 1
     fp8_max: int = NEURON_E4M3_MAX
-    quantized_mlp_kernel: bool = False
 
 
-Rule = Callable[[Case], Iterator[Finding]]
+Requirement = Callable[[Case], Iterator[Finding]]
 
 
 def lint(case: Case) -> list[Finding]:
-    """All findings of all rules, in their order."""
-    return [finding for rule in RULES for finding in rule(case)]
+    """All findings of all requirements, in their order."""
+    return [finding for requirement in REQUIREMENTS for finding in requirement(case)]
 
 
 def shares(case: Case) -> Iterator[Finding]:
@@ -179,25 +175,13 @@ def cores(case: Case) -> Iterator[Finding]:
     """R6: ranks have to be cores, in a number that NxDI supports."""
     tp = case.deployment.tp_degree
     instance = case.instance
-    if tp * case.ep_degree > instance.logical_cores:
-        reason = f"tp_degree {tp}" + (
-            f" * ep_degree {case.ep_degree}" if case.ep_degree > 1 else ""
-        )
+    if tp > instance.logical_cores:
         yield Finding(
             "R6",
             REFUSE,
-            f"{reason} is more than the {instance.logical_cores} logical cores of {instance.name}",
-            "spread experts with moe_ep_degree, which stays inside tp_degree"
-            if case.ep_degree > 1
-            else "lower it",
-        )
-    elif case.ep_degree > 1:
-        fix = "use moe_ep_degree"
-        yield Finding(
-            "R6",
-            REFUSE,
-            f"ep_degree {case.ep_degree} multiplies the world size, not the experts",
-            fix,
+            f"tp_degree {tp} is more than the {instance.logical_cores} logical cores of "
+            f"{instance.name}",
+            "lower it",
         )
     if instance.tp_degrees and tp not in instance.tp_degrees:
         listed = ", ".join(map(str, instance.tp_degrees))
@@ -355,19 +339,6 @@ def code_range(case: Case) -> Iterator[Finding]:
         )
 
 
-def dense_kernel(case: Case) -> Iterator[Finding]:
-    """R10: the quantized MLP kernel is for dense models."""
-    if case.quantized_mlp_kernel:
-        yield Finding(
-            "R10",
-            REFUSE,
-            "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel "
-            "scales; this checkpoint has block scales and no dense MLP",
-            "use quantized=True, quantization_type='blockwise_symmetric', "
-            "quantization_block_axis=[1, 2]",
-        )
-
-
 def host_memory(case: Case) -> Iterator[Finding]:
     """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until
     the last is made.
@@ -410,7 +381,7 @@ def positions(case: Case) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Rule, ...] = (
+REQUIREMENTS: tuple[Requirement, ...] = (
     shares,
     whole_blocks,
     expert_decoding,
@@ -420,7 +391,6 @@ RULES: tuple[Rule, ...] = (
     head_padding,
     unrolled_blocks,
     code_range,
-    dense_kernel,
     host_memory,
     supported_sdk,
     blockwise_kernels,

@@ -28,8 +28,8 @@ COMPILE_MINUTES = (25, 90)
 
 
 def fits(per_rank: float, capacity: float, scratch: float = 0.0) -> bool:
-    """Whether a rank's need, with scratch left free, is within its core's memory; all in the same
-    unit.
+    """Return whether a rank's need, with scratch left free, is within its core's memory; all in the
+    same unit.
     """
     return per_rank + scratch <= capacity
 
@@ -192,62 +192,71 @@ def check_buckets(buckets: Sequence[int], seq_len: int) -> None:
         )
 
 
-def deployment_case(
-    config: ModelConfig,
-    *,
-    instance: str,
-    tp_degree: int,
-    moe_tp_degree: int = 1,
-    moe_ep_degree: int | None = None,
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    context_lengths: Sequence[int] = (),
-    blockwise_matmul: str = blockwise.DEFAULT,
-    expert_kernel: str = EXPERT_KERNELS[0],
-) -> Case:
+@dataclass(frozen=True, kw_only=True)
+class DeploymentSettings:
+    """The settings of a plan; lengths in tokens.
+
+    `moe_ep_degree` defaults to what is left of tp_degree, `seq_len` to 1024 or the model's
+    positions, the context-encoding buckets to one of `seq_len`.
+    """
+
+    instance: str
+    tp_degree: int
+    moe_tp_degree: int = 1
+    moe_ep_degree: int | None = None
+    batch_size: int = 1
+    seq_len: int | None = None
+    context_lengths: Sequence[int] = ()
+    blockwise_matmul: str = blockwise.DEFAULT
+    expert_kernel: str = EXPERT_KERNELS[0]
+
+
+def deployment_case(config: ModelConfig, settings: DeploymentSettings) -> Case:
     """A case for a model whose config.json says how its weights are stored, converted or as
     published.
 
-    `moe_ep_degree` defaults to what is left of tp_degree, `seq_len` to 1024 or the model's
-    positions, the context-encoding buckets to one of `seq_len`. Raises ConfigError for an unknown
-    name, a size below 1, or buckets that do not lie between 2 and `seq_len` in ascending order.
+    Raises ConfigError for an unknown name, a size below 1, or buckets that do not lie between 2 and
+    `seq_len` in ascending order.
     """
-    seq_len = seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     sizes = {
-        "tp_degree": tp_degree,
-        "moe_tp_degree": moe_tp_degree,
-        "batch_size": batch_size,
+        "tp_degree": settings.tp_degree,
+        "moe_tp_degree": settings.moe_tp_degree,
+        "batch_size": settings.batch_size,
         "seq_len": seq_len,
     }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; expected at least 1")
-    if expert_kernel not in EXPERT_KERNELS:
+    if settings.expert_kernel not in EXPERT_KERNELS:
         raise ConfigError(
-            f"expert_kernel is {expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}"
+            f"expert_kernel is {settings.expert_kernel!r}; expected one of "
+            f"{', '.join(EXPERT_KERNELS)}"
         )
     converted = config.raw.get("neuron_minimax") or {}
     fp8 = config.declares_fp8
-    buckets = tuple(context_lengths) or (seq_len,)
+    buckets = tuple(settings.context_lengths) or (seq_len,)
     check_buckets(buckets, seq_len)
     deployment = Deployment(
         **sizes,
-        moe_ep_degree=moe_ep_degree or max(1, tp_degree // moe_tp_degree),
+        moe_ep_degree=settings.moe_ep_degree
+        or max(1, settings.tp_degree // settings.moe_tp_degree),
         context_length=max(buckets),
         smallest_context=min(buckets),
         fp8_attention=fp8 and converted.get("attention", "fp8") == "fp8",
         fp8_experts=fp8,
-        blockwise_matmul=blockwise.blockwise_matmul(blockwise_matmul).name,
-        expert_kernel=expert_kernel,
+        blockwise_matmul=blockwise.blockwise_matmul(settings.blockwise_matmul).name,
+        expert_kernel=settings.expert_kernel,
     )
-    machine = instances.instance(instance)
+    machine = instances.instance(settings.instance)
     return Case(
         config=config, deployment=deployment, instance=machine, fp8_max=largest_code(config)
     )
 
 
 def plan(directory: str | Path, **settings: Any) -> DeploymentPlan:
-    """The plan for a checkpoint or converted directory, from its config.json alone; see
-    `deployment_case`.
+    """The plan for a checkpoint or converted directory, from its config.json alone; `settings` are
+    those of DeploymentSettings.
     """
-    return plan_deployment(deployment_case(ModelConfig.from_dir(directory), **settings))
+    asked = DeploymentSettings(**settings)
+    return plan_deployment(deployment_case(ModelConfig.from_dir(directory), asked))

@@ -1,15 +1,11 @@
-"""How tensor-parallel ranks share a model's heads and experts; the rules are NxDI's, written once
-for every user.
+"""Place attention heads on tensor-parallel ranks as NxDI does, written once for every user.
 
-Source of the head rules: neuronx-distributed-inference 0.9.0, modules/attention/gqa.py; of the
-expert groups: neuronx-distributed 0.18.0, parallel_layers/parallel_state.py. `tests/data` holds
-what these build.
+Source: neuronx-distributed-inference 0.9.0, modules/attention/gqa.py; `tests/data` holds what it
+builds.
 """
 
 from dataclasses import dataclass
 
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import ConfigError
 from neuron_minimax.fp8 import ceil_div
 
 
@@ -84,37 +80,3 @@ def _key_value_slots(
     copies = tp_degree // key_value_heads if by_group else query_heads // key_value_heads
     filled = copies * key_value_heads
     return tuple(slot // copies if slot < filled else None for slot in range(target)), copies
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertShard:
-    """One rank's share of every layer's experts: a range of experts, and a range of their
-    intermediate channels.
-    """
-
-    experts: range
-    intermediate: range
-
-
-def expert_shard(
-    config: ModelConfig, *, moe_tp_degree: int, moe_ep_degree: int, rank: int
-) -> ExpertShard:
-    """Which experts and channels `rank` holds: consecutive ranks share an expert group.
-
-    Raises ConfigError when the experts or channels do not divide.
-    """
-    for name, size, degree in (
-        ("num_local_experts", config.num_local_experts, moe_ep_degree),
-        ("intermediate_size", config.intermediate_size, moe_tp_degree),
-    ):
-        if size % degree:
-            raise ConfigError(
-                f"{name} {size} cannot be shared by {degree} ranks; choose a divisor of {size}"
-            )
-    experts = config.num_local_experts // moe_ep_degree
-    channels = config.intermediate_size // moe_tp_degree
-    group, member = divmod(rank, moe_tp_degree)
-    return ExpertShard(
-        experts=range(group * experts, (group + 1) * experts),
-        intermediate=range(member * channels, (member + 1) * channels),
-    )

@@ -15,6 +15,7 @@ from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.report import (
     DEFAULT_SEQ_LEN,
+    DeploymentSettings,
     check_buckets,
     deployment_case,
     plan_deployment,
@@ -112,15 +113,17 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
     plan = plan_deployment(
         deployment_case(
             config,
-            instance=checked.instance,
-            tp_degree=checked.tp_degree,
-            moe_tp_degree=checked.moe_tp_degree,
-            moe_ep_degree=checked.moe_ep_degree,
-            batch_size=checked.slots,
-            seq_len=checked.seq_len,
-            context_lengths=checked.buckets,
-            blockwise_matmul=checked.blockwise_matmul,
-            expert_kernel=checked.expert_kernel,
+            DeploymentSettings(
+                instance=checked.instance,
+                tp_degree=checked.tp_degree,
+                moe_tp_degree=checked.moe_tp_degree,
+                moe_ep_degree=checked.moe_ep_degree,
+                batch_size=checked.slots,
+                seq_len=checked.seq_len,
+                context_lengths=checked.buckets,
+                blockwise_matmul=checked.blockwise_matmul,
+                expert_kernel=checked.expert_kernel,
+            ),
         )
     )
     if plan.refused and not force:
