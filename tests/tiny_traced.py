@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.convert.write import convert
+from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_tokenizer import write_tokenizer
 

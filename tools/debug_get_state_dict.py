@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.inspection.document import to_text
 from neuron_minimax.studies.explain.state_dict import walk
@@ -27,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        walked = walk(arguments.checkpoint, arguments.converted, arguments.layer, arguments.grep)
+        walked = walk(
+            Checkpoint.open(arguments.checkpoint),
+            arguments.converted,
+            arguments.layer,
+            arguments.grep,
+        )
     except NeuronMiniMaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.convert.write import convert
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import plan_conversion
 
 OPTIONS: Mapping[str, Any] = {"slots": 8}
 
@@ -26,6 +27,7 @@ def demo_model(
     traced = parent / "demo-serving"
     converted = parent / "demo-serving-converted"
     with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
-        convert(checkpoint, converted, overwrite=True)  # of another version's demo
+        plan = plan_conversion(Checkpoint.open(checkpoint))
+        plan.write(converted, overwrite=True)  # of another version's demo
     compile_model(converted, traced, options=options, progress=progress)
     return traced

@@ -2,13 +2,12 @@
 atomically.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, sync_directory
+from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.errors import TrainingError
 
 STATE_NAME = "training_state.pt"
@@ -17,13 +16,8 @@ STATE_NAME = "training_state.pt"
 def save_state(directory: Path, state: dict[str, Any]) -> None:
     """Write the state under its final name only when it is whole and synced."""
     path = directory / STATE_NAME
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(directory)
 
 
 def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | None:
