@@ -18,11 +18,12 @@ from typing import Any
 
 from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends.base import Backend
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli.app import progress_bar
 from neuron_minimax.cli.models import parse_integers
-from neuron_minimax.convert.plan import Layout
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.convert.verify import verify
-from neuron_minimax.convert.write import convert
 from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.generation.conversation import Chat
@@ -113,32 +114,30 @@ def stage(title: str) -> Iterator[None]:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Inspect, convert, verify and compile; each recognizes what an earlier run has left."""
-    converted = arguments.converted_dir or arguments.traced_model_dir.with_name(
+    out = arguments.converted_dir or arguments.traced_model_dir.with_name(
         arguments.traced_model_dir.name + "-converted"
     )
     with stage(f"inspect {arguments.checkpoint}"):
-        report = inspect(arguments.checkpoint)
+        source = Checkpoint.open(arguments.checkpoint)
+        report = inspect(source)
         print("   " + report.summary().replace("\n", "\n   "))
         if not report.usable:
             raise CheckpointError(
                 f"{report.render()}\n{arguments.checkpoint} cannot be used as it is"
             )
-    with stage(f"convert into {converted}"), progress_bar("  ", report.bytes) as advance:
-        result = convert(
-            arguments.checkpoint, converted, Layout(attention=arguments.attention), progress=advance
-        )
-        if result.was_finished:
-            advance(report.bytes)
-    print("   " + result.render(converted).replace("\n", "\n   "))
-    if result.was_finished:
+    layout = Layout(attention=AttentionPrecision(arguments.attention))
+    with stage(f"convert into {out}"), progress_bar("  ", report.bytes) as advance:
+        converted = plan_conversion(source, layout).write(out, progress=advance)
+    print("   " + converted.render().replace("\n", "\n   "))
+    if converted.was_finished:
         print("== verify: done when it was converted")
     else:
-        with stage("verify"), progress_bar("  ", 2 * result.plan.nbytes) as advance:
-            verification = verify(arguments.checkpoint, converted, advance)
+        with stage("verify"), progress_bar("  ", 2 * converted.nbytes) as advance:
+            verification = verify(source, converted, advance)
         print("   " + verification.render().replace("\n", "\n   "))
         if not verification.equal:
             raise ConversionError(
-                f"{converted} does not equal its source; convert again with --overwrite"
+                f"{out} does not equal its source; convert again with --overwrite"
             )
     with stage(f"compile for {arguments.backend} into {arguments.traced_model_dir}"):
         compiled = compile_model(

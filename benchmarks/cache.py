@@ -19,9 +19,10 @@ FOUR_TIMES = Goal(figure="ratio", value=4)
 
 
 def run_build(source: Path, target: Path, dtype: str) -> tuple[float, float]:
+    from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.convert.cache import build_cache
 
-    return watched(build_cache, source, target, dtype)
+    return watched(lambda: build_cache(Checkpoint.open(source), target, dtype))
 
 
 def time_opening(source: Path, target: Path) -> float:

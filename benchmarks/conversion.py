@@ -46,9 +46,13 @@ def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
 
 
 def run_conversion(source: Path, destination: Path) -> tuple[float, float]:
-    from neuron_minimax.convert.write import convert
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import plan_conversion
 
-    return watched(convert, source, destination)
+    def convert() -> None:
+        plan_conversion(Checkpoint.open(source)).write(destination)
+
+    return watched(convert)
 
 
 def measure(

@@ -26,10 +26,11 @@ def time_values(source: Path) -> float:
 
 
 def time_headers(directory: Path) -> float:
+    from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.inspection.precision import inspect
 
     start = time.perf_counter()
-    inspect(directory)
+    inspect(Checkpoint.open(directory))
     return time.perf_counter() - start
 
 

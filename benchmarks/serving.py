@@ -29,6 +29,7 @@ from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
 from benchmarks.soak import soak
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import build_cache
 from neuron_minimax.demo import DEMO
 
@@ -50,7 +51,7 @@ def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
     model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
     source = checkpoint(directory, *model)
     cache = directory / "caches" / "serving-float32"
-    build_cache(source, cache, "float32")
+    build_cache(Checkpoint.open(source), cache, "float32")
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO / name, source / name)
         shutil.copyfile(DEMO / name, cache / name)

@@ -39,10 +39,12 @@ def checkpoint(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
 
 def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
     """Return the conversion of a checkpoint; converting again recognizes what is there."""
-    from neuron_minimax.convert.write import convert
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import plan_conversion
 
     output = directory / "converted" / name
-    convert(checkpoint(directory, name, config_json), output)
+    source = Checkpoint.open(checkpoint(directory, name, config_json))
+    plan_conversion(source).write(output)
     return output
 
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES
 from neuron_minimax.checkpoint.writer import ShardWriter, write_index, write_json
 from neuron_minimax.config import ModelConfig
 
@@ -59,18 +58,15 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     shards: list[list[schema.Expected]] = [[]]
     size = 0
     for wanted in schema.expected(config):
-        nbytes = wanted.elements * STORED_DTYPES[wanted.dtype].itemsize
-        if size + nbytes > SHARD_BYTES:
+        if size + wanted.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(wanted)
-        size += nbytes
+        size += wanted.nbytes
     weight_map = {}
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with ShardWriter(
-            directory / name, {wanted.name: (wanted.dtype, wanted.shape) for wanted in tensors}
-        ) as writer:
+        with ShardWriter(directory / name, [wanted.spec for wanted in tensors]) as writer:
             for wanted in tensors:
                 weight_map[wanted.name] = name
                 writer.write(_elements(wanted, pool, generator))

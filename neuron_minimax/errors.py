@@ -19,6 +19,10 @@ class ConversionError(NeuronMiniMaxError):
     """A conversion that cannot go on, or a converted directory that is not what it claims to be."""
 
 
+class ScaleConventionError(CheckpointError, ConversionError):
+    """A checkpoint whose scales do not show what they mean, until the user says it."""
+
+
 class BackendError(NeuronMiniMaxError):
     """A compiled model that cannot be made, loaded or asked for what was requested."""
 

@@ -20,8 +20,8 @@ from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.cpu import options as cpu_options
 from neuron_minimax.backends.cpu.options import check_options
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import BackendError
+from tests.opened import convert
 from tests.tiny import tiny_config, write_tiny
 
 TOLERANCE = 3e-5

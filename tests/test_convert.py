@@ -15,21 +15,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuron_minimax.checkpoint import workers, writer
+from neuron_minimax.checkpoint import streaming, writer
+from neuron_minimax.checkpoint.header import TensorSpec
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import ShardWriter
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import Layout, plan, unquantized_modules
+from neuron_minimax.convert.binding import bind_rules, unquantized_modules
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
+from neuron_minimax.convert.plan import plan_conversion, read_manifest
 from neuron_minimax.convert.state_dict import (
     convert_hf_to_neuron_state_dict,
     neuron_to_hf_state_dict,
 )
-from neuron_minimax.convert.verify import verify
-from neuron_minimax.convert.write import convert, plan_conversion, read_manifest
 from neuron_minimax.errors import CheckpointError, ConversionError
 from neuron_minimax.families import module_of
 from neuron_minimax.fp8 import ScaleConvention
 from tests.full_size import write_sparse
+from tests.opened import convert
+from tests.opened import verify_conversion as verify
 from tests.tiny import write_tiny
 
 RAGGED = {"hidden_size": 320, "intermediate_size": 192}
@@ -106,7 +109,7 @@ def obvious_conversion(source, layers=2, experts=8):
 @pytest.mark.parametrize("shards", [1, 4])
 def test_ocp_range_keeps_every_byte(tmp_path, sizes, shards):
     source = write_tiny(tmp_path / "source", shards=shards, **sizes)
-    convert(source, tmp_path / "out", Layout(fp8_range="ocp"))
+    convert(source, tmp_path / "out", Layout(fp8_range=FP8Range.OCP))
     expected = obvious_conversion(read_all(source))
     found = read_all(tmp_path / "out")
     assert set(found) == set(expected)
@@ -155,7 +158,7 @@ def dequantized(source, name, block=128):
 @pytest.mark.parametrize("sizes", [{}, RAGGED], ids=["aligned", "ragged"])
 def test_attention_in_bf16_is_the_dequantized_weight_rounded_once(tmp_path, sizes):
     source = write_tiny(tmp_path / "source", **sizes)
-    convert(source, tmp_path / "out", Layout(attention="bf16"))
+    convert(source, tmp_path / "out", Layout(attention=AttentionPrecision.BF16))
     stored = read_all(source)
     found = read_all(tmp_path / "out")
     for name, place in (("q", "qkv_proj"), ("k", "qkv_proj"), ("v", "qkv_proj"), ("o", "o_proj")):
@@ -209,11 +212,16 @@ def test_a_module_that_cannot_be_kept_is_refused_with_the_reason(tmp_path, modul
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(attention="bf16"), Layout(keep_in_bf16=("layers.1.self_attn",))]
+    "layout",
+    [
+        Layout(),
+        Layout(attention=AttentionPrecision.BF16),
+        Layout(keep_in_bf16=("layers.1.self_attn",)),
+    ],
 )
 def test_no_entry_of_modules_to_not_convert_is_a_substring_of_a_quantized_module(tmp_path, layout):
     source = write_tiny(tmp_path / "source", num_hidden_layers=12)
-    conversion, _ = plan_conversion(Checkpoint(source), layout)
+    conversion = plan_conversion(Checkpoint(source), layout)
     entries = unquantized_modules(conversion.outputs)
     for output in conversion.outputs:
         module = module_of(output.name)
@@ -235,7 +243,7 @@ def make_reciprocal(source, names=None):
 def test_reciprocal_scales_are_recognized_and_inverted(tmp_path):
     source = write_tiny(tmp_path / "source")
     make_reciprocal(source)
-    convert(source, tmp_path / "out", Layout(fp8_range="ocp"))
+    convert(source, tmp_path / "out", Layout(fp8_range=FP8Range.OCP))
     expected = obvious_conversion(read_all(source))
     found = read_all(tmp_path / "out")
     scales = [name for name in expected if name.endswith(".scale")]
@@ -252,7 +260,7 @@ def test_mixed_scale_evidence_is_refused_unless_the_user_says_what_it_is(tmp_pat
     make_reciprocal(source, [W1 + "_scale_inv"])
     with pytest.raises(ConversionError, match=r"unclear.*experts\.5\.w1.*--scale-convention"):
         convert(source, tmp_path / "out")
-    convert(source, tmp_path / "out", Layout(scale_convention="multiplier"))
+    convert(source, tmp_path / "out", scale_convention="multiplier")
     assert read_manifest(tmp_path / "out")["scale_convention"]["chosen_by"] == "multiplier"
 
 
@@ -283,7 +291,7 @@ def test_the_rules_read_backwards_give_the_checkpoint_again(tmp_path, sizes):
     stored = read_all(write_tiny(tmp_path / "c", **sizes))
     config = ModelConfig.from_dir(tmp_path / "c")
     back = neuron_to_hf_state_dict(
-        convert_hf_to_neuron_state_dict(stored, config, Layout(fp8_range="ocp")), config
+        convert_hf_to_neuron_state_dict(stored, config, Layout(fp8_range=FP8Range.OCP)), config
     )
     assert set(back) == set(stored)
     for name, tensor in stored.items():
@@ -293,17 +301,18 @@ def test_the_rules_read_backwards_give_the_checkpoint_again(tmp_path, sizes):
 
 def test_every_source_is_used_exactly_once(tmp_path):
     source = Checkpoint(write_tiny(tmp_path / "source"))
-    tensors = {entry.name: (entry.dtype, entry.shape) for entry in source.entries.values()}
-    conversion = plan(tensors, source.config, Layout())
-    used = [name for output in conversion.outputs for group in output.groups for name in group]
+    tensors = dict(source.specs)
+    outputs = bind_rules(tensors, source.config, Layout())
+    used = [name for output in outputs for group in output.groups for name in group]
     assert sorted(used) == sorted(tensors)
+    extra = TensorSpec("model.extra", "F32", (1,))
     with pytest.raises(ConversionError, match=r"used by no rule.*model\.extra"):
-        plan(tensors | {"model.extra": ("F32", (1,))}, source.config, Layout())
+        bind_rules(tensors | {extra.name: extra}, source.config, Layout())
     del tensors[W1]
     with pytest.raises(
         ConversionError, match=r"gate_up_proj\.weight lacks 1 of its 16 sources.*experts\.5\.w1"
     ):
-        plan(tensors, source.config, Layout())
+        bind_rules(tensors, source.config, Layout())
 
 
 @pytest.mark.parametrize(
@@ -332,7 +341,7 @@ def test_a_state_dict_in_memory_is_held_to_the_table(tmp_path, name, change, wor
     stored[name] = change(stored[name])
     with pytest.raises(ConversionError, match=f"{name} {words}"):
         convert_hf_to_neuron_state_dict(
-            stored, ModelConfig.from_dir(tmp_path / "c"), Layout(scale_convention="multiplier")
+            stored, ModelConfig.from_dir(tmp_path / "c"), scale_convention="multiplier"
         )
 
 
@@ -349,9 +358,9 @@ def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):
 
 
 def test_the_full_size_plan_converts_47864_scales(tmp_path):
-    layout = Layout(scale_convention="multiplier")  # sparse files hold zeros, which say nothing
-    source = Checkpoint(write_sparse(tmp_path / "real"))
-    conversion, _ = plan_conversion(source, layout)
+    # Sparse files hold zeros, which say nothing.
+    source = Checkpoint(write_sparse(tmp_path / "real"), ScaleConvention.MULTIPLIER)
+    conversion = plan_conversion(source)
     assert conversion.scale_count == 47_864
     assert (
         conversion.nbytes
@@ -386,7 +395,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("attention", ["fp8", "bf16"])
+@pytest.mark.parametrize("attention", AttentionPrecision)
 def test_a_bad_value_stops_the_run_with_its_name_and_leaves_no_manifest(tmp_path, fault, attention):
     source = write_tiny(tmp_path / "source")
     bad = FAULTS[fault]
@@ -395,7 +404,7 @@ def test_a_bad_value_stops_the_run_with_its_name_and_leaves_no_manifest(tmp_path
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CheckpointError) as refused:
         convert(
-            source, tmp_path / "out", Layout(scale_convention="multiplier", attention=attention)
+            source, tmp_path / "out", Layout(attention=attention), scale_convention="multiplier"
         )
     assert all(word in str(refused.value) for word in [bad.tensor, *bad.words])
     with pytest.raises(ConversionError, match="did not finish"):
@@ -409,23 +418,24 @@ def contents(directory):
 # Converts in several processes, and kills itself without warning once this many bytes are written.
 CONVERT_AND_DIE = """
 import os, signal, sys
-from neuron_minimax.checkpoint import workers
-from neuron_minimax.convert.write import convert
-workers.PARALLEL_FROM = 0
+from neuron_minimax.checkpoint import streaming
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import plan_conversion
+streaming.PARALLEL_FROM = 0
 left = int(sys.argv[3])
 def progress(nbytes):
     global left
     left -= nbytes
     if left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[1], sys.argv[2], progress=progress)
+plan_conversion(Checkpoint(sys.argv[1])).write(sys.argv[2], progress=progress)
 """
 
 
 @pytest.mark.parametrize(("moment", "reused"), [(0.0, 0), (0.3, 2), (0.7, 3), (1.0, 4)])
 def test_after_kill_9_the_next_run_ends_bit_identical(tmp_path, moment, reused):
     source = write_tiny(tmp_path / "source", num_hidden_layers=4)
-    nbytes = convert(source, tmp_path / "whole").plan.nbytes
+    nbytes = convert(source, tmp_path / "whole").nbytes
     arguments = [str(source), str(tmp_path / "out"), str(int(moment * nbytes))]
     victim = subprocess.run([sys.executable, "-c", CONVERT_AND_DIE, *arguments], check=False)
     assert victim.returncode == -signal.SIGKILL
@@ -435,11 +445,13 @@ def test_after_kill_9_the_next_run_ends_bit_identical(tmp_path, moment, reused):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(attention="bf16")], ids=["fp8", "bf16"])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(attention=AttentionPrecision.BF16)], ids=["fp8", "bf16"]
+)
 def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, layout):
     source = write_tiny(tmp_path / "source", **RAGGED)
     convert(source, tmp_path / "one", layout)
-    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(streaming, "PARALLEL_FROM", 0)
     convert(source, tmp_path / "several", layout)
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
     assert verify(source, tmp_path / "several").equal
@@ -451,7 +463,7 @@ def test_a_bad_value_found_by_another_process_has_its_name(tmp_path, monkeypatch
     tensors = load_file(source / "model.safetensors")
     bad.change(tensors[bad.tensor])
     save_file(tensors, source / "model.safetensors")
-    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(streaming, "PARALLEL_FROM", 0)
     with pytest.raises(CheckpointError, match=f"{bad.tensor} has 1 NaN codes"):
         convert(source, tmp_path / "out")
 
@@ -487,7 +499,7 @@ def test_a_finished_output_is_recognized_and_another_source_or_layout_refused(tm
     assert not convert(source, out).was_finished
     before = contents(out)
     assert convert(source, out).was_finished
-    for arguments in ((other, out), (source, out, Layout(fp8_range="ocp"))):
+    for arguments in ((other, out), (source, out, Layout(fp8_range=FP8Range.OCP))):
         with pytest.raises(ConversionError, match=r"finished output of another run.*--overwrite"):
             convert(*arguments)
     assert contents(out) == before
@@ -618,7 +630,7 @@ def test_verify_finds_a_changed_byte_a_dropped_tensor_and_another_source(tmp_pat
 def test_verify_sees_scales_that_were_not_doubled_even_when_the_digests_agree(tmp_path):
     source = write_tiny(tmp_path / "source")
     out = tmp_path / "out"
-    convert(source, out, Layout(fp8_range="ocp"))
+    convert(source, out, Layout(fp8_range=FP8Range.OCP))
     manifest = json.loads((out / "conversion.json").read_text())
     manifest["identity"]["options"]["fp8_range"] = "neuron"
     (out / "conversion.json").write_text(json.dumps(manifest))

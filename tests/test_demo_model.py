@@ -11,7 +11,6 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.demo import DEMO
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
-from neuron_minimax.inspection.precision import inspect
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.studies.lengths import long_chat, measure_lengths, perplexities
 from neuron_minimax.studies.quality import HELD_OUT_SEED, VARIANTS, Variant, measure_quality
@@ -24,6 +23,7 @@ from neuron_minimax.training.tokenizer import (
     load_tokenizer,
     write_demo_tokenizer,
 )
+from tests.opened import inspect
 
 NAMES = [variant.name for variant in VARIANTS]
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import convert
 from neuron_minimax.device_check import schedule, tokens
 from neuron_minimax.device_check.check import (
     CompiledDevice,
@@ -41,6 +40,7 @@ from neuron_minimax.errors import BackendError, ConversionError
 from neuron_minimax.kernels.reference import dequantize
 from tests import faulty_device as faults
 from tests.faulty_device import InProcess, with_fault
+from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_traced import write_traced
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from neuron_minimax import cli
-from neuron_minimax.convert.cache import build_cache
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.planner.placement import Placement
 from neuron_minimax.studies.experts.batch import Outputs, Prompt, Run
 from neuron_minimax.studies.experts.command import load_any, read_prompts
 from neuron_minimax.studies.experts.trace import Trace
+from tests.opened import build_cache
 from tests.tiny_traced import write_traced
 
 QUICK = Outputs(plots=False)
@@ -245,8 +247,11 @@ def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp
     import torch
 
     build_cache(traced.parent / "checkpoint", tmp_path / "cache")
+    source = Checkpoint(traced.parent / "checkpoint")
     places = (traced, traced.parent / "converted", traced.parent / "checkpoint")
-    models = [load_any(place)[0] for place in places] + [load_any(places[2], tmp_path / "cache")[0]]
+    models = [load_any(place)[0] for place in places] + [
+        load_any(source, open_cache(tmp_path / "cache", source))[0]
+    ]
     with torch.inference_mode():
         logits = [model(torch.arange(7)[None])[0] for model in models]
     assert all(torch.allclose(other, logits[0], atol=1e-3) for other in logits[1:])

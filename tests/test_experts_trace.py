@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import FP8Range, Layout
-from neuron_minimax.convert.write import convert
+from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import Placement, as_numbered, place
 from neuron_minimax.studies.experts import similarity
 from neuron_minimax.studies.experts.token_classes import classify
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+from tests.opened import convert
 from tests.test_fp32_cache import slow_weight
 from tests.tiny import write_tiny
 

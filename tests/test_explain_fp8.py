@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from neuron_minimax import fp8
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.studies.explain.fp8 import (
@@ -76,7 +77,7 @@ def test_scales_that_fit_no_reading_are_refused_by_name():
 def test_the_steps_show_the_real_numbers_of_the_block(tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     subject = from_checkpoint(
-        write_tiny(tmp_path / "c", hidden_size=320, intermediate_size=192), name, (2, 1)
+        Checkpoint(write_tiny(tmp_path / "c", hidden_size=320, intermediate_size=192)), name, (2, 1)
     )
     codes = subject.codes[256:320, 128:192]
     scale = subject.scales[2, 1]

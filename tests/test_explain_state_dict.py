@@ -9,11 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.write import convert, plan_conversion
-from neuron_minimax.studies.explain.state_dict import walk
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
+from neuron_minimax.convert.plan import plan_conversion
+from neuron_minimax.studies.explain.state_dict import walk as walk_opened
 from tests.faults import FAULTS
+from tests.opened import convert
 from tests.tiny import write_tiny
+
+
+def walk(checkpoint, *arguments, **options):
+    return walk_opened(Checkpoint(checkpoint), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def fault(title):
 
 
 def test_every_target_of_the_plan_is_shown_with_its_sources(checkpoint):
-    conversion, _ = plan_conversion(Checkpoint(checkpoint), Layout())
+    conversion = plan_conversion(Checkpoint(checkpoint), Layout())
     names = [row[0] for row in stage(walk(checkpoint, grep="."), "Rules").rows]
     assert [name[3:] for name in names if name.startswith("-> ")] == [
         output.name for output in conversion.outputs
@@ -109,7 +114,11 @@ def test_the_path_ends_at_the_stage_that_is_wrong(tmp_path, title, where, named)
 
 
 def test_a_good_conversion_agrees(checkpoint, tmp_path):
-    convert(checkpoint, tmp_path / "out", Layout(attention="bf16", fp8_range="ocp"))
+    convert(
+        checkpoint,
+        tmp_path / "out",
+        Layout(attention=AttentionPrecision.BF16, fp8_range=FP8Range.OCP),
+    )
     assert walk(checkpoint, tmp_path / "out").first_wrong is None
 
 

@@ -14,8 +14,8 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import write_checkpoint
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.write import plan_conversion
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import ConfigError, ConversionError
 from neuron_minimax.families import FAMILIES, Role
 from neuron_minimax.families.family import MODULE_GROUPS, Family
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_the_new_family_is_read_and_inspected(checkpoint):
 
 
 def test_the_new_family_is_converted_by_its_rules(checkpoint):
-    conversion = plan_conversion(checkpoint, Layout())[0]
+    conversion = plan_conversion(checkpoint)
     shapes = {output.name: output.shape for output in conversion.outputs}
     assert shapes["layers.0.mlp.expert_mlps.mlp_op.gate_up_proj.weight"] == (8, 256, 256)
     assert shapes["layers.1.self_attn.q_norm.weight"] == (128,)
@@ -226,9 +226,9 @@ def test_the_new_family_is_converted_by_its_rules(checkpoint):
 
 def test_bf16_attention_and_kept_modules_follow_the_new_names(checkpoint):
     conversion = plan_conversion(
-        checkpoint, Layout(attention="bf16", keep_in_bf16=("expert_mlps",))
+        checkpoint, Layout(attention=AttentionPrecision.BF16, keep_in_bf16=("expert_mlps",))
     )
-    assert {output.dtype for output in conversion[0].outputs} == {"BF16"}
+    assert {output.dtype for output in conversion.outputs} == {"BF16"}
     with pytest.raises(ConversionError, match="such as lm_head or self_attn"):
         plan_conversion(checkpoint, Layout(keep_in_bf16=("block_sparse_moe",)))
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.inspection.precision import inspect
 from tests.faults import FAULTS, HANDLED, MOE, Fault, put
+from tests.opened import convert, inspect
 
 GOOD = Fault(title="none", subject="", words=())
 

@@ -17,10 +17,10 @@ import torch
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert import cache as cache_module
-from neuron_minimax.convert.cache import build_cache, open_cache
-from neuron_minimax.convert.write import convert
+from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.errors import CheckpointError, ConversionError
 from neuron_minimax.fp8 import ScaleConvention
+from tests.opened import build_cache, convert
 from tests.tiny import write_tiny
 
 
@@ -119,7 +119,7 @@ def test_this_project_converts_and_runs_the_cache(source, cache, tmp_path):
 
 
 def fp32_cache_layout():
-    from neuron_minimax.convert.plan import FP8Range, Layout
+    from neuron_minimax.convert.layout import FP8Range, Layout
 
     return Layout(fp8_range=FP8Range.OCP)
 
@@ -160,8 +160,8 @@ def test_shards_stay_within_their_limit_and_the_index_names_every_tensor(
 def test_the_real_model_needs_915_gb_in_shards_of_at_most_5_gb(tmp_path):
     from tests.full_size import write_sparse
 
-    checkpoint = Checkpoint(write_sparse(tmp_path / "full"))
-    shards = cache_module.plan_shards(checkpoint, "float32", ScaleConvention.MULTIPLIER)
+    checkpoint = Checkpoint(write_sparse(tmp_path / "full"), ScaleConvention.MULTIPLIER)
+    shards = cache_module.plan_shards(checkpoint, "float32")
     assert round(sum(shard.nbytes for shard in shards) / 1e9) == 915
     assert max(shard.nbytes for shard in shards) <= 5e9
 
@@ -202,7 +202,7 @@ def test_a_damaged_file_is_named_and_only_its_shard_is_rebuilt(source, tmp_path,
     assert build_cache(source, directory).was_finished, "without --check nothing is read"
     result = build_cache(source, directory, check=True)
     assert result.damaged == (victim.name,)
-    assert victim.name in result.render(directory)
+    assert victim.name in result.render()
     assert files(directory) == whole
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert build_cache(source, directory, check=True).was_finished

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.inspection import charts
 from neuron_minimax.inspection.command import run_inspection
 from tests.faults import MOE, Fault, put
@@ -60,7 +61,9 @@ def page(tmp_path_factory):
 
     fault = Fault(title="two", subject="", words=(), tensors=spoil)
     found = run_inspection(
-        fault.write(directory / "<checkpoint> & co"), ["self_attn", "lm_head"], values=True
+        Checkpoint(fault.write(directory / "<checkpoint> & co")),
+        ["self_attn", "lm_head"],
+        values=True,
     )
     path = directory / "page.html"
     path.write_text(found.render_page(), encoding="utf-8")
@@ -182,7 +185,9 @@ def test_a_png_holds_exactly_its_pixels():
 
 
 def test_a_page_without_values_says_nothing_of_them(tmp_path):
-    found = run_inspection(Fault(title="none", subject="", words=()).write(tmp_path / "c"))
+    found = run_inspection(
+        Checkpoint(Fault(title="none", subject="", words=()).write(tmp_path / "c"))
+    )
     text = found.render_page()
     assert "Expert norms" not in text
     assert "Usable as it is" in text

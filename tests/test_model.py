@@ -7,11 +7,11 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RotaryEm
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import CheckpointError, ConfigError, GenerationError
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import MiniMaxM2, initial_state, load_model
 from neuron_minimax.model.rope import frequencies
+from tests.opened import convert
 from tests.tiny import tiny_config, write_tiny
 
 

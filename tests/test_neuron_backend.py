@@ -19,11 +19,11 @@ from neuron_minimax.backends.nxdi import backend, coverage, options, vllm_plugin
 from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import BackendError, CheckpointError, NeuronMiniMaxError
 from neuron_minimax.planner import blockwise
 from neuron_minimax.planner.sdks import SDKS
 from tests.full_size import published_config
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 PUBLISHED = ModelConfig.from_dict(published_config())

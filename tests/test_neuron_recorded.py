@@ -11,7 +11,6 @@ import torch
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import convert
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.model.layers import Kernels
 from neuron_minimax.model.rope import rope_table
@@ -19,6 +18,7 @@ from neuron_minimax.planner.memory import Deployment, rank_memory
 from neuron_minimax.planner.sharding import head_layout
 from tests import rank_simulation
 from tests.full_size import PUBLISHED_SIZES
+from tests.opened import convert
 from tests.rank_simulation import Degrees, expert_shard
 from tests.tiny import tiny_config, write_tiny
 

@@ -14,8 +14,8 @@ import pytest
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.plan import plan as plan_conversion
+from neuron_minimax.convert.binding import bind_rules
+from neuron_minimax.convert.layout import Layout
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS, unrolled_products
 from neuron_minimax.planner.instances import instance
@@ -86,10 +86,8 @@ def test_every_weight_is_an_input_of_the_graph_in_the_dtype_of_the_conversion(
     case: Case, graph: str, found: dict[str, Any]
 ) -> None:
     assert set(found["unbound"]) <= UNREAD | (set() if is_context(graph) else UNREAD_IN_STEPS)
-    sources = {
-        expected.name: (expected.dtype, expected.shape) for expected in schema.expected(CONFIG)
-    }
-    outputs = plan_conversion(sources, CONFIG, Layout()).outputs
+    sources = {expected.name: expected.spec for expected in schema.expected(CONFIG)}
+    outputs = bind_rules(sources, CONFIG, Layout())
     dtypes = {"F8_E4M3": "float8_e4m3fn", "BF16": "bfloat16", "F32": "float32"}
     held = {
         name: dtype

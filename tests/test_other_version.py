@@ -10,9 +10,8 @@ import pytest
 
 from neuron_minimax.backends.directory import fingerprint
 from neuron_minimax.checkpoint import output
-from neuron_minimax.convert.cache import build_cache
-from neuron_minimax.convert.write import convert
 from neuron_minimax.errors import ConversionError
+from tests.opened import build_cache, convert
 from tests.tiny import write_tiny
 
 COMMANDS = {

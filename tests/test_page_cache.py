@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.checkpoint import page_cache, workers
-from neuron_minimax.checkpoint.page_cache import available_memory, too_large_to_keep
+from neuron_minimax.checkpoint import streaming
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.cache import build_cache
-from neuron_minimax.convert.verify import verify
-from neuron_minimax.convert.write import convert
+from neuron_minimax.checkpoint.streaming import available_memory, too_large_to_keep
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.inspection.values import check_values
+from tests.opened import build_cache, convert
+from tests.opened import verify_conversion as verify
 from tests.tiny import write_tiny
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -71,8 +70,8 @@ def source(tmp_path, monkeypatch):
     """A few megabytes, streamed by several processes and dropped every 64 KiB."""
     directory = write_tiny(tmp_path / "source", num_hidden_layers=3)
     read_all(directory)
-    monkeypatch.setattr(workers, "PARALLEL_FROM", 0)
-    monkeypatch.setattr(page_cache, "WINDOW", 1 << 16)
+    monkeypatch.setattr(streaming, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(streaming, "WINDOW", 1 << 16)
     return directory
 
 
@@ -92,7 +91,7 @@ def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(
         pytest.skip("this file system keeps no pages")
     COMMANDS[command](source, tmp_path / "fits")
     require_kept(source, witness)
-    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
     COMMANDS[command](source, tmp_path / "larger")
     assert cached_share(source) < 0.2
     if command != "values":
@@ -106,7 +105,7 @@ def test_verifying_what_is_larger_than_memory_drops_both_sides(source, tmp_path,
     convert(source, tmp_path / "out")
     if cached_share(source) < 1:
         pytest.skip("this file system keeps no pages")
-    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
     assert verify(source, tmp_path / "out").equal
     assert cached_share(source) < 0.2
     assert cached_share(tmp_path / "out") < 0.2

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from neuron_minimax.checkpoint.records import joined_crc32
-from neuron_minimax.checkpoint.workers import PARALLEL_FROM, in_processes
+from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
 
 
@@ -74,7 +74,7 @@ def test_leaving_early_ends_the_processes():
 
 ORPHANS = """
 import os, signal, sys, time
-from neuron_minimax.checkpoint.workers import PARALLEL_FROM, in_processes
+from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 def work():
     time.sleep(0.05)
     return os.getpid()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.write import convert
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
 from neuron_minimax.model.decoder import load_model
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 STEPS = 16
@@ -105,7 +105,7 @@ def test_prefill_and_greedy_steps_equal_transformers(pair):
 
 @torch.no_grad()
 def test_attention_in_bf16_equals_transformers_with_the_same_weights_rounded(tmp_path):
-    model, oracle = make(tmp_path, Layout(attention="bf16"))
+    model, oracle = make(tmp_path, Layout(attention=AttentionPrecision.BF16))
     for layer in oracle.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weight = getattr(layer.self_attn, name).weight

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.write import convert, plan_conversion
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.families import module_of
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.inspection.compare import compare
 from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed, reaches
-from neuron_minimax.inspection.precision import inspect
 from neuron_minimax.inspection.values import check_values
 from tests.full_size import write_sparse
+from tests.opened import convert, inspect
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_tiny
 
 RAGGED = {"hidden_size": 320, "intermediate_size": 192, "head_dim": 96, "rotary_dim": 48}
@@ -99,7 +99,7 @@ def test_nxdi_finds_gate_inside_gate_up_proj():
 
 
 def test_the_module_paths_are_those_the_conversion_writes(tiny):
-    conversion, _ = plan_conversion(Checkpoint(tiny), Layout())
+    conversion = plan_conversion(Checkpoint(tiny), Layout())
     written = {module_of(output.name) for output in conversion.outputs if len(output.shape) > 1}
     checkpoint = Checkpoint(tiny)
     modules = modules_of(checkpoint.entries, checkpoint.config)
@@ -135,7 +135,7 @@ def test_a_given_list_without_lm_head_is_an_error(tiny):
 
 def test_the_needed_list_is_the_one_a_conversion_writes_and_judged_right(tiny):
     report = inspect(tiny)
-    conversion, _ = plan_conversion(Checkpoint(tiny), Layout())
+    conversion = plan_conversion(Checkpoint(tiny), Layout())
     assert report.needed["NxDI"] == conversion.modules_to_not_convert
     assert report.needed["Hugging Face"] == ("gate", "lm_head")
     assert inspect(tiny, report.needed["NxDI"]).usable
@@ -370,7 +370,7 @@ def test_a_comparison_names_other_shapes_dtypes_and_names(tmp_path):
 # exec.
 MEASURED = """
 import re, sys
-from neuron_minimax.inspection.precision import inspect
+from tests.opened import inspect
 report = inspect(sys.argv[1])
 assert "torch" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from neuron_minimax.convert.write import convert
 from tests.faults import FAULTS
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 TOOLS = Path(__file__).parents[1] / "tools"

@@ -8,9 +8,9 @@ from typing import Any
 
 from neuron_minimax.backends import compile_model
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.convert.write import convert
 from neuron_minimax.generation.generate import Answer, answer, generate
 from neuron_minimax.generation.tokenizer import TextTokenizer
+from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_tokenizer import write_tokenizer
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli.app import exit_code
 from neuron_minimax.inspection.document import to_text
 from neuron_minimax.studies.explain.state_dict import walk
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        walked = walk(arguments.checkpoint, arguments.converted, arguments.layer, arguments.grep)
+        source = Checkpoint.open(arguments.checkpoint)
+        walked = walk(source, arguments.converted, arguments.layer, arguments.grep)
         print(to_text(f"Loading path of {arguments.checkpoint}", walked.parts()), end="")
         return 1 if walked.first_wrong else 0
 

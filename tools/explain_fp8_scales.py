@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli.app import exit_code
 from neuron_minimax.studies.explain.fp8 import from_checkpoint, made_here, write_guide
 
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.checkpoint is None:
             subject = made_here(place=place)
         else:
-            subject = from_checkpoint(arguments.checkpoint, arguments.tensor, place)
+            subject = from_checkpoint(
+                Checkpoint.open(arguments.checkpoint), arguments.tensor, place
+            )
         print(write_guide(subject, arguments.output_dir), end="")
         return 0
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_minimax.checkpoint.output import comparable
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.write import read_manifest as read_conversion
+from neuron_minimax.checkpoint.writer import write_json
+from neuron_minimax.convert.plan import CONVERSION_NAME, Converted
 from neuron_minimax.errors import BackendError
 
 if TYPE_CHECKING:
@@ -80,12 +80,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Put the manifest in place, whole or not at all; it is the last file of a compile."""
-        temporary = directory / f".{MANIFEST_NAME}.partial"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / MANIFEST_NAME)
+        write_json(directory / MANIFEST_NAME, {"format": FORMAT, **asdict(self)})
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -108,12 +103,13 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
 
 
-def fingerprint(converted: Path) -> str:
+def fingerprint(converted: Path | TensorDirectory) -> str:
     """Identity of a converted directory: its headers, samples of its data, and its own record of
     all digests, without the version that wrote it.
     """
-    digest = hashlib.sha256(TensorDirectory(converted).fingerprint.encode())
-    record = converted / "conversion.json"
+    tensors = converted if isinstance(converted, TensorDirectory) else TensorDirectory(converted)
+    digest = hashlib.sha256(tensors.fingerprint.encode())
+    record = tensors.directory / CONVERSION_NAME
     if record.exists():
         manifest = json.loads(record.read_bytes())
         same = comparable(manifest) | {"identity": comparable(manifest["identity"])}
@@ -184,7 +180,7 @@ class CompileReport:
 
 
 def compile_model(
-    converted: str | Path,
+    converted: str | Path | Converted,
     traced: str | Path,
     *,
     backend: str = "cpu",
@@ -199,12 +195,14 @@ def compile_model(
     `traced`, or when it holds something else.
     """
     started = time.monotonic()
-    converted = Path(converted)
+    opened = converted if isinstance(converted, Converted) else Converted.open(converted)
     traced = Path(traced)
-    request = _request(converted, backend, options or {}, force)
+    request = _request(opened, backend, options or {}, force)
     with _locked(traced):
         reason = "forced" if force else _why_compile(traced, request)
-        manifest = _build(converted, traced, request, progress) if reason else read_manifest(traced)
+        manifest = (
+            _build(opened.directory, traced, request, progress) if reason else read_manifest(traced)
+        )
     return CompileReport(
         directory=traced, manifest=manifest, reason=reason, seconds=time.monotonic() - started
     )
@@ -264,16 +262,16 @@ def _module(backend: str) -> Any:
     return importlib.import_module(BACKENDS[backend])
 
 
-def _request(converted: Path, backend: str, options: Mapping[str, Any], force: bool) -> Manifest:
+def _request(
+    converted: Converted, backend: str, options: Mapping[str, Any], force: bool
+) -> Manifest:
     module = _module(backend)
-    config = ModelConfig.from_dir(converted)
-    read_conversion(converted)  # refuses what is no finished conversion
-    checked = module.check_options(config, options, force)
+    checked = module.check_options(converted.config, options, force)
     versions, machine = module.environment()
     return Manifest(
         backend=backend,
         options=checked,
-        checkpoint=fingerprint(converted),
+        checkpoint=fingerprint(converted.tensors),
         versions=versions,
         machine=machine,
     )

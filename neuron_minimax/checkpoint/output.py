@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax import __version__
-from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.page_cache import Trail
+from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
 from neuron_minimax.checkpoint.records import (
     TensorRecord,
@@ -30,7 +28,7 @@ from neuron_minimax.checkpoint.records import (
     read_records,
     records_as_json,
 )
-from neuron_minimax.checkpoint.workers import in_processes
+from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
 from neuron_minimax.checkpoint.writer import (
     PARTIAL_SUFFIX,
     ShardStream,
@@ -132,13 +130,9 @@ class OutputDirectory:
         """Write index and config, then the manifest, whose presence says that the directory is
         whole.
         """
-        sizes = (
-            prod(record.shape) * STORED_DTYPES[record.dtype].itemsize for record in records.values()
-        )
         if len({record.shard for record in records.values()}) > 1:
-            write_index(
-                self.path, {name: record.shard for name, record in records.items()}, sum(sizes)
-            )
+            weight_map = {name: record.shard for name, record in records.items()}
+            write_index(self.path, weight_map, sum(record.nbytes for record in records.values()))
         write_json(self.path / "config.json", dict(config))
         write_json(
             self.manifest_path,
@@ -216,8 +210,9 @@ class OutputDirectory:
         needed += needed // 100 + (16 << 20)  # headers, journals, the file system's own share
         if free < needed:
             raise ConversionError(
-                f"{self.path} needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} "
-                "GB free; nothing was written: free some space or choose another disk"
+                f"{self.path} needs {size_text(needed, 2, 'GB')} more and its disk has "
+                f"{size_text(free, 2, 'GB')} free; nothing was written: free some space or choose "
+                "another disk"
             )
 
     def _trusted(self, shard: StreamedShard) -> dict[str, TensorRecord] | None:
@@ -229,10 +224,10 @@ class OutputDirectory:
             records = read_records(json.loads(journal.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError):
             return None
-        good = not damaged_tensors(self.path, records, shard.name)
-        return (
-            records if good and set(records) == {tensor.name for tensor in shard.tensors} else None
-        )
+        if set(records) != {tensor.name for tensor in shard.tensors}:
+            return None
+        stored = TensorDirectory(self.path, shards=[shard.name])
+        return None if damaged_tensors(stored, records) else records
 
     def _write(
         self,
@@ -243,8 +238,8 @@ class OutputDirectory:
         for path in self.path.glob("*" + PARTIAL_SUFFIX):
             path.unlink()
         nbytes = sum(shard.nbytes for shard in shards)
-        trail = Trail((source,), max(nbytes, source.nbytes))
-        streams = [ShardStream(shard, self.path, trail) for shard in shards]
+        dropper = PageDropper((source,), max(nbytes, source.nbytes))
+        streams = [ShardStream(shard, self.path, dropper) for shard in shards]
         memory = np.empty(max(stream.largest_piece for stream in streams), np.uint8)
         tasks = [task for stream in streams for task in stream.tasks(memory)]
         records: dict[str, TensorRecord] = {}
@@ -254,19 +249,17 @@ class OutputDirectory:
                 with self._named_disk_errors(stream):
                     found = stream.collect(results, syncer, progress)
                 records |= found
-                if (
-                    finishing is not None
-                ):  # one shard is synced while the next is computed, not more
+                if finishing is not None:  # one shard is synced while the next is computed
                     finishing.result()
                 finishing = syncer.submit(self._finish_shard, stream, found)
             if finishing is not None:
                 finishing.result()
-        trail.finish()
+        dropper.finish()
         return records
 
     def _finish_shard(self, stream: ShardStream, records: Mapping[str, TensorRecord]) -> None:
         with self._named_disk_errors(stream):
-            stream.writer.finish(stream.trail.drops)
+            stream.writer.finish(stream.dropper.drops)
             write_json(self.unfinished / f"{stream.shard.name}.json", records_as_json(records))
 
     @contextmanager

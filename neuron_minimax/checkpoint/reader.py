@@ -1,24 +1,30 @@
 """Checkpoint directories: every header checked without reading data, tensors as zero-copy views of
-the mapped files.
+the mapped files, block scales as the factors that they mean.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from neuron_minimax import fp8
-from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorEntry, read_header
-from neuron_minimax.checkpoint.page_cache import drop_pages
+from neuron_minimax.checkpoint import header, schema
+from neuron_minimax.checkpoint.header import (
+    STORED_DTYPES,
+    TORCH_DTYPES,
+    TensorEntry,
+    TensorSpec,
+    size_text,
+)
+from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import CheckpointError
-from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.errors import CheckpointError, ScaleConventionError
+from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ScaleEvidence, ceil_div
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +88,8 @@ class TensorDirectory:
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def strips(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """So many rows (along the first dimension) at a time, as `array` has them, each time in the
-        same memory. Of a tensor without a dimension or an element there are none.
+        """Yield so many rows (along the first dimension) at a time, as `array` has them, each time
+        in the same memory. A tensor without a dimension or an element has none.
 
         Read, not mapped: of what is looked at once, mapping each page takes longer than copying it.
         Raises CheckpointError when the file has become shorter.
@@ -126,10 +132,8 @@ class TensorDirectory:
         """Let go of the mapped files; arrays that are still in use keep theirs."""
         self._maps.clear()
 
-    def forget(self) -> None:
-        """Drop the files' pages from the page cache, as far as no array of any process has them
-        mapped.
-        """
+    def drop_pages(self) -> None:
+        """Drop the files' pages from the page cache, where no array of any process maps them."""
         self.unmap()
         for shard in self.shards:
             with open(self.directory / shard, "rb") as file:
@@ -211,7 +215,7 @@ class TensorDirectory:
 
     def _read_shard(self, shard: str, weight_map: Mapping[str, str]) -> None:
         try:
-            entries = list(read_header(self.directory / shard))
+            entries = list(header.read_header(self.directory / shard))
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
@@ -233,26 +237,29 @@ class TensorDirectory:
                 self.entries[entry.name] = entry
 
 
-class Checkpoint(TensorDirectory):
-    """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for
-    its config.
+class ScaledWeights:
+    """Weights whose FP8 codes have block scales, in files or in memory.
 
-    `problems` also holds what `check_against_schema` finds; `mtp_names` the tolerated
-    multi-token-prediction tensors. Raises ConfigError or CheckpointError when there is no such
-    checkpoint at all.
+    What a stored `weight_scale_inv` means is decided here, once: `multipliers` gives the factors of
+    the codes, whatever is stored. A subclass sets the fields and gives `array`.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.config = ModelConfig.from_dir(directory)
-        super().__init__(directory)
-        self.mtp_names: list[str] = [
-            name for name in self.entries if schema.is_mtp(name, self.config)
-        ]
-        self.problems += check_against_schema(self.entries, self.config, set(self.mtp_names))
+    title: str  # begins an error message
+    config: ModelConfig
+    chosen: ConventionChoice
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name."""
+        raise NotImplementedError
+
+    def array(self, name: str) -> np.ndarray:
+        """The stored elements; see TensorDirectory.array."""
+        raise NotImplementedError
 
     def is_fp8(self, name: str) -> bool:
-        """Read off the header, never off config.json."""
-        return self.entry(name).dtype == "F8_E4M3"
+        """Read off the tensor, never off config.json."""
+        return self.specs[name].dtype == "F8_E4M3"
 
     def sample_scales(self, most: int = 512) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(name, codes of the first block row, their scales [1, blocks]) of FP8 weights spread over
@@ -260,24 +267,116 @@ class Checkpoint(TensorDirectory):
         """
         names = [
             name
-            for name in self.entries
-            if self.is_fp8(name) and schema.scale_name(name) in self.entries
+            for name in self.specs
+            if self.is_fp8(name) and schema.scale_name(name) in self.specs
         ]
         rows = self.config.weight_block_size[0]
         for name in names[:: max(1, ceil_div(len(names), most))]:
             yield name, self.array(name)[:rows], self.array(schema.scale_name(name))[:1]
 
-    def scale_convention(self) -> tuple[fp8.ScaleConvention | None, fp8.ScaleEvidence]:
-        """What `weight_scale_inv` means in this checkpoint, with the evidence; None when it is
-        mixed.
+    @cached_property
+    def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:
+        """The meaning of `weight_scale_inv` that its values show, with the evidence; None when it
+        is mixed. Raises CheckpointError naming sampled scales that are not positive numbers.
         """
         return fp8.decide_convention(self.sample_scales(), self.config.weight_block_size)
+
+    @cached_property
+    def convention(self) -> ScaleConvention:
+        """The meaning of `weight_scale_inv`: what the user chose, or else what its values show.
+
+        Raises ScaleConventionError when the evidence is mixed.
+        """
+        if self.chosen is not ConventionChoice.AUTO:
+            return ScaleConvention(self.chosen)
+        found, evidence = self.scale_reading
+        if found is None and any(spec.dtype == "F8_E4M3" for spec in self.specs.values()):
+            raise ScaleConventionError(
+                f"{self.title}: what weight_scale_inv means is unclear: {evidence.render()} "
+                f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors, or "
+                "say it with --scale-convention"
+            )
+        return found or ScaleConvention.MULTIPLIER
+
+    def multipliers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The float32 factors of an FP8 weight's codes, one for each block that these rows of the
+        weight touch.
+
+        Raises CheckpointError naming stored scales that are not positive finite numbers.
+        """
+        block_rows = self.config.weight_block_size[0]
+        start, stop, _ = rows.indices(self.specs[name].shape[0])
+        scale_name = schema.scale_name(name)
+        stored = self.array(scale_name)[start // block_rows : ceil_div(stop, block_rows)]
+        fp8.check_scales(scale_name, stored)
+        return np.float32(1) / stored if self.convention is ScaleConvention.RECIPROCAL else stored
+
+
+class Checkpoint(TensorDirectory, ScaledWeights):
+    """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for
+    its config.
+
+    `problems` also holds what `check_against_schema` finds; `mtp_names` the tolerated
+    multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
+    values do not. Raises ConfigError or CheckpointError when there is no such checkpoint at all.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
+    ) -> None:
+        self.config = ModelConfig.from_dir(directory)
+        self.chosen = ConventionChoice(scale_convention)
+        super().__init__(directory)
+        self.title = str(self.directory)
+        self.mtp_names: list[str] = [
+            name for name in self.entries if schema.is_mtp(name, self.config)
+        ]
+        self.problems += check_against_schema(self.entries, self.config, set(self.mtp_names))
+
+    @classmethod
+    def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> "Checkpoint":
+        """The checkpoint that a user names; `scale_convention` is auto, multiplier or reciprocal.
+
+        Raises CheckpointError for another convention, and what the constructor raises.
+        """
+        try:
+            choice = ConventionChoice(scale_convention)
+        except ValueError:
+            raise CheckpointError(
+                f"scale_convention is {scale_convention!r}; expected one of "
+                f"{', '.join(ConventionChoice)}"
+            ) from None
+        return cls(path, choice)
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: entry.spec for name, entry in self.entries.items()}
+
+    @property
+    def convention_record(self) -> dict[str, Any]:
+        """The convention as manifests hold it: what it is, who chose it, and the evidence."""
+        return {
+            "convention": str(self.convention),
+            "chosen_by": str(self.chosen),
+            "evidence": asdict(self.scale_reading[1]),
+        }
+
+    def __str__(self) -> str:
+        """The directory, and how much is in it."""
+        config = self.config
+        state = f"; {len(self.problems)} problems" if self.problems else ""
+        return (
+            f"{self.directory}: {len(self.entries):,} tensors, {size_text(self.nbytes)}, "
+            f"{config.num_hidden_layers} layers, {config.num_local_experts} experts{state}"
+        )
 
 
 def check_against_schema(
     entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
 ) -> Iterator[Problem]:
-    """Every way in which the entries differ from what the table expects for this config."""
+    """Yield every way in which the entries differ from what the table expects for this config."""
     known: set[str] = set()
     for wanted in schema.expected(config):
         known.add(wanted.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 
+from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families.family import Weight
 from neuron_minimax.fp8 import block_grid
@@ -16,15 +17,11 @@ SCALE_SUFFIX = "_scale_inv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
-    """One tensor that a checkpoint of a given config holds: its name, row, shape, layer and
-    expert.
-    """
+class Expected(HasSpec):
+    """One tensor that a checkpoint of a given config holds, its row, layer and expert."""
 
-    name: str
+    spec: TensorSpec
     weight: Weight
-    shape: tuple[int, ...]
-    dtype: str
     is_scale: bool = False
     layer: int | None = None
     expert: int | None = None
@@ -63,9 +60,9 @@ def expected(config: ModelConfig) -> Iterator[Expected]:
             for expert in range(config.num_local_experts) if weight.per_expert else (None,):
                 name = weight.template.format(l=layer, e=expert)
                 place = partial(Expected, weight=weight, layer=layer, expert=expert)
-                yield place(name=name, shape=shape, dtype=weight.published_dtype)
+                yield place(spec=TensorSpec(name, weight.published_dtype, shape))
                 if weight.quantized:
-                    yield place(name=scale_name(name), shape=grid, dtype="F32", is_scale=True)
+                    yield place(spec=TensorSpec(scale_name(name), "F32", grid), is_scale=True)
 
 
 def scale_name(weight_name: str) -> str:

@@ -36,11 +36,13 @@ def inspect(
     """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint
     cannot be used.
     """
+    from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.inspection.command import run_inspection, write_text
 
-    found = run_inspection(
-        checkpoint, _split(modules_to_not_convert), check_values, against, progress_bar
-    )
+    opened = Checkpoint.open(checkpoint)
+    other = None if against is None else Checkpoint.open(against)
+    modules = _split(modules_to_not_convert)
+    found = run_inspection(opened, modules, check_values, other, progress_bar)
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
         write_text(output, text.rstrip() + "\n")
@@ -70,27 +72,22 @@ def convert(
     ] = False,
 ) -> None:
     """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
+    from neuron_minimax.checkpoint.header import size_text
     from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.convert.plan import Layout
-    from neuron_minimax.convert.write import convert as run_conversion
-    from neuron_minimax.convert.write import plan_conversion
+    from neuron_minimax.convert.layout import Layout
+    from neuron_minimax.convert.plan import plan_conversion
 
-    layout = Layout(
-        attention=attention,  # type: ignore[arg-type]
-        fp8_range=fp8_range,  # type: ignore[arg-type]
-        scale_convention=scale_convention,  # type: ignore[arg-type]
-        keep_in_bf16=tuple(keep_in_bf16 or ()),
+    layout = Layout.from_options(
+        {"attention": attention, "fp8_range": fp8_range, "keep_in_bf16": keep_in_bf16 or ()}
     )
-    plan, _ = plan_conversion(Checkpoint(checkpoint), layout)
+    plan = plan_conversion(Checkpoint.open(checkpoint, scale_convention), layout)
     if dry_run:
         print(plan.render())
-        print(f"space needed: {plan.nbytes / 1e9:.3f} GB")
+        print(f"space needed: {size_text(plan.nbytes, 3, 'GB')}")
         return
     with progress_bar("converting", plan.nbytes) as advance:
-        result = run_conversion(checkpoint, out, layout, overwrite=overwrite, progress=advance)
-        if result.was_finished:
-            advance(plan.nbytes)
-    print(result.render(out))
+        converted = plan.write(out, overwrite=overwrite, progress=advance)
+    print(converted.render())
 
 
 @app.command()
@@ -102,18 +99,20 @@ def verify(
     ] = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
-    from neuron_minimax.checkpoint.reader import TensorDirectory
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import Converted
     from neuron_minimax.convert.verify import verify as verify_conversion
 
-    total = sum(entry.nbytes for entry in TensorDirectory(out).entries.values())
-    with progress_bar("verifying", 2 * total) as advance:
-        verification = verify_conversion(checkpoint, out, advance)
+    converted = Converted.open(out)
+    source = Checkpoint.open(checkpoint)
+    with progress_bar("verifying", 2 * converted.nbytes) as advance:
+        verification = verify_conversion(source, converted, advance)
     print(verification.render())
     good = verification.equal
     if logits and good:
         from neuron_minimax.model.comparison import compare_logits
 
-        comparison = compare_logits(checkpoint, out)
+        comparison = compare_logits(source, converted)
         print(comparison.render())
         good = comparison.agrees
     raise typer.Exit(0 if good else 1)
@@ -134,12 +133,12 @@ def cache(
     """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and
     resumes by itself.
     """
+    from neuron_minimax.checkpoint.reader import Checkpoint
     from neuron_minimax.convert.cache import build_cache, cache_bytes
 
-    with progress_bar("dequantizing", cache_bytes(checkpoint, dtype)) as advance:
+    source = Checkpoint.open(checkpoint)
+    with progress_bar("dequantizing", cache_bytes(source, dtype)) as advance:
         result = build_cache(
-            checkpoint, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance
+            source, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance
         )
-        if result.was_finished:
-            advance(result.nbytes)
-    print(result.render(cache_dir))
+    print(result.render())

@@ -3,51 +3,65 @@ inverse.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.header import TORCH_DTYPES
+from neuron_minimax.checkpoint.header import TORCH_DTYPES, TensorSpec
+from neuron_minimax.checkpoint.reader import ScaledWeights
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.ops import take_apart
-from neuron_minimax.convert.pieces import pieces
-from neuron_minimax.convert.plan import ConventionChoice, Layout, Sources, plan
+from neuron_minimax.convert.binding import bind_rules
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.pieces import pieces, take_apart
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import Role, target_scale_name
-from neuron_minimax.fp8 import ScaleConvention, ceil_div
+from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ceil_div
 
 if TYPE_CHECKING:
     import torch
 
+STORED_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_DTYPES.items()}
 
-class _StateDict:
-    """A torch state dict seen as stored arrays, zero-copy."""
 
-    def __init__(self, tensors: Mapping[str, "torch.Tensor"]) -> None:
+class StateDict(ScaledWeights):
+    """A torch state dict in memory, seen as stored arrays, zero-copy."""
+
+    title = "the state dict"
+
+    def __init__(
+        self,
+        tensors: Mapping[str, "torch.Tensor"],
+        config: ModelConfig,
+        scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
+    ) -> None:
         self.tensors = tensors
-        self.dtypes = {f"torch.{torch_name}": name for name, torch_name in TORCH_DTYPES.items()}
+        self.config = config
+        self.chosen = ConventionChoice(scale_convention)
 
-    def sources(self) -> Sources:
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
         return {
-            name: (self.dtypes[str(t.dtype)], tuple(t.shape)) for name, t in self.tensors.items()
+            name: TensorSpec(name, STORED_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
         }
 
     def array(self, name: str) -> np.ndarray:
         import torch
 
         tensor = self.tensors[name].detach().contiguous()
-        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(
-            self.dtypes[str(tensor.dtype)]
-        )
+        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(self.specs[name].dtype)
         return (tensor if same_bytes is None else tensor.view(same_bytes)).numpy()
 
 
 def convert_hf_to_neuron_state_dict(
-    state_dict: Mapping[str, "torch.Tensor"], config: ModelConfig, layout: Layout | None = None
+    state_dict: Mapping[str, "torch.Tensor"],
+    config: ModelConfig,
+    layout: Layout | None = None,
+    scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
 ) -> dict[str, "torch.Tensor"]:
-    """The converted tensors of a Hugging Face state dict in memory, by the same rules as `convert`.
+    """The converted tensors of a Hugging Face state dict in memory, by the rules of a conversion.
 
     Names may come with or without the leading `model.` (NxDI strips it). With `layout.tp_degree`
     the int32 rank tensors [tp_degree] are added. Raises ConversionError naming missing, unused or
@@ -62,17 +76,13 @@ def convert_hf_to_neuron_state_dict(
         state_dict = {
             name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
         }
-    source = _StateDict(state_dict)
+    source = StateDict(state_dict, config, scale_convention)
     tolerated = [name for name in state_dict if schema.is_mtp(name, config)]
-    sources = source.sources()
-    conversion = plan(
-        sources, config, layout, _convention_in_memory(source, sources, config, layout), tolerated
-    )
     converted: dict[str, torch.Tensor] = {}
-    for output in conversion.outputs:
+    for output in bind_rules(source.specs, config, layout, source.convention, tolerated):
         memory = np.empty(output.nbytes, np.uint8)
         filled = 0
-        for piece in pieces(conversion, output, source):
+        for piece in pieces(output, source):
             piece.fill(memory[filled : filled + piece.nbytes])
             filled += piece.nbytes
         elements = torch.from_numpy(memory).view(getattr(torch, TORCH_DTYPES[output.dtype]))
@@ -81,29 +91,6 @@ def convert_hf_to_neuron_state_dict(
         for name in config.family.rank_names(config.num_hidden_layers):
             converted[name] = torch.arange(layout.tp_degree, dtype=torch.int32)
     return converted
-
-
-def _convention_in_memory(
-    source: _StateDict, sources: Sources, config: ModelConfig, layout: Layout
-) -> ScaleConvention:
-    if layout.scale_convention is not ConventionChoice.AUTO:
-        return ScaleConvention(layout.scale_convention)
-    names = [
-        name
-        for name, (dtype, _) in sources.items()
-        if dtype == "F8_E4M3" and schema.scale_name(name) in sources
-    ]
-    rows = config.weight_block_size[0]
-    samples = (
-        (n, source.array(n)[:rows], source.array(schema.scale_name(n))[:1])
-        for n in names[:: len(names) // 512 + 1]
-    )
-    convention, evidence = fp8.decide_convention(samples, config.weight_block_size)
-    if names and convention is None:
-        raise ConversionError(
-            f"what weight_scale_inv means is unclear: {evidence.render()}; set scale_convention"
-        )
-    return convention or ScaleConvention.MULTIPLIER
 
 
 def neuron_to_hf_state_dict(

@@ -19,13 +19,13 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.backends.directory import fingerprint
-from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.header import STORED_DTYPES, HasSpec, TensorSpec
 from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.pieces import PIECE_BYTES
-from neuron_minimax.convert.write import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from neuron_minimax.convert.plan import CONVERSION_NAME, FORMAT_VERSION, read_manifest
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import Role, module_of, target_scale_name
 from neuron_minimax.fp8 import bfloat16, ceil_div
@@ -51,14 +51,12 @@ class Probe(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """One tensor of a probe: its own name, that of the layer's tensor, and how both are stored."""
+class Target(HasSpec):
+    """One tensor of a probe, and the name of the layer's tensor, which is stored alike."""
 
     role: Role  # of the first weight that it is made of
-    name: str
+    spec: TensorSpec
     source: str
-    dtype: str
-    shape: tuple[int, ...]
     is_scale: bool
 
     def encode(self, values: np.ndarray) -> np.ndarray:
@@ -144,15 +142,8 @@ class Layer:
                 entry = self.tensors.entry(source)
                 cut = weight.dimensions[0] == "V"
                 shape = (self.vocabulary, *entry.shape[1:]) if cut else entry.shape
-                name = template.format(l=0)
-                yield Target(
-                    role=weight.role,
-                    name=name,
-                    source=source,
-                    dtype=entry.dtype,
-                    shape=shape,
-                    is_scale=is_scale,
-                )
+                spec = TensorSpec(template.format(l=0), entry.dtype, shape)
+                yield Target(role=weight.role, spec=spec, source=source, is_scale=is_scale)
 
     def probe_config(self) -> dict[str, Any]:
         """config.json of a probe: one layer, fewer tokens, else the converted directory's."""
@@ -225,12 +216,10 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
     }
     changes = _changes(layer, probe)
     tensors = tuple(
-        StreamedTensor(
-            target.name, target.dtype, target.shape, list(_pieces(layer, target, changes))
-        )
+        StreamedTensor(target.spec, list(_pieces(layer, target, changes)))
         for target in layer.targets()
     )
-    with OutputDirectory(directory, MANIFEST_NAME, identity, overwrite=True) as output:
+    with OutputDirectory(directory, CONVERSION_NAME, identity, overwrite=True) as output:
         if output.finished:
             return
         shard = StreamedShard("model.safetensors", tensors)

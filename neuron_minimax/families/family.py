@@ -102,7 +102,7 @@ class Weight:
 
 
 class Operation(StrEnum):
-    """How sources become a target; `convert/ops.py` has the arithmetic of each, and its inverse."""
+    """How sources become a target; `convert/pieces.py` does each, and its inverse."""
 
     COPY = "copy"
     STACK_TRANSPOSED = "stack over experts, each transposed, side by side"

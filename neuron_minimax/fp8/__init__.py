@@ -22,6 +22,7 @@ from neuron_minimax.fp8.codes import (
 )
 from neuron_minimax.fp8.convention import (
     TRAINED_BLOCK_MAX,
+    ConventionChoice,
     ScaleConvention,
     ScaleEvidence,
     block_maxima,
@@ -39,6 +40,7 @@ __all__ = [
     "NEURON_MAX",
     "OCP_MAX",
     "TRAINED_BLOCK_MAX",
+    "ConventionChoice",
     "ScaleConvention",
     "ScaleEvidence",
     "block_grid",

@@ -121,12 +121,12 @@ def halve_into(out: np.ndarray, codes: np.ndarray, spare: np.ndarray) -> tuple[i
 
 
 def count_rounded(codes: np.ndarray) -> int:
-    """How many codes `halve` rounds: the odd ones with |value| <= 15 * 2^-9."""
+    """The number of codes that `halve` rounds: the odd ones with |value| <= 15 * 2^-9."""
     return int(np.count_nonzero((codes & 0x71) == 1))
 
 
 def has_nan(codes: np.ndarray) -> bool:
-    """Whether any code is NaN (0x7f or 0xff)."""
+    """True when any code is NaN (0x7f or 0xff)."""
     return bool(((codes & 0x7F) == CODE_NAN).any())
 
 
@@ -146,8 +146,8 @@ def check_codes(name: str, codes: np.ndarray) -> None:
 
 
 def check_scales(name: str, scales: np.ndarray) -> None:
-    """Raise CheckpointError naming the tensor, the first bad block and its value when a scale is no
-    positive number.
+    """Raise CheckpointError naming the tensor, the first bad block and its value when a scale is
+    not a positive number.
     """
     good = np.isfinite(scales) & (scales > 0)
     if not good.all():

@@ -1,4 +1,4 @@
-"""What `weight_scale_inv` means in a checkpoint, read off the size of block maxima.
+"""The meaning of `weight_scale_inv` in a checkpoint, read off the size of block maxima.
 
 Shapes: R rows, C columns of a weight; a scale grid is [ceil(R / block rows), ceil(C / block
 columns)].
@@ -18,16 +18,24 @@ TRAINED_BLOCK_MAX = (1e-4, 1e2)
 
 
 class ScaleConvention(StrEnum):
-    """What `weight_scale_inv` holds: the factor itself (published checkpoints), or one over it."""
+    """`weight_scale_inv` holds the factor itself (published checkpoints), or one over it."""
 
+    MULTIPLIER = "multiplier"
+    RECIPROCAL = "reciprocal"
+
+
+class ConventionChoice(StrEnum):
+    """A user's choice of convention: one of them, or the one that the values show."""
+
+    AUTO = "auto"
     MULTIPLIER = "multiplier"
     RECIPROCAL = "reciprocal"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleEvidence:
-    """How many sampled tensors speak for each reading, and the block maxima that either reading
-    implies.
+    """The number of sampled tensors that speak for each reading, and the block maxima that either
+    reading implies.
     """
 
     multiplier: int
@@ -132,10 +140,13 @@ def convention_of_medians(
             continue
         medians[0].append(pair[0])
         medians[1].append(pair[1])
-        fits = [TRAINED_BLOCK_MAX[0] <= value <= TRAINED_BLOCK_MAX[1] for value in pair]
-        votes[
-            "neither" if fits[0] == fits[1] else "multiplier" if fits[0] else "reciprocal"
-        ].append(name)
+        if_multiplier, if_reciprocal = (
+            TRAINED_BLOCK_MAX[0] <= value <= TRAINED_BLOCK_MAX[1] for value in pair
+        )
+        if if_multiplier == if_reciprocal:
+            votes["neither"].append(name)
+        else:
+            votes["multiplier" if if_multiplier else "reciprocal"].append(name)
     winner = max(
         (ScaleConvention.MULTIPLIER, ScaleConvention.RECIPROCAL),
         key=lambda reading: len(votes[reading]),
@@ -151,7 +162,7 @@ def convention_of_medians(
 
 
 def median(values: Sequence[float] | np.ndarray) -> float:
-    """As np.median of numbers, whose first call imports numpy.ma (18 ms); NaN of nothing."""
+    """The median, NaN of nothing; np.median's first call would import numpy.ma, which is slow."""
     if not len(values):
         return float("nan")
     middle = [(len(values) - 1) // 2, len(values) // 2]

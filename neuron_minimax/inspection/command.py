@@ -53,21 +53,16 @@ class Inspection:
 
 
 def run_inspection(
-    directory: str | Path,
+    checkpoint: Checkpoint,
     modules_to_not_convert: Sequence[str] | None = None,
     values: bool = False,
-    against: str | Path | None = None,
+    other: Checkpoint | None = None,
     bar: Bar = no_bar,
 ) -> Inspection:
-    """Inspect a checkpoint; with `values` every byte is read, with `against` it is compared with
-    another one.
-
-    Raises ConfigError or CheckpointError when there is no MiniMax-M2 checkpoint to read; all else
-    is a finding.
+    """Inspect an opened checkpoint; with `values` every byte is read, with another one the two are
+    compared.
     """
-    checkpoint = Checkpoint(directory)
-    other = Checkpoint(against) if against is not None else None
-    total = sum(entry.nbytes for entry in checkpoint.entries.values())
+    total = checkpoint.nbytes
     found = None
     comparison = None
     if values:

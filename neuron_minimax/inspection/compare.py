@@ -89,7 +89,7 @@ def compare(
 
     def form(checkpoint: Checkpoint, name: str) -> str:
         entry = checkpoint.entries[name]
-        return f"{entry.dtype} {list(entry.shape)}"
+        return entry.spec.form
 
     forms = [(name, form(first, name), form(second, name)) for name in both]
     same = [name for name, one, other in forms if one == other]

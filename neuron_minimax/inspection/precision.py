@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from neuron_minimax.checkpoint import schema
@@ -189,19 +188,16 @@ class PrecisionReport:
 
 
 def inspect(
-    directory: str | Path,
+    checkpoint: Checkpoint,
     modules_to_not_convert: Sequence[str] | None = None,
     check_values: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> PrecisionReport:
-    """Read every header of a checkpoint directory and report what it holds and what is wrong.
+    """Report what an opened checkpoint holds and what is wrong with it; all faults are findings.
 
     `modules_to_not_convert` is a list to judge for NxDI; None judges the one in config.json alone.
-    `check_values` also reads every weight and scale, calling `progress` with bytes read. Faults of
-    the checkpoint are findings of the report; ConfigError and CheckpointError are raised only when
-    there is no MiniMax-M2 checkpoint to read at all.
+    `check_values` also reads every weight and scale, calling `progress` with bytes read.
     """
-    checkpoint = Checkpoint(directory)
     values = read_values(checkpoint, progress) if check_values else None
     return report_of(checkpoint, modules_to_not_convert, values)
 

@@ -20,10 +20,9 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.page_cache import Trail
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
-from neuron_minimax.checkpoint.workers import in_processes
+from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families import Role, module_of
 from neuron_minimax.fp8 import ScaleConvention
@@ -136,23 +135,23 @@ def check_values(
         )
     )
     tally = _Tally(checkpoint)
-    trail = Trail((checkpoint,), checkpoint.nbytes)
-    tasks = [partial(_measure_and_unmap, checkpoint, weight, broken, trail) for weight in wanted]
+    dropper = PageDropper((checkpoint,), checkpoint.nbytes)
+    tasks = [partial(_measure_and_unmap, checkpoint, weight, broken, dropper) for weight in wanted]
     for measurement in in_processes(
         tasks, sum(_nbytes(checkpoint, weight) for weight in wanted), AT_ONCE
     ):
         tally.add(measurement)
         progress(_nbytes(checkpoint, measurement.weight))
-        trail.advance(_nbytes(checkpoint, measurement.weight))
-    trail.finish()
+        dropper.advance(_nbytes(checkpoint, measurement.weight))
+    dropper.finish()
     return tally.report()
 
 
 def _measure_and_unmap(
-    checkpoint: Checkpoint, weight: Expected, broken: Collection[str], trail: Trail
+    checkpoint: Checkpoint, weight: Expected, broken: Collection[str], dropper: PageDropper
 ) -> Measurement:
     found = measure(checkpoint, weight, broken)
-    trail.unmap()
+    dropper.unmap()
     return found
 
 

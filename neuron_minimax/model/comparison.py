@@ -1,15 +1,14 @@
 """The logits of a checkpoint and of its conversion, both through the eager model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import ConventionChoice, FP8Range, Layout
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
+from neuron_minimax.convert.plan import Converted
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
-from neuron_minimax.convert.write import read_manifest
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import MiniMaxM2
 
 # Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds
 # all of its weights.
@@ -40,32 +39,29 @@ class LogitComparison:
 
 
 def compare_logits(
-    source_dir: str | Path, converted_dir: str | Path, positions: int = 64
+    source: Checkpoint, converted: Converted, positions: int = 64
 ) -> LogitComparison:
     """Run seeded random tokens through the source (its codes as they are) and through the converted
     directory.
     """
-    source = Checkpoint(source_dir)
-    options = read_manifest(converted_dir)["identity"]["options"]
-    layout = Layout(
-        fp8_range=FP8Range.OCP, scale_convention=ConventionChoice(options["scale_convention"])
-    )
-    tensors = {name: source.tensor(name) for name in source.entries}
+    published = {name: source.tensor(name) for name in source.entries}
+    layout = Layout(fp8_range=FP8Range.OCP)
     original = MiniMaxM2(
-        source.config, convert_hf_to_neuron_state_dict(tensors, source.config, layout)
+        source.config,
+        convert_hf_to_neuron_state_dict(published, source.config, layout, converted.convention),
     )
+    stored = {name: converted.tensors.tensor(name) for name in converted.tensors.entries}
     positions = min(positions, source.config.max_position_embeddings)
     tokens = torch.randint(
         source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0)
     )
     with torch.inference_mode():
         expected = original(tokens)[0]
-        found = load_model(converted_dir)(tokens)[0]
+        found = MiniMaxM2(converted.config, stored)(tokens)[0]
+    rounded = converted.layout.attention is AttentionPrecision.BF16 or converted.layout.keep_in_bf16
     return LogitComparison(
         positions=positions,
         relative_error=float((expected - found).abs().max() / expected.std()),
         equal_choices=int((expected.argmax(-1) == found.argmax(-1)).sum()),
-        tolerance=TOLERANCE[
-            "bf16" if options["attention"] == "bf16" or options["keep_in_bf16"] else "fp8"
-        ],
+        tolerance=TOLERANCE["bf16" if rounded else "fp8"],
     )

@@ -14,7 +14,8 @@ from typing import Any
 import uvicorn
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.convert.write import convert
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import BackendError
 from neuron_minimax.serving.access import JsonLines
 from neuron_minimax.serving.app import create_app
@@ -114,7 +115,8 @@ def demo_model(
     traced = parent / "demo-serving"
     converted = parent / "demo-serving-converted"
     with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
-        convert(checkpoint, converted, overwrite=True)  # of another version's demo
+        plan = plan_conversion(Checkpoint.open(checkpoint))
+        plan.write(converted, overwrite=True)  # of another version's demo
     compile_model(converted, traced, options=options, progress=progress)
     return traced
 

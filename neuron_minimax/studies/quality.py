@@ -16,10 +16,11 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import Layout
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
+from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
@@ -27,7 +28,7 @@ from neuron_minimax.training.tokenizer import load_tokenizer
 
 State = dict[str, torch.Tensor]
 HELD_OUT_SEED = 2026
-OCP = Layout(fp8_range="ocp")  # type: ignore[arg-type]
+OCP = Layout(fp8_range=FP8Range.OCP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,14 @@ class Variant:
     name: str
     change: Callable[[State, ModelConfig], State] = lambda published, config: published
     layout: Layout = OCP
+    scale_convention: ConventionChoice = ConventionChoice.AUTO
     compute: torch.dtype = torch.float32
 
     def model(self, published: State, config: ModelConfig) -> MiniMaxM2:
         changed = self.change(published, config)
         return MiniMaxM2(
             config,
-            convert_hf_to_neuron_state_dict(changed, config, self.layout),
+            convert_hf_to_neuron_state_dict(changed, config, self.layout, self.scale_convention),
             compute=self.compute,
         )
 
@@ -205,16 +207,19 @@ def _bytes(codes: torch.Tensor) -> np.ndarray:
     return codes.view(torch.uint8).numpy()
 
 
-MULTIPLIER = Layout(fp8_range="ocp", scale_convention="multiplier")  # type: ignore[arg-type]
 VARIANTS = (
     Variant(name="FP8 as stored"),
     Variant(name="converted (codes halved, scales doubled)", layout=Layout()),
-    Variant(name="attention in BF16", layout=Layout(attention="bf16")),  # type: ignore[arg-type]
+    Variant(name="attention in BF16", layout=Layout(attention=AttentionPrecision.BF16)),
     Variant(name="compute in BF16", layout=Layout(), compute=torch.bfloat16),
     Variant(name="rescaled by 240/448 (rounds again)", change=rescale_to_240),
     Variant(name="one scale per row (rounds again)", change=scale_per_row),
     Variant(name="router bias cast to BF16", change=round_router_bias),
-    Variant(name="scale read as 1 / weight_scale_inv", change=invert_scales, layout=MULTIPLIER),
+    Variant(
+        name="scale read as 1 / weight_scale_inv",
+        change=invert_scales,
+        scale_convention=ConventionChoice.MULTIPLIER,
+    ),
 )
 DENSE_VARIANTS = (
     Variant(name="as stored"),

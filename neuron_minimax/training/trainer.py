@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, sync_directory
+from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
@@ -282,13 +282,8 @@ class Trainer:
 def save_state(directory: Path, state: dict[str, Any]) -> None:
     """Replace the state on disk; the final name only ever holds a whole, synced file."""
     path = directory / STATE_NAME
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(directory)
 
 
 def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | None:

@@ -198,7 +198,7 @@ def tiny_parameters(base: Path) -> dict[str, Any]:
     """Names, dtypes and shapes of rank 0 for three tiny converted checkpoints, through the real
     loading path.
     """
-    from neuron_minimax.convert.write import convert
+    from tests.opened import convert
     from tests.tiny import write_tiny
 
     recorded = {}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.convert.write import convert
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.conftest import RUN_TRACES
 from tests.neuron.ranks import ROOT
 from tests.neuron.standins import is_real
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 

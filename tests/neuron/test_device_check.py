@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.convert.write import convert
 from neuron_minimax.device_check.check import Request, run_checks
 from neuron_minimax.device_check.verdicts import Report
 from neuron_minimax.errors import BackendError
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.checks import OPTIONS
 from tests.neuron.ranks import ROOT
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_minimax.convert.write import convert
 from neuron_minimax.planner.placement import Placement
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.ranks import Run, run
 from tests.neuron.test_parity import check_against_cpu_model
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 TOLERANCE = 2e-5

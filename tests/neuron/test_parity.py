@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.write import convert
+from neuron_minimax.convert.layout import Layout
 from neuron_minimax.model.decoder import load_model
 from tests.neuron.cases import MODELS, REFERENCE, SEED, prompts
 from tests.neuron.ranks import Run, run
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 TOLERANCE = 2e-5  # measured: at most 5e-6

@@ -18,7 +18,7 @@ from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig
 from neuron_minimax.backends.nxdi.moe import build_moe
 from neuron_minimax.backends.nxdi.options import rounded_weights, rounding_note
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.plan import AttentionPrecision, Layout
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families import Role

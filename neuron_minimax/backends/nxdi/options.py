@@ -235,10 +235,9 @@ def quantization_options(directory: str | Path) -> dict[str, Any]:
     listed = model.modules_to_not_convert
     if "neuron_minimax" not in model.raw:
         from neuron_minimax.checkpoint.reader import Checkpoint
-        from neuron_minimax.convert.plan import Layout
-        from neuron_minimax.convert.write import plan_conversion
+        from neuron_minimax.convert.plan import plan_conversion
 
-        listed = plan_conversion(Checkpoint(directory), Layout())[0].modules_to_not_convert
+        listed = plan_conversion(Checkpoint(directory)).modules_to_not_convert
     return BLOCKWISE | {
         "quantized": True,
         "quantized_checkpoints_path": str(directory),

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from neuron_minimax.backends.directory import MANIFEST_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import build_cache, open_cache
-from neuron_minimax.convert.plan import FP8Range, Layout
+from neuron_minimax.convert.layout import FP8Range, Layout
+from neuron_minimax.convert.plan import CONVERSION_NAME
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
-from neuron_minimax.convert.write import MANIFEST_NAME as CONVERSION
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
@@ -56,25 +57,30 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
-def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tuple[MiniMaxM2, Path]:
-    """The eager float32 model of a compiled, converted or checkpoint directory, and where its
-    tokenizer is.
+def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple[MiniMaxM2, Path]:
+    """The eager float32 model of a compiled, converted or checkpoint directory, or of an opened
+    checkpoint, and where its tokenizer is.
 
-    Converted weights are mapped. A checkpoint (or its float32 cache, when a directory is given) is
+    Converted weights are mapped. A checkpoint (or its float32 cache, when that is given) is
     arranged in memory.
     """
-    path = Path(directory)
-    for candidate in (path / "model", path):
-        if (candidate / CONVERSION).exists() or (
-            candidate.name == "model" and (path / "manifest.json").exists()
-        ):
-            return load_model(candidate), candidate
-    checkpoint = Checkpoint(path)
-    weights = checkpoint if cache_dir is None else open_cache(cache_dir, checkpoint)
+    if isinstance(model, Path):
+        converted = converted_directory(model)
+        if converted is not None:
+            return load_model(converted), converted
+        model = Checkpoint.open(model)
+    weights = model if cache is None else cache
     weights.require_usable()
     tensors = {name: weights.tensor(name) for name in weights.entries}
     state = convert_hf_to_neuron_state_dict(tensors, weights.config, Layout(fp8_range=FP8Range.OCP))
-    return MiniMaxM2(checkpoint.config, state, compute=torch.float32), path
+    return MiniMaxM2(model.config, state, compute=torch.float32), model.directory
+
+
+def converted_directory(path: Path) -> Path | None:
+    """The converted directory that a compiled or a converted one is or holds."""
+    if (path / "model" / CONVERSION_NAME).exists() or (path / MANIFEST_NAME).exists():
+        return path / "model"
+    return path if (path / CONVERSION_NAME).exists() else None
 
 
 def analyse_checkpoint(
@@ -97,40 +103,46 @@ def analyse_checkpoint(
 ) -> list[str]:
     """tools/test_minimax_m2.py, whose options these are; returns the lines to print."""
     lines = []
-    if cache_dir is not None and (dump_cache or dump_only):
-        lines.append(build_cache(checkpoint, cache_dir).render(cache_dir))
-    if dump_only:
-        return lines
-    cache = find_cache(cache_dir, checkpoint)
-    lines += [f"Loading from cache {cache}"] if cache else []
+    model: Path | Checkpoint = checkpoint
+    source = None
+    cache = None
+    if cache_dir is not None or enable_expert_similarity or converted_directory(checkpoint) is None:
+        source = Checkpoint.open(checkpoint)
+        model = source
+    if cache_dir is not None and source is not None:
+        if dump_cache or dump_only:
+            lines.append(build_cache(source, cache_dir).render())
+        if dump_only:
+            return lines
+        cache = find_cache(cache_dir, source)
+        lines += [f"Loading from cache {cache_dir}"] if cache else []
     outputs = Outputs(
         structured=not disable_structured_output,
         record_format=output_format,
-        similarity_of=Checkpoint(checkpoint) if enable_expert_similarity else None,
+        similarity_of=source if enable_expert_similarity else None,
         jobs=n_jobs,
     )
     request = ExpertsRequest(
         output=output_dir,
-        model=checkpoint,
+        model=model,
         prompts=prompt,
         max_new_tokens=max_tokens,
         sampling={"temperature": 0.0 if no_sample else temperature, "top_p": top_p},
-        cache_dir=cache,
+        cache=cache,
         outputs=outputs,
     )
     return [*lines, run_experts(request, progress)]
 
 
-def find_cache(cache_dir: Path | None, checkpoint: Path) -> Path | None:
-    """The cache directory when one was named and exists; None when there is none yet.
+def find_cache(cache_dir: Path, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The cache, opened; None when there is none yet.
 
     Raises CheckpointError, with the command that rebuilds it, when it is unfinished or of something
     else.
     """
-    if cache_dir is None or not cache_dir.exists():
+    if not cache_dir.exists():
         return None
-    open_cache(cache_dir, Checkpoint(checkpoint))
-    return cache_dir
+    return open_cache(cache_dir, checkpoint)
 
 
 def make_placement(
@@ -168,14 +180,14 @@ class ExpertsRequest:
     """
 
     output: Path
-    model: Path | None = None
+    model: Path | Checkpoint | None = None
     prompts: Sequence[str] = ()
     traces: Sequence[Path] = ()
     held_out: Sequence[Path] = ()
     max_new_tokens: int = 64
     sampling: Mapping[str, Any] = field(default_factory=dict)
     placement: int | None = None
-    cache_dir: Path | None = None
+    cache: Checkpoint | None = None
     outputs: Outputs = field(default_factory=Outputs)
 
 
@@ -207,7 +219,7 @@ def run_experts(
             raise GenerationError(
                 "--prompt needs a model: `neuron-minimax experts TRACED --prompt TEXT`"
             )
-        model, directory = load_any(request.model, request.cache_dir)
+        model, directory = load_any(request.model, request.cache)
         tokenizer = TextTokenizer.from_dir(directory)
         given = {name: value for name, value in request.sampling.items() if value is not None}
         run = Run(

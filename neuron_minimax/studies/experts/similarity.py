@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from neuron_minimax import fp8
-from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.fp8 import ScaleConvention, bfloat16
+from neuron_minimax.fp8 import bfloat16
 
 STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
 
@@ -35,16 +34,13 @@ def expert_similarity(checkpoint: Checkpoint, layer: int, jobs: int | None = Non
     if not 0 <= layer < checkpoint.config.num_hidden_layers:
         last = checkpoint.config.num_hidden_layers - 1
         raise CheckpointError(f"{checkpoint.directory} has no layer {layer}; expected 0 to {last}")
-    convention, evidence = checkpoint.scale_convention()
     strips = list(_strips(checkpoint, layer))
-    if convention is None and any(checkpoint.is_fp8(names[0]) for names, _ in strips):
-        raise CheckpointError(
-            f"{checkpoint.directory}: what weight_scale_inv means is unclear: {evidence.render()}"
-        )
+    if any(checkpoint.is_fp8(names[0]) for names, _ in strips):
+        _ = checkpoint.convention  # decided once, before the threads
 
     def gram(strip: tuple[list[str], slice]) -> np.ndarray:
         names, rows = strip
-        block = np.stack([_rows(checkpoint, name, rows, convention).reshape(-1) for name in names])
+        block = np.stack([_rows(checkpoint, name, rows).reshape(-1) for name in names])
         return (block @ block.T).astype(np.float64)
 
     total = np.zeros((checkpoint.config.num_local_experts,) * 2)
@@ -69,17 +65,12 @@ def _strips(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[list[str], sli
                 yield names, slice(start, min(start + STRIP_ROWS, end))
 
 
-def _rows(
-    checkpoint: Checkpoint, name: str, rows: slice, convention: ScaleConvention | None
-) -> np.ndarray:
+def _rows(checkpoint: Checkpoint, name: str, rows: slice) -> np.ndarray:
     stored = checkpoint.array(name)[rows]
     if not checkpoint.is_fp8(name):
         return bfloat16.to_float32(stored)
     block = checkpoint.config.weight_block_size
-    scale = checkpoint.array(schema.scale_name(name))[rows.start // block[0]][None]
-    if convention is ScaleConvention.RECIPROCAL:
-        scale = np.float32(1) / scale
-    return fp8.dequantize(stored, scale, block)
+    return fp8.dequantize(stored, checkpoint.multipliers(name, rows), block)
 
 
 def _cosine(gram_EE: np.ndarray) -> np.ndarray:

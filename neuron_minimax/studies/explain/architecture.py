@@ -6,7 +6,7 @@ parameters are what one token is multiplied with: all of a layer but its experts
 num_experts_per_tok of those, one row of the embedding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
@@ -14,10 +14,11 @@ from math import prod
 from pathlib import Path
 
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import ConversionPlan, Layout, Sources, plan
+from neuron_minimax.convert.binding import ConvertedTensor, Specs, bind_rules
+from neuron_minimax.convert.layout import Layout
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families.family import Operation
 from neuron_minimax.fp8 import ceil_div
@@ -90,28 +91,23 @@ class Leaf:
     active_share: float  # of the parameters, for one token
 
 
-def sources_of(directory: str | Path) -> tuple[ModelConfig, Sources]:
-    """(dtype, shape) of every tensor by name: a checkpoint's headers, or the table's where there is
-    only a config.json.
+def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
+    """Every tensor by name: those of a checkpoint's headers, or the table's where there is only a
+    config.json.
 
     Raises ConfigError without a config.json, CheckpointError when the files there are not those of
     the model.
     """
     config = ModelConfig.from_dir(directory)
     if not list(Path(directory).glob("*.safetensors*")):
-        return config, {
-            wanted.name: (wanted.dtype, wanted.shape) for wanted in schema.expected(config)
-        }
-    checkpoint = Checkpoint(directory)
+        return config, {wanted.name: wanted.spec for wanted in schema.expected(config)}
+    checkpoint = Checkpoint.open(directory)
     checkpoint.require_usable()
     left_out = set(checkpoint.mtp_names)
-    sources = {
-        e.name: (e.dtype, e.shape) for e in checkpoint.entries.values() if e.name not in left_out
-    }
-    return config, sources
+    return config, {name: spec for name, spec in checkpoint.specs.items() if name not in left_out}
 
 
-def published_tree(config: ModelConfig, sources: Sources) -> Node:
+def published_tree(config: ModelConfig, sources: Specs) -> Node:
     """The tree of a Hugging Face checkpoint, from the table and what is stored."""
     grouped: dict[str, list[schema.Expected]] = {}
     for wanted in schema.expected(config):
@@ -125,19 +121,22 @@ def published_tree(config: ModelConfig, sources: Sources) -> Node:
                 template=template,
                 shape=weights[0].shape,
                 scale_shape=scales[0].shape if scales else (),
-                dtypes=tuple(dict.fromkeys(sources[wanted.name][0] for wanted in weights)),
+                dtypes=tuple(dict.fromkeys(sources[wanted.name].dtype for wanted in weights)),
                 parameters=sum(wanted.elements for wanted in weights),
-                bytes=sum(_nbytes(*sources[wanted.name]) for wanted in (*weights, *scales)),
+                bytes=sum(sources[wanted.name].nbytes for wanted in (*weights, *scales)),
                 active_share=_active_share(template, "{e}" in template, config),
             )
         )
     return _tree("MiniMax-M2 as published", leaves, config)
 
 
-def converted_tree(config: ModelConfig, sources: Sources, layout: Layout | None = None) -> Node:
-    """The tree of what a conversion of these sources would store, from its plan."""
-    conversion = plan(sources, config, layout or Layout())
-    leaves = [_converted_leaf(conversion, template) for template in _in_model_order(conversion)]
+def converted_tree(config: ModelConfig, sources: Specs, layout: Layout | None = None) -> Node:
+    """The tree of what a conversion of these sources would store, by the rules."""
+    outputs = bind_rules(sources, config, layout or Layout())
+    leaves = [
+        _converted_leaf(config, [output for output in outputs if output.rule.target == template])
+        for template in _in_model_order(config, outputs)
+    ]
     return _tree("MiniMax-M2 as converted", leaves, config)
 
 
@@ -158,28 +157,26 @@ def write_structure(directory: str | Path, output: Path) -> str:
     return f"{text}\nwritten: {', '.join(str(path) for path in (output, *drawings))}\n"
 
 
-def _in_model_order(conversion: ConversionPlan) -> list[str]:
+def _in_model_order(config: ModelConfig, outputs: Sequence[ConvertedTensor]) -> list[str]:
     """Target templates in the order in which the model uses them, which is the table's."""
-    weights = conversion.config.family.weights
-    order = {weight.template: place for place, weight in enumerate(weights)}
-    first_source = {output.rule.target: output.rule.sources[0] for output in conversion.outputs}
+    order = {weight.template: place for place, weight in enumerate(config.family.weights)}
+    first_source = {output.rule.target: output.rule.sources[0] for output in outputs}
     return sorted(first_source, key=lambda target: order[first_source[target]])
 
 
-def _converted_leaf(conversion: ConversionPlan, template: str) -> Leaf:
-    outputs = [output for output in conversion.outputs if output.rule.target == template]
+def _converted_leaf(config: ModelConfig, outputs: Sequence[ConvertedTensor]) -> Leaf:
     weights = [output for output in outputs if not output.is_scale]
     scales = [output for output in outputs if output.is_scale]
     rule = weights[0].rule
     return Leaf(
-        template=template,
+        template=rule.target,
         shape=weights[0].shape,
         scale_shape=scales[0].shape if scales else (),
         dtypes=tuple(dict.fromkeys(output.dtype for output in weights)),
         parameters=sum(prod(output.shape) for output in weights),
         bytes=sum(output.nbytes for output in outputs),
         active_share=_active_share(
-            rule.sources[0], rule.operation is Operation.STACK_TRANSPOSED, conversion.config
+            rule.sources[0], rule.operation is Operation.STACK_TRANSPOSED, config
         ),
     )
 
@@ -191,10 +188,6 @@ def _active_share(source_template: str, experts: bool, config: ModelConfig) -> f
         weight.template for weight in config.family.weights if weight.module_group == "embedding"
     )
     return 1 / config.vocab_size if source_template == embedding else 1.0
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return prod(shape) * STORED_DTYPES[dtype].itemsize
 
 
 def _tree(title: str, leaves: Iterable[Leaf], config: ModelConfig) -> Node:
@@ -232,7 +225,7 @@ def _rows(node: Node, first: str, rest: str) -> Iterator[tuple[str, ...]]:
         _shape_text(node.scale_shape),
         "+".join(node.dtypes),
         count_text(node.parameters),
-        bytes_text(node.bytes),
+        size_text(node.bytes, 2),
         count_text(node.active),
     )
     for place, child in enumerate(node.children):
@@ -259,14 +252,6 @@ def count_text(count: float) -> str:
         if count >= divisor:
             return f"{count / divisor:.2f}{unit}"
     return f"{count:.0f}"
-
-
-def bytes_text(count: int) -> str:
-    """Decimal units."""
-    for unit, divisor in ((" GB", 1e9), (" MB", 1e6), (" kB", 1e3)):
-        if count >= divisor:
-            return f"{count / divisor:.2f}{unit}"
-    return f"{count} B"
 
 
 # The diagram.
@@ -307,7 +292,7 @@ class Block:
 def render_diagram(tree: Node) -> str:
     """A standalone SVG file, light and dark."""
     body = _stack(tree, MARGIN, 64, WIDTH - 2 * MARGIN, flow=True)
-    title = f"{tree.name}: {count_text(tree.parameters)} parameters, {bytes_text(tree.bytes)}"
+    title = f"{tree.name}: {count_text(tree.parameters)} parameters, {size_text(tree.bytes, 2)}"
     active = f"{count_text(tree.active)} parameters active per token"
     height = 64 + body.height + 24
     return (
@@ -390,7 +375,7 @@ def _row(leaves: list[Node], x: float, y: float, width: float) -> Block:
 def _leaf(leaf: Node, x: float, y: float, width: float) -> str:
     css = leaf.dtypes[0] if len(leaf.dtypes) == 1 else "mixed"
     shape = " × ".join(str(size) for size in leaf.shape)
-    size = f"{count_text(leaf.parameters)}, {bytes_text(leaf.bytes)}"
+    size = f"{count_text(leaf.parameters)}, {size_text(leaf.bytes, 2)}"
     return (
         f'<rect class="leaf" x="{x:g}" y="{y:g}" width="{width:g}" height="{LEAF_HEIGHT}" rx="6"/>'
         f'<rect class="{css}" x="{x:g}" y="{y:g}" width="5" height="{LEAF_HEIGHT}" rx="2"/>'
@@ -408,7 +393,8 @@ def _group(node: Node, x: float, y: float, width: float) -> Block:
     inner = _stack(node, x + PAD, y + head_height, width - 2 * PAD - (24 if is_layer else 0), flow)
     height = head_height + inner.height + PAD
     sums = (
-        f"{count_text(node.parameters)}, {bytes_text(node.bytes)}, {count_text(node.active)} active"
+        f"{count_text(node.parameters)}, {size_text(node.bytes, 2)}, "
+        f"{count_text(node.active)} active"
     )
     head = (
         f'<rect class="group" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="9"/>'

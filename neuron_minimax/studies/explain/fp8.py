@@ -60,16 +60,17 @@ class Alternative:
     from_original: float | None
 
 
-def from_checkpoint(directory: str | Path, tensor: str | None, place: tuple[int, int]) -> Subject:
+def from_checkpoint(checkpoint: Checkpoint, tensor: str | None, place: tuple[int, int]) -> Subject:
     """A block of a checkpoint's weight, of the first FP8 weight where none is named.
 
     Raises CheckpointError naming the tensor when it is not there, not FP8, has no scales, or has no
     such block.
     """
-    checkpoint = Checkpoint(directory)
     fp8_names = [name for name in checkpoint.entries if checkpoint.is_fp8(name)]
     if not fp8_names:
-        raise CheckpointError(f"{directory} has no FP8 weights; there are no scales to explain")
+        raise CheckpointError(
+            f"{checkpoint.directory} has no FP8 weights; there are no scales to explain"
+        )
     name = tensor or fp8_names[0]
     if checkpoint.entry(name).dtype != "F8_E4M3":
         raise CheckpointError(

@@ -2,7 +2,7 @@
 leftovers, the result.
 
 Nothing is computed here: what is shown is the conversion's own plan and its own pieces
-(`convert/plan.py`, `convert/pieces.py`), so what this says is what a conversion does.
+(`convert/binding.py`, `convert/pieces.py`), so what this says is what a conversion does.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,13 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.ops import Treatment
+from neuron_minimax.checkpoint.schema import SCALE_SUFFIX
+from neuron_minimax.convert.binding import ConvertedTensor, Transform
 from neuron_minimax.convert.pieces import convert_piece
-from neuron_minimax.convert.plan import ConversionPlan, Layout, Output
-from neuron_minimax.convert.write import plan_conversion, read_manifest
+from neuron_minimax.convert.plan import ConversionPlan, Converted, plan_conversion
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
-from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Part
 
 PREFIX = "model."
@@ -74,32 +72,30 @@ class Walk:
 
 
 def walk(
-    directory: str | Path,
-    converted: str | Path | None = None,
+    checkpoint: Checkpoint,
+    converted: Path | None = None,
     layer: int | None = None,
     grep: str | None = None,
 ) -> Walk:
-    """Walk the loading path of a checkpoint; with `converted`, also compare that directory.
+    """Walk the loading path of an opened checkpoint; with `converted`, also compare that directory.
 
     Shows the rules of the weights outside the layers and of one layer (`layer`, 0 when none is
-    given), or those whose names contain `grep`, in all layers or in that one. Raises ConfigError or
-    CheckpointError when there is nothing to read.
+    given), or those whose names contain `grep`, in all layers or in that one.
     """
-    checkpoint = Checkpoint(directory)
     stages = list(_stages(checkpoint, converted, layer, grep))
     return Walk(stages=tuple(stages))
 
 
 def _stages(
-    checkpoint: Checkpoint, converted: str | Path | None, layer: int | None, grep: str | None
+    checkpoint: Checkpoint, directory: Path | None, layer: int | None, grep: str | None
 ) -> Iterator[Stage]:
     yield _reading(checkpoint)
     yield _prefix(checkpoint)
     if checkpoint.problems:
         return
-    layout, complaint = _layout_of(converted)
+    converted, complaint = _open_converted(directory)
     try:
-        conversion, record = plan_conversion(checkpoint, layout)
+        conversion = plan_conversion(checkpoint, converted.layout if converted else None)
     except NeuronMiniMaxError as error:
         advice = "Look at the tensors it names with `neuron-minimax inspect --check-values`."
         yield Stage(
@@ -114,20 +110,20 @@ def _stages(
     yield stage
     if stage.wrong:
         return
-    yield _scales(conversion, record["convention"], str(checkpoint.scale_convention()[1].render()))
+    yield _scales(conversion, checkpoint)
     yield _leftovers(conversion, checkpoint)
-    if converted is not None:
-        yield _result(conversion, checkpoint, Path(converted), complaint, shown)
+    if directory is not None:
+        yield _result(conversion, directory, converted, complaint, shown)
 
 
-def _layout_of(converted: str | Path | None) -> tuple[Layout, str]:
-    """The options a converted directory was made with, and what is wrong with its manifest."""
-    if converted is None:
-        return Layout(), ""
+def _open_converted(directory: Path | None) -> tuple[Converted | None, str]:
+    """A converted directory, or what is wrong with its manifest."""
+    if directory is None:
+        return None, ""
     try:
-        return Layout.from_options(read_manifest(converted)["identity"]["options"]), ""
+        return Converted.open(directory), ""
     except NeuronMiniMaxError as error:
-        return Layout(), str(error)
+        return None, str(error)
 
 
 def _reading(checkpoint: Checkpoint) -> Stage:
@@ -170,7 +166,9 @@ def _prefix(checkpoint: Checkpoint) -> Stage:
     )
 
 
-def _selected(conversion: ConversionPlan, layer: int | None, grep: str | None) -> list[Output]:
+def _selected(
+    conversion: ConversionPlan, layer: int | None, grep: str | None
+) -> list[ConvertedTensor]:
     wanted = layer if layer is not None or grep is not None else 0
     return [
         output
@@ -184,12 +182,14 @@ def _selected(conversion: ConversionPlan, layer: int | None, grep: str | None) -
     ]
 
 
-def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Output]) -> Stage:
+def _rules(
+    conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[ConvertedTensor]
+) -> Stage:
     rows: list[tuple[str, ...]] = []
     wrong = "" if shown else "no target or source has such a name or layer"
     for output in shown:
         try:
-            before, after = _first_values(conversion, output, checkpoint)
+            before, after = _first_values(conversion, output)
         except NeuronMiniMaxError as error:
             wrong = wrong or str(error)
             before = "?"
@@ -200,14 +200,14 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
             rows.append(
                 (
                     source,
-                    f"{entry.dtype} {list(entry.shape)}{times}",
+                    f"{entry.spec.form}{times}",
                     before if place == 0 else "",
                     "",
                 )
             )
         steps = ["copied" if output.rule.operation is Operation.COPY else "stacked"]
-        steps += [str(output.treatment)] if output.treatment is not Treatment.KEEP else []
-        form = f"{output.dtype} {list(output.shape)}"
+        steps += [str(output.transform)] if output.transform is not Transform.KEEP else []
+        form = output.spec.form
         rows.append((f"-> {output.name}", form, after, ", ".join(steps)))
     family = conversion.config.family
     gate = family.weight_of(Role.EXPERT_GATE).kind
@@ -228,18 +228,17 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
     )
 
 
-def _first_values(
-    conversion: ConversionPlan, output: Output, checkpoint: Checkpoint
-) -> tuple[str, str]:
+def _first_values(conversion: ConversionPlan, output: ConvertedTensor) -> tuple[str, str]:
     """The first element in the file and in the result, made by the conversion's own code; with a
     scale, the weight.
     """
+    checkpoint = conversion.source
     name = output.groups[0][0]
     stored = checkpoint.array(name).reshape(-1)[0]
     before = _element_text(stored, checkpoint.entry(name).dtype)
-    made = _first_element(conversion, output, checkpoint)
+    made = _first_element(checkpoint, output)
     after = _element_text(made, output.dtype)
-    if output.treatment is Treatment.DEQUANTIZE:
+    if output.transform is Transform.DEQUANTIZE:
         before = f"{before} * {checkpoint.array(output.scale_groups[0][0])[0, 0]:.4e}"
     if output.is_scale:
         weight = next(
@@ -248,16 +247,16 @@ def _first_values(
             if other.rule is output.rule and other.layer == output.layer
         )
         code = fp8.DECODED[checkpoint.array(weight.groups[0][0]).reshape(-1)[0]]
-        factor = 1 / stored if conversion.convention is ScaleConvention.RECIPROCAL else stored
-        new_code = fp8.DECODED[int(_first_element(conversion, weight, checkpoint))]
+        factor = checkpoint.multipliers(name.removesuffix(SCALE_SUFFIX))[0, 0]
+        new_code = fp8.DECODED[int(_first_element(checkpoint, weight))]
         before = f"{before} ({code * factor:.4e})"
         after = f"{after} ({new_code * made:.4e})"
     return before, after
 
 
-def _first_element(conversion: ConversionPlan, output: Output, checkpoint: Checkpoint) -> Any:
-    rows = slice(None) if output.is_scale else slice(0, conversion.config.weight_block_size[0])
-    return convert_piece(conversion, output, checkpoint, 0, rows)[0].reshape(-1)[0]
+def _first_element(checkpoint: Checkpoint, output: ConvertedTensor) -> Any:
+    rows = slice(None) if output.is_scale else slice(0, checkpoint.config.weight_block_size[0])
+    return convert_piece(output, checkpoint, 0, rows)[0].reshape(-1)[0]
 
 
 def _element_text(element: np.generic, dtype: str) -> str:
@@ -268,11 +267,11 @@ def _element_text(element: np.generic, dtype: str) -> str:
     return f"{float(element):.4e}"
 
 
-def _scales(conversion: ConversionPlan, convention: str, evidence: str) -> Stage:
+def _scales(conversion: ConversionPlan, checkpoint: Checkpoint) -> Stage:
     return Stage(
         title="Scales",
         sentence="weight_scale_inv becomes `.scale`, the factor of the codes. It is read as "
-        f"{convention}: {evidence}."
+        f"{checkpoint.convention}: {checkpoint.scale_reading[1].render()}."
         f"\n\nFP8 scales converted: {conversion.scale_count}\n\nmodules_to_not_convert for NxDI: "
         f"{', '.join(conversion.modules_to_not_convert) or 'none'}.",
     )
@@ -298,19 +297,19 @@ def _leftovers(conversion: ConversionPlan, checkpoint: Checkpoint) -> Stage:
 
 def _result(
     conversion: ConversionPlan,
-    checkpoint: Checkpoint,
     directory: Path,
+    converted: Converted | None,
     complaint: str,
-    shown: list[Output],
+    shown: list[ConvertedTensor],
 ) -> Stage:
     sentence = (
         f"Compares {directory} with the plan: its manifest, every name, shape and dtype, its "
         "config.json, and the first piece of each target shown above, byte by byte."
     )
-    if complaint:
+    if converted is None:
         return Stage(title="Converted directory", sentence=sentence, wrong=complaint)
     try:
-        found = _disagreements(conversion, checkpoint, directory, shown)
+        found = _disagreements(conversion, converted, shown)
     except NeuronMiniMaxError as error:
         found = [str(error)]
     return Stage(
@@ -324,14 +323,15 @@ def _result(
 
 
 def _disagreements(
-    conversion: ConversionPlan, checkpoint: Checkpoint, directory: Path, shown: list[Output]
+    conversion: ConversionPlan, converted: Converted, shown: list[ConvertedTensor]
 ) -> list[str]:
-    if read_manifest(directory)["identity"]["source_fingerprint"] != checkpoint.fingerprint:
+    made_of = converted.manifest["identity"]["source_fingerprint"]
+    if made_of != conversion.source.fingerprint:
         return [
-            f"{directory} was made of another checkpoint (its manifest names another source "
-            "fingerprint)"
+            f"{converted.directory} was made of another checkpoint (its manifest names another "
+            "source fingerprint)"
         ]
-    stored = TensorDirectory(directory)
+    stored = TensorDirectory(converted.directory)
     found = [str(problem) for problem in stored.problems]
     planned = {output.name: output for output in conversion.outputs}
     found += [f"{name} is in no rule" for name in stored.entries if name not in planned]
@@ -339,14 +339,11 @@ def _disagreements(
         entry = stored.entries.get(name)
         if entry is None:
             found.append(f"{name} is missing")
-        elif (entry.dtype, entry.shape) != (output.dtype, output.shape):
-            found.append(
-                f"{name} is {entry.dtype} {list(entry.shape)}, not {output.dtype} "
-                f"{list(output.shape)}"
-            )
-        elif output in shown and not _same_first_piece(conversion, output, checkpoint, stored):
+        elif entry.spec != output.spec:
+            found.append(f"{name} is {entry.spec.form}, not {output.spec.form}")
+        elif output in shown and not _same_first_piece(conversion.source, output, stored):
             found.append(f"{name} has other values than its sources give")
-    listed = ModelConfig.from_dir(directory).modules_to_not_convert
+    listed = converted.config.modules_to_not_convert
     if stored.entries and listed != (
         conversion.modules_to_not_convert if _is_quantized(conversion) else ()
     ):
@@ -362,14 +359,14 @@ def _is_quantized(conversion: ConversionPlan) -> bool:
 
 
 def _same_first_piece(
-    conversion: ConversionPlan, output: Output, checkpoint: Checkpoint, stored: TensorDirectory
+    checkpoint: Checkpoint, output: ConvertedTensor, stored: TensorDirectory
 ) -> bool:
     rows = (
         slice(None)
         if output.is_scale or output.rule.per_expert
-        else slice(0, conversion.config.weight_block_size[0])
+        else slice(0, checkpoint.config.weight_block_size[0])
     )
-    piece, _ = convert_piece(conversion, output, checkpoint, 0, rows)
+    piece, _ = convert_piece(output, checkpoint, 0, rows)
     there = stored.array(output.name)
     there = there[0] if output.rule.per_expert else there[rows]
     return piece.shape == there.shape and piece.tobytes() == there.tobytes()

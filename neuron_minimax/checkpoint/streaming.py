@@ -1,21 +1,26 @@
-"""Tasks on all cores, in forked processes: numpy's short calls make threads wait for the
-interpreter's lock.
+"""Streaming of files larger than memory: tasks on all cores, and what is left in the page cache.
 
-Tasks are inherited, not sent, so anything may be in them; what they return is pickled. The children
-run numpy and system calls alone, which is safe after a fork whatever the caller has loaded.
+Tasks run in forked processes, because numpy's short calls make threads wait for the interpreter's
+lock. They are inherited, not sent, so anything may be in them; what they return is pickled. The
+children run numpy and system calls alone: safe after a fork, whatever the caller has loaded.
+
+A stream that fits into memory stays in the page cache, so that the next command is fast; a larger
+one leaves nothing, so that it does not push out other programs' files.
 """
 
 import gc
 import os
 import signal
+import sys
 import traceback
 import warnings
 from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.fp8 import ceil_div
@@ -24,16 +29,17 @@ Result = TypeVar("Result")
 WORKERS = min(8, os.cpu_count() or 1)  # eight stream faster than disks
 PARALLEL_FROM = 64 << 20  # bytes; less is streamed before processes have started
 NUMBER_BYTES = 8
+WINDOW = 512 << 20  # bytes streamed between two droppings
 
 
 def in_processes(
     tasks: Sequence[Callable[[], Result]], nbytes: int, at_once: int = 1
 ) -> Generator[Result, None, None]:
-    """What the tasks return, in their order; each process takes the next one when it is free.
+    """Yield what the tasks return, in their order; each process takes the next one when it is free.
 
-    Up to `at_once` are taken, and reported on, together: a report takes 0.13 ms. When they stream
-    few bytes, all is done in the caller's process. A task's exception is raised here, in its turn;
-    NeuronMiniMaxError when a process is killed. Leaving the iterator ends the processes.
+    Up to `at_once` are taken, and reported on, together, since each report costs time. When they
+    stream few bytes, all is done in the caller's process. A task's exception is raised here, in its
+    turn; NeuronMiniMaxError when a process is killed. Leaving the iterator ends the processes.
     """
     workers = min(WORKERS, len(tasks))
     if workers <= 1 or nbytes < PARALLEL_FROM:
@@ -121,3 +127,59 @@ def _in_order(children: dict[Connection, int], count: int) -> Iterator[Any]:
         if error is not None:
             raise error
         yield result
+
+
+class MappedFiles(Protocol):
+    """Files whose pages can be dropped."""
+
+    def unmap(self) -> None: ...
+
+    def drop_pages(self) -> None: ...
+
+
+def too_large_to_keep(nbytes: int, available: int) -> bool:
+    """True when a checkpoint would push out other programs' files: above half of the memory."""
+    return nbytes > available // 2
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping, page cache included (MemAvailable); no limit where it
+    is not known.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return sys.maxsize
+    lines = meminfo.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def drop_pages(descriptor: int) -> None:
+    """Drop a file's clean pages that no process has mapped."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class PageDropper:
+    """Drops the pages of directories behind a stream whose larger side is too large to keep."""
+
+    def __init__(self, directories: Sequence[MappedFiles], nbytes: int) -> None:
+        self.drops = too_large_to_keep(nbytes, available_memory())
+        self.directories = directories if self.drops else ()
+        self.passed = 0
+        self.unmap()  # pages that are mapped cannot be dropped
+
+    def unmap(self) -> None:
+        """Let go of mapped files: after each task, in the process that ran it."""
+        for directory in self.directories:
+            directory.unmap()
+
+    def advance(self, nbytes: int) -> None:
+        """Count streamed bytes: after each result, in the caller's process."""
+        self.passed += nbytes
+        if self.passed >= WINDOW:
+            self.passed = 0
+            self.finish()
+
+    def finish(self) -> None:
+        """Drop what is left: when all is streamed."""
+        for directory in self.directories:
+            directory.drop_pages()
