@@ -175,7 +175,6 @@ def _fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         raise ConfigError(
             f"config.json: modules_to_not_convert is {listed!r}; expected a list of module names"
         )
-    eos = raw.get("eos_token_id")
     return {
         **fields,
         **_rope_fields(raw, head_dim, family),
@@ -184,9 +183,15 @@ def _fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "weight_block_size": (int(block[0]), int(block[1])),
         "declares_fp8": bool(quantization),
         "modules_to_not_convert": tuple(listed),
-        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "eos_token_ids": _token_ids(raw.get("eos_token_id")),
         "bos_token_id": raw.get("bos_token_id"),
     }
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _rope_fields(raw: Mapping[str, Any], head_dim: int, family: Family) -> dict[str, Any]:

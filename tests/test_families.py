@@ -30,8 +30,8 @@ GUIDE = PACKAGE.parent / "docs" / "adding_a_model.md"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "families" not in path.parts)
 # Parts of names that say nothing about a family: Hugging Face's and torch's own.
 COMMON = {"model", "layers", "weight", "bias", "{l}", "{e}"}
-# Only vLLM's registration and the class made for one family know which family it is.
-NAMES_A_FAMILY = {"backends/nxdi/vllm_plugin.py", "backends/nxdi/config.py"}
+# vLLM's registration has no config.json at hand.
+NAMES_A_FAMILY = {"backends/nxdi/vllm_plugin.py"}
 
 
 def words_of(family: Family) -> set[str]:

@@ -1,4 +1,4 @@
-"""The modules that a user wants in BF16: whether they exist, and which weights they name."""
+"""Find the weights of the modules that a user wants in BF16, and refuse names of none."""
 
 import difflib
 from collections.abc import Sequence
@@ -51,9 +51,7 @@ def _module_paths(
 
 
 def _names_module(module: str, path: list[str]) -> bool:
-    """Whether a dotted name matches whole consecutive parts of a path (`self_attn` yes, `attn`
-    no).
-    """
+    """Return whether a dotted name is whole consecutive parts of a path."""
     parts = module.split(".")
     return any(
         path[start : start + len(parts)] == parts for start in range(len(path) - len(parts) + 1)
@@ -67,7 +65,7 @@ def kept_in_bf16(
     modules: Sequence[str],
     family: Family,
 ) -> bool:
-    """Whether one of the modules names this rule's target or all of its sources.
+    """Return whether one of the modules names this rule's target or all of its sources.
 
     Raises ConversionError when it names some of the weights that are stored in one tensor.
     """

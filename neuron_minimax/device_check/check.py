@@ -44,8 +44,9 @@ Run = Callable[[Path, Path, Path], None]
 
 
 class Device(Protocol):
-    """What runs models, each in a process of its own; raises BackendError when that fails,
-    crashes or hangs.
+    """Runs models, each in a process of its own.
+
+    Raises BackendError when one fails, crashes or hangs.
     """
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
@@ -89,7 +90,7 @@ class CompiledDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is checked. `compute` is the device's dtype, in which the CPU computes too."""
+    """The shapes to check; `compute` is the device's dtype, in which the CPU computes too."""
 
     layer: int
     slots: int

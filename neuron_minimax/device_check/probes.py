@@ -77,8 +77,8 @@ Change = Callable[[Target], Content]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCode:
-    """How an expert shows that it was chosen: it writes one channel of the residual stream, the
-    same amount whichever expert it is. Its input is channel `constant`, which every token's
+    """The mark of a chosen expert: it writes one channel of the residual stream, the same amount
+    whichever expert it is. Its input is channel `constant`, which every token's
     embedding holds alike.
     """
 
@@ -91,7 +91,7 @@ class ExpertCode:
 class Layer:
     """One layer of a converted directory, and the tokens that its probes have.
 
-    Raises ConversionError when the directory is no finished conversion, or has no such layer.
+    Raises ConversionError when the directory is not a finished conversion, or has no such layer.
     """
 
     def __init__(self, converted: Path, number: int) -> None:
@@ -244,7 +244,7 @@ def _fill(content: Content, taken: slice, target: Target, memory: np.ndarray) ->
 
 
 def _changes(layer: Layer, probe: Probe) -> dict[Role, Change]:
-    """What a probe has in place of the layer's own, by the role of the weight."""
+    """The changes that a probe makes to the layer's own weights, by role."""
     if probe is Probe.LAYER:
         return {Role.EMBEDDING: partial(_cut, layer), Role.HEAD: partial(_cut, layer)}
     read = layer.code.channels if probe is Probe.ROUTER else layer.attention_channels

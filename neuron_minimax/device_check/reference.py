@@ -174,8 +174,8 @@ class Reference(EagerBackend):
     def _run(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor
     ) -> torch.Tensor:
-        """As the eager backend; no logits and no keys of one layer depend on what experts give
-        for earlier tokens.
+        """Run the eager backend's pass; no logits and no keys of one layer depend on what experts
+        give for earlier tokens.
         """
         kernels = self.weights.kernels(last_token=ids_BT.shape[1] > 1)
         filled = int(positions_BT.max()) + 1
@@ -257,7 +257,7 @@ def layer_of(model: MiniMaxM2) -> DecoderLayer:
 
 
 def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
-    """What can go wrong with this model between the projections and the softmax."""
+    """Known faults between the projections and the softmax of this model."""
     config = model.config
     faults = []
     if tp_degree > 1:
@@ -291,7 +291,7 @@ def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
 
 
 def value_faults(model: MiniMaxM2) -> list[Fault]:
-    """What can go wrong with this model in the value and output projections."""
+    """Known faults of the value and output projections of this model."""
     faults = []
     if model.config.num_key_value_heads > 1:
         faults.append(
@@ -313,7 +313,7 @@ def value_faults(model: MiniMaxM2) -> list[Fault]:
 
 
 def expert_faults(model: MiniMaxM2) -> list[Fault]:
-    """What can go wrong with this model in the experts."""
+    """Known faults of the experts of this model."""
     faults = [
         Fault(
             name="gate and up swapped",

@@ -35,7 +35,7 @@ LEAST_AFFINITY = 1e-4  # relative; float32 sums in another order give less
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is chosen from scores: `chosen_NE` bool, and by how much rounding may move each
+    """The experts chosen from scores: `chosen_NE` bool, and by how much rounding may move each
     expert's `choice_NE`.
     """
 
@@ -106,7 +106,7 @@ class RouterCase:
         return scores_NE / scores_NE.sum(dim=1, keepdim=True)
 
     def known_faults(self) -> dict[str, Choice]:
-        """What each known fault would choose, by what it completes: "the choices are those ..."."""
+        """The choice of each known fault, by what completes "the choices are those ..."."""
         short_gate_EH = self.gate_EH.bfloat16().float()
         short_bias_E = self.bias_E.bfloat16().float()
         summed_NE = (
@@ -309,7 +309,7 @@ def _numbers(chosen_E: torch.Tensor) -> list[int]:
 
 
 def _phases(rows: Sequence[Row], wrong_N: torch.Tensor) -> str:
-    """How many tokens of each phase are wrong."""
+    """The numbers of wrong tokens in each phase, as text."""
     parts = []
     for phase in Phase:
         here_N = torch.tensor([row.phase is phase for row in rows])

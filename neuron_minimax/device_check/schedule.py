@@ -1,5 +1,4 @@
-"""What a probe is asked: prompts in slots and tokens after them, the same for the device and the
-CPU.
+"""The questions to a probe: prompts in slots and tokens after them, the same for device and CPU.
 
 Shapes: N rows, one for each prompt and each step of each slot; V vocabulary.
 """
@@ -30,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the device's graphs are compiled for; lengths in tokens."""
+    """The sizes that the device's graphs are compiled for; lengths in tokens."""
 
     slots: int
     seq_len: int
@@ -60,7 +59,7 @@ Round = tuple[SlotTokens, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Where one row of logits comes from: which phase and slot, after how many tokens."""
+    """The origin of one row of logits: phase, slot, and the number of tokens before it."""
 
     phase: Phase
     slot: int

@@ -1,4 +1,4 @@
-"""What a check found: the verdict, and how logits are compared.
+"""Compare logits, and state the verdict of a check.
 
 Shapes: N rows, V vocabulary.
 """
@@ -79,7 +79,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """True when something was checked and nothing failed."""
         statuses = [verdict.status for verdict in self.verdicts]
         return Status.PASS in statuses and Status.FAIL not in statuses
 
@@ -115,7 +115,7 @@ class KnownFault:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What the CPU says of one check. Rows that are not `compared_N` are left out, because
+    """The CPU's side of one check. Rows that are not `compared_N` are left out, because
     experts nearly tie there.
     """
 

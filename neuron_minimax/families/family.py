@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Role(StrEnum):
-    """What a weight does, whatever its family calls it."""
+    """The task of a weight, whatever its family calls it."""
 
     EMBEDDING = "embedding"
     ATTENTION_NORM = "norm before attention"
@@ -80,12 +80,12 @@ class Weight:
 
     @property
     def quantized(self) -> bool:
-        """Whether the published checkpoint stores it as FP8 codes with block scales."""
+        """True where the published checkpoint stores it as FP8 codes with block scales."""
         return self.published_dtype == "F8_E4M3"
 
     @property
     def float32_only(self) -> bool:
-        """Whether less than float32 is refused.
+        """True where less than float32 is refused.
 
         Routing needs float32: bias values are 4.7 to 9.5, where BF16 steps are 0.03 to 0.06 and
         flip experts.
@@ -102,14 +102,14 @@ class Weight:
 
 
 class Operation(StrEnum):
-    """How sources become a target; `convert/pieces.py` does each, and its inverse."""
+    """The ways in which sources become a target; `convert/pieces.py` has the arithmetic of each."""
 
     COPY = "copy"
     STACK_TRANSPOSED = "stack over experts, each transposed, side by side"
 
 
 class ScalePolicy(StrEnum):
-    """What an FP8 source's block scales become: a `.scale` arranged as the weight, or an error."""
+    """The place of an FP8 source's block scales: a `.scale` arranged as the weight, or none."""
 
     NONE = "none"
     BLOCK = "block"
@@ -134,7 +134,7 @@ class Rule:
 
 
 class QKNorm(StrEnum):
-    """What the RMS norms of queries and keys run over."""
+    """The width over which the RMS norms of queries and keys run."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -142,7 +142,7 @@ class QKNorm(StrEnum):
 
 
 class RouterKind(StrEnum):
-    """How experts are chosen and weighted; NONE is a dense MLP in every layer."""
+    """The rule that chooses and weights experts; NONE is a dense MLP in every layer."""
 
     NONE = "none"
     SIGMOID_BIAS = "sigmoid, a bias chooses"
@@ -161,7 +161,7 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What the family's authors recommend; generation_config.json goes before it."""
+    """The settings that the authors recommend; generation_config.json goes before them."""
 
     temperature: float
     top_p: float
@@ -259,7 +259,7 @@ class Family:
 
     @property
     def unconverted(self) -> tuple[str, ...]:
-        """What the published config.json lists in `modules_to_not_convert`: routing and head."""
+        """The published `modules_to_not_convert`: routing and head."""
         return tuple(
             weight.kind for weight in self.weights if weight.module_group in ("router", "head")
         )

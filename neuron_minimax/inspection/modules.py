@@ -1,5 +1,4 @@
-"""What an entry of `modules_to_not_convert` reaches, in transformers and in NxDI, and which entries
-are needed.
+"""Judge the entries of `modules_to_not_convert` in transformers and in NxDI, and find the needed.
 
 The two match differently. transformers (`should_convert_module`) takes an entry as a pattern from
 the start of the module path up to a dot, or as the path's ending. NxDI (`quantize.py:122` of NxD
@@ -73,8 +72,8 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class EntryVerdict:
-    """What one entry does: "breaks" (reaches FP8 weights), "right" (reaches only others), or "no
-    effect".
+    """The effect of one entry: "breaks" (reaches FP8 weights), "right" (reaches only others), or
+    "no effect".
     """
 
     entry: str
@@ -86,7 +85,7 @@ class EntryVerdict:
 
 
 def reaches(framework: Framework, entry: str, module: Module) -> bool:
-    """Whether an entry keeps a module from being converted."""
+    """Return whether an entry keeps a module from being converted."""
     if framework is Framework.NXDI:
         return entry in module.path
     entry, path = (
@@ -160,12 +159,12 @@ def judge(
         reached = [module for module in modules if reaches(framework, entry, module)]
         fp8 = sum(module.fp8 for module in reached)
         others = sum(module.weights for module in reached) - fp8
-        verdict = "breaks" if fp8 else "right" if reached else "no effect"
+        verdict = "right" if reached else "no effect"
         verdicts.append(
             EntryVerdict(
                 entry=entry,
                 framework=framework,
-                verdict=verdict,
+                verdict="breaks" if fp8 else verdict,
                 fp8_weights=fp8,
                 other_weights=others,
                 reason=_reason(framework, entry, reached, fp8, others),

@@ -1,5 +1,4 @@
-"""How NxD multiplies blocks of tokens with their experts in context encoding: three ways, and what
-is known of each.
+"""The three ways in which NxD multiplies blocks of tokens with their experts in context encoding.
 
 Sources: neuronx-distributed 0.18.0, modules/moe/blockwise.py and expert_mlps_v2.py; nki-library of
 SDK 2.29, core/moe/moe_cte. Reports from devices are others', all of trn2, none repeated here: of

@@ -40,9 +40,7 @@ def data() -> dict[str, Any]:
 
 
 def scratch_bytes() -> int:
-    """What to leave free per core for activations and the graphs themselves; instances.json says
-    why.
-    """
+    """Bytes to leave free per core for activations and graphs; instances.json says why."""
     return data()["scratch_gib"] * GIB
 
 

@@ -88,9 +88,7 @@ def shares(case: Case) -> Iterator[Finding]:
 
 
 def whole_blocks(case: Case) -> Iterator[Finding]:
-    """R2: a rank's share of a block-scaled weight is whole blocks; NxD floor-divides the scale
-    shape.
-    """
+    """R2: a rank's share of a scaled weight is whole blocks; NxD floor-divides the scale shape."""
     config = case.config
     deployment = case.deployment
     rows = config.weight_block_size[0]
@@ -119,9 +117,7 @@ def whole_blocks(case: Case) -> Iterator[Finding]:
 
 
 def expert_decoding(case: Case) -> Iterator[Finding]:
-    """R3: NxD's expert-parallel token generation runs all local experts, and only when enough are
-    chosen.
-    """
+    """R3: NxD's expert-parallel token generation runs only when enough experts are chosen."""
     config = case.config
     batch = case.deployment.batch_size
     needed = ceil_div(config.num_local_experts, config.num_experts_per_tok)
@@ -209,9 +205,7 @@ def head_padding(case: Case) -> Iterator[Finding]:
 
 
 def unrolled_blocks(case: Case) -> Iterator[Finding]:
-    """R8: blockwise context encoding in torch is a Python loop, one block after another in the
-    graph.
-    """
+    """R8: blockwise context encoding in torch is a Python loop, unrolled in the graph."""
     way = blockwise_matmul(case.deployment.blockwise_matmul)
     if way.is_kernel:
         return

@@ -1,6 +1,4 @@
-"""What one rank holds, in bytes, from the table of weights and the sharding that each module really
-uses.
-"""
+"""Count the bytes of one rank from the table of weights and the sharding of each module."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,9 +27,7 @@ KERNEL_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """How a model is put on ranks; lengths in tokens. FP8 weights come with float32 block
-    scales.
-    """
+    """A model's place on ranks; lengths in tokens. FP8 weights have float32 block scales."""
 
     tp_degree: int
     moe_tp_degree: int

@@ -8,11 +8,18 @@ ignores.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from types import MappingProxyType
 
 from neuron_minimax.planner import instances
 
 INDEX = "https://pip.repos.neuron.amazonaws.com"
+# Distribution to import name, of the packages that the Neuron backend imports.
+PACKAGES = {
+    "torch-neuronx": "torch_neuronx",
+    "neuronx-distributed": "neuronx_distributed",
+    "neuronx-distributed-inference": "neuronx_distributed_inference",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +125,21 @@ def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
         ]
         lines.append(f"{name} {found} (tested: {tested})" + "".join(f": {what}" for what in faults))
     return lines
+
+
+def install_lines() -> str:
+    """The command for each family of instances."""
+    return "; ".join(
+        f"on {' and '.join(sdk.families)} run: {sdk.install_line}" for sdk in SDKS.values()
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the Neuron packages that are installed, as their metadata says."""
+    found = {}
+    for name in {name for sdk in SDKS.values() for name in sdk.python}:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -79,8 +79,8 @@ def slots(model: str, length: str) -> None:
 
     from neuron_minimax.backends.cpu.eager import EagerBackend
     from neuron_minimax.backends.cpu.options import CPUOptions
+    from neuron_minimax.backends.nxdi.application import NeuronBackend
     from neuron_minimax.backends.nxdi.options import NeuronOptions
-    from neuron_minimax.backends.nxdi.slots import NeuronBackend
 
     sizes = {"seq_len": int(length), "buckets": (int(length),)}
     options = NeuronOptions(**OPTIONS | sizes)
@@ -147,8 +147,8 @@ def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, state
     import torch
     import torch.distributed as dist
 
+    from neuron_minimax.backends.nxdi.application import NeuronBackend
     from neuron_minimax.backends.nxdi.options import NeuronOptions
-    from neuron_minimax.backends.nxdi.slots import NeuronBackend
     from neuron_minimax.device_check.run import answer
 
     degrees = {"tp_degree": int(tp_degree), "moe_tp_degree": int(tp_degree)}

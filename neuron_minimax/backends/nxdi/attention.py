@@ -102,7 +102,7 @@ class NeuronOutputProjection(imports.GroupQueryAttention_O):
             )
 
     def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
-        """As `NeuronQKVProjection.preshard_hook`, along the input dimension."""
+        """Do what `NeuronQKVProjection.preshard_hook` does, along the input dimension."""
         module = prefix.removesuffix(".weight")
         rearrange(
             model_state_dict,
@@ -194,7 +194,7 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
         )
 
     def init_gqa_properties(self) -> None:
-        """What the base class builds here, with this project's projections and norms."""
+        """Build what the base class builds here, with this project's projections and norms."""
         model = self.model_config
         group = self.tensor_model_parallel_group
         layout = head_layout(model.num_attention_heads, model.num_key_value_heads, self.tp_degree)

@@ -1,5 +1,7 @@
-"""The Neuron backend: options, compile and load, without importing the Neuron packages until they
-are needed.
+"""The Neuron backend: options, compile and load; the Neuron packages are imported when needed.
+
+A compile runs in a process of its own: `python -m neuron_minimax.backends.nxdi.backend MODEL
+GRAPHS`, whose output is the log.
 """
 
 import importlib.util
@@ -13,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_minimax.backends.directory import Manifest, versions_of
 from neuron_minimax.backends.nxdi import options as neuron_options
-from neuron_minimax.backends.nxdi.packages import PACKAGES, install_lines, installed_versions
 from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import BackendError
+from neuron_minimax.errors import BackendError, NeuronMiniMaxError
 from neuron_minimax.planner import instances
-from neuron_minimax.planner.sdks import sdk_for, untested
+from neuron_minimax.planner.sdks import (
+    PACKAGES,
+    install_lines,
+    installed_versions,
+    sdk_for,
+    untested,
+)
 
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
@@ -114,7 +121,7 @@ def build(
     command = [
         sys.executable,
         "-m",
-        "neuron_minimax.backends.nxdi.compile",
+        "neuron_minimax.backends.nxdi.backend",
         str(model),
         str(graphs),
     ]
@@ -148,7 +155,26 @@ def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
     for name in neuron_options.FP8_CASTS:
         os.environ.pop(name, None)
     os.environ.update(neuron_options.environment(model, graphs, parsed))
-    from neuron_minimax.backends.nxdi.application import load_application
-    from neuron_minimax.backends.nxdi.slots import NeuronBackend
+    from neuron_minimax.backends.nxdi.application import NeuronBackend, load_application
 
     return NeuronBackend(load_application(model, graphs, parsed), model, parsed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile the converted directory MODEL into GRAPHS, by the options.json that is there."""
+    from neuron_minimax.backends.nxdi.application import compile_application, make_application
+
+    model, graphs = (Path(argument) for argument in (argv or sys.argv[1:]))
+    try:
+        options = neuron_options.parse(
+            json.loads((graphs / OPTIONS_NAME).read_text(encoding="utf-8"))
+        )
+        compile_application(make_application(model, options), graphs)
+    except NeuronMiniMaxError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

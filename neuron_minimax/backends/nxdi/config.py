@@ -15,7 +15,6 @@ from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families import Role
-from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import (
     EXPERT_KERNELS,
@@ -258,11 +257,11 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
     @property
     def model_config(self) -> ModelConfig:
         """The model's dimensions, parsed from the same fields."""
-        return ModelConfig.from_dict({"model_type": MINIMAX_M2.model_type} | vars(self))
+        return ModelConfig.from_dict(vars(self))
 
     def quantizes(self, role: Role, layer: int = 0) -> bool:
-        """Whether NxD's rule leaves the module with the weight of this role to be quantized: no
-        listed name is a substring of its dotted path.
+        """Return whether NxD's rule leaves the module with the weight of this role to be
+        quantized: no listed name is a substring of its dotted path.
         """
         options = self.neuron_config
         module = self.model_config.family.module(role).format(l=layer)

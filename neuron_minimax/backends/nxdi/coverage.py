@@ -132,5 +132,5 @@ def is_fp8(tensor: torch.Tensor) -> bool:
 
 
 def wider(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
-    """Whether loading would round float32 values."""
+    """Return whether loading would round float32 values."""
     return tensor.dtype == torch.float32 and parameter.dtype in (torch.bfloat16, torch.float16)

@@ -8,13 +8,15 @@ Proven with neuronx-distributed-inference 0.9.0 and neuronx-distributed 0.18.0 (
 
 import importlib
 
-from neuron_minimax.backends.nxdi.packages import (
-    PACKAGES,
-    REAL_MODULES,
-    install_lines,
-    installed_versions,
-)
 from neuron_minimax.errors import BackendError
+from neuron_minimax.planner.sdks import PACKAGES, install_lines, installed_versions
+
+# A module that each real package has and the placeholder of its name on the public index has not.
+REAL_MODULES = {
+    "torch_neuronx": "torch_neuronx.xla_impl.ops",
+    "neuronx_distributed": "neuronx_distributed.parallel_layers.parallel_state",
+    "neuronx_distributed_inference": "neuronx_distributed_inference.models.model_base",
+}
 
 
 def require_packages() -> None:

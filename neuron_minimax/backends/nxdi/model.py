@@ -93,7 +93,7 @@ class NeuronMiniMaxM2DecoderLayer(nn.Module):
 
 
 class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
-    """What NxDI traces per submodel and bucket."""
+    """The module that NxDI traces per submodel and bucket."""
 
     def setup_attr_for_model(self, config: MiniMaxM2InferenceConfig) -> None:
         options = config.neuron_config
@@ -146,7 +146,7 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch, but a parameter without a value or a value without a parameter raises
+        """Load as torch does, but a parameter without a value or a value without a parameter raises
         CheckpointError.
         """
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -221,8 +221,8 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
             )
 
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
-        """What NxDI shards: dense weights in `torch_dtype`, FP8 codes and scales as stored, the
-        router float32.
+        """The tensors that NxDI shards: dense weights in `torch_dtype`, FP8 codes and scales as
+        stored, the router float32.
         """
         options = self.config.neuron_config
         directory = options.quantized_checkpoints_path if options.quantized else self.model_path

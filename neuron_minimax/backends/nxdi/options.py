@@ -39,7 +39,7 @@ SMALLEST_BUCKET = 128
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronOptions:
-    """What a Neuron compile can be asked for; lengths in tokens. `fp8` is read off config.json, not
+    """The options of a Neuron compile; lengths in tokens. `fp8` is read off config.json, not
     asked.
     """
 
@@ -134,7 +134,7 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
 
 
 def _digest(placement: Path) -> str:
-    """So that a compile with other contents under the same name is not taken for the same."""
+    """Hash a placement, so that other contents under the same name make another compile."""
     try:
         return hashlib.sha256(placement.read_bytes()).hexdigest()
     except OSError as error:

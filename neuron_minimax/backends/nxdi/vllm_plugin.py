@@ -33,7 +33,7 @@ def register() -> bool:
     """
     try:
         from neuron_minimax.backends.nxdi import imports
-        from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+        from neuron_minimax.backends.nxdi.application import application_class
     except BackendError as error:
         logger.info("MiniMax-M2 is not registered for Neuron: %s", error)
         return False
@@ -45,7 +45,7 @@ def register() -> bool:
         logger.warning(
             "MiniMax-M2 was not prepared for the Neuron packages that are here: %s", line
         )
-    imports.register_model(MODEL_KEY, TASK, NeuronMiniMaxM2ForCausalLM)
+    imports.register_model(MODEL_KEY, TASK, application_class(MINIMAX_M2))
     register_config()
     return True
 
@@ -71,8 +71,8 @@ def override_neuron_config(
     buckets: Sequence[int],
     blockwise_matmul: str = blockwise.DEFAULT,
 ) -> dict[str, Any]:
-    """What vllm-neuron's `override_neuron_config` has to hold for a converted directory; JSON can
-    carry it.
+    """The contents of vllm-neuron's `override_neuron_config` for a converted directory; JSON can
+    carry them.
 
     The quantization settings are those of its config.json; the last bucket is vLLM's
     --max-model-len. `blockwise_matmul` is as for a compile. Raises ConfigError for one that is not
