@@ -16,7 +16,7 @@ from neuron_minimax.errors import CheckpointError, ConversionError, GenerationEr
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import Placement, as_numbered, place
 from neuron_minimax.studies.experts import similarity
-from neuron_minimax.studies.experts.token_classes import classify
+from neuron_minimax.studies.experts.statistics import classify
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 from tests.test_fp32_cache import slow_weight
 from tests.tiny import write_tiny

@@ -1,10 +1,8 @@
-"""Many prompts through one loaded model: a folder of results for each, and a comparison of all of
-them.
-"""
+"""Many prompts through one loaded model: a folder of results for each, and their comparison."""
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.decoder import MiniMaxM2
-from neuron_minimax.studies.experts import stats
-from neuron_minimax.studies.experts.analysis import RECORD_FORMATS, Analysis, write_records
-from neuron_minimax.studies.experts.plots import write_plots
-from neuron_minimax.studies.experts.report import render_report
+from neuron_minimax.studies.experts.report import render_report, write_plots
 from neuron_minimax.studies.experts.similarity import expert_similarity, router_similarity
+from neuron_minimax.studies.experts.statistics import Analysis, total_variation
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 
 INTERRUPTED = "interrupted"
+RECORD_FORMATS = ("json", "jsonl", "parquet")
 # Gets a prompt's name, the tokens of a pass, and how many tokens all prompts may take together.
 Progress = Callable[[str, int, int], None]
 
@@ -81,9 +79,7 @@ class BatchResult:
     def distances(self) -> list[list[float]]:
         """Mean total variation of two prompts' routings over the layers, [P,P]."""
         frequencies = [analysis.frequency for analysis in self.analyses]
-        return [
-            [float(stats.total_variation(a, b).mean()) for b in frequencies] for a in frequencies
-        ]
+        return [[float(total_variation(a, b).mean()) for b in frequencies] for a in frequencies]
 
     def render(self) -> str:
         lines = [analysis.render() for analysis in self.analyses]
@@ -217,6 +213,61 @@ def write_analysis(analysis: Analysis, directory: Path, outputs: Outputs) -> Non
     if outputs.plots:
         write_plots(analysis, directory)
     (directory / "report.html").write_text(render_report(analysis), encoding="utf-8")
+
+
+def records(trace: Trace) -> Iterator[dict[str, Any]]:
+    """Yield one row per layer and token.
+
+    It has position, token, text, phase, the chosen experts, their weights and unbiased scores.
+    """
+    for layer in range(trace.layers):
+        chosen = np.take_along_axis(
+            trace.scores[layer], trace.expert_index[layer].astype(np.int64), axis=1
+        )
+        for position, token in enumerate(trace.tokens.tolist()):
+            yield {
+                "layer": layer,
+                "position": position,
+                "token": token,
+                "text": trace.texts[position] if trace.texts else None,
+                "phase": "decode" if trace.is_decode[position] else "prefill",
+                "experts": trace.expert_index[layer, position].tolist(),
+                "weights": [
+                    round(weight, 6) for weight in trace.affinity[layer, position].tolist()
+                ],
+                "scores": [
+                    round(score, 4) for score in chosen[position].astype(np.float32).tolist()
+                ],
+            }
+
+
+def write_records(trace: Trace, directory: Path, form: str) -> Path:
+    """Write `routing.json`, `.jsonl` or `.parquet`.
+
+    Raises GenerationError for another format, or for parquet without pyarrow.
+    """
+    path = directory / f"routing.{form}"
+    if form == "json":
+        path.write_text(
+            json.dumps(list(records(trace)), ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    elif form == "jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            for row in records(trace):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    elif form == "parquet":
+        try:
+            from pyarrow import Table, parquet
+        except ImportError:
+            raise GenerationError(
+                "parquet needs pyarrow: `pip install pyarrow`, or choose json or jsonl"
+            ) from None
+        parquet.write_table(Table.from_pylist(list(records(trace))), path)
+    else:
+        raise GenerationError(
+            f"the output format is {form!r}; expected one of {', '.join(RECORD_FORMATS)}"
+        )
+    return path
 
 
 def _write_json(path: Path, value: Any) -> None:

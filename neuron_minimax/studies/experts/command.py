@@ -20,9 +20,8 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import as_numbered, place
-from neuron_minimax.studies.experts import stats
-from neuron_minimax.studies.experts.analysis import RECORD_FORMATS, Analysis
 from neuron_minimax.studies.experts.batch import (
+    RECORD_FORMATS,
     BatchResult,
     Outputs,
     Progress,
@@ -30,6 +29,7 @@ from neuron_minimax.studies.experts.batch import (
     Run,
     write_analysis,
 )
+from neuron_minimax.studies.experts.statistics import Analysis, counts
 from neuron_minimax.studies.experts.trace import Trace
 
 
@@ -139,15 +139,16 @@ def make_placement(
     """Write the placement for the load of `traces`; says its maximum over mean load before and
     after, on `held_out`.
     """
-    counts = _counts(traces)
+    load = _counts(traces)
     judged = _counts(held_out or traces)
-    if counts.shape != judged.shape:
+    if load.shape != judged.shape:
         raise GenerationError(
-            f"the held-out traces are of another model: {judged.shape}, not {counts.shape} experts"
+            f"the held-out traces are of another model: {judged.shape}, not {load.shape} experts"
         )
-    placement = place(counts, ranks)
+    layers, experts = load.shape
+    placement = place(load, ranks)
     placement.save(path)
-    before = as_numbered(counts.shape[0], counts.shape[1], ranks).max_to_mean(judged)
+    before = as_numbered(layers, experts, ranks).max_to_mean(judged)
     after = placement.max_to_mean(judged)
     what = (
         "held-out tokens"
@@ -155,7 +156,7 @@ def make_placement(
         else "the tokens it was made from (give --held-out for an honest number)"
     )
     return (
-        f"{path}: {counts.shape[1]} experts on {ranks} ranks. Busiest rank over the mean, on "
+        f"{path}: {experts} experts on {ranks} ranks. Busiest rank over the mean, on "
         f"{what}: {before.mean():.3f} before, {after.mean():.3f} after (worst layer "
         f"{before.max():.3f}, {after.max():.3f})"
     )
@@ -230,7 +231,7 @@ def run_experts(
 
 
 def _counts(traces: Sequence[Trace]) -> np.ndarray:
-    return np.sum([stats.counts(trace.expert_index, trace.experts) for trace in traces], axis=0)
+    return np.sum([counts(trace.expert_index, trace.experts) for trace in traces], axis=0)
 
 
 def _read_text(path: Path) -> str:

@@ -186,6 +186,7 @@ def _selected(conversion: ConversionPlan, layer: int | None, grep: str | None) -
 def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Output]) -> Stage:
     rows: list[tuple[str, ...]] = []
     wrong = "" if shown else "no target or source has such a name or layer"
+    advice = BAD_VALUES if shown else NOTHING_SHOWN
     for output in shown:
         try:
             before, after = _first_values(conversion, output, checkpoint)
@@ -218,7 +219,7 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
         title="Rules",
         sentence=sentence,
         wrong=wrong,
-        advice="" if not wrong else BAD_VALUES if shown else NOTHING_SHOWN,
+        advice=advice if wrong else "",
         head=("name", "form", "first value", "how"),
         rows=tuple(rows),
     )
