@@ -1,6 +1,4 @@
-"""What `neuron-minimax experts` and tools/test_minimax_m2.py do: prompts or traces in, analyses or
-a placement out.
-"""
+"""The experts study as a command: prompts or traces in, analyses or a placement out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,19 +20,38 @@ from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import as_numbered, place
 from neuron_minimax.studies.experts.batch import (
     RECORD_FORMATS,
-    BatchResult,
-    Outputs,
+    BatchRunner,
+    ExpertsResult,
     Progress,
     Prompt,
-    Run,
+    ReportOptions,
     write_analysis,
 )
 from neuron_minimax.studies.experts.statistics import Analysis, counts
 from neuron_minimax.studies.experts.trace import Trace
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsRequest:
+    """A study: prompts of a model, or saved traces, and what is made of them.
+
+    `sampling` holds the options given (None: the checkpoint's); `placement` is a number of ranks.
+    """
+
+    output: Path
+    model: Path | None = None
+    prompts: Sequence[str] = ()
+    traces: Sequence[Path] = ()
+    held_out: Sequence[Path] = ()
+    max_new_tokens: int = 64
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    placement: int | None = None
+    cache_dir: Path | None = None
+    options: ReportOptions = field(default_factory=ReportOptions)
+
+
 def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
-    """Each is a text, a text file, or a directory of .txt files. Names are made unique.
+    """Read prompts that are texts, text files, or directories of .txt files; name each uniquely.
 
     Raises GenerationError when one is empty or a file cannot be read.
     """
@@ -57,11 +74,10 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
 
 
 def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tuple[MiniMaxM2, Path]:
-    """The eager float32 model of a compiled, converted or checkpoint directory, and where its
-    tokenizer is.
+    """Load the eager float32 model of a compiled, converted or checkpoint directory.
 
-    Converted weights are mapped. A checkpoint (or its float32 cache, when a directory is given) is
-    arranged in memory.
+    The second value is the directory of its tokenizer. Converted weights are mapped. A checkpoint
+    (or its float32 cache, when a directory is given) is arranged in memory.
     """
     path = Path(directory)
     for candidate in (path / "model", path):
@@ -78,54 +94,34 @@ def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tupl
 
 
 def analyse_checkpoint(
-    *,
+    request: ExpertsRequest,
     checkpoint: Path,
-    prompt: Sequence[str],
-    max_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    no_sample: bool,
-    cache_dir: Path | None,
-    dump_cache: bool,
-    dump_only: bool,
-    output_dir: Path,
-    disable_structured_output: bool,
-    output_format: str,
-    enable_expert_similarity: bool,
-    n_jobs: int | None,
     progress: Progress,
+    *,
+    dump_cache: bool = False,
+    dump_only: bool = False,
 ) -> list[str]:
-    """tools/test_minimax_m2.py, whose options these are; returns the lines to print."""
+    """Run a request on a checkpoint, by its dequantized cache where there is one.
+
+    `dump_cache` builds the cache of the request first, `dump_only` does nothing else. Returns the
+    lines to print.
+    """
     lines = []
-    if cache_dir is not None and (dump_cache or dump_only):
-        lines.append(build_cache(checkpoint, cache_dir).render(cache_dir))
+    if request.cache_dir is not None and (dump_cache or dump_only):
+        lines.append(build_cache(checkpoint, request.cache_dir).render(request.cache_dir))
     if dump_only:
         return lines
-    cache = find_cache(cache_dir, checkpoint)
+    cache = find_cache(request.cache_dir, checkpoint)
     lines += [f"Loading from cache {cache}"] if cache else []
-    outputs = Outputs(
-        structured=not disable_structured_output,
-        record_format=output_format,
-        similarity_of=Checkpoint(checkpoint) if enable_expert_similarity else None,
-        jobs=n_jobs,
-    )
-    request = ExpertsRequest(
-        output=output_dir,
-        model=checkpoint,
-        prompts=prompt,
-        max_new_tokens=max_tokens,
-        sampling={"temperature": 0.0 if no_sample else temperature, "top_p": top_p},
-        cache_dir=cache,
-        outputs=outputs,
-    )
+    request = replace(request, model=checkpoint, cache_dir=cache)
     return [*lines, run_experts(request, progress)]
 
 
 def find_cache(cache_dir: Path | None, checkpoint: Path) -> Path | None:
-    """The cache directory when one was named and exists; None when there is none yet.
+    """Return the cache directory when one was named and exists, else None.
 
-    Raises CheckpointError, with the command that rebuilds it, when it is unfinished or of something
-    else.
+    Raises CheckpointError, with the command that rebuilds it, when it is unfinished or of another
+    checkpoint.
     """
     if cache_dir is None or not cache_dir.exists():
         return None
@@ -136,9 +132,7 @@ def find_cache(cache_dir: Path | None, checkpoint: Path) -> Path | None:
 def make_placement(
     traces: Sequence[Trace], ranks: int, path: Path, held_out: Sequence[Trace] = ()
 ) -> str:
-    """Write the placement for the load of `traces`; says its maximum over mean load before and
-    after, on `held_out`.
-    """
+    """Write the placement for the load of `traces`; say what it brings on `held_out`."""
     load = _counts(traces)
     judged = _counts(held_out or traces)
     if load.shape != judged.shape:
@@ -162,29 +156,10 @@ def make_placement(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertsRequest:
-    """What `neuron-minimax experts` was asked for; `sampling` holds the options given (None: the
-    checkpoint's).
-    """
-
-    output: Path
-    model: Path | None = None
-    prompts: Sequence[str] = ()
-    traces: Sequence[Path] = ()
-    held_out: Sequence[Path] = ()
-    max_new_tokens: int = 64
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    placement: int | None = None
-    cache_dir: Path | None = None
-    outputs: Outputs = field(default_factory=Outputs)
-
-
 def run_experts(
     request: ExpertsRequest, progress: Progress = lambda name, tokens, total: None
 ) -> str:
-    """Record prompts or load traces, analyse them, write a placement when asked; returns what to
-    print.
+    """Record prompts or load traces, analyse them, or write a placement; return what to print.
 
     Raises GenerationError when the request names nothing to do, or contradicts itself.
     """
@@ -192,17 +167,17 @@ def run_experts(
         raise GenerationError(
             "give either --prompt (and a model) or --trace; see `neuron-minimax experts --help`"
         )
-    outputs = request.outputs
-    if outputs.record_format not in RECORD_FORMATS:
+    options = request.options
+    if options.record_format not in RECORD_FORMATS:
         raise GenerationError(
-            f"the output format is {outputs.record_format!r}; expected {', '.join(RECORD_FORMATS)}"
+            f"the output format is {options.record_format!r}; expected {', '.join(RECORD_FORMATS)}"
         )
     request.output.mkdir(parents=True, exist_ok=True)
     if request.traces:
-        result = BatchResult(tuple(Analysis(trace=Trace.load(path)) for path in request.traces))
+        result = ExpertsResult(tuple(Analysis(trace=Trace.load(path)) for path in request.traces))
         if request.placement is None:
             for analysis in result.analyses:
-                write_analysis(analysis, request.output / analysis.trace.name, outputs)
+                write_analysis(analysis, request.output / analysis.trace.name, options)
     else:
         if request.model is None:
             raise GenerationError(
@@ -211,16 +186,17 @@ def run_experts(
         model, directory = load_any(request.model, request.cache_dir)
         tokenizer = TextTokenizer.from_dir(directory)
         given = {name: value for name, value in request.sampling.items() if value is not None}
-        run = Run(
+        runner = BatchRunner(
             model=model,
             tokenizer=tokenizer,
             directory=request.output,
-            outputs=outputs,
+            options=options,
+            similarity_of=Checkpoint(request.model) if options.expert_similarity else None,
             sampling=replace(tokenizer.sampling, **given),
             max_new_tokens=request.max_new_tokens,
             progress=progress,
         )
-        result = run(read_prompts(request.prompts))
+        result = runner.run(read_prompts(request.prompts))
     if request.placement is None:
         return result.render()
     traces = [analysis.trace for analysis in result.analyses]
@@ -244,8 +220,6 @@ def _read_text(path: Path) -> str:
 def _unique(name: str, prompts: Sequence[Prompt]) -> str:
     name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "prompt"
     taken = {prompt.name for prompt in prompts}
-    return (
-        name
-        if name not in taken
-        else next(f"{name}-{n}" for n in range(2, 10**6) if f"{name}-{n}" not in taken)
-    )
+    if name not in taken:
+        return name
+    return next(f"{name}-{n}" for n in range(2, 10**6) if f"{name}-{n}" not in taken)

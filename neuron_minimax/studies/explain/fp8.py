@@ -96,7 +96,7 @@ def made_here(seed: int = 0, place: tuple[int, int] = (0, 0)) -> WeightBlock:
 
 
 def _check_place(name: str, scales: np.ndarray, place: tuple[int, int]) -> None:
-    if not all(0 <= index < count for index, count in zip(place, scales.shape, strict=True)):
+    if not (0 <= place[0] < scales.shape[0] and 0 <= place[1] < scales.shape[1]):
         raise CheckpointError(
             f"{name} has {scales.shape[0]} x {scales.shape[1]} blocks; there is no block {place}"
         )
@@ -375,15 +375,10 @@ def _alternatives_part(subject: WeightBlock, costs: Sequence[Alternative]) -> Pa
         "the largest weight, and how many elements change at all."
     )
     head: tuple[str, ...] = ("way", "relative RMS error", "largest", "elements changed")
-    rows: list[tuple[str, ...]] = [
-        (
-            cost.name,
-            f"{cost.relative_rms:.2e}",
-            f"{cost.largest_relative:.2e}",
-            f"{100 * cost.changed:.3f} %",
-        )
-        for cost in costs
-    ]
+    rows: list[tuple[str, ...]] = []
+    for cost in costs:
+        errors = (f"{cost.relative_rms:.2e}", f"{cost.largest_relative:.2e}")
+        rows.append((cost.name, *errors, f"{100 * cost.changed:.3f} %"))
     if subject.original is not None:
         head = (*head, "from the original")
         rows = [(*row, f"{cost.from_original:.2e}") for row, cost in zip(rows, costs, strict=True)]

@@ -1,5 +1,4 @@
-"""The loading path step by step: shards, names, rules with values before and after, scales,
-leftovers, the result.
+"""The loading path step by step: shards, names, rules with values, scales, leftovers, result.
 
 Nothing is computed here: what is shown is the conversion's own plan and its own pieces
 (`convert/plan.py`, `convert/pieces.py`), so what this says is what a conversion does.
@@ -120,7 +119,7 @@ def _stages(
 
 
 def _layout_of(converted: str | Path | None) -> tuple[Layout, str]:
-    """The options a converted directory was made with, and what is wrong with its manifest."""
+    """Return the options of a converted directory, and what is wrong with its manifest."""
     if converted is None:
         return Layout(), ""
     try:
@@ -228,8 +227,9 @@ def _rules(conversion: ConversionPlan, checkpoint: Checkpoint, shown: list[Outpu
 def _first_values(
     conversion: ConversionPlan, output: Output, checkpoint: Checkpoint
 ) -> tuple[str, str]:
-    """The first element in the file and in the result, made by the conversion's own code; with a
-    scale, the weight.
+    """Return the first element in the file and in the result, made by the conversion's own code.
+
+    Behind a scale stands the first weight.
     """
     name = output.groups[0][0]
     stored = checkpoint.array(name).reshape(-1)[0]
