@@ -154,7 +154,9 @@ class BatchRunner:
         )
 
     def trace(self, prompt: Prompt, ids: list[int], total: int) -> Trace | None:
-        """Record one prompt and its answer; None when interrupted before the first pass."""
+        """The trace of one prompt and its answer; None when it was interrupted before the first
+        pass.
+        """
         recorder = Recorder.of(self.model)
         answer = []
         reason = "length"

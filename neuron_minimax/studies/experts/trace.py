@@ -92,7 +92,9 @@ class Trace:
 
 @dataclass
 class Recorder:
-    """Collects routing pass by pass; an interruption keeps what is done."""
+    """Collects routing pass by pass; `trace` may be taken at any time, so an interruption keeps
+    what is done.
+    """
 
     bias: np.ndarray
     passes: list[tuple[list[int], bool, list[Routing]]] = field(default_factory=list)
