@@ -12,8 +12,15 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.demo import DEMO
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.model.decoder import MiniMaxM2
-from neuron_minimax.studies.lengths import long_chat, measure_lengths, perplexities
-from neuron_minimax.studies.quality import HELD_OUT_SEED, VARIANTS, Variant, measure_quality
+from neuron_minimax.studies.quality import (
+    HELD_OUT_SEED,
+    VARIANTS,
+    Variant,
+    long_chat,
+    measure_lengths,
+    measure_quality,
+    perplexities,
+)
 from neuron_minimax.training.answering import answer_all, is_right
 from neuron_minimax.training.data import KINDS, demo_conversation, held_out
 from neuron_minimax.training.encoding import Encoder

@@ -14,13 +14,13 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.planner.placement import Placement
-from neuron_minimax.studies.experts.batch import Outputs, Prompt, Run
+from neuron_minimax.studies.experts.batch import BatchRunner, Prompt, ReportOptions
 from neuron_minimax.studies.experts.command import load_any, read_prompts
 from neuron_minimax.studies.experts.trace import Trace
 from tests.opened import build_cache
 from tests.tiny_traced import write_traced
 
-QUICK = Outputs(plots=False)
+QUICK = ReportOptions(plots=False)
 TOOL = Path(__file__).parents[1] / "tools/test_minimax_m2.py"
 
 
@@ -199,15 +199,15 @@ def test_an_interruption_keeps_what_is_done(traced, tmp_path):
             raise KeyboardInterrupt
 
     tokenizer = TextTokenizer.from_dir(directory)
-    run = Run(
+    runner = BatchRunner(
         model=model,
         tokenizer=tokenizer,
         directory=tmp_path,
-        outputs=QUICK,
+        options=QUICK,
         max_new_tokens=5,
         progress=interrupt,
     )
-    result = run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
+    result = runner.run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
     assert result.interrupted
     assert [analysis.trace.finish_reason for analysis in result.analyses] == [
         "length",
@@ -228,18 +228,18 @@ def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path)
     model, directory = load_any(traced)
     seen = []
     tokenizer = TextTokenizer.from_dir(directory)
-    run = Run(
+    runner = BatchRunner(
         model=model,
         tokenizer=tokenizer,
         directory=tmp_path,
-        outputs=QUICK,
+        options=QUICK,
         max_new_tokens=4,
         progress=lambda *row: seen.append(row),
     )
-    result = run([Prompt(name="one", text="sunny")])
+    result = runner.run([Prompt(name="one", text="sunny")])
     assert sum(tokens for _, tokens, _ in seen) == len(result.analyses[0].trace.tokens)
     assert {total for _, _, total in seen} == {
-        len(run.encode(Prompt(name="one", text="sunny"))) + 4
+        len(runner.encode(Prompt(name="one", text="sunny"))) + 4
     }
 
 

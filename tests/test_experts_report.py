@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neuron_minimax.studies.experts.analysis import Analysis
-from neuron_minimax.studies.experts.plots import write_plots
-from neuron_minimax.studies.experts.report import pack, render_report
+from neuron_minimax.studies.experts.report import pack, render_report, write_plots
+from neuron_minimax.studies.experts.statistics import Analysis
 from neuron_minimax.studies.experts.trace import Trace
 
 LAYERS = 6

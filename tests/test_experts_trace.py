@@ -14,8 +14,8 @@ from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import Placement, as_numbered, place
-from neuron_minimax.studies.experts import similarity
-from neuron_minimax.studies.experts.token_classes import classify
+from neuron_minimax.studies.experts import batch
+from neuron_minimax.studies.experts.statistics import classify
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 from tests.opened import convert
 from tests.test_fp32_cache import slow_weight
@@ -160,17 +160,17 @@ def test_expert_similarity_equals_the_cosine_of_whole_weights(directories, name)
         torch.stack(vectors)[:, None], torch.stack(vectors)[None], dim=-1
     )
     for jobs in (1, 3):
-        assert np.allclose(similarity.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
+        assert np.allclose(batch.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
     with pytest.raises(CheckpointError, match="has no layer 2; expected 0 to 1"):
-        similarity.expert_similarity(checkpoint, 2)
+        batch.expert_similarity(checkpoint, 2)
 
 
 def test_router_similarity_equals_torch_and_a_zero_row_is_like_nothing():
     rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
-    assert np.allclose(similarity.router_similarity(rows.numpy()), wanted, atol=1e-6)
+    assert np.allclose(batch.router_similarity(rows.numpy()), wanted, atol=1e-6)
     rows[2] = 0
-    assert not similarity.router_similarity(rows.numpy())[2].any()
+    assert not batch.router_similarity(rows.numpy())[2].any()
 
 
 def test_a_placed_model_computes_the_same(directories, model, tmp_path):

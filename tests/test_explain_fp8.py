@@ -9,7 +9,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.studies.explain.fp8 import (
-    Subject,
+    WeightBlock,
     alternatives,
     compare_readings,
     convention_of,
@@ -61,7 +61,7 @@ def test_the_costs_are_those_of_the_same_steps_in_torch():
 
 def test_a_reciprocal_is_recognized_and_costs_the_same():
     subject = made_here()
-    inverted = Subject(**{**vars(subject), "scales": np.float32(1) / subject.scales})
+    inverted = WeightBlock(**{**vars(subject), "scales": np.float32(1) / subject.scales})
     assert convention_of(inverted) is ScaleConvention.RECIPROCAL
     assert convention_of(subject) is ScaleConvention.MULTIPLIER
     costs = [[cost.relative_rms for cost in alternatives(one)] for one in (inverted, subject)]
@@ -71,7 +71,7 @@ def test_a_reciprocal_is_recognized_and_costs_the_same():
 def test_scales_that_fit_no_reading_are_refused_by_name():
     subject = made_here()
     with pytest.raises(CheckpointError, match=r"normal weight.*unclear"):
-        explain(Subject(**{**vars(subject), "scales": np.ones_like(subject.scales)}))
+        explain(WeightBlock(**{**vars(subject), "scales": np.ones_like(subject.scales)}))
 
 
 def test_the_steps_show_the_real_numbers_of_the_block(tmp_path):

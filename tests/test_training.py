@@ -343,6 +343,12 @@ def test_the_written_checkpoint_is_whole_and_holds_the_trained_weights(
     checkpoint = Checkpoint(tmp_path)
     checkpoint.require_usable()
     wanted = neuron_to_hf_state_dict(state, config)
+    dtypes = {
+        Precision.FLOAT32: {"F32"},
+        Precision.BF16: {"F32", "BF16"},
+        Precision.FP8: {"F32", "BF16", "F8_E4M3"},
+    }
+    assert {entry.dtype for entry in checkpoint.entries.values()} == dtypes[precision]
     for expected in schema.expected(config):
         if expected.is_scale:
             assert (expected.name in checkpoint.entries) == (precision is Precision.FP8)

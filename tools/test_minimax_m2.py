@@ -5,7 +5,8 @@ from pathlib import Path
 
 from neuron_minimax.cli.app import exit_code, token_bar
 from neuron_minimax.demo import DEMO
-from neuron_minimax.studies.experts.command import analyse_checkpoint
+from neuron_minimax.studies.experts.batch import ReportOptions
+from neuron_minimax.studies.experts.command import ExpertsRequest, analyse_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,12 +42,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def request_of(arguments: argparse.Namespace) -> ExpertsRequest:
+    return ExpertsRequest(
+        output=arguments.output_dir,
+        prompts=arguments.prompt,
+        max_new_tokens=arguments.max_tokens,
+        sampling={
+            "temperature": 0.0 if arguments.no_sample else arguments.temperature,
+            "top_p": arguments.top_p,
+        },
+        options=ReportOptions(
+            structured=not arguments.disable_structured_output,
+            record_format=arguments.output_format,
+            expert_similarity=arguments.enable_expert_similarity,
+            jobs=arguments.n_jobs,
+        ),
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
 
     def run() -> int:
         with token_bar() as progress:
-            lines = analyse_checkpoint(**vars(arguments), progress=progress)
+            lines = analyse_checkpoint(
+                request_of(arguments),
+                arguments.checkpoint,
+                progress,
+                cache_dir=arguments.cache_dir,
+                dump_cache=arguments.dump_cache,
+                dump_only=arguments.dump_only,
+            )
         print("\n".join(lines))
         return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neuron_minimax.cli.app import exit_code
-from neuron_minimax.studies.explain.architecture import write_structure
+from neuron_minimax.studies.explain.diagram import write_structure
 
 DEFAULT_OUTPUT = Path("minimax_m2_architecture.txt")
 

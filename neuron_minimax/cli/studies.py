@@ -36,7 +36,7 @@ def experts(
     ] = None,
 ) -> None:
     """Analyse which experts a model chooses, or turn saved traces into a placement on ranks."""
-    from neuron_minimax.studies.experts.batch import Outputs
+    from neuron_minimax.studies.experts.batch import ReportOptions
     from neuron_minimax.studies.experts.command import ExpertsRequest, run_experts
 
     request = ExpertsRequest(
@@ -48,7 +48,7 @@ def experts(
         max_new_tokens=max_new_tokens,
         sampling={"seed": seed} | ({"temperature": 0.0} if greedy else {}),
         placement=placement,
-        outputs=Outputs(record_format=output_format),
+        options=ReportOptions(record_format=output_format),
     )
     with token_bar() as advance:
         print(run_experts(request, advance))
@@ -141,8 +141,7 @@ def quality(
     ] = False,
 ) -> None:
     """Ask held-out questions: exact answers by kind, and what each storage choice changes."""
-    from neuron_minimax.studies.lengths import measure_lengths
-    from neuron_minimax.studies.quality import measure_quality
+    from neuron_minimax.studies.quality import measure_lengths, measure_quality
 
     print(measure_quality(checkpoint or DEMO, questions).render())
     if lengths:

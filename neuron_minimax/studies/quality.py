@@ -1,15 +1,20 @@
-"""How right a checkpoint answers, by kind of question, and what each way of storing or computing it
-changes.
+"""Quality of a checkpoint: exact answers by kind of question, and perplexity by position.
+
+Both compare ways of storing or computing the same weights: scales, precisions, RoPE scaling.
 
 Shapes: T tokens, V vocabulary, R rows, C columns.
 """
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from neuron_minimax import fp8
@@ -24,6 +29,7 @@ from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.model.decoder import MiniMaxM2
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
+from neuron_minimax.training.encoding import Encoder, Example
 from neuron_minimax.training.tokenizer import load_tokenizer
 
 State = dict[str, torch.Tensor]
@@ -52,11 +58,11 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Exact answers by kind as (right, asked), and how far a variant is from the stored checkpoint
-    in float32.
+    """Exact answers by kind as (right, asked), and the distance from the stored checkpoint.
 
-    `logit_error` is the relative RMS difference of logits over all prompts; `same_replies` the
-    share of questions whose whole greedy reply, reasoning included, has the same tokens.
+    That is taken in float32. `logit_error` is the relative RMS difference of logits over all
+    prompts, `same_replies` the share of questions whose whole greedy reply, reasoning included, has
+    the same tokens.
     """
 
     name: str
@@ -76,7 +82,7 @@ class QualityReport:
     scores: Sequence[Score]
 
     def render(self) -> str:
-        """Two Markdown tables: accuracy of the first score by kind, and all scores."""
+        """Render two Markdown tables: accuracy of the first score by kind, and all scores."""
         lines = ["| kind | exact answers |", "|---|---|"]
         for kind, (right, asked) in self.scores[0].by_kind.items():
             lines.append(f"| {kind} | {right} of {asked} |")
@@ -96,13 +102,11 @@ class QualityReport:
 def measure_quality(
     checkpoint: str | Path, questions: int = 500, variants: Sequence[Variant] | None = None
 ) -> QualityReport:
-    """Ask `questions` held-out questions of each variant (default: all that the checkpoint's
-    precision has).
+    """Ask `questions` held-out questions of each variant.
 
-    The first variant is what the others are held to.
-
-    Raises CheckpointError when the checkpoint cannot be used, TrainingError when its tokenizer is
-    not the demo's.
+    The first variant is what the others are held to. The default are all variants that the
+    checkpoint's precision has. Raises CheckpointError when the checkpoint cannot be used,
+    TrainingError when its tokenizer is not the demo's.
     """
     opened = Checkpoint(checkpoint)
     opened.require_usable()
@@ -125,7 +129,7 @@ def measure_quality(
 def prompt_logits(
     model: MiniMaxM2, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> list[torch.Tensor]:
-    """Float32 logits [V] behind each prompt: what the reply begins with."""
+    """Return the float32 logits [V] behind each prompt, with which the reply begins."""
     if len(tokenizer) > model.config.vocab_size:
         raise TrainingError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}"
@@ -154,9 +158,7 @@ def _score(
 
 
 def rescale_to_240(published: State, config: ModelConfig) -> State:
-    """The documented way to Neuron's range: codes times 240/448, rounded to FP8 again, scales times
-    448/240.
-    """
+    """Rescale codes by 240/448, rounded to FP8 again, and scales by 448/240, as documented."""
     changed = dict(published)
     for weight, scale in _quantized(config):
         codes = fp8.encode(
@@ -168,7 +170,7 @@ def rescale_to_240(published: State, config: ModelConfig) -> State:
 
 
 def scale_per_row(published: State, config: ModelConfig) -> State:
-    """One scale per output row: dequantized, quantized again, and expanded, as a dense weight."""
+    """Quantize again with one scale per output row, and expand to a dense weight."""
     changed = dict(published)
     for weight, scale in _quantized(config):
         dense = fp8.dequantize(
@@ -181,7 +183,7 @@ def scale_per_row(published: State, config: ModelConfig) -> State:
 
 
 def round_router_bias(published: State, config: ModelConfig) -> State:
-    """What casting every float parameter to the compute dtype does to the router's bias."""
+    """Round the router's bias, as casting every float parameter to the compute dtype does."""
     rounded = {
         w.name: published[w.name].to(torch.bfloat16).float()
         for w in schema.expected(config)
@@ -191,7 +193,7 @@ def round_router_bias(published: State, config: ModelConfig) -> State:
 
 
 def invert_scales(published: State, config: ModelConfig) -> State:
-    """`scale = 1 / weight_scale_inv`, read literally."""
+    """Invert the scales: `scale = 1 / weight_scale_inv`, read literally."""
     return {**published, **{scale: 1 / published[scale] for _, scale in _quantized(config)}}
 
 
@@ -225,3 +227,95 @@ DENSE_VARIANTS = (
     Variant(name="as stored"),
     Variant(name="compute in BF16", compute=torch.bfloat16),
 )
+
+
+SINGLE_TURN = (
+    "capital",
+    "currency",
+    "continent",
+    "sum",
+    "difference",
+    "sort",
+    "reverse",
+    "compare",
+    "count",
+    "python",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthReport:
+    """Perplexity per learned token by RoPE setting, for the positions up to each bound."""
+
+    bounds: tuple[int, ...]
+    rows: Mapping[str, tuple[float, ...]]
+
+    def render(self) -> str:
+        """Render a Markdown table."""
+        starts = (0, *self.bounds[:-1])
+        heads = [f"{start} to {end}" for start, end in zip(starts, self.bounds, strict=True)]
+        lines = ["| RoPE | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |"
+            for name, row in self.rows.items()
+        ]
+        return "\n".join(lines)
+
+
+def measure_lengths(
+    checkpoint: str | Path,
+    chats: int = 8,
+    bounds: Sequence[int] = (512, 1024, 2048),
+    factor: float = 4.0,
+) -> LengthReport:
+    """Measure the perplexity of the assistant's tokens in chats as long as the last bound.
+
+    The chats are of held-out questions. RoPE is as trained, and scaled by `factor`, linearly and by
+    YaRN. Raises CheckpointError on an unusable checkpoint.
+    """
+    opened = Checkpoint(checkpoint)
+    opened.require_usable()
+    published = {name: opened.tensor(name) for name in opened.entries}
+    encoder = Encoder(load_tokenizer(checkpoint), bounds[-1])
+    examples = [long_chat(encoder, seed) for seed in range(chats)]
+    trained = opened.config.max_position_embeddings
+    settings: dict[str, dict[str, Any] | None] = {
+        "as trained": None,
+        f"linear, factor {factor:g}": {"rope_type": "linear", "factor": factor},
+        f"YaRN, factor {factor:g}": {
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained,
+        },
+    }  # fmt: skip
+    rows = {}
+    for name, scaling in settings.items():
+        config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
+        model = MiniMaxM2(config, convert_hf_to_neuron_state_dict(published, config))
+        rows[name] = perplexities(model, examples, bounds)
+    return LengthReport(bounds=tuple(bounds), rows=rows)
+
+
+def long_chat(encoder: Encoder, seed: int) -> Example:
+    """Join held-out questions of one turn until the encoder's `max_tokens` are full."""
+    conversations = [c for c in held_out(500, 10_000 + seed) if c.kind in SINGLE_TURN]
+    random.Random(seed).shuffle(conversations)
+    return encoder({"messages": [message for c in conversations for message in c.messages]})
+
+
+@torch.inference_mode()
+def perplexities(
+    model: MiniMaxM2, examples: Sequence[Example], bounds: Sequence[int]
+) -> tuple[float, ...]:
+    """Return exp of the mean -log p of learned tokens, by ranges of positions up to each bound."""
+    sums = [0.0] * len(bounds)
+    counts = [0] * len(bounds)
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        learned = torch.tensor(example.learned)[1:]
+        loss = F.cross_entropy(model(ids)[0][0, :-1].float(), ids[0, 1:], reduction="none")
+        start = 0
+        for number, bound in enumerate(bounds):
+            part = slice(start, bound - 1)
+            sums[number] += float(loss[part][learned[part]].sum())
+            counts[number] += int(learned[part].sum())
+            start = bound - 1
+    return tuple(math.exp(total / max(1, count)) for total, count in zip(sums, counts, strict=True))

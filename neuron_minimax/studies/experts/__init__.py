@@ -1,3 +1,1 @@
-"""Which experts a model chooses: traces of its routing, statistics over them, plots, and placements
-on ranks.
-"""
+"""Experts that a model chooses: traces, statistics, plots, and placements on ranks."""

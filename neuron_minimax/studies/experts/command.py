@@ -1,6 +1,4 @@
-"""What `neuron-minimax experts` and tools/test_minimax_m2.py do: prompts or traces in, analyses or
-a placement out.
-"""
+"""The experts study as a command: prompts or traces in, analyses or a placement out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,21 +19,40 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.model.decoder import MiniMaxM2, load_model
 from neuron_minimax.planner.placement import as_numbered, place
-from neuron_minimax.studies.experts import stats
-from neuron_minimax.studies.experts.analysis import RECORD_FORMATS, Analysis
 from neuron_minimax.studies.experts.batch import (
-    BatchResult,
-    Outputs,
+    RECORD_FORMATS,
+    BatchRunner,
+    ExpertsResult,
     Progress,
     Prompt,
-    Run,
+    ReportOptions,
     write_analysis,
 )
+from neuron_minimax.studies.experts.statistics import Analysis, counts
 from neuron_minimax.studies.experts.trace import Trace
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsRequest:
+    """A study: prompts of a model, or saved traces, and what is made of them.
+
+    `sampling` holds the options given (None: the checkpoint's); `placement` is a number of ranks.
+    """
+
+    output: Path
+    model: Path | Checkpoint | None = None
+    prompts: Sequence[str] = ()
+    traces: Sequence[Path] = ()
+    held_out: Sequence[Path] = ()
+    max_new_tokens: int = 64
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    placement: int | None = None
+    cache: Checkpoint | None = None
+    options: ReportOptions = field(default_factory=ReportOptions)
+
+
 def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
-    """Each is a text, a text file, or a directory of .txt files. Names are made unique.
+    """Read prompts that are texts, text files, or directories of .txt files; name each uniquely.
 
     Raises GenerationError when one is empty or a file cannot be read.
     """
@@ -58,11 +75,11 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
 
 
 def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple[MiniMaxM2, Path]:
-    """The eager float32 model of a compiled, converted or checkpoint directory, or of an opened
-    checkpoint, and where its tokenizer is.
+    """Load the eager float32 model of a directory, or of an opened checkpoint.
 
-    Converted weights are mapped. A checkpoint (or its float32 cache, when that is given) is
-    arranged in memory.
+    A directory is a compiled, a converted or a checkpoint directory. The second value is the
+    directory of its tokenizer. Converted weights are mapped. A checkpoint (or its float32 cache,
+    when that is given) is arranged in memory.
     """
     if isinstance(model, Path):
         converted = converted_directory(model)
@@ -84,29 +101,24 @@ def converted_directory(path: Path) -> Path | None:
 
 
 def analyse_checkpoint(
-    *,
+    request: ExpertsRequest,
     checkpoint: Path,
-    prompt: Sequence[str],
-    max_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    no_sample: bool,
-    cache_dir: Path | None,
-    dump_cache: bool,
-    dump_only: bool,
-    output_dir: Path,
-    disable_structured_output: bool,
-    output_format: str,
-    enable_expert_similarity: bool,
-    n_jobs: int | None,
     progress: Progress,
+    *,
+    cache_dir: Path | None = None,
+    dump_cache: bool = False,
+    dump_only: bool = False,
 ) -> list[str]:
-    """tools/test_minimax_m2.py, whose options these are; returns the lines to print."""
-    lines = []
+    """Run a request on a checkpoint, by its dequantized cache where there is one.
+
+    `dump_cache` builds the cache first, `dump_only` does nothing else. Returns the lines to print.
+    """
+    lines: list[str] = []
+    similarity = request.options.expert_similarity
     model: Path | Checkpoint = checkpoint
     source = None
     cache = None
-    if cache_dir is not None or enable_expert_similarity or converted_directory(checkpoint) is None:
+    if cache_dir is not None or similarity or converted_directory(checkpoint) is None:
         source = Checkpoint.open(checkpoint)
         model = source
     if cache_dir is not None and source is not None:
@@ -116,29 +128,14 @@ def analyse_checkpoint(
             return lines
         cache = find_cache(cache_dir, source)
         lines += [f"Loading from cache {cache_dir}"] if cache else []
-    outputs = Outputs(
-        structured=not disable_structured_output,
-        record_format=output_format,
-        similarity_of=source if enable_expert_similarity else None,
-        jobs=n_jobs,
-    )
-    request = ExpertsRequest(
-        output=output_dir,
-        model=model,
-        prompts=prompt,
-        max_new_tokens=max_tokens,
-        sampling={"temperature": 0.0 if no_sample else temperature, "top_p": top_p},
-        cache=cache,
-        outputs=outputs,
-    )
-    return [*lines, run_experts(request, progress)]
+    return [*lines, run_experts(replace(request, model=model, cache=cache), progress)]
 
 
 def find_cache(cache_dir: Path, checkpoint: Checkpoint) -> Checkpoint | None:
-    """The cache, opened; None when there is none yet.
+    """Return the cache, opened, or None when there is none yet.
 
-    Raises CheckpointError, with the command that rebuilds it, when it is unfinished or of something
-    else.
+    Raises CheckpointError, with the command that rebuilds it, when it is unfinished or of another
+    checkpoint.
     """
     if not cache_dir.exists():
         return None
@@ -148,18 +145,17 @@ def find_cache(cache_dir: Path, checkpoint: Checkpoint) -> Checkpoint | None:
 def make_placement(
     traces: Sequence[Trace], ranks: int, path: Path, held_out: Sequence[Trace] = ()
 ) -> str:
-    """Write the placement for the load of `traces`; says its maximum over mean load before and
-    after, on `held_out`.
-    """
-    counts = _counts(traces)
+    """Write the placement for the load of `traces`; say what it brings on `held_out`."""
+    load = _counts(traces)
     judged = _counts(held_out or traces)
-    if counts.shape != judged.shape:
+    if load.shape != judged.shape:
         raise GenerationError(
-            f"the held-out traces are of another model: {judged.shape}, not {counts.shape} experts"
+            f"the held-out traces are of another model: {judged.shape}, not {load.shape} experts"
         )
-    placement = place(counts, ranks)
+    layers, experts = load.shape
+    placement = place(load, ranks)
     placement.save(path)
-    before = as_numbered(counts.shape[0], counts.shape[1], ranks).max_to_mean(judged)
+    before = as_numbered(layers, experts, ranks).max_to_mean(judged)
     after = placement.max_to_mean(judged)
     what = (
         "held-out tokens"
@@ -167,35 +163,16 @@ def make_placement(
         else "the tokens it was made from (give --held-out for an honest number)"
     )
     return (
-        f"{path}: {counts.shape[1]} experts on {ranks} ranks. Busiest rank over the mean, on "
+        f"{path}: {experts} experts on {ranks} ranks. Busiest rank over the mean, on "
         f"{what}: {before.mean():.3f} before, {after.mean():.3f} after (worst layer "
         f"{before.max():.3f}, {after.max():.3f})"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertsRequest:
-    """What `neuron-minimax experts` was asked for; `sampling` holds the options given (None: the
-    checkpoint's).
-    """
-
-    output: Path
-    model: Path | Checkpoint | None = None
-    prompts: Sequence[str] = ()
-    traces: Sequence[Path] = ()
-    held_out: Sequence[Path] = ()
-    max_new_tokens: int = 64
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    placement: int | None = None
-    cache: Checkpoint | None = None
-    outputs: Outputs = field(default_factory=Outputs)
-
-
 def run_experts(
     request: ExpertsRequest, progress: Progress = lambda name, tokens, total: None
 ) -> str:
-    """Record prompts or load traces, analyse them, write a placement when asked; returns what to
-    print.
+    """Record prompts or load traces, analyse them, or write a placement; return what to print.
 
     Raises GenerationError when the request names nothing to do, or contradicts itself.
     """
@@ -203,17 +180,17 @@ def run_experts(
         raise GenerationError(
             "give either --prompt (and a model) or --trace; see `neuron-minimax experts --help`"
         )
-    outputs = request.outputs
-    if outputs.record_format not in RECORD_FORMATS:
+    options = request.options
+    if options.record_format not in RECORD_FORMATS:
         raise GenerationError(
-            f"the output format is {outputs.record_format!r}; expected {', '.join(RECORD_FORMATS)}"
+            f"the output format is {options.record_format!r}; expected {', '.join(RECORD_FORMATS)}"
         )
     request.output.mkdir(parents=True, exist_ok=True)
     if request.traces:
-        result = BatchResult(tuple(Analysis(trace=Trace.load(path)) for path in request.traces))
+        result = ExpertsResult(tuple(Analysis(trace=Trace.load(path)) for path in request.traces))
         if request.placement is None:
             for analysis in result.analyses:
-                write_analysis(analysis, request.output / analysis.trace.name, outputs)
+                write_analysis(analysis, request.output / analysis.trace.name, options)
     else:
         if request.model is None:
             raise GenerationError(
@@ -222,16 +199,17 @@ def run_experts(
         model, directory = load_any(request.model, request.cache)
         tokenizer = TextTokenizer.from_dir(directory)
         given = {name: value for name, value in request.sampling.items() if value is not None}
-        run = Run(
+        runner = BatchRunner(
             model=model,
             tokenizer=tokenizer,
             directory=request.output,
-            outputs=outputs,
+            options=options,
+            similarity_of=_source_of(request.model) if options.expert_similarity else None,
             sampling=replace(tokenizer.sampling, **given),
             max_new_tokens=request.max_new_tokens,
             progress=progress,
         )
-        result = run(read_prompts(request.prompts))
+        result = runner.run(read_prompts(request.prompts))
     if request.placement is None:
         return result.render()
     traces = [analysis.trace for analysis in result.analyses]
@@ -241,8 +219,12 @@ def run_experts(
     )
 
 
+def _source_of(model: Path | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+
+
 def _counts(traces: Sequence[Trace]) -> np.ndarray:
-    return np.sum([stats.counts(trace.expert_index, trace.experts) for trace in traces], axis=0)
+    return np.sum([counts(trace.expert_index, trace.experts) for trace in traces], axis=0)
 
 
 def _read_text(path: Path) -> str:
@@ -255,8 +237,6 @@ def _read_text(path: Path) -> str:
 def _unique(name: str, prompts: Sequence[Prompt]) -> str:
     name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "prompt"
     taken = {prompt.name for prompt in prompts}
-    return (
-        name
-        if name not in taken
-        else next(f"{name}-{n}" for n in range(2, 10**6) if f"{name}-{n}" not in taken)
-    )
+    if name not in taken:
+        return name
+    return next(f"{name}-{n}" for n in range(2, 10**6) if f"{name}-{n}" not in taken)

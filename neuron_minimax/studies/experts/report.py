@@ -1,5 +1,7 @@
-"""One self-contained interactive HTML page of an analysis: no network, no libraries, numbers packed
-as 16-bit steps.
+"""An analysis for people: one self-contained interactive HTML page, and static figures.
+
+The page needs no network and no libraries; its numbers are packed as 16-bit steps. The figures are
+PNG and SVG, in light and dark, in colours that do not rely on telling red from green.
 
 Shapes: L layers, N tokens, K chosen per token, E experts.
 """
@@ -7,25 +9,37 @@ Shapes: L layers, N tokens, K chosen per token, E experts.
 import base64
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neuron_minimax.studies.experts.analysis import SIGNIFICANT, Analysis
-from neuron_minimax.studies.experts.stats import Tested
+from neuron_minimax.errors import GenerationError
+from neuron_minimax.studies.experts.statistics import SIGNIFICANT, Analysis, PermutationTest
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Percentile where the colours of one-sided maps end, so that one outlier does not hide the rest
+CAP = 99.5
 STEPS = 65534  # one more code means "no value"
-CAP = 99.5  # percentile where the colours of one-sided maps end
 SHOWN_EXPERTS = 64  # of a co-activation map, the busiest ones of the layer
+THEMES = {"light": "default", "dark": "dark_background"}
+SEQUENTIAL = "cividis"
+DIVERGING = "PuOr_r"
+# of the Okabe-Ito palette
+ACCENT = "#E69F00"
+MUTED = "#56B4E9"
+Drawing = Callable[["Axes"], None]
 
 
 def render_report(analysis: Analysis) -> str:
-    """The page. Values in it are within 1 / 65534 of a map's range."""
+    """Render the page. Values in it are within 1 / 65534 of a map's range."""
     data = {
-        "facts": list(_facts(analysis)),
-        "figures": list(_figures(analysis)),
+        "facts": list(_page_facts(analysis)),
+        "figures": list(_page_figures(analysis)),
         "routing": _routing(analysis),
     }
     # "</" would end the script element that holds the data.
@@ -36,7 +50,7 @@ def render_report(analysis: Analysis) -> str:
     return page.replace("__TITLE__", html.escape(analysis.trace.name)).replace("__DATA__", text)
 
 
-def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
+def _page_facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
     trace = analysis.trace
     balance = analysis.balance
     decode = int(trace.is_decode.sum())
@@ -62,7 +76,7 @@ def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
         )
 
 
-def _figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
+def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
     layer = int(analysis.balance.gini.argmax())
     yield _map(
         "Activation",
@@ -87,7 +101,7 @@ def _figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
         "correlation",
         diverging=True,
     )
-    yield _load(analysis)
+    yield _load_bars(analysis)
     busiest = np.sort(np.argsort(-analysis.counts[layer], kind="stable")[:SHOWN_EXPERTS])
     together = analysis.coactivation[layer][np.ix_(busiest, busiest)]
     note = (
@@ -98,19 +112,19 @@ def _figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
     yield together_map | {"names": busiest.tolist()}
     if analysis.router_similarity is not None:
         title = f"Router similarity, layer {layer}"
-        yield _similarity(
+        yield _similarity_map(
             title, "Cosine of two experts' router rows.", analysis.router_similarity[layer]
         )
     for number, matrix in analysis.expert_similarity.items():
-        yield _similarity(
+        yield _similarity_map(
             f"Expert similarity, layer {number}", "Cosine of two experts' weights.", matrix
         )
 
     if analysis.by_class:
-        yield {"title": "Token classes", "choices": list(_classes(analysis))}
+        yield {"title": "Token classes", "choices": list(_class_maps(analysis))}
 
 
-def _classes(analysis: Analysis) -> Iterator[dict[str, Any]]:
+def _class_maps(analysis: Analysis) -> Iterator[dict[str, Any]]:
     for name, frequency in analysis.by_class.items():
         note = (
             f"Activation on the {analysis.token_classes.count(name)} tokens of this class, minus "
@@ -128,9 +142,10 @@ def _classes(analysis: Analysis) -> Iterator[dict[str, Any]]:
         )
 
 
-def _similarity(title: str, note: str, matrix: np.ndarray) -> dict[str, Any]:
-    shown = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-    return _map(title, note, shown, "expert", "expert", "cosine", diverging=True)
+def _similarity_map(title: str, note: str, matrix: np.ndarray) -> dict[str, Any]:
+    return _map(
+        title, note, _without_diagonal(matrix), "expert", "expert", "cosine", diverging=True
+    )
 
 
 def _map(
@@ -152,14 +167,13 @@ def _map(
         "across": across,
         "what": what,
         "diverging": diverging,
-        # Colours end here, so that one outlier does not hide the rest; hovering shows the value
-        # itself.
+        # Hovering shows the value itself.
         "cap": float(np.nanpercentile(values, CAP)),
         "values": pack(values, zero_based=not diverging),
     }
 
 
-def _bars(tested: Tested, title: str, across: str) -> dict[str, Any]:
+def _bars(tested: PermutationTest, title: str, across: str) -> dict[str, Any]:
     marked = tested.p_values < SIGNIFICANT
     return {
         "title": title,
@@ -173,7 +187,7 @@ def _bars(tested: Tested, title: str, across: str) -> dict[str, Any]:
     }
 
 
-def _load(analysis: Analysis) -> dict[str, Any]:
+def _load_bars(analysis: Analysis) -> dict[str, Any]:
     balance = analysis.balance
     details = zip(balance.gini, balance.entropy, balance.dead, strict=True)
     return {
@@ -203,8 +217,9 @@ def _routing(analysis: Analysis) -> dict[str, Any]:
 
 
 def pack(values: np.ndarray, zero_based: bool = False) -> dict[str, Any]:
-    """16-bit steps between the lowest (or 0) and the highest value, little-endian, base64; NaN is
-    the last code.
+    """Pack values as 16-bit steps between the lowest (or 0) and the highest; NaN is the last.
+
+    The steps are little-endian, in base64.
     """
     finite = values[np.isfinite(values)]
     low = 0.0 if zero_based or not finite.size else float(finite.min())
@@ -213,3 +228,142 @@ def pack(values: np.ndarray, zero_based: bool = False) -> dict[str, Any]:
     steps = np.rint((np.nan_to_num(values, nan=low) - low) / span * STEPS)
     steps = np.where(np.isnan(values), STEPS + 1, steps).astype("<u2")
     return {"low": low, "high": low + span, "base64": base64.b64encode(steps.tobytes()).decode()}
+
+
+def write_plots(
+    analysis: Analysis, directory: Path, themes: tuple[str, ...] = tuple(THEMES)
+) -> list[Path]:
+    """Write every figure as NAME.THEME.png and .svg, and return the paths.
+
+    Raises GenerationError without matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise GenerationError(
+            "plots need matplotlib: `pip install 'neuron-minimax[plots]'`"
+        ) from None
+    paths = []
+    for theme in themes:
+        with style.context([THEMES[theme], {"font.size": 11, "svg.hashsalt": "neuron-minimax"}]):
+            for name, size, draw in _plots(analysis):
+                figure = Figure(
+                    figsize=size,
+                    layout="constrained",
+                    facecolor=matplotlib.rcParams["figure.facecolor"],
+                )
+                draw(figure.subplots())
+                for form in ("png", "svg"):
+                    paths.append(directory / f"{name}.{theme}.{form}")
+                    figure.savefig(
+                        paths[-1], dpi=130, metadata={"Date": None} if form == "svg" else None
+                    )
+                    # The layout found for the first form serves the second.
+                    figure.set_layout_engine("none")
+    return paths
+
+
+def _plots(analysis: Analysis) -> Iterator[tuple[str, tuple[float, float], Drawing]]:
+    """Yield name, size in inches and drawing of each figure."""
+    layer = int(analysis.balance.gini.argmax())
+    yield (
+        "activation",
+        (11, 6),
+        lambda axes: _draw_heat(axes, analysis.frequency, "share of tokens", "expert", "layer"),
+    )
+    yield "correlation_by_distance", (9, 5), lambda axes: _draw_distances(axes, analysis)
+    yield (
+        "layer_correlation",
+        (7, 6),
+        lambda axes: _draw_heat(axes, analysis.correlation, "correlation", "layer", "layer", True),
+    )
+    yield "load", (9, 5), lambda axes: _draw_load(axes, analysis)
+    together = analysis.coactivation[layer]
+    yield (
+        "coactivation",
+        (7, 6),
+        lambda axes: _draw_heat(
+            axes,
+            together,
+            "tokens that chose both",
+            "expert",
+            "expert",
+            title=f"layer {layer}, least even",
+        ),
+    )
+    if analysis.router_similarity is not None:
+        similar = _without_diagonal(analysis.router_similarity[layer])
+        title = f"router rows, layer {layer}"
+        yield (
+            "router_similarity",
+            (7, 6),
+            lambda axes: _draw_heat(axes, similar, "cosine", "expert", "expert", True, title),
+        )
+    for number, matrix in analysis.expert_similarity.items():
+        yield (
+            f"expert_similarity_{number}",
+            (7, 6),
+            _similarity_plot(_without_diagonal(matrix), number),
+        )
+
+
+def _similarity_plot(matrix: np.ndarray, layer: int) -> Drawing:
+    return lambda axes: _draw_heat(
+        axes, matrix, "cosine", "expert", "expert", True, f"expert weights, layer {layer}"
+    )
+
+
+def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
+    return np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+
+
+def _draw_heat(
+    axes: "Axes",
+    values: np.ndarray,
+    what: str,
+    across: str,
+    down: str,
+    diverging: bool = False,
+    title: str = "",
+) -> None:
+    largest = float(np.nanmax(np.abs(values)))
+    limit = largest if diverging else float(np.nanpercentile(values, CAP)) or largest or 1.0
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=DIVERGING if diverging else SEQUENTIAL,
+        vmin=-limit if diverging else 0.0,
+        vmax=limit,
+    )
+    axes.set(xlabel=across, ylabel=down, title=title)
+    axes.figure.colorbar(image, ax=axes, label=what, extend="max" if largest > limit else "neither")
+
+
+def _draw_distances(axes: "Axes", analysis: Analysis) -> None:
+    tested = analysis.by_distance
+    beyond = tested.p_values < SIGNIFICANT
+    axes.bar(tested.labels, tested.observed, color=[ACCENT if found else MUTED for found in beyond])
+    axes.scatter(
+        [], [], marker="s", color=ACCENT, label="beyond chance (5 %, all distances together)"
+    )
+    axes.scatter([], [], marker="s", color=MUTED, label="not told from chance")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="layers apart", ylabel="mean correlation of activation patterns")
+    axes.legend(frameon=False)
+
+
+def _draw_load(axes: "Axes", analysis: Analysis) -> None:
+    """Draw each layer's shares, largest first, over the even share."""
+    shares = -np.sort(-analysis.counts, axis=1) / np.maximum(
+        analysis.counts.mean(axis=1, keepdims=True), 1e-12
+    )
+    low, middle, high = np.percentile(shares, [0, 50, 100], axis=0)
+    ranks = np.arange(1, shares.shape[1] + 1)
+    axes.fill_between(ranks, low, high, color=MUTED, alpha=0.5, label="all layers")
+    axes.plot(ranks, middle, color=ACCENT, linewidth=2, label="median layer")
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--", label="even load")
+    axes.set(xlabel="experts of a layer, busiest first", ylabel="load over the mean")
+    axes.legend(frameon=False)

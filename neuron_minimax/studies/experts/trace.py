@@ -29,8 +29,9 @@ ARRAYS = ("tokens", "is_decode", "expert_index", "affinity", "scores", "bias")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
-    """Routing of N tokens in order; the last generated token was never computed on, so it is in
-    `answer` alone.
+    """Routing of N tokens in order, of the prompt and of all generated tokens but the last.
+
+    Nothing was computed on that one, so that it is in `answer` alone.
 
     tokens [N] int32; is_decode [N] bool (prompt tokens are prefill); expert_index [L,N,K] int16
     (uint8 would hold 256, but -1 marks padding elsewhere); affinity [L,N,K] float32; scores [L,N,E]
@@ -58,7 +59,7 @@ class Trace:
         return self.bias.shape[1]
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file; the texts are in its metadata."""
+        """Write one safetensors file; the texts are in its metadata."""
         words = {
             "texts": list(self.texts),
             "answer": self.answer,
@@ -73,7 +74,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
-        """Read a saved trace. Raises GenerationError when the file is none."""
+        """Read a saved trace. Raises GenerationError when the file is something else."""
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -114,7 +115,7 @@ class Recorder:
         return [token for tokens, _, _ in self.passes for token in tokens]
 
     def add(self, tokens: list[int], is_decode: bool, routings: Sequence[Routing]) -> None:
-        """One append, so that an interruption leaves a whole pass or none of it."""
+        """Append a pass at once, so that an interruption leaves all of it or none."""
         kept = [
             Routing(r.scores_TE.half(), r.expert_index_TK.short(), r.affinity_TK.float())
             for r in routings
@@ -123,7 +124,7 @@ class Recorder:
         self.on_pass(len(tokens))
 
     def trace(self, **words: Any) -> Trace:
-        """Everything recorded; `words` are the trace's texts, answer, finish_reason and name."""
+        """Return all that is recorded; `words` are texts, answer, finish_reason and name."""
 
         def joined(part: int) -> np.ndarray:
             layers = range(len(self.bias))

@@ -1,1 +1,1 @@
-"""What is in a checkpoint and why, for people: pages, trees, and one FP8 block step by step."""
+"""Explanations for people: the architecture, the loading path, and one FP8 block."""

@@ -1,6 +1,4 @@
-"""One FP8 block step by step: codes, scale, both readings of it, what Neuron makes of it, and what
-each way costs.
-"""
+"""One FP8 block step by step: codes, scale, its two readings, Neuron's reading, and costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +17,8 @@ from neuron_minimax.inspection.document import Part, to_html, to_markdown, to_te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The weight looked at, and which of its blocks. `original` is there where the weight was
-    quantized here.
-    """
+class WeightBlock:
+    """A block of an FP8 weight; `original` is there where the weight was quantized here."""
 
     name: str
     codes: np.ndarray
@@ -33,10 +29,8 @@ class Subject:
 
     @property
     def rows_and_columns(self) -> tuple[slice, slice]:
-        starts = [index * step for index, step in zip(self.place, self.block, strict=True)]
-        return slice(starts[0], starts[0] + self.block[0]), slice(
-            starts[1], starts[1] + self.block[1]
-        )
+        row, column = (index * step for index, step in zip(self.place, self.block, strict=True))
+        return slice(row, row + self.block[0]), slice(column, column + self.block[1])
 
     @property
     def block_codes(self) -> np.ndarray:
@@ -49,9 +43,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Alternative:
-    """A way to bring the weight to a chip whose largest code is 240, and what it costs against the
-    published weight.
-    """
+    """A way to a chip whose largest code is 240, and its error against the published weight."""
 
     name: str
     relative_rms: float
@@ -60,8 +52,10 @@ class Alternative:
     from_original: float | None
 
 
-def from_checkpoint(checkpoint: Checkpoint, tensor: str | None, place: tuple[int, int]) -> Subject:
-    """A block of a checkpoint's weight, of the first FP8 weight where none is named.
+def from_checkpoint(
+    checkpoint: Checkpoint, tensor: str | None, place: tuple[int, int]
+) -> WeightBlock:
+    """Read a block of a checkpoint's weight, of the first FP8 weight where none is named.
 
     Raises CheckpointError naming the tensor when it is not there, not FP8, has no scales, or has no
     such block.
@@ -79,7 +73,7 @@ def from_checkpoint(checkpoint: Checkpoint, tensor: str | None, place: tuple[int
     codes = checkpoint.array(name)
     scales = checkpoint.array(schema.scale_name(name))
     _check_place(name, scales, place)
-    return Subject(
+    return WeightBlock(
         name=name,
         codes=codes,
         scales=scales,
@@ -88,9 +82,8 @@ def from_checkpoint(checkpoint: Checkpoint, tensor: str | None, place: tuple[int
     )
 
 
-def made_here(seed: int = 0, place: tuple[int, int] = (0, 0)) -> Subject:
-    """A normally distributed 256 x 384 weight of trained size, quantized here, so that its original
-    is known.
+def made_here(seed: int = 0, place: tuple[int, int] = (0, 0)) -> WeightBlock:
+    """Make and quantize a normal 256 x 384 weight of trained size, whose original is known.
 
     Raises CheckpointError when it has no such block.
     """
@@ -98,20 +91,20 @@ def made_here(seed: int = 0, place: tuple[int, int] = (0, 0)) -> Subject:
     codes, scales = fp8.quantize(original, (128, 128))
     name = f"A normal weight made here (seed {seed})"
     _check_place(name, scales, place)
-    return Subject(
+    return WeightBlock(
         name=name, codes=codes, scales=scales, block=(128, 128), place=place, original=original
     )
 
 
 def _check_place(name: str, scales: np.ndarray, place: tuple[int, int]) -> None:
-    if not all(0 <= index < count for index, count in zip(place, scales.shape, strict=True)):
+    if not (0 <= place[0] < scales.shape[0] and 0 <= place[1] < scales.shape[1]):
         raise CheckpointError(
             f"{name} has {scales.shape[0]} x {scales.shape[1]} blocks; there is no block {place}"
         )
 
 
-def convention_of(subject: Subject) -> ScaleConvention:
-    """The reading under which this weight has trained size.
+def convention_of(subject: WeightBlock) -> ScaleConvention:
+    """Return the reading under which this weight has trained size.
 
     Raises CheckpointError when neither reading does.
     """
@@ -125,26 +118,22 @@ def convention_of(subject: Subject) -> ScaleConvention:
     return convention
 
 
-def multipliers(subject: Subject) -> np.ndarray:
-    """The factors of the codes, under the right reading."""
+def multipliers(subject: WeightBlock) -> np.ndarray:
+    """Return the factors of the codes, under the right reading."""
     inverted = convention_of(subject) is ScaleConvention.RECIPROCAL
     return np.float32(1) / subject.scales if inverted else subject.scales
 
 
 def ieee_e4m3(codes: np.ndarray) -> np.ndarray:
-    """What a chip with IEEE-style e4m3 (largest finite 240) reads: exponent 15 is infinity, or NaN
-    with a mantissa.
-    """
+    """Decode as IEEE-style e4m3, largest finite 240: exponent 15 is infinity, or NaN."""
     magnitude = codes & 0x7F
     special = np.where(magnitude == 0x78, np.float32(np.inf), np.float32(np.nan))
     special = np.where(codes & 0x80, -special, special)
     return np.where(magnitude >= 0x78, special, fp8.decode(codes)).astype(np.float32)
 
 
-def alternatives(subject: Subject) -> list[Alternative]:
-    """Halving, the documented rescale by 240/448, and one scale per row, each against the published
-    weight.
-    """
+def alternatives(subject: WeightBlock) -> list[Alternative]:
+    """Compare halving, rescaling by 240/448, and one scale per row with the published weight."""
     factors = fp8.expand_scales(multipliers(subject), subject.codes.shape, subject.block)  # type: ignore[arg-type]
     published = fp8.decode(subject.codes) * factors
     halved = fp8.decode(fp8.halve(subject.codes)) * (factors * np.float32(2))
@@ -187,8 +176,8 @@ FIGURE = "fp8_errors.svg"
 READINGS = "scale_comparison.txt"
 
 
-def explain(subject: Subject) -> list[Part]:
-    """The walkthrough, one part for each step."""
+def explain(subject: WeightBlock) -> list[Part]:
+    """Return the walkthrough, one part for each step."""
     costs = alternatives(subject)
     return [
         _codes_part(subject),
@@ -200,9 +189,8 @@ def explain(subject: Subject) -> list[Part]:
     ]
 
 
-def write_guide(subject: Subject, directory: Path) -> str:
-    """Write the guide as Markdown (with its figure) and HTML, and the two readings as text; returns
-    the guide as text.
+def write_guide(subject: WeightBlock, directory: Path) -> str:
+    """Write the guide as Markdown and HTML, and the two readings as text; return it as text.
 
     Raises NeuronMiniMaxError naming a file that cannot be written.
     """
@@ -216,10 +204,8 @@ def write_guide(subject: Subject, directory: Path) -> str:
     return to_text(TITLE, [*parts, *readings]) + f"\nwritten: {written}\n"
 
 
-def compare_readings(subject: Subject, shown: int = 12) -> list[Part]:
-    """Both readings of weight_scale_inv side by side, block by block: the content of
-    scale_comparison.txt.
-    """
+def compare_readings(subject: WeightBlock, shown: int = 12) -> list[Part]:
+    """Show both readings of weight_scale_inv block by block, as in scale_comparison.txt."""
     as_multiplier, as_reciprocal = fp8.block_maxima(subject.codes, subject.scales, subject.block)
     used = subject.scales.reshape(-1)
     if as_multiplier.size != used.size:  # all-zero blocks say nothing
@@ -259,14 +245,14 @@ def _corner(values: np.ndarray) -> np.ndarray:
 
 
 def _grid(cells: np.ndarray, form: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Head and rows of a table of the block's first values."""
+    """Return head and rows of a table of the block's first values."""
     head = ("row", *(f"column {column}" for column in range(cells.shape[1])))
     return head, tuple(
         (str(row), *(format(cell, form) for cell in line)) for row, line in enumerate(cells)
     )
 
 
-def _codes_part(subject: Subject) -> Part:
+def _codes_part(subject: WeightBlock) -> Part:
     code = int(subject.block_codes[0, 0])
     sign = code >> 7
     exponent = (code >> 3) & 15
@@ -285,7 +271,7 @@ def _codes_part(subject: Subject) -> Part:
     return Part(title="1. Codes", text=text, head=head, rows=cells)
 
 
-def _scale_part(subject: Subject) -> Part:
+def _scale_part(subject: WeightBlock) -> Part:
     stored = subject.block_scale
     largest = float(np.nanmax(np.abs(fp8.decode(subject.block_codes))))
     right = convention_of(subject)
@@ -313,7 +299,7 @@ def _scale_part(subject: Subject) -> Part:
     return Part(title="2. The scale", text=text, head=head, rows=rows)
 
 
-def _values_part(subject: Subject) -> Part:
+def _values_part(subject: WeightBlock) -> Part:
     factor = multipliers(subject)[subject.place]
     values = fp8.decode(subject.block_codes) * factor
     code = fp8.decode(subject.block_codes[0, 0])
@@ -326,7 +312,7 @@ def _values_part(subject: Subject) -> Part:
     return Part(title="3. Dequantized values", text=text, head=head, rows=rows)
 
 
-def _ieee_part(subject: Subject) -> Part:
+def _ieee_part(subject: WeightBlock) -> Part:
     read = ieee_e4m3(subject.block_codes)
     lost = int(np.count_nonzero(~np.isfinite(read)))
     all_lost = ~np.isfinite(ieee_e4m3(subject.codes))
@@ -352,7 +338,7 @@ def _ieee_part(subject: Subject) -> Part:
     return Part(title="4. The same bytes on Neuron", text=text, head=head, rows=rows)
 
 
-def _halving_part(subject: Subject) -> Part:
+def _halving_part(subject: WeightBlock) -> Part:
     codes = subject.block_codes
     factor = multipliers(subject)[subject.place]
     before = fp8.decode(codes) * factor
@@ -383,22 +369,17 @@ def _halving_part(subject: Subject) -> Part:
     return Part(title="5. Halving", text=text + " The largest of the block:", head=head, rows=rows)
 
 
-def _alternatives_part(subject: Subject, costs: Sequence[Alternative]) -> Part:
+def _alternatives_part(subject: WeightBlock, costs: Sequence[Alternative]) -> Part:
     text = (
         "Every way to stay below 240, over the whole weight, against the published one: root mean "
         "square of the difference relative to that of the weight, largest difference relative to "
         "the largest weight, and how many elements change at all."
     )
     head: tuple[str, ...] = ("way", "relative RMS error", "largest", "elements changed")
-    rows: list[tuple[str, ...]] = [
-        (
-            cost.name,
-            f"{cost.relative_rms:.2e}",
-            f"{cost.largest_relative:.2e}",
-            f"{100 * cost.changed:.3f} %",
-        )
-        for cost in costs
-    ]
+    rows: list[tuple[str, ...]] = []
+    for cost in costs:
+        errors = (f"{cost.relative_rms:.2e}", f"{cost.largest_relative:.2e}")
+        rows.append((cost.name, *errors, f"{100 * cost.changed:.3f} %"))
     if subject.original is not None:
         head = (*head, "from the original")
         rows = [(*row, f"{cost.from_original:.2e}") for row, cost in zip(rows, costs, strict=True)]

@@ -1,5 +1,4 @@
-"""The loading path step by step: shards, names, rules with values before and after, scales,
-leftovers, the result.
+"""The loading path step by step: shards, names, rules with values, scales, leftovers, result.
 
 Nothing is computed here: what is shown is the conversion's own plan and its own pieces
 (`convert/binding.py`, `convert/pieces.py`), so what this says is what a conversion does.
@@ -117,7 +116,7 @@ def _stages(
 
 
 def _open_converted(directory: Path | None) -> tuple[Converted | None, str]:
-    """A converted directory, or what is wrong with its manifest."""
+    """Return a converted directory, or what is wrong with its manifest."""
     if directory is None:
         return None, ""
     try:
@@ -187,6 +186,7 @@ def _rules(
 ) -> Stage:
     rows: list[tuple[str, ...]] = []
     wrong = "" if shown else "no target or source has such a name or layer"
+    advice = BAD_VALUES if shown else NOTHING_SHOWN
     for output in shown:
         try:
             before, after = _first_values(conversion, output)
@@ -222,15 +222,16 @@ def _rules(
         title="Rules",
         sentence=sentence,
         wrong=wrong,
-        advice="" if not wrong else BAD_VALUES if shown else NOTHING_SHOWN,
+        advice=advice if wrong else "",
         head=("name", "form", "first value", "how"),
         rows=tuple(rows),
     )
 
 
 def _first_values(conversion: ConversionPlan, output: ConvertedTensor) -> tuple[str, str]:
-    """The first element in the file and in the result, made by the conversion's own code; with a
-    scale, the weight.
+    """Return the first element in the file and in the result, made by the conversion's own code.
+
+    Behind a scale stands the first weight.
     """
     checkpoint = conversion.source
     name = output.groups[0][0]
