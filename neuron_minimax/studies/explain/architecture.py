@@ -22,7 +22,7 @@ from neuron_minimax.convert.layout import Layout
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families.family import Operation
 from neuron_minimax.fp8 import ceil_div
-from neuron_minimax.inspection.command import write_text
+from neuron_minimax.inspection.document import write_text
 
 
 @dataclass
