@@ -21,6 +21,7 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 ROPE_TYPES = ("default", "linear", "yarn")
+CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert import cache as cache_module
@@ -67,7 +68,7 @@ def test_all_codes_times_scales_of_any_size_are_exact():
     codes = np.array([[code for code in range(256) if code & 0x7F != 0x7F]], dtype=np.uint8)
     for scale in (1e-38, 3e-7, 2e-4, 0.99, 127.9, 128.0, 300.0, 7e35):
         out = np.empty(codes.shape, dtype=np.float32)
-        cache_module._decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
+        fp8.decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
         wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * torch.tensor(
             scale, dtype=torch.float32
         )

@@ -11,7 +11,7 @@ import pytest
 
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.inspection import charts
-from neuron_minimax.inspection.command import run_inspection
+from neuron_minimax.inspection.precision import inspect
 from tests.faults import MOE, Fault, put
 from tests.webdriver import CHROMIUM, DRIVER, chromium
 
@@ -60,10 +60,10 @@ def page(tmp_path_factory):
         )(tensors)
 
     fault = Fault(title="two", subject="", words=(), tensors=spoil)
-    found = run_inspection(
+    found = inspect(
         Checkpoint(fault.write(directory / "<checkpoint> & co")),
         ["self_attn", "lm_head"],
-        values=True,
+        check_values=True,
     )
     path = directory / "page.html"
     path.write_text(found.render_page(), encoding="utf-8")
@@ -185,9 +185,7 @@ def test_a_png_holds_exactly_its_pixels():
 
 
 def test_a_page_without_values_says_nothing_of_them(tmp_path):
-    found = run_inspection(
-        Checkpoint(Fault(title="none", subject="", words=()).write(tmp_path / "c"))
-    )
+    found = inspect(Checkpoint(Fault(title="none", subject="", words=()).write(tmp_path / "c")))
     text = found.render_page()
     assert "Expert norms" not in text
     assert "Usable as it is" in text

@@ -102,7 +102,7 @@ class HasSpec:
 
 @dataclass(frozen=True)
 class TensorEntry(HasSpec):
-    """Where a stored tensor lies: its shard's file name, and the absolute byte range in it."""
+    """A stored tensor's place: its shard's file name, and the absolute byte range in it."""
 
     spec: TensorSpec
     shard: str

@@ -318,7 +318,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
 
     `problems` also holds what `check_against_schema` finds; `mtp_names` the tolerated
     multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
-    values do not. Raises ConfigError or CheckpointError when there is no such checkpoint at all.
+    values do not. Raises ConfigError or CheckpointError without such a checkpoint.
     """
 
     def __init__(

@@ -37,12 +37,13 @@ def inspect(
     cannot be used.
     """
     from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.inspection.command import run_inspection, write_text
+    from neuron_minimax.inspection.document import write_text
+    from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
 
     opened = Checkpoint.open(checkpoint)
     other = None if against is None else Checkpoint.open(against)
     modules = _split(modules_to_not_convert)
-    found = run_inspection(opened, modules, check_values, other, progress_bar)
+    found = inspect_checkpoint(opened, modules, check_values, other, progress_bar)
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
         write_text(output, text.rstrip() + "\n")

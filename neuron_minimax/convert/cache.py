@@ -245,27 +245,10 @@ def _dequantize(source: Checkpoint, name: str, rows: slice, values: np.ndarray) 
     for start, scale in zip(range(0, len(codes), block_rows), scales, strict=True):
         part = values[start : start + block_rows]
         strip = part if part.dtype == np.float32 else np.empty(part.shape, dtype=np.float32)
-        _decode_scaled(
+        fp8.decode_scaled(
             codes[start : start + block_rows],
             np.repeat(scale, block_columns)[: codes.shape[1]],
             strip,
         )
         if strip is not part:
             part[:] = bfloat16.round_to_bfloat16(strip)
-
-
-def _decode_scaled(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """Put code * scale into `out`, in float32, rounded once, without a table.
-
-    As the top bits of a float32 (8 exponent bits, bias 127) the bits of an E4M3 code (4, bias 7)
-    mean its value times 2^-120, subnormal codes included.
-    """
-    bits = out.view(np.int32)
-    np.copyto(bits, codes.view(np.int8))
-    bits <<= 20
-    bits &= np.int32(0x87F00000 - 2**32)
-    if scale.max(initial=0) < 2.0**7:
-        out *= scale * np.float32(2.0**120)
-    else:  # that factor would overflow
-        out *= np.float32(2.0**120)
-        out *= scale

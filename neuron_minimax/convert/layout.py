@@ -1,4 +1,4 @@
-"""What the user chooses about a conversion."""
+"""The choices of a user about a conversion."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

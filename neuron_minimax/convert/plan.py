@@ -16,7 +16,7 @@ from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.records import TensorRecord, read_records
 from neuron_minimax.checkpoint.writer import StreamedShard, StreamedTensor, copy_companions
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.convert.binding import ConvertedTensor, bind_rules, unquantized_modules
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.pieces import pieces
@@ -25,7 +25,6 @@ from neuron_minimax.fp8 import ScaleConvention
 
 CONVERSION_NAME = "conversion.json"
 FORMAT_VERSION = 1
-CONVERTED_SECTION = "neuron_minimax"  # of config.json, which a conversion adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Converted:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Converted":
-        """Raises ConversionError when there is no finished conversion; headers are read later."""
+        """Raises ConversionError without a finished conversion; headers are read later."""
         return cls(directory=Path(directory), manifest=read_manifest(directory))
 
     @cached_property
@@ -60,7 +59,7 @@ class Converted:
 
     @cached_property
     def records(self) -> Mapping[str, TensorRecord]:
-        """What the manifest says of every tensor."""
+        """The manifest's record of every tensor."""
         return read_records(self.manifest["tensors"])
 
     @property
@@ -74,7 +73,7 @@ class Converted:
 
     @property
     def convention(self) -> ScaleConvention:
-        """What its source's scales were taken for."""
+        """The meaning that its source's scales were taken to have."""
         return ScaleConvention(self.manifest["identity"]["options"]["scale_convention"])
 
     @property
@@ -90,7 +89,7 @@ class Converted:
             )
 
     def render(self) -> str:
-        """How the run went, and what was converted."""
+        """The course of the run, and the number of converted scales."""
         lines = [f"{self.directory} is up to date"] if self.was_finished else []
         if self.reused_shards:
             lines.append(f"resumed: {self.reused_shards} finished shards were checked and kept")

@@ -48,7 +48,7 @@ def encode(values: np.ndarray) -> np.ndarray:
 
 def ceil_div(count: int, size: int) -> int:
     """The number of parts of `size` that hold `count`; the last may be partial."""
-    return -(-count // size)
+    return (count + size - 1) // size
 
 
 def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -74,6 +74,23 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) ->
     """
     rows, columns = codes.shape[-2:]
     return decode(codes) * expand_scales(scales, (rows, columns), block)
+
+
+def decode_scaled(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+    """Put code * scale into `out`, in float32, rounded once, without a table.
+
+    As the top bits of a float32 (8 exponent bits, bias 127) the bits of an E4M3 code (4, bias 7)
+    mean its value times 2^-120, subnormal codes included.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, codes.view(np.int8))
+    bits <<= 20
+    bits &= np.int32(0x87F00000 - 2**32)
+    if scale.max(initial=0) < 2.0**7:
+        out *= scale * np.float32(2.0**120)
+    else:  # that factor would overflow
+        out *= np.float32(2.0**120)
+        out *= scale
 
 
 def quantize(weight: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,12 +145,6 @@ def count_rounded(codes: np.ndarray) -> int:
 def has_nan(codes: np.ndarray) -> bool:
     """True when any code is NaN (0x7f or 0xff)."""
     return bool(((codes & 0x7F) == CODE_NAN).any())
-
-
-def count_beyond_neuron(codes: np.ndarray) -> int:
-    """Codes of 256 to 448, which trn1, inf2 and trn2 read as infinity or NaN."""
-    magnitude = codes & 0x7F
-    return int(np.count_nonzero((magnitude > 0x77) & (magnitude < CODE_NAN)))
 
 
 def check_codes(name: str, codes: np.ndarray) -> None:

@@ -1,1 +1,1 @@
-"""What is in a checkpoint: precision, values, module lists, as text, JSON and a page."""
+"""Reports on what is in a checkpoint: precision, values, module lists, as text, JSON and a page."""

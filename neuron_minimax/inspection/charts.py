@@ -75,8 +75,8 @@ def bars(heights: Sequence[float], classes: Sequence[str], label: str) -> str:
 
 
 def heat_map(values: np.ndarray) -> str:
-    """A PNG as a data address: [rows, columns] values scaled to their own range; what is no number
-    is grey.
+    """A PNG as a data address: [rows, columns] values scaled to their own range; what is not a
+    number is grey.
     """
     good = np.isfinite(values)
     low, high = (float(values[good].min()), float(values[good].max())) if good.any() else (0.0, 1.0)
@@ -130,7 +130,7 @@ def horizontal_bars(rows: Sequence[tuple[str, float]], label: str) -> str:
     for decade in range(low, high + 1):
         x = left + (width - left) * (decade - low) / (high - low)
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="30" x2="{x:.1f}" y2="{height - 24}"/>')
-        anchor = "start" if decade == low else "end" if decade == high else "middle"
+        anchor = {low: "start", high: "end"}.get(decade, "middle")
         parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">1e{decade}</text>')
     for place, (name, value) in enumerate(rows):
         y = 38 + place * step

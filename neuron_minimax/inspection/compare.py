@@ -3,7 +3,7 @@ byte.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ PIECE = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What differs between two checkpoints. `different_values` is None when only headers were
+    """The differences of two checkpoints; `different_values` is None when only headers were
     compared.
     """
 
@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the tensors are the same, as far as they were compared; config.json does not
+        """True when the tensors are the same, as far as they were compared; config.json does not
         count.
         """
         return not (
@@ -69,8 +69,11 @@ class Comparison:
         )
         return "\n".join(lines) + "\n"
 
+    def __str__(self) -> str:
+        return self.render()
+
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; the keys are described in docs/inspect.md."""
+        """The fields as JSON values; the keys are described in docs/inspect.md."""
         return {"equal": self.equal, **vars(self)}
 
 
@@ -126,7 +129,7 @@ def _different(
                 yield name
 
 
-def _listed(title: str, names: "tuple[str, ...] | list[str]") -> list[str]:
+def _listed(title: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     more = [f"    ... and {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []

@@ -1,17 +1,18 @@
-"""Findings of an inspection: where config.json, a list of modules and the tensors disagree."""
+"""Rows and findings of an inspection: kinds of weights, files and module lists, and where
+config.json, a list of modules and the tensors disagree.
+"""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.inspection.modules import Framework, Module, uncovered
+from neuron_minimax.config import CONVERTED_SECTION
+from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
-if TYPE_CHECKING:
-    from neuron_minimax.inspection.precision import KindRow, ModuleList
-
-CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -26,10 +27,132 @@ class Finding:
     message: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class KindRow:
+    """All weights of one kind (q_proj, w1, ...): counts by dtype, shapes and bytes of what is
+    there.
+    """
+
+    kind: str
+    group: str
+    expected: int
+    found: int
+    dtypes: dict[str, int]
+    shapes: tuple[tuple[int, ...], ...]
+    scaled: int
+    scale_shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+    scale_bytes: int
+    # Dtype of each layer's weights, "F8_E4M3", "mixed", "missing"; one entry when not per layer.
+    layers: tuple[str, ...]
+    per_layer: bool = True
+
+    @property
+    def precision(self) -> str:
+        """The dtypes of this kind's weights in words."""
+        if not self.found:
+            return "missing"
+        if set(self.dtypes) == {"F8_E4M3"}:
+            return (
+                "FP8 with scales"
+                if self.scaled == self.found
+                else f"FP8, {self.found - self.scaled} WITHOUT scale"
+            )
+        return (
+            " + ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
+            if len(self.dtypes) > 1
+            else next(iter(self.dtypes))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRow:
+    """One file: tensors and bytes of data in it, and the file's size."""
+
+    name: str
+    tensors: int
+    bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleList:
+    """A `modules_to_not_convert`, where it came from, and the verdict on each entry for each
+    framework.
+    """
+
+    origin: str
+    entries: tuple[str, ...]
+    verdicts: tuple[EntryVerdict, ...]
+
+
+def kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
+    """Yield one row for each kind of weight in the family's table."""
+    entries = checkpoint.entries
+    config = checkpoint.config
+    rows: dict[str, dict[str, Any]] = {}
+    for wanted in schema.expected(config):
+        row = rows.setdefault(
+            wanted.weight.kind, {"weight": wanted.weight, "expected": 0, "scales": [], "found": []}
+        )
+        entry = entries.get(wanted.name)
+        if wanted.is_scale:
+            row["scales"] += [entry] if entry else []
+        else:
+            row["expected"] += 1
+            row["found"] += [(wanted.layer or 0, entry)] if entry else []
+    for kind, row in rows.items():
+        found = [entry for _, entry in row["found"]]
+        by_layer: dict[int, set[str]] = {}
+        for layer, entry in row["found"]:
+            by_layer.setdefault(layer, set()).add(entry.dtype)
+        count = config.num_hidden_layers if row["weight"].per_layer else 1
+        yield KindRow(
+            kind=kind,
+            group=row["weight"].module_group,
+            expected=row["expected"],
+            found=len(found),
+            dtypes=dict(Counter(entry.dtype for entry in found).most_common()),
+            shapes=_by_frequency(entry.shape for entry in found),
+            scaled=len(row["scales"]),
+            scale_shapes=_by_frequency(entry.shape for entry in row["scales"]),
+            bytes=sum(entry.nbytes for entry in found),
+            scale_bytes=sum(entry.nbytes for entry in row["scales"]),
+            layers=tuple(_one_dtype(by_layer.get(layer, set())) for layer in range(count)),
+            per_layer=row["weight"].per_layer,
+        )
+
+
+def _by_frequency(shapes: Iterator[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(shape for shape, _ in Counter(shapes).most_common())
+
+
+def _one_dtype(dtypes: set[str]) -> str:
+    if not dtypes:
+        return "missing"
+    return "mixed" if len(dtypes) > 1 else next(iter(dtypes))
+
+
+def shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
+    """Yield one row for each file."""
+    counts = Counter(entry.shard for entry in checkpoint.entries.values())
+    sizes: Counter[str] = Counter()
+    for entry in checkpoint.entries.values():
+        sizes[entry.shard] += entry.nbytes
+    for shard in checkpoint.shards:
+        path = checkpoint.directory / shard
+        yield ShardRow(
+            name=shard,
+            tensors=counts[shard],
+            bytes=sizes[shard],
+            file_bytes=path.stat().st_size if path.exists() else 0,
+        )
+
+
 def configuration_findings(
-    checkpoint: Checkpoint, kinds: Sequence["KindRow"], modules: Sequence[Module]
+    checkpoint: Checkpoint, kinds: Sequence[KindRow], modules: Sequence[Module]
 ) -> Iterator[Finding]:
-    """Where config.json and the tensors disagree, and what is unusual without being wrong."""
+    """Yield where config.json and the tensors disagree, and what is unusual without being wrong."""
     if CONVERTED_SECTION in checkpoint.config.raw:
         message = (
             f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a "
@@ -92,8 +215,9 @@ def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def list_findings(
-    lists: Sequence["ModuleList"], modules: Mapping[Framework, list[Module]]
+    lists: Sequence[ModuleList], modules: Mapping[Framework, list[Module]]
 ) -> Iterator[Finding]:
+    """Yield what a list breaks, and which modules without FP8 weights no entry of it reaches."""
     for listed in lists:
         given = listed.origin != "config.json"
         if not given and not listed.entries:

@@ -4,17 +4,19 @@ narrow and wide.
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from importlib.resources import files
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.inspection import charts
-from neuron_minimax.inspection.compare import Comparison
-from neuron_minimax.inspection.findings import Finding
-from neuron_minimax.inspection.precision import KindRow, PrecisionReport
-from neuron_minimax.inspection.text import size_text
+from neuron_minimax.inspection.document import html_page, html_table
+from neuron_minimax.inspection.findings import Finding, KindRow
 from neuron_minimax.inspection.values import SAMPLE, ScaleRow, ValueReport
+
+if TYPE_CHECKING:
+    from neuron_minimax.inspection.precision import PrecisionReport
 
 SHOWN_PER_KIND = 12
 DTYPE_CLASSES = {
@@ -34,23 +36,13 @@ DTYPE_NAMES = {
 }
 
 
-def render_page(report: PrecisionReport, comparison: Comparison | None = None) -> str:
+def render_page(report: "PrecisionReport") -> str:
     """The whole page as text."""
-    style = files("neuron_minimax.inspection").joinpath("page.css").read_text(encoding="utf-8")
     name = report.directory.rstrip("/").rpartition("/")[2] or report.directory
-    body = "\n".join(
-        f"<section><h2>{escape(title)}</h2>{content}</section>"
-        for title, content in _sections(report, comparison)
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Precision of {escape(name)}</title><style>{style}</style></head>\n"
-        f"<body><main>{_head(report, name)}\n{body}</main></body></html>\n"
-    )
+    return html_page(f"Precision of {name}", _head(report, name), _sections(report))
 
 
-def _head(report: PrecisionReport, name: str) -> str:
+def _head(report: "PrecisionReport", name: str) -> str:
     verdict = ("good", "Usable as it is") if report.usable else ("error", "Not usable as it is")
     fp8 = report.dtypes.get("F8_E4M3", (0, 0))[1]
     numbers = (
@@ -68,17 +60,17 @@ def _head(report: PrecisionReport, name: str) -> str:
     )
 
 
-def _sections(report: PrecisionReport, comparison: Comparison | None) -> Iterator[tuple[str, str]]:
+def _sections(report: "PrecisionReport") -> Iterator[tuple[str, str]]:
     yield "Findings", _findings(report.findings)
-    if comparison:
-        yield "Comparison", f"<pre>{escape(comparison.render())}</pre>"
+    if report.comparison:
+        yield "Comparison", f"<pre>{escape(report.comparison.render())}</pre>"
     yield "Bytes by kind of weight", _bytes_by_kind(report)
     yield "Precision by layer", _grid(report)
     yield "modules_to_not_convert", _module_lists(report)
     if report.values:
         yield from _value_sections(report.values, report.kinds)
     rows = [(escape(row.name), f"{row.tensors:,}", size_text(row.bytes)) for row in report.shards]
-    table = _table(("file", "tensors", "bytes"), rows)
+    table = html_table(("file", "tensors", "bytes"), rows)
     yield "Files", f"<details><summary>{len(report.shards)} files</summary>{table}</details>"
 
 
@@ -101,7 +93,7 @@ def _findings(findings: Sequence[Finding]) -> str:
     return f'<ul class="findings">{"".join(items)}</ul>'
 
 
-def _bytes_by_kind(report: PrecisionReport) -> str:
+def _bytes_by_kind(report: "PrecisionReport") -> str:
     largest = max((row.bytes + row.scale_bytes for row in report.kinds), default=1) or 1
     lines = []
     for row in sorted(report.kinds, key=lambda row: -row.bytes - row.scale_bytes):
@@ -125,7 +117,7 @@ def _bytes_by_kind(report: PrecisionReport) -> str:
     return _legend(report) + "".join(lines)
 
 
-def _legend(report: PrecisionReport) -> str:
+def _legend(report: "PrecisionReport") -> str:
     present = {layer for row in report.kinds for layer in row.layers}
     items = [
         f'<span><i class="{css}"></i>{DTYPE_NAMES[dtype]}</span>'
@@ -137,7 +129,7 @@ def _legend(report: PrecisionReport) -> str:
     return f'<p class="legend">{"".join(items)}</p>'
 
 
-def _grid(report: PrecisionReport) -> str:
+def _grid(report: "PrecisionReport") -> str:
     lines = []
     for row in report.kinds:
         if not row.per_layer:
@@ -153,7 +145,7 @@ def _grid(report: PrecisionReport) -> str:
     return _legend(report) + "".join(lines) + axis
 
 
-def _module_lists(report: PrecisionReport) -> str:
+def _module_lists(report: "PrecisionReport") -> str:
     needs = "".join(
         f"<li>needed by {escape(framework)}: "
         f"<code>{escape(', '.join(entries) or 'none')}</code></li>"
@@ -201,7 +193,7 @@ def _value_sections(values: ValueReport, kinds: Sequence[KindRow]) -> Iterator[t
             (str(i), f"{low:.3f}", f"{high:.3f}")
             for i, (low, high) in enumerate(values.router_bias)
         ]
-        table = _table(("layer", "lowest", "highest"), lines)
+        table = html_table(("layer", "lowest", "highest"), lines)
         low = min(pair[0] for pair in values.router_bias)
         high = max(pair[1] for pair in values.router_bias)
         summary = f"{low:.3f} to {high:.3f}; by layer"
@@ -247,7 +239,7 @@ def _scale_table(rows: Sequence[ScaleRow]) -> str:
         )
         for row in rows
     ]
-    return _table(
+    return html_table(
         ("kind", "blocks", "minimum", "median", "maximum", "largest code under 112"), cells
     )
 
@@ -269,14 +261,4 @@ def _histogram(values: ValueReport) -> str:
         "infinity or NaN unless "
         f"halved; {end:.3f} % are at the range end, 448; {100 * counts[0] / total:.3f} % are zero. "
         f"Counted in {SAMPLE}.</p>"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
     )

@@ -1,102 +1,57 @@
 """The precision report of a checkpoint, from its headers alone: what is FP8, what is not, and what
 will go wrong.
 
-Tensor data is read only when values are checked too (`neuron_minimax.inspection.values`).
+Tensor data is read only when values are checked too (`neuron_minimax.inspection.values`), or
+compared with those of another checkpoint.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.inspection import text
+from neuron_minimax.inspection.compare import Comparison, compare
+from neuron_minimax.inspection.document import table, wrapped
 from neuron_minimax.inspection.findings import (
     SEVERITIES,
     Finding,
+    KindRow,
+    ModuleList,
+    ShardRow,
     configuration_findings,
     end_token_findings,
+    kind_rows,
     list_findings,
+    shard_rows,
 )
-from neuron_minimax.inspection.modules import (
-    EntryVerdict,
-    Framework,
-    Module,
-    judge,
-    modules_of,
-    needed,
-)
-from neuron_minimax.inspection.values import ValueReport
+from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed
+from neuron_minimax.inspection.values import SAMPLE, ValueReport
 from neuron_minimax.inspection.values import check_values as read_values
 
-
-@dataclass(frozen=True, kw_only=True)
-class KindRow:
-    """All weights of one kind (q_proj, w1, ...): counts by dtype, shapes and bytes of what is
-    there.
-    """
-
-    kind: str
-    group: str
-    expected: int
-    found: int
-    dtypes: dict[str, int]
-    shapes: tuple[tuple[int, ...], ...]
-    scaled: int
-    scale_shapes: tuple[tuple[int, ...], ...]
-    bytes: int
-    scale_bytes: int
-    layers: tuple[
-        str, ...
-    ]  # dtype of each layer's weights, "F8_E4M3", "mixed", "missing"; one entry when not per layer
-
-    per_layer: bool = True
-
-    @property
-    def precision(self) -> str:
-        """What the weights of this kind are, in words."""
-        if not self.found:
-            return "missing"
-        if set(self.dtypes) == {"F8_E4M3"}:
-            return (
-                "FP8 with scales"
-                if self.scaled == self.found
-                else f"FP8, {self.found - self.scaled} WITHOUT scale"
-            )
-        return (
-            " + ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
-            if len(self.dtypes) > 1
-            else next(iter(self.dtypes))
-        )
+SHOWN_PER_KIND = 10  # findings of one kind that are printed; to_json has all
+# Magnitudes of zero, of what trn1, inf2 and trn2 cannot read (256 to 448), and of 448.
+CODE_GROUPS = ((0x00,), tuple(range(0x78, 0x7F)), (0x7E,))
+MARKS = {"error": "ERROR", "warning": "warning", "note": "note"}
+# Opens a progress bar for (what, total bytes) and gives the function that advances it.
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRow:
-    """One file: tensors and bytes of data in it, and the file's size."""
-
-    name: str
-    tensors: int
-    bytes: int
-    file_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleList:
-    """A `modules_to_not_convert`, where it came from, and the verdict on each entry for each
-    framework.
-    """
-
-    origin: str
-    entries: tuple[str, ...]
-    verdicts: tuple[EntryVerdict, ...]
+@contextmanager
+def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that nobody sees."""
+    yield lambda nbytes: None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionReport:
-    """What a checkpoint holds and what is wrong with it. Bytes are bytes of tensor data, counts are
-    tensors.
+    """The contents and faults of a checkpoint, and its comparison with another where there is one.
+
+    Bytes are bytes of tensor data, counts are tensors.
     """
 
     directory: str
@@ -113,10 +68,11 @@ class PrecisionReport:
     module_lists: tuple[ModuleList, ...]
     findings: tuple[Finding, ...] = ()
     values: ValueReport | None = None
+    comparison: Comparison | None = None
 
     @property
     def usable(self) -> bool:
-        """Whether the checkpoint can be converted and run as it is."""
+        """True when the checkpoint can be converted and run as it is."""
         return not any(finding.severity == "error" for finding in self.findings)
 
     @property
@@ -129,11 +85,24 @@ class PrecisionReport:
 
     def summary(self) -> str:
         """The first lines of `render`: what it is, how large, and whether it can be used."""
-        return text.headline(self)
+        return headline(self)
 
     def render(self) -> str:
-        """The report as plain text, at most 120 columns."""
-        return text.render(self)
+        """The report as plain text of at most 120 columns: sections parted by an empty line."""
+        text = "\n\n".join(_sections(self)) + "\n"
+        return f"{text}\n{self.comparison.render()}" if self.comparison else text
+
+    def render_page(self) -> str:
+        """One self-contained HTML page."""
+        from neuron_minimax.inspection.page import render_page
+
+        return render_page(self)
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def _repr_html_(self) -> str:
+        return self.render_page()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; the keys are described in docs/inspect.md."""
@@ -184,6 +153,7 @@ class PrecisionReport:
             },
             "findings": [vars(finding) for finding in self.findings],
             "values": self.values.to_json() if self.values else None,
+            "comparison": self.comparison.to_json() if self.comparison else None,
         }
 
 
@@ -191,29 +161,38 @@ def inspect(
     checkpoint: Checkpoint,
     modules_to_not_convert: Sequence[str] | None = None,
     check_values: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    against: Checkpoint | None = None,
+    bar: Bar = no_bar,
 ) -> PrecisionReport:
     """Report what an opened checkpoint holds and what is wrong with it; all faults are findings.
 
     `modules_to_not_convert` is a list to judge for NxDI; None judges the one in config.json alone.
-    `check_values` also reads every weight and scale, calling `progress` with bytes read.
+    With `check_values` every weight and scale is read, and compared with those of `against` where
+    that is given too.
     """
-    values = read_values(checkpoint, progress) if check_values else None
-    return report_of(checkpoint, modules_to_not_convert, values)
+    values = None
+    comparison = None
+    if check_values:
+        with bar("reading values", checkpoint.nbytes) as advance:
+            values = read_values(checkpoint, advance)
+    if against is not None:
+        with bar("comparing", checkpoint.nbytes) if check_values else no_bar("", 0) as advance:
+            comparison = compare(checkpoint, against, check_values, advance)
+    return _report(checkpoint, modules_to_not_convert, values, comparison)
 
 
-def report_of(
+def _report(
     checkpoint: Checkpoint,
-    modules_to_not_convert: Sequence[str] | None = None,
-    values: ValueReport | None = None,
+    modules_to_not_convert: Sequence[str] | None,
+    values: ValueReport | None,
+    comparison: Comparison | None,
 ) -> PrecisionReport:
-    """The report of an opened checkpoint; see `inspect`."""
     config = checkpoint.config
     dtypes: dict[str, tuple[int, int]] = {}
     for entry in checkpoint.entries.values():
         count, size = dtypes.get(entry.dtype, (0, 0))
         dtypes[entry.dtype] = (count + 1, size + entry.nbytes)
-    kinds = tuple(_kind_rows(checkpoint))
+    kinds = tuple(kind_rows(checkpoint))
     modules = modules_of(checkpoint.entries, config)
     lists = [_judged("config.json", config.modules_to_not_convert, modules)]
     if modules_to_not_convert is not None:
@@ -241,72 +220,14 @@ def report_of(
         ),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
         kinds=kinds,
-        shards=tuple(_shard_rows(checkpoint)),
+        shards=tuple(shard_rows(checkpoint)),
         mtp=tuple(checkpoint.mtp_names),
         needed={str(framework): needed(framework, found) for framework, found in modules.items()},
         module_lists=tuple(lists),
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
         values=values,
+        comparison=comparison,
     )
-
-
-def _kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
-    entries = checkpoint.entries
-    config = checkpoint.config
-    rows: dict[str, dict[str, Any]] = {}
-    for wanted in schema.expected(config):
-        row = rows.setdefault(
-            wanted.weight.kind, {"weight": wanted.weight, "expected": 0, "scales": [], "found": []}
-        )
-        entry = entries.get(wanted.name)
-        if wanted.is_scale:
-            row["scales"] += [entry] if entry else []
-        else:
-            row["expected"] += 1
-            row["found"] += [(wanted.layer or 0, entry)] if entry else []
-    for kind, row in rows.items():
-        found = [entry for _, entry in row["found"]]
-        by_layer: dict[int, set[str]] = {}
-        for layer, entry in row["found"]:
-            by_layer.setdefault(layer, set()).add(entry.dtype)
-        count = config.num_hidden_layers if row["weight"].per_layer else 1
-        yield KindRow(
-            kind=kind,
-            group=row["weight"].module_group,
-            expected=row["expected"],
-            found=len(found),
-            dtypes=dict(Counter(entry.dtype for entry in found).most_common()),
-            shapes=_by_frequency(entry.shape for entry in found),
-            scaled=len(row["scales"]),
-            scale_shapes=_by_frequency(entry.shape for entry in row["scales"]),
-            bytes=sum(entry.nbytes for entry in found),
-            scale_bytes=sum(entry.nbytes for entry in row["scales"]),
-            layers=tuple(_one_dtype(by_layer.get(layer, set())) for layer in range(count)),
-            per_layer=row["weight"].per_layer,
-        )
-
-
-def _by_frequency(shapes: Iterator[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(shape for shape, _ in Counter(shapes).most_common())
-
-
-def _one_dtype(dtypes: set[str]) -> str:
-    return next(iter(dtypes)) if len(dtypes) == 1 else "mixed" if dtypes else "missing"
-
-
-def _shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
-    counts = Counter(entry.shard for entry in checkpoint.entries.values())
-    sizes: Counter[str] = Counter()
-    for entry in checkpoint.entries.values():
-        sizes[entry.shard] += entry.nbytes
-    for shard in checkpoint.shards:
-        path = checkpoint.directory / shard
-        yield ShardRow(
-            name=shard,
-            tensors=counts[shard],
-            bytes=sizes[shard],
-            file_bytes=path.stat().st_size if path.exists() else 0,
-        )
 
 
 def _judged(
@@ -318,3 +239,123 @@ def _judged(
         for verdict in judge(framework, entries, modules[framework])
     )
     return ModuleList(origin=origin, entries=entries, verdicts=verdicts)
+
+
+def headline(report: PrecisionReport) -> str:
+    """Three lines: the directory, its size, and whether it can be used."""
+    config = (
+        f"{report.layers} layers, {report.experts} experts, blocks of {report.block[0]} x "
+        f"{report.block[1]}"
+    )
+    return (
+        f"{report.directory}\n{report.tensors:,} tensors, {size_text(report.bytes)}, "
+        f"{report.parameters:,} parameters; {config}\n"
+        + ("Usable as it is." if report.usable else "NOT usable as it is: see the errors below.")
+    )
+
+
+def _sections(report: PrecisionReport) -> Iterator[str]:
+    yield headline(report)
+    if report.findings:
+        yield "Findings\n" + "\n".join(_finding_lines(report.findings))
+    rows = [
+        (dtype, f"{count:,}", size_text(size), f"{100 * size / max(report.bytes, 1):.1f} %")
+        for dtype, (count, size) in report.dtypes.items()
+    ]
+    yield table("By dtype", ("dtype", "tensors", "bytes", "share"), rows)
+    yield table(
+        "By kind of weight",
+        ("group", "kind", "found", "shape", "precision", "scale shape", "bytes"),
+        [
+            (
+                row.group,
+                row.kind,
+                f"{row.found:,}"
+                if row.found == row.expected
+                else f"{row.found:,} of {row.expected:,}",
+                _shapes(row.shapes),
+                row.precision,
+                _shapes(row.scale_shapes),
+                size_text(row.bytes + row.scale_bytes),
+            )
+            for row in report.kinds
+        ],
+    )
+    yield "\n".join(_list_lines(report))
+    if report.values:
+        yield from _value_sections(report.values)
+    files = [(row.name, f"{row.tensors:,}", size_text(row.bytes)) for row in report.shards]
+    yield table("Files", ("file", "tensors", "bytes"), files)
+
+
+def _value_sections(values: ValueReport) -> Iterator[str]:
+    rows = [
+        (
+            row.kind,
+            f"{row.blocks:,}",
+            f"{row.minimum:.3e}",
+            f"{row.median:.3e}",
+            f"{row.maximum:.3e}",
+            f"{row.low_range_blocks:,}",
+        )
+        for row in values.scales
+    ]
+    if rows:
+        yield table(
+            "Scales",
+            ("kind", "blocks", "minimum", "median", "maximum", "largest code under 112"),
+            rows,
+        )
+    lines = [f"Values ({size_text(values.bytes_read)} read; shares are of {SAMPLE})"]
+    if values.codes:
+        sampled = max(1, sum(values.histogram))
+        histogram = values.histogram
+        zeros, beyond, end = (
+            sum(histogram[code] + histogram[code | 0x80] for code in codes) for codes in CODE_GROUPS
+        )
+        lines += [
+            wrapped(
+                f"weight_scale_inv is the {values.convention or 'UNCLEAR'}: {values.evidence}", "  "
+            ),
+            f"  zero codes {100 * zeros / sampled:.3f} %, codes above 240 "
+            f"{100 * beyond / sampled:.3f} %, at the range end (448) {100 * end / sampled:.3f} %",
+        ]
+    if values.router_bias:
+        low = min(pair[0] for pair in values.router_bias)
+        high = max(pair[1] for pair in values.router_bias)
+        lines.append(
+            f"  router bias from {low:.3f} to {high:.3f} over {len(values.router_bias)} layers"
+        )
+    yield "\n".join(lines)
+
+
+def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    shown: Counter[tuple[str, str]] = Counter()
+    for finding in findings:
+        key = (finding.severity, finding.kind)
+        shown[key] += 1
+        if shown[key] <= SHOWN_PER_KIND:
+            yield wrapped(f"{MARKS[finding.severity]}: {finding.message}", "  ")
+    for (severity, kind), count in shown.items():
+        if count > SHOWN_PER_KIND:
+            yield (
+                f"  ... and {count - SHOWN_PER_KIND:,} more of {severity} ({kind}); --json lists "
+                "all"
+            )
+
+
+def _list_lines(report: PrecisionReport) -> Iterator[str]:
+    yield "modules_to_not_convert"
+    for framework, entries in report.needed.items():
+        yield f"  needed by {framework}: {list(entries)}"
+    for listed in report.module_lists:
+        yield wrapped(f"{listed.origin} has {list(listed.entries)}", "  ")
+        for verdict in listed.verdicts:
+            yield wrapped(f"{verdict.framework}: {verdict.verdict}: {verdict.reason}", "    ")
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    if not shapes:
+        return "-"
+    first = " x ".join(str(size) for size in shapes[0]) or "scalar"
+    return first if len(shapes) == 1 else f"{first} and {len(shapes) - 1} other"

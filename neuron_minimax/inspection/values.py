@@ -1,10 +1,10 @@
-"""What the values of a checkpoint say: one pass over every weight and scale, checked and measured
-as it streams past.
+"""One pass over every weight and scale of a checkpoint, checked and measured as it streams past.
 
 Shapes: R rows, C columns of a weight; its scales and its block maxima are [ceil(R / block rows),
 ceil(C / block columns)]. Every code is checked; the histogram and the norms come from one row of
 each block, which is said where shown. It is another one in each: the first row of each block of
-q_proj is a head's fastest rotary channel, which is no average one.
+q_proj is a head's fastest rotary channel, which is not an average one. Scales are read as they are
+stored, and what they mean is decided from all of them (not from samples, as a conversion does).
 """
 
 from collections import Counter, defaultdict
@@ -30,9 +30,8 @@ from neuron_minimax.inspection.findings import Finding
 
 SAMPLE = "one row of each block"  # what goes into the histogram and the norms
 SAMPLE_STEP = 37  # rows on from one block row to the next; coprime to the usual heights of blocks
-LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[
-    0
-]  # a block below wastes two bits of range
+# A block whose largest code is below wastes two bits of range.
+LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]
 AT_ONCE = 8  # tensors that a process measures before it reports on them
 STRIP_BYTES = 1 << 20
 SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
@@ -40,8 +39,8 @@ SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one pass over one tensor gives; `maxima` are the largest codes of its blocks, `scales`
-    its scales.
+    """The result of one pass over one tensor; `maxima` are the largest codes of its blocks,
+    `scales` its scales as stored.
 
     `medians` are `fp8.median_maxima`, None also where the tensor is faulty.
     """
@@ -77,8 +76,8 @@ class ScaleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueReport:
-    """What the values say. The histogram counts each of the 256 codes in one row of each block;
-    maxima are over all.
+    """The values of a checkpoint in numbers. The histogram counts each of the 256 codes in one row
+    of each block; maxima are over all.
     """
 
     bytes_read: int
@@ -89,13 +88,12 @@ class ValueReport:
     convention: str | None
     evidence: str
     router_bias: tuple[tuple[float, float], ...]
-    expert_norms: tuple[
-        tuple[float, ...], ...
-    ]  # [layers][experts], Frobenius norm of w1, w2 and w3, from sampled rows
+    # [layers][experts], Frobenius norm of an expert's weights, from sampled rows
+    expert_norms: tuple[tuple[float, ...], ...]
     findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, what is no number as null; the keys are described in docs/inspect.md."""
+        """The fields as JSON values, null for NaN; the keys are described in docs/inspect.md."""
         rows = {
             "scales": [vars(row) for row in self.scales],
             "layer_scales": [vars(row) for row in self.layer_scales],
@@ -181,8 +179,8 @@ def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = 
 
 
 def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
-    """A BF16 (uint16) or float32 tensor: elements that are no numbers, whether all are zero, the
-    bias's range.
+    """Measure a BF16 (uint16) or float32 tensor: elements that are not numbers, whether all are
+    zero, the bias's range.
     """
     entry = checkpoint.entry(weight.name)
     bad = 0
@@ -203,9 +201,14 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
         largest = magnitude.max()
         bad += int(np.count_nonzero(magnitude >= infinity)) if largest >= infinity else 0
         all_zero = all_zero and bool(largest == 0)
-    low, high = (0.0, 0.0) if low > high else (float(low), float(high))  # NaN stays NaN
+    unseen = low > high  # False with NaN, which stays
     return Measurement(
-        weight=weight, elements=prod(entry.shape), bad=bad, all_zero=all_zero, low=low, high=high
+        weight=weight,
+        elements=prod(entry.shape),
+        bad=bad,
+        all_zero=all_zero,
+        low=0.0 if unseen else float(low),
+        high=0.0 if unseen else float(high),
     )
 
 

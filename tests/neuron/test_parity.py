@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
 from neuron_minimax.model.decoder import load_model
 from tests.neuron.cases import MODELS, REFERENCE, SEED, prompts
 from tests.neuron.ranks import Run, run
@@ -41,7 +41,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
         output = base / f"{name}-{kind}-converted"
         if not output.exists():
             write_tiny(source, seed=SEED, dense=kind == "dense", **MODELS[name])
-            convert(source, output, Layout(attention="bf16" if kind == "bf16" else "fp8"))  # type: ignore[arg-type]
+            attention = AttentionPrecision.BF16 if kind == "bf16" else AttentionPrecision.FP8
+            convert(source, output, Layout(attention=attention))
         return output
 
     return make

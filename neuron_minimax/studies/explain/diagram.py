@@ -8,7 +8,7 @@ from pathlib import Path
 
 from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.fp8 import ceil_div
-from neuron_minimax.inspection.command import write_text
+from neuron_minimax.inspection.document import write_text
 from neuron_minimax.studies.explain.architecture import (
     Node,
     converted_tree,
@@ -151,7 +151,8 @@ def _group(node: Node, x: float, y: float, width: float) -> Drawing:
     head_height = HEAD + (GAP if is_layer else 0)
     inner = _stack(node, x + PAD, y + head_height, width - 2 * PAD - (24 if is_layer else 0), flow)
     height = head_height + inner.height + PAD
-    sums = f"{count_text(node.parameters)}, {size_text(node.bytes, 2)}, {count_text(node.active)} active"
+    active = count_text(node.active)
+    sums = f"{count_text(node.parameters)}, {size_text(node.bytes, 2)}, {active} active"
     head = (
         f'<rect class="group" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="9"/>'
         f"{_text(x + PAD, y + 20, label(node), 'name')}"

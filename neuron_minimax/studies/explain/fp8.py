@@ -12,8 +12,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.charts import horizontal_bars
-from neuron_minimax.inspection.command import write_text
-from neuron_minimax.inspection.document import Part, to_html, to_markdown, to_text
+from neuron_minimax.inspection.document import Part, to_html, to_markdown, to_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
