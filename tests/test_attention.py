@@ -8,6 +8,7 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu import operators
 from neuron_minimax.kernels.cpu.microkernels import DEPTH, NARROW_STRIP, WIDE_STRIP
 from neuron_minimax.kernels.cpu.operators import DENSE_DTYPES
+from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
 
 # Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is
 # rounding's.
@@ -93,7 +94,10 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
     )
 
 
-@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "pairs"),
+    [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * HAS_PAIRS,
+)
 @pytest.mark.parametrize(
     ("slots", "key_heads", "group", "size", "start", "tokens"),
     [
@@ -104,7 +108,7 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
     ],
 )
 def test_each_token_of_a_prompt_attends_up_to_its_own_position(
-    slots, key_heads, group, size, start, tokens, dtype
+    slots, key_heads, group, size, start, tokens, dtype, pairs
 ):
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(slots, tokens + 2, key_heads * group, size, generator=generator).to(dtype)
@@ -116,7 +120,7 @@ def test_each_token_of_a_prompt_attends_up_to_its_own_position(
     positions = torch.cat([start + torch.arange(tokens), torch.tensor([filled, 5000])]).expand(
         slots, -1
     )
-    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions)
+    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions, pairs)
     assert found.shape == (slots, tokens + 2, key_heads * group * size)
     assert found.dtype == dtype
     assert not found[:, tokens:].any(), "a token behind the filled positions attends to nothing"

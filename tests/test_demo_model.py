@@ -11,7 +11,7 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.generation.minimax_format import parse
 from neuron_minimax.inspection.precision import inspect
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.studies.lengths import long_chat, measure_lengths, perplexities
 from neuron_minimax.studies.quality import HELD_OUT_SEED, VARIANTS, Variant, measure_quality
 from neuron_minimax.training.answering import answer_all, is_right
@@ -34,7 +34,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model() -> MiniMaxM2:
+def model() -> Decoder:
     checkpoint = Checkpoint(DEMO)
     published = {name: checkpoint.tensor(name) for name in checkpoint.entries}
     return Variant(name="stored").model(published, checkpoint.config)

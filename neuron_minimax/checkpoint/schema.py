@@ -43,6 +43,7 @@ def dimension_sizes(config: ModelConfig) -> dict[str, int]:
         "Q": config.query_size,
         "K": config.key_value_size,
         "E": config.num_local_experts,
+        "D": config.head_dim,
     }
 
 

@@ -7,9 +7,8 @@ import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.plan import ConventionChoice, FP8Range, Layout
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.convert.write import read_manifest
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
 
 # Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds
 # all of its weights.
@@ -18,9 +17,7 @@ TOLERANCE = {"fp8": 1e-3, "bf16": 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class LogitComparison:
-    """Largest absolute difference of the logits [T,V], relative to their standard deviation, and
-    equal argmaxes.
-    """
+    """Largest absolute difference of logits [T,V], by their standard deviation; equal argmaxes."""
 
     positions: int
     relative_error: float
@@ -42,25 +39,23 @@ class LogitComparison:
 def compare_logits(
     source_dir: str | Path, converted_dir: str | Path, positions: int = 64
 ) -> LogitComparison:
-    """Run seeded random tokens through the source (its codes as they are) and through the converted
-    directory.
+    """Compare what the source (its codes as they are) and the converted directory give.
+
+    The tokens are random and seeded.
     """
     source = Checkpoint(source_dir)
     options = read_manifest(converted_dir)["identity"]["options"]
     layout = Layout(
         fp8_range=FP8Range.OCP, scale_convention=ConventionChoice(options["scale_convention"])
     )
-    tensors = {name: source.tensor(name) for name in source.entries}
-    original = MiniMaxM2(
-        source.config, convert_hf_to_neuron_state_dict(tensors, source.config, layout)
-    )
+    original = Decoder.from_checkpoint(source, layout)
     positions = min(positions, source.config.max_position_embeddings)
     tokens = torch.randint(
         source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0)
     )
     with torch.inference_mode():
         expected = original(tokens)[0]
-        found = load_model(converted_dir)(tokens)[0]
+        found = Decoder.from_converted(converted_dir)(tokens)[0]
     return LogitComparison(
         positions=positions,
         relative_error=float((expected - found).abs().max() / expected.std()),

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.data import held_out
 from neuron_minimax.training.encoding import Encoder, Example
 from neuron_minimax.training.tokenizer import load_tokenizer
@@ -67,7 +66,6 @@ def measure_lengths(
     """
     opened = Checkpoint(checkpoint)
     opened.require_usable()
-    published = {name: opened.tensor(name) for name in opened.entries}
     encoder = Encoder(load_tokenizer(checkpoint), bounds[-1])
     examples = [long_chat(encoder, seed) for seed in range(chats)]
     trained = opened.config.max_position_embeddings
@@ -81,7 +79,7 @@ def measure_lengths(
     rows = {}
     for name, scaling in settings.items():
         config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
-        model = MiniMaxM2(config, convert_hf_to_neuron_state_dict(published, config))
+        model = Decoder.from_checkpoint(opened, config=config)
         rows[name] = perplexities(model, examples, bounds)
     return LengthReport(bounds=tuple(bounds), rows=rows)
 
@@ -97,7 +95,7 @@ def long_chat(encoder: Encoder, seed: int) -> Example:
 
 @torch.inference_mode()
 def perplexities(
-    model: MiniMaxM2, examples: Sequence[Example], bounds: Sequence[int]
+    model: Decoder, examples: Sequence[Example], bounds: Sequence[int]
 ) -> tuple[float, ...]:
     """exp of the mean -log p of learned tokens, by the range of positions between one bound and the
     next.

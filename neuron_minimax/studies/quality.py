@@ -19,7 +19,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
 from neuron_minimax.training.tokenizer import load_tokenizer
@@ -38,9 +38,9 @@ class Variant:
     layout: Layout = OCP
     compute: torch.dtype = torch.float32
 
-    def model(self, published: State, config: ModelConfig) -> MiniMaxM2:
+    def model(self, published: State, config: ModelConfig) -> Decoder:
         changed = self.change(published, config)
-        return MiniMaxM2(
+        return Decoder(
             config,
             convert_hf_to_neuron_state_dict(changed, config, self.layout),
             compute=self.compute,
@@ -120,7 +120,7 @@ def measure_quality(
 
 @torch.inference_mode()
 def prompt_logits(
-    model: MiniMaxM2, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> list[torch.Tensor]:
     """Float32 logits [V] behind each prompt: what the reply begins with."""
     if len(tokenizer) > model.config.vocab_size:

@@ -14,7 +14,7 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.model.decoder import MiniMaxM2, initial_state
+from neuron_minimax.model.decoder import Decoder, initial_state
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
 from neuron_minimax.training.processes import Processes
@@ -104,7 +104,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         state = self._fresh_state() if self.initial is None else self.initial
-        self.model = MiniMaxM2(
+        self.model = Decoder(
             self.config, {name: tensor.to(self.device) for name, tensor in state.items()}
         )
         self.model.requires_grad_()

@@ -15,7 +15,7 @@ import numpy as np
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.studies.experts import stats
 from neuron_minimax.studies.experts.analysis import RECORD_FORMATS, Analysis, write_records
 from neuron_minimax.studies.experts.plots import write_plots
@@ -102,7 +102,7 @@ class BatchResult:
 class Run:
     """One batch through `model`, results under `directory`; errors: GenerationError."""
 
-    model: MiniMaxM2
+    model: Decoder
     tokenizer: TextTokenizer
     directory: Path
     outputs: Outputs = field(default_factory=Outputs)

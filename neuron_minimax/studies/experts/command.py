@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import build_cache, open_cache
 from neuron_minimax.convert.plan import FP8Range, Layout
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.convert.write import MANIFEST_NAME as CONVERSION
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.placement import as_numbered, place
 from neuron_minimax.studies.experts import stats
 from neuron_minimax.studies.experts.analysis import RECORD_FORMATS, Analysis
@@ -58,7 +56,7 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
-def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tuple[MiniMaxM2, Path]:
+def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tuple[Decoder, Path]:
     """The eager float32 model of a compiled, converted or checkpoint directory, and where its
     tokenizer is.
 
@@ -70,13 +68,11 @@ def load_any(directory: str | Path, cache_dir: str | Path | None = None) -> tupl
         if (candidate / CONVERSION).exists() or (
             candidate.name == "model" and (path / "manifest.json").exists()
         ):
-            return load_model(candidate), candidate
+            return Decoder.from_converted(candidate), candidate
     checkpoint = Checkpoint(path)
     weights = checkpoint if cache_dir is None else open_cache(cache_dir, checkpoint)
     weights.require_usable()
-    tensors = {name: weights.tensor(name) for name in weights.entries}
-    state = convert_hf_to_neuron_state_dict(tensors, weights.config, Layout(fp8_range=FP8Range.OCP))
-    return MiniMaxM2(checkpoint.config, state, compute=torch.float32), path
+    return Decoder.from_checkpoint(weights, Layout(fp8_range=FP8Range.OCP)), path
 
 
 def analyse_checkpoint(

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.sampling import GREEDY, Sampler, SamplingOptions
 from neuron_minimax.model.cache import KVCache
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.moe import Routing
 
 FORMAT = "neuron-minimax routing trace 1"
@@ -99,7 +99,7 @@ class Recorder:
     passes: list[tuple[list[int], bool, list[Routing]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: MiniMaxM2) -> "Recorder":
+    def of(cls, model: Decoder) -> "Recorder":
         biases = [layer.block_sparse_moe.router.e_score_correction_bias for layer in model.layers]  # type: ignore[union-attr]
         return cls(torch.stack(biases).float().numpy())  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ class Recorder:
 
 @torch.inference_mode()
 def record(
-    model: MiniMaxM2,
+    model: Decoder,
     prompt_ids: Sequence[int],
     recorder: Recorder,
     *,
@@ -184,7 +184,7 @@ def record(
 
 
 def _pass(
-    model: MiniMaxM2, cache: KVCache, recorder: Recorder, on_pass: Callable[[int], None]
+    model: Decoder, cache: KVCache, recorder: Recorder, on_pass: Callable[[int], None]
 ) -> Callable[[list[int], bool], torch.Tensor]:
     def run(tokens: list[int], is_decode: bool) -> torch.Tensor:
         """One forward pass, recorded; the logits [V] of its last position."""
