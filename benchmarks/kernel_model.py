@@ -61,7 +61,8 @@ def count(tokens: int) -> dict[str, float]:
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     index_TK = torch.arange(TOP_K).repeat(tokens, 1)
     affinity_TK = torch.full((tokens, TOP_K), 1 / TOP_K)
-    module.expert_mlp(hidden_TH, index_TK, affinity_TK, codes[0], scales[0], codes[1], scales[1])
+    weights = reference.ExpertWeights(codes[0], scales[0], codes[1], scales[1])
+    module.expert_mlp(hidden_TH, index_TK, affinity_TK, weights)
     return {name: amount / TOP_K for name, amount in machine.counts.items()}
 
 

@@ -119,7 +119,7 @@ def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[
     import torch
 
     from neuron_minimax.backends import load
-    from neuron_minimax.backends.cpu.graphs import CompiledBackend
+    from neuron_minimax.backends.cpu.backend import CompiledBackend
 
     backend = load(traced)
     assert isinstance(backend, CompiledBackend)

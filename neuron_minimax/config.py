@@ -8,6 +8,7 @@ from typing import Any
 
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families import FAMILIES, Family
+from neuron_minimax.families.family import RouterKind
 
 REQUIRED_SIZES = (
     "vocab_size",
@@ -20,6 +21,7 @@ REQUIRED_SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
+EXPERT_COUNTS = ("num_local_experts", "num_experts_per_tok")
 ROPE_TYPES = ("default", "linear", "yarn")
 CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 
@@ -37,7 +39,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    num_local_experts: int
+    num_local_experts: int  # 0, as the next one, in a family whose layers have a dense MLP
     num_experts_per_tok: int
     max_position_embeddings: int
     rope_theta: float
@@ -48,12 +50,17 @@ class ModelConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    tie_word_embeddings: bool = False  # the head is the embedding
+    norm_topk_prob: bool = True  # the affinities of the chosen experts sum to 1
+    shared_intermediate_size: int = 0  # of the expert that every token has, where there is one
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        routed = self.family.architecture.router is not RouterKind.NONE
         for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            least = 1 if routed or name not in EXPERT_COUNTS else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"config.json: {name} is {value!r}; expected a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(

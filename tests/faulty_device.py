@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neuron_minimax.backends.cpu.eager import EagerBackend
+from neuron_minimax.backends.cpu.backend import EagerBackend
 from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.check import Request
 from neuron_minimax.device_check.run import answer
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 
-Break = Callable[[MiniMaxM2], None]
+Break = Callable[[Decoder], None]
 
 
 class Norms(nn.Module):
@@ -37,16 +37,16 @@ class Norms(nn.Module):
         return self.norm.weight.to(hidden.dtype) * torch.cat(pieces, -1).to(hidden.dtype)
 
 
-def moe(model: MiniMaxM2) -> nn.Module:
+def moe(model: Decoder) -> nn.Module:
     return model.layers[0].block_sparse_moe
 
 
-def drop_bias(model: MiniMaxM2) -> None:
+def drop_bias(model: Decoder) -> None:
     router = moe(model).router
     router.e_score_correction_bias = torch.zeros_like(router.e_score_correction_bias)
 
 
-def round_router(model: MiniMaxM2) -> None:
+def round_router(model: Decoder) -> None:
     router = moe(model).router
     router.e_score_correction_bias = router.e_score_correction_bias.to(torch.bfloat16).to(
         torch.float32
@@ -57,7 +57,7 @@ def round_router(model: MiniMaxM2) -> None:
     )
 
 
-def move_experts(model: MiniMaxM2) -> None:
+def move_experts(model: Decoder) -> None:
     """What a wrong order of experts over ranks does."""
     for weight in (
         moe(model).expert_mlps.mlp_op.gate_up_proj,
@@ -69,17 +69,17 @@ def move_experts(model: MiniMaxM2) -> None:
         weight.scale = nn.Parameter(weight.scale[order], requires_grad=False)
 
 
-def split_norms(model: MiniMaxM2) -> None:
+def split_norms(model: Decoder) -> None:
     attention = model.layers[0].self_attn
     attention.q_norm = Norms(attention.q_norm, 2)
     attention.k_norm = Norms(attention.k_norm, 2)
 
 
-def rotate_everything(model: MiniMaxM2) -> None:
+def rotate_everything(model: Decoder) -> None:
     model.config = replace(model.config, rotary_dim=model.config.head_dim)
 
 
-def swap_gate_and_up(model: MiniMaxM2) -> None:
+def swap_gate_and_up(model: Decoder) -> None:
     weight = moe(model).expert_mlps.mlp_op.gate_up_proj
     codes = weight.weight.view(torch.uint8)
     gate, up = codes.chunk(2, dim=-1)
@@ -90,7 +90,7 @@ def swap_gate_and_up(model: MiniMaxM2) -> None:
     weight.scale = nn.Parameter(torch.cat([up, gate], -1), requires_grad=False)
 
 
-def double_a_scale(model: MiniMaxM2) -> None:
+def double_a_scale(model: Decoder) -> None:
     """One block of every expert's gate, which silent and coded experts do not tell from the
     right one.
     """
@@ -100,7 +100,7 @@ def double_a_scale(model: MiniMaxM2) -> None:
     weight.scale = nn.Parameter(scale, requires_grad=False)
 
 
-def halve_values(model: MiniMaxM2) -> None:
+def halve_values(model: Decoder) -> None:
     """The first half of the value projection's rows is lost."""
     projection = model.layers[0].self_attn.qkv_proj.v_proj
     codes = projection.weight.view(torch.uint8).clone()

@@ -12,7 +12,7 @@ import torch
 
 from neuron_minimax.backends.nxdi.heads import rearrange
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.kernels.reference import attend, expert_mlp, linear
+from neuron_minimax.kernels.reference import ExpertWeights, attend, expert_mlp, linear
 from neuron_minimax.model.rope import rope_table, rotate
 from neuron_minimax.planner.sharding import head_layout
 
@@ -149,14 +149,14 @@ def experts(
         here = (index_TK >= held.experts.start) & (index_TK < held.experts.stop)
         local = torch.where(here, index_TK - held.experts.start, -1)
         weights = expert_weights(state, config, held.experts, held.intermediate)
-        total += expert_mlp(hidden_TH, local, affinity_TK, *weights, config.weight_block_size)
+        total += expert_mlp(hidden_TH, local, affinity_TK, weights)
     return total
 
 
 def expert_weights(
     state: State, config: ModelConfig, chosen: range, channels: range
-) -> list[torch.Tensor | None]:
-    """gate_up, its scale, down, its scale of some experts and intermediate channels; gate and up
+) -> ExpertWeights:
+    """The weights of some experts and intermediate channels; gate and up
     are cut separately.
     """
     rows = config.weight_block_size[0]
@@ -179,4 +179,4 @@ def expert_weights(
                 for piece in kept
             ]
             cut.append(torch.cat(bits, dimension))
-    return cut
+    return ExpertWeights(*cut, block=config.weight_block_size)

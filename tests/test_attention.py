@@ -8,6 +8,7 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu import operators
 from neuron_minimax.kernels.cpu.microkernels import DEPTH, NARROW_STRIP, WIDE_STRIP
 from neuron_minimax.kernels.cpu.operators import DENSE_DTYPES
+from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
 
 # Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is
 # rounding's.
@@ -93,9 +94,12 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
     )
 
 
-@pytest.mark.parametrize("dtype", DENSE_DTYPES)
 @pytest.mark.parametrize(
-    ("slots", "key_heads", "group", "size", "start", "tokens"),
+    ("dtype", "pairs"),
+    [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * HAS_PAIRS,
+)
+@pytest.mark.parametrize(
+    "shape",  # slots, key heads, query heads of each, head_dim, first position, tokens
     [
         (1, 2, 6, DEPTH, 0, 40),
         (1, 1, 2, NARROW_STRIP, DEPTH - 1, 60),
@@ -103,9 +107,8 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
         (1, 1, 100, NARROW_STRIP, 7, 2),
     ],
 )
-def test_each_token_of_a_prompt_attends_up_to_its_own_position(
-    slots, key_heads, group, size, start, tokens, dtype
-):
+def test_each_token_of_a_prompt_attends_up_to_its_own_position(shape, dtype, pairs):
+    slots, key_heads, group, size, start, tokens = shape
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(slots, tokens + 2, key_heads * group, size, generator=generator).to(dtype)
     keys, values = torch.randn(
@@ -116,7 +119,7 @@ def test_each_token_of_a_prompt_attends_up_to_its_own_position(
     positions = torch.cat([start + torch.arange(tokens), torch.tensor([filled, 5000])]).expand(
         slots, -1
     )
-    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions)
+    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions, pairs)
     assert found.shape == (slots, tokens + 2, key_heads * group * size)
     assert found.dtype == dtype
     assert not found[:, tokens:].any(), "a token behind the filled positions attends to nothing"

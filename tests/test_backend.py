@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends import directory as compiled_directory
 from neuron_minimax.backends.base import Backend, Capabilities
-from neuron_minimax.backends.cpu import options as cpu_options
+from neuron_minimax.backends.cpu import backend as cpu_backend
 from neuron_minimax.backends.cpu.options import check_options
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
@@ -348,6 +349,20 @@ def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(
     load(work / "traced")
 
 
+def test_a_compile_by_another_version_of_this_package_is_used_when_its_code_is_equal(
+    eager, tmp_path, monkeypatch
+):
+    work = copy_of(eager, tmp_path / "work")
+    installed = metadata.version
+    manifest = json.loads((work / "traced" / "manifest.json").read_text())
+    assert manifest["made_by"] == f"neuron-minimax {installed('neuron-minimax')}"
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "99.0" if name == "neuron-minimax" else installed(name)
+    )
+    assert recompile(work) == ""
+    load(work / "traced")
+
+
 def test_a_half_written_directory_is_refused_and_rebuilt(eager, tmp_path):
     work = copy_of(eager, tmp_path / "work")
     (work / "traced" / "manifest.json").unlink()
@@ -419,7 +434,7 @@ def compiler_that_fails(monkeypatch):
 def test_where_an_older_torch_cannot_compile_the_exported_graphs_run_and_say_so(
     eager, tmp_path, monkeypatch, compiler_that_fails
 ):
-    monkeypatch.setattr(cpu_options, "TESTED_TORCH", (99, 0))
+    monkeypatch.setattr(cpu_backend, "TESTED_TORCH", (99, 0))
     report = compile_model(
         eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,))
     )

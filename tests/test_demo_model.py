@@ -11,7 +11,7 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.demo import DEMO
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.studies.quality import (
     HELD_OUT_SEED,
     VARIANTS,
@@ -41,7 +41,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model() -> MiniMaxM2:
+def model() -> Decoder:
     checkpoint = Checkpoint(DEMO)
     published = {name: checkpoint.tensor(name) for name in checkpoint.entries}
     return Variant(name="stored").model(published, checkpoint.config)

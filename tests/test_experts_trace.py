@@ -12,7 +12,7 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.placement import Placement, as_numbered, place
 from neuron_minimax.studies.experts import batch
 from neuron_minimax.studies.experts.statistics import classify
@@ -33,11 +33,11 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def model(directories) -> MiniMaxM2:
-    return load_model(directories["converted"])
+def model(directories) -> Decoder:
+    return Decoder.from_converted(directories["converted"])
 
 
-def run(model: MiniMaxM2, **options) -> tuple[Trace, list[int]]:
+def run(model: Decoder, **options) -> tuple[Trace, list[int]]:
     recorder = Recorder.of(model)
     answer = [token for token, _ in record(model, PROMPT, recorder, **options)]
     return recorder.trace(), answer
@@ -181,7 +181,7 @@ def test_a_placed_model_computes_the_same(directories, model, tmp_path):
     loaded = Placement.load(tmp_path / "placement.json")
     assert np.array_equal(loaded.order, placement.order)
     assert loaded.ranks == 4
-    placed = MiniMaxM2(model.config, loaded.apply(model.state_dict(), model.config.family))
+    placed = Decoder(model.config, loaded.apply(model.state_dict(), model.config.family))
     tokens = torch.tensor([PROMPT])
     with torch.inference_mode():
         assert torch.allclose(placed(tokens)[0], model(tokens)[0], atol=1e-5)

@@ -107,14 +107,15 @@ def test_transformers_loads_the_cache_without_a_warning_and_gives_the_same_logit
 
 
 def test_this_project_converts_and_runs_the_cache(source, cache, tmp_path):
-    from neuron_minimax.model.decoder import load_model
+    from neuron_minimax.model.decoder import Decoder
 
     tokens = torch.arange(9)[None]
     convert(source, tmp_path / "from source", fp32_cache_layout())
     convert(cache, tmp_path / "from cache", fp32_cache_layout())
     with torch.inference_mode():
         wanted, found = (
-            load_model(tmp_path / name)(tokens)[0] for name in ("from source", "from cache")
+            Decoder.from_converted(tmp_path / name)(tokens)[0]
+            for name in ("from source", "from cache")
         )
     assert torch.allclose(wanted, found, atol=1e-4)
 

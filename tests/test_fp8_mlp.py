@@ -17,9 +17,11 @@ from neuron_minimax.kernels.cpu.jit import compiled, exponential
 from neuron_minimax.kernels.cpu.microkernels import NARROW_STRIP
 from neuron_minimax.kernels.cpu.packing import expand_rows
 from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
-from neuron_minimax.kernels.reference import expert_mlp
+from neuron_minimax.kernels.reference import ExpertWeights, expert_mlp
 
 BLOCK = 128
+# Products of bfloat16 numbers as float32, and as pairs, where the machine can.
+PATHS = [False, True] if HAS_PAIRS else [False]
 FLOAT32_ERROR = 1.2e-6  # relative to the largest number: twice the largest that is found here
 
 
@@ -56,7 +58,7 @@ def weights(experts: int, hidden: int, intermediate: int, seed: int = 0, scale: 
     )
     down_scale = scale * generator.uniform(0.5, 1, (experts, grid(intermediate), grid(hidden)))
     arrays = gate_up, gate_up_scale.astype(np.float32), down, down_scale.astype(np.float32)
-    return tuple(torch.from_numpy(array) for array in arrays)
+    return ExpertWeights(*(torch.from_numpy(array) for array in arrays))
 
 
 def routing(tokens: int, experts: int, chosen: int, seed: int = 1):
@@ -67,10 +69,11 @@ def routing(tokens: int, experts: int, chosen: int, seed: int = 1):
     return index, torch.rand(tokens, chosen, generator=generator)
 
 
-def slow(hidden, index, affinity, gate_up, gate_up_scale, down, down_scale):
+def slow(hidden, index, affinity, weights):
     """The definition, in float64, one expert of one token at a time; scales looked up element by
     element.
     """
+    gate_up, gate_up_scale, down, down_scale, _ = weights
     intermediate, width = down.shape[1:]
     column_block = [i // BLOCK for i in range(intermediate)]
     columns = column_block + [grid(intermediate) + block for block in column_block]
@@ -109,21 +112,19 @@ def test_every_implementation_computes_the_definition(implementation, tokens, hi
     index[0, 1] = -1
     index[-1, :2] = index[-1, 2]  # chosen more than once, in places that are not the first
     activations = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2))
-    found = implementation(activations, index, affinity, *stacked)
-    assert error(found, slow(activations, index, affinity, *stacked)) < FLOAT32_ERROR
+    found = implementation(activations, index, affinity, stacked)
+    assert error(found, slow(activations, index, affinity, stacked)) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_extreme_scales_neither_underflow_nor_overflow(scale):
-    gate_up, gate_up_scale, down, down_scale = weights(4, 128, 128, scale=scale)
+    stacked = weights(4, 128, 128, scale=scale)
+    stacked = stacked._replace(down_scale=stacked.down_scale / scale)
     index, affinity = routing(3, 4, 2)
     activations = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)) / scale
-    down_scale = down_scale / scale
     for implementation in IMPLEMENTATIONS.values():
-        found = implementation(
-            activations, index, affinity, gate_up, gate_up_scale, down, down_scale
-        )
-        wanted = slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
+        found = implementation(activations, index, affinity, stacked)
+        wanted = slow(activations, index, affinity, stacked)
         assert error(found, wanted) < FLOAT32_ERROR
 
 
@@ -132,9 +133,9 @@ def test_masked_tokens_and_experts_that_repeat_are_counted_right():
     index = torch.tensor([[-1, -1], [2, 2], [4, 0], [2, 0]])
     affinity = torch.rand(4, 2, generator=torch.Generator().manual_seed(3))
     activations = torch.randn(4, 128, generator=torch.Generator().manual_seed(2))
-    wanted = slow(activations, index, affinity, *stacked)
+    wanted = slow(activations, index, affinity, stacked)
     for implementation in IMPLEMENTATIONS.values():
-        found = implementation(activations, index, affinity, *stacked)
+        found = implementation(activations, index, affinity, stacked)
         assert error(found, wanted) < FLOAT32_ERROR
         assert not found[0].any()
 
@@ -160,7 +161,7 @@ def test_bf16_activations_round_where_the_interface_says():
             wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[
                 token, place
             ].double()
-    found = expert_mlp(activations, index, affinity, *stacked)
+    found = expert_mlp(activations, index, affinity, stacked)
     assert found.dtype == torch.bfloat16
     # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
     assert error(found, wanted.numpy()) < 2**-8
@@ -170,14 +171,15 @@ def test_experts_with_few_tokens_round_bf16_once():
     stacked = weights(4, 256, 128)
     index, affinity = routing(5, 4, 2)
     activations = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = operators.expert_mlp(activations, index, affinity, *stacked)
+    found = operators.expert_mlp(activations, index, affinity, stacked)
     assert torch.equal(
-        found, operators.expert_mlp(activations.float(), index, affinity, *stacked).bfloat16()
+        found, operators.expert_mlp(activations.float(), index, affinity, stacked).bfloat16()
     )
 
 
+@pytest.mark.parametrize("pairs", PATHS)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (129, 70)])
-def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermediate):
+def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermediate, pairs):
     """Weights as they are, sums in float32, silu(gate) * up rounded where pairs are multiplied,
     then the sum over k.
     """
@@ -191,9 +193,9 @@ def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermedi
         for place, expert in enumerate(index[token].tolist()):
             gate, up = (activations[token].double() @ first[expert]).chunk(2)
             inner = torch.nn.functional.silu(gate) * up
-            inner = inner.float().bfloat16().double() if HAS_PAIRS else inner
+            inner = inner.float().bfloat16().double() if pairs else inner
             wanted[token] += inner @ second[expert] * affinity[token, place].double()
-    found = operators.expert_mlp(activations, index, affinity, *stacked)
+    found = operators.expert_mlp(activations, index, affinity, stacked, pairs)
     assert error(found, wanted.numpy()) < 2**-8  # the result's own rounding
 
 
@@ -202,13 +204,22 @@ def expanded(codes_RW, panel):
     expand_rows((codes_RW, 0, codes_RW.shape[1]), len(panel) // NARROW_STRIP, panel)
 
 
-def test_panels_hold_every_code_exactly():
+@pytest.mark.parametrize("pairs", PATHS)
+def test_panels_hold_every_code_exactly(pairs):
     codes = (
         (3 * np.arange(256)[:, None] + 7 * np.arange(NARROW_STRIP) + 1)
         .astype(np.uint8)
         .view(np.int8)
     )
     wanted = reference.decode(torch.from_numpy(codes.view(np.uint8).copy())).numpy()
+    if pairs:
+        words = np.empty(128 * NARROW_STRIP, np.int32)
+        expanded(codes, words)
+        lower = (words << 16).view(np.float32)
+        upper = (words & -(2**16)).view(np.float32)
+        found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1)
+        assert np.array_equal(found.reshape(256, NARROW_STRIP), wanted)
+        return
     floats = np.empty(256 * NARROW_STRIP, np.float32)
     expanded(codes, floats)
     found = (
@@ -217,13 +228,6 @@ def test_panels_hold_every_code_exactly():
         * np.float32(reference.HALF_REBIAS)
     )
     assert np.array_equal(found, wanted)
-    if HAS_PAIRS:
-        pairs = np.empty(128 * NARROW_STRIP, np.int32)
-        expanded(codes, pairs)
-        lower = (pairs << 16).view(np.float32)
-        upper = (pairs & -(2**16)).view(np.float32)
-        found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1)
-        assert np.array_equal(found.reshape(256, NARROW_STRIP), wanted)
 
 
 def test_the_exponential_is_within_a_ten_millionth():
@@ -238,24 +242,24 @@ def test_the_exponential_is_within_a_ten_millionth():
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
-    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
-    first = reference.dequantize(gate_up, gate_up_scale, (BLOCK, BLOCK), parts=2)
-    second = reference.dequantize(down, down_scale, (BLOCK, BLOCK))
+    stacked = weights(4, 192, 64)
+    first = reference.dequantize(stacked.gate_up, stacked.gate_up_scale, (BLOCK, BLOCK), parts=2)
+    second = reference.dequantize(stacked.down, stacked.down_scale, (BLOCK, BLOCK))
+    dense = ExpertWeights(first, None, second, None)
     index, affinity = routing(tokens, 4, 2)
     activations = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found = operators.expert_mlp(activations.float(), index, affinity, first, None, second, None)
-    wanted = slow(activations.float(), index, affinity, gate_up, gate_up_scale, down, down_scale)
+    found = operators.expert_mlp(activations.float(), index, affinity, dense)
+    wanted = slow(activations.float(), index, affinity, stacked)
     assert error(found, wanted) < FLOAT32_ERROR
     # Float32 weights lose nothing beside bfloat16 activations.
     assert torch.equal(
-        operators.expert_mlp(activations, index, affinity, first, None, second, None),
+        operators.expert_mlp(activations, index, affinity, dense),
         found.to(dtype),
     )
-    rounded = first.bfloat16(), second.bfloat16()
-    found = operators.expert_mlp(activations, index, affinity, rounded[0], None, rounded[1], None)
-    wanted = expert_mlp(
-        activations.float(), index, affinity, rounded[0].float(), None, rounded[1].float(), None
-    )
+    rounded = ExpertWeights(first.bfloat16(), None, second.bfloat16(), None)
+    widened = ExpertWeights(rounded.gate_up.float(), None, rounded.down.float(), None)
+    found = operators.expert_mlp(activations, index, affinity, rounded)
+    wanted = expert_mlp(activations.float(), index, affinity, widened)
     assert error(found, wanted.numpy()) < (FLOAT32_ERROR if dtype == torch.float32 else 2**-8)
 
 
@@ -263,8 +267,8 @@ def test_chosen_experts_may_be_any_integers_and_rows_have_to_fit():
     stacked = weights(4, 192, 64)
     (index, affinity) = routing(5, 4, 2)
     activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
-    wanted = operators.expert_mlp(activations, index, affinity, *stacked)
-    assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, *stacked), wanted)
+    wanted = operators.expert_mlp(activations, index, affinity, stacked)
+    assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, stacked), wanted)
     with pytest.raises(RuntimeError, match="invalid for input of size 10"):
         operators.linear(
             torch.zeros(2, 5),
@@ -275,15 +279,13 @@ def test_chosen_experts_may_be_any_integers_and_rows_have_to_fit():
 
 
 def test_experts_of_which_one_weight_is_kept_dense_are_left_to_torch():
-    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
+    stacked = weights(4, 192, 64)
     index, affinity = routing(5, 4, 2)
     activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
-    dense = reference.dequantize(down, down_scale, (BLOCK, BLOCK))
-    found = operators.expert_mlp(activations, index, affinity, gate_up, gate_up_scale, dense, None)
-    assert (
-        error(found, slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale))
-        < FLOAT32_ERROR
-    )
+    dense = reference.dequantize(stacked.down, stacked.down_scale, (BLOCK, BLOCK))
+    mixed = stacked._replace(down=dense, down_scale=None)
+    found = operators.expert_mlp(activations, index, affinity, mixed)
+    assert error(found, slow(activations, index, affinity, stacked)) < FLOAT32_ERROR
 
 
 def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
@@ -357,13 +359,12 @@ def test_scales_that_are_not_one_per_block_are_refused():
 
 
 def test_a_shape_that_does_not_belong_is_named():
-    gate_up, gate_up_scale, down, down_scale = weights(4, 256, 128)
+    stacked = weights(4, 256, 128)
+    narrow = stacked._replace(gate_up_scale=stacked.gate_up_scale[..., :1])
     index, affinity = routing(2, 4, 2)
     with pytest.raises(
         ValueError, match=r"gate_up_scale has shape \[4, 2, 1\]; expected \[4, 2, 2\]"
     ):
-        expert_mlp(
-            torch.randn(2, 256), index, affinity, gate_up, gate_up_scale[..., :1], down, down_scale
-        )
+        expert_mlp(torch.randn(2, 256), index, affinity, narrow)
     with pytest.raises(ValueError, match="hidden_TH"):
-        expert_mlp(torch.randn(2, 128), index, affinity, gate_up, gate_up_scale, down, down_scale)
+        expert_mlp(torch.randn(2, 128), index, affinity, stacked)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuron_minimax.kernels import reference
 from tests import nki_interpreter
 
-KERNEL = Path(reference.__file__).with_name("fp8_mlp_nki.py")
+KERNEL = Path(reference.__file__).parent / "nki" / "expert_mlp.py"
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).numpy()
 
 
@@ -52,8 +52,10 @@ class Case:
         return torch.rand(shape, generator=self.generator) * 1e-3 + 1e-4
 
     def arguments(self):
-        weights = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return (self.hidden_TH, self.expert_index_TK, self.affinity_TK, *weights)
+        weights = reference.ExpertWeights(
+            self.gate_up, self.gate_up_scale, self.down, self.down_scale
+        )
+        return (self.hidden_TH, self.expert_index_TK, self.affinity_TK, weights)
 
 
 def slow_expert_mlp(case, rounded=torch.float64):

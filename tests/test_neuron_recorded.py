@@ -11,8 +11,8 @@ import torch
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
-from neuron_minimax.model.layers import Kernels
+from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import rope_table
 from neuron_minimax.planner.memory import Deployment, rank_memory
 from neuron_minimax.planner.sharding import head_layout
@@ -139,7 +139,7 @@ def test_a_run_by_ranks_gives_the_logits_of_one_rank(
     convert(
         write_tiny(tmp_path / "source", intermediate_size=256, **overrides), tmp_path / "converted"
     )
-    model = load_model(tmp_path / "converted")
+    model = Decoder.from_converted(tmp_path / "converted")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         alone = model(ids)[0]
@@ -202,15 +202,15 @@ def test_a_layer_of_the_real_dimensions_is_the_same_by_ranks(
     degrees: Degrees, real_layer: tuple[ModelConfig, dict[str, torch.Tensor]]
 ) -> None:
     config, state = real_layer
-    model = MiniMaxM2(config, state)
+    model = Decoder(config, state)
     layer = model.layers[0]
     hidden = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(3)[None]
     rope = rope_table(config, positions, torch.float32)
-    kernels = Kernels()
+    step = Step(positions_BT=positions, rope=rope)
     with torch.no_grad():
-        attended = layer.self_attn(hidden[None], positions, rope, None, None, 0, kernels)[0]
-        mixed = layer.block_sparse_moe(hidden[None], None, kernels)[0][0]
+        attended = layer.self_attn(hidden[None], step)[0]
+        mixed = layer.block_sparse_moe(hidden[None], step)[0][0]
         by_ranks = rank_simulation.attention(layer.state_dict(), config, hidden, degrees.tp)
         experts_by_ranks = rank_simulation.experts(layer.state_dict(), config, hidden, degrees)
     for whole, parts in ((attended, by_ranks), (mixed, experts_by_ranks)):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from neuron_minimax.convert.layout import AttentionPrecision, Layout
-from neuron_minimax.model.decoder import load_model
+from neuron_minimax.model.decoder import Decoder
 from tests.opened import convert
 from tests.tiny import write_tiny
 
@@ -53,7 +53,7 @@ def make(directory: Path, layout: Layout | None = None, shards: int = 1, **overr
         write_tiny(directory / "fp8", shards=shards, **overrides), directory / "converted", layout
     )
     dense = write_tiny(directory / "dense", dense=True, use_mtp=False, **overrides)
-    return load_model(directory / "converted"), load_oracle(dense)
+    return Decoder.from_converted(directory / "converted"), load_oracle(dense)
 
 
 def load_oracle(dense: Path):
@@ -165,7 +165,7 @@ def test_bf16_compute_equals_transformers_with_the_same_casts(tmp_path):
     # compared.
     everyone = {"num_local_experts": 4, "num_experts_per_tok": 4}
     _, oracle = make(tmp_path, **everyone)
-    low = load_model(tmp_path / "converted", compute=torch.bfloat16)
+    low = Decoder.from_converted(tmp_path / "converted", compute=torch.bfloat16)
     exact = oracle(ids := torch.tensor(prompts(40, 40))).logits
     routers = [layer.block_sparse_moe.router for layer in low.layers]
     oracle.bfloat16().set_experts_implementation("batched_mm")
@@ -189,4 +189,6 @@ def test_dense_checkpoints_give_the_logits_of_their_fp8_twins(aligned, tmp_path)
     model, _ = aligned
     convert(write_tiny(tmp_path / "dense", dense=True), tmp_path / "converted")
     ids = torch.tensor(prompts(30))
-    assert (load_model(tmp_path / "converted")(ids)[0] - model(ids)[0]).abs().max() < TOLERANCE
+    assert (
+        Decoder.from_converted(tmp_path / "converted")(ids)[0] - model(ids)[0]
+    ).abs().max() < TOLERANCE

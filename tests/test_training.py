@@ -23,7 +23,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict
 from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.model.decoder import MiniMaxM2, initial_state
+from neuron_minimax.model.decoder import Decoder, initial_state
 from neuron_minimax.model.moe import Routing
 from neuron_minimax.training.command import TrainingRequest, read_dense, train
 from neuron_minimax.training.data import DemoSource, JsonLines
@@ -80,11 +80,11 @@ def make_trainer(config: ModelConfig, encoder: Encoder, tmp_path: Path):
     return make
 
 
-def fresh_model(config: ModelConfig, seed: int = 0) -> MiniMaxM2:
-    return MiniMaxM2(config, initial_state(config, seed, 0.05)).requires_grad_()
+def fresh_model(config: ModelConfig, seed: int = 0) -> Decoder:
+    return Decoder(config, initial_state(config, seed, 0.05)).requires_grad_()
 
 
-def gradients(model: MiniMaxM2, batches: list) -> dict[str, torch.Tensor]:
+def gradients(model: Decoder, batches: list) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for batch in batches:
         found = losses(model, batch)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neuron_minimax.checkpoint.output import comparable
 from neuron_minimax.checkpoint.reader import TensorDirectory
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
+PACKAGE = "neuron-minimax"
 # What generated code may depend on; other flags come and go with kernels and microcode.
 CPU_FEATURES = """
 avx2 fma f16c abm bmi1 bmi2 movbe adx sha_ni gfni vaes vpclmulqdq avx_vnni avx512f avx512bw avx512cd
@@ -46,23 +47,28 @@ i8mm sve sve2 svebf16 svei8mm
 class Manifest:
     """Everything that load needs to know. The first five fields are the request: equal request,
     equal result.
+
+    checkpoint   fingerprint of the converted directory
+    versions     of the packages that graphs depend on, and a digest of the code that makes them
+    machine      what compiled code depends on
+    weights      "hard links" beside the manifest, or the converted directory's absolute path
+    graphs       file name to bytes, sha256, seconds
+    notes        what did not go as asked, such as a missing C++ compiler
+    made_by      the package that compiled it; recorded, never compared
     """
 
     backend: str
     options: Mapping[str, Any]
-    checkpoint: str  # fingerprint of the converted directory
+    checkpoint: str
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
-    weights: str = (
-        ""  # "hard links" beside the manifest, or the absolute path of the converted directory
-    )
-    graphs: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # file name to bytes, sha256, seconds
-    notes: tuple[str, ...] = ()  # what did not go as asked, such as a missing C++ compiler
+    weights: str = ""
+    graphs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    made_by: str = ""
 
     def difference(self, request: "Manifest") -> str | None:
-        """Why this compile does not serve a request, in words; None when it does."""
+        """Say why this compile does not serve a request; None when it does."""
         if self.backend != request.backend:
             return f"it is for backend {self.backend}, not {request.backend}"
         if self.checkpoint != request.checkpoint:
@@ -84,7 +90,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Raises BackendError when there is no readable manifest of this format."""
+    """Read a manifest. Raises BackendError when it is missing, broken or of another format."""
     path = directory / MANIFEST_NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +124,7 @@ def fingerprint(converted: Path | TensorDirectory) -> str:
 
 
 def versions_of(packages: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
-    """Versions that a compiled graph depends on: of this package, of others, and a digest of the
+    """The versions that a compiled graph depends on: of packages, and "code", a digest of the
     source files (patterns below the package) that graphs are made from.
     """
     package = Path(__file__).parent.parent
@@ -126,12 +132,12 @@ def versions_of(packages: Sequence[str], sources: Sequence[str]) -> dict[str, st
     for pattern in sources:
         for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
-    versions = {name: metadata.version(name) for name in ("neuron-minimax", *packages)}
+    versions = {name: metadata.version(name) for name in packages}
     return {**versions, "code": digest.hexdigest()[:16]}
 
 
 def cpu_here() -> dict[str, Any]:
-    """What compiled CPU code depends on: architecture and instruction sets."""
+    """The architecture and instruction sets that compiled CPU code depends on."""
     features: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -144,13 +150,25 @@ def cpu_here() -> dict[str, Any]:
     }
 
 
-# Each module has `check_options(config, options, force) -> options`, `environment() -> (versions,
-# machine)`, `build(model, graphs, options, progress) -> (file name to seconds, notes)` and
-# `load(model, graphs, manifest)` (a Backend), and imports torch or NxDI only inside of the last
-# two.
+class BackendModules(NamedTuple):
+    """The modules of one backend.
+
+    `options` has `check_options(config, options, force) -> options` and `environment() ->
+    (versions, machine)`, without torch or NxDI. `engine` has `build(model, graphs, options,
+    progress) -> (file name to seconds, notes)` and `load(model, graphs, manifest) -> Backend`.
+    """
+
+    options: str
+    engine: str
+
+
 BACKENDS = {
-    "cpu": "neuron_minimax.backends.cpu.options",
-    "neuron": "neuron_minimax.backends.nxdi.backend",
+    "cpu": BackendModules(
+        "neuron_minimax.backends.cpu.options", "neuron_minimax.backends.cpu.backend"
+    ),
+    "neuron": BackendModules(
+        "neuron_minimax.backends.nxdi.backend", "neuron_minimax.backends.nxdi.backend"
+    ),
 }
 LOCK_NAME = ".lock"
 HARD_LINKS = "hard links"
@@ -159,9 +177,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CompileReport:
-    """What a compile did: `reason` says why graphs were made, and is empty when the directory was
-    up to date.
-    """
+    """The outcome of a compile; `reason` says why graphs were made, "" when all was up to date."""
 
     directory: Path
     manifest: Manifest
@@ -216,8 +232,7 @@ def load(traced: str | Path) -> "Backend":
     """
     traced = Path(traced)
     manifest = read_manifest(traced)
-    module = _module(manifest.backend)
-    versions, machine = module.environment()
+    versions, machine = options_module(manifest.backend).environment()
     model = traced / "model" if manifest.weights == HARD_LINKS else Path(manifest.weights)
     if not model.is_dir():
         raise BackendError(
@@ -231,7 +246,7 @@ def load(traced: str | Path) -> "Backend":
             "again"
         )
     with _not_collecting():
-        return module.load(model, traced / "graphs", manifest)
+        return _engine_module(manifest.backend).load(model, traced / "graphs", manifest)
 
 
 def place_model(converted: Path, destination: Path) -> str:
@@ -256,16 +271,21 @@ def place_model(converted: Path, destination: Path) -> str:
     return str(converted.resolve())
 
 
-def _module(backend: str) -> Any:
+def options_module(backend: str) -> Any:
+    """The module that checks a backend's options. Raises BackendError for an unknown backend."""
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} does not exist; expected {' or '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[backend])
+    return importlib.import_module(BACKENDS[backend].options)
+
+
+def _engine_module(backend: str) -> Any:
+    return importlib.import_module(BACKENDS[backend].engine)
 
 
 def _request(
     converted: Converted, backend: str, options: Mapping[str, Any], force: bool
 ) -> Manifest:
-    module = _module(backend)
+    module = options_module(backend)
     checked = module.check_options(converted.config, options, force)
     versions, machine = module.environment()
     return Manifest(
@@ -274,6 +294,7 @@ def _request(
         checkpoint=fingerprint(converted.tensors),
         versions=versions,
         machine=machine,
+        made_by=f"{PACKAGE} {metadata.version(PACKAGE)}",
     )
 
 
@@ -284,7 +305,7 @@ def _build(converted: Path, traced: Path, request: Manifest, progress: Progress)
     graphs.mkdir()
     weights = place_model(converted, traced / "model")
     model = traced / "model" if weights == HARD_LINKS else converted
-    seconds, notes = _module(request.backend).build(model, graphs, request.options, progress)
+    seconds, notes = _engine_module(request.backend).build(model, graphs, request.options, progress)
     built = {
         name: {**_identity(graphs / name), "seconds": round(seconds[name], 1)} for name in seconds
     }
@@ -294,8 +315,9 @@ def _build(converted: Path, traced: Path, request: Manifest, progress: Progress)
 
 
 def _why_compile(traced: Path, request: Manifest) -> str:
-    """Why `traced` does not serve the request; empty when it does. Raises BackendError when it is
-    not ours.
+    """Say why `traced` does not serve the request; "" when it does.
+
+    Raises BackendError when it holds something else.
     """
     if not (traced / MANIFEST_NAME).exists():
         others = sorted(
@@ -342,9 +364,7 @@ def _hard_link(source: Path, destination: Path) -> bool:
 
 @contextmanager
 def _not_collecting() -> Iterator[None]:
-    """Without the garbage collector, which looks through all that torch has imported again and
-    again: 0.3 s of 0.7.
-    """
+    """Pause the garbage collector, which looks through all that torch has imported, repeatedly."""
     collecting = gc.isenabled()
     gc.disable()
     try:

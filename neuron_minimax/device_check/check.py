@@ -2,7 +2,6 @@
 against the CPU.
 """
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.backends.directory import BACKENDS, fingerprint, read_manifest
+from neuron_minimax.backends.directory import fingerprint, options_module, read_manifest
 from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check import reference, router, schedule, tokens
@@ -32,7 +31,7 @@ from neuron_minimax.device_check.verdicts import (
 )
 from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.families import Role
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 
 RUN_SECONDS = 1800.0
 LOG_NAME = "run.log"
@@ -109,7 +108,7 @@ class Check:
     name: str
     probe: Probe
     rounds: Callable[[Limits], list[Round]]
-    faults: Callable[[MiniMaxM2, int], list[Fault]] = lambda model, tp_degree: []
+    faults: Callable[[Decoder, int], list[Fault]] = lambda model, tp_degree: []
     if_wrong: str = ""
     next_step: str = ""
     needs: tuple[str, ...] = field(default=())  # checks of parts that this one contains
@@ -171,9 +170,7 @@ def check_device(
     BackendError for options that cannot work or packages that are missing, and what `run_checks`
     raises.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r} does not exist; expected {' or '.join(BACKENDS)}")
-    module = importlib.import_module(BACKENDS[backend])
+    module = options_module(backend)
     resolved = module.check_options(ModelConfig.from_dir(converted), options)
     module.environment()
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(converted):

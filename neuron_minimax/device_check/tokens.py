@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from neuron_minimax.backends.cpu.eager import EagerBackend
+from neuron_minimax.backends.cpu.backend import EagerBackend
 from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.verdicts import (
     ROUNDING_ERRORS,

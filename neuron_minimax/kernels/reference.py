@@ -1,5 +1,4 @@
-"""What every kernel computes, in torch: linear layers and expert MLPs over FP8 weights, and
-attention.
+"""The contract of every kernel, in torch: linear layers and expert MLPs over FP8, attention.
 
 Shapes: N rows of input, O output and I input features of a linear layer; T tokens, K chosen experts
 per token, E experts, H hidden, I intermediate; a scale covers one block of its weight. Attention
@@ -7,10 +6,12 @@ has its own letters.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from neuron_minimax.fp8 import block_grid
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)  # E4M3 codes, or the same bytes
 # Format: OCP 8-bit floating point specification 1.0, E4M3: sign, 4 exponent bits (bias 7), 3
@@ -77,18 +78,45 @@ def linear(
 BLOCK = (128, 128)
 
 
+class ExpertWeights(NamedTuple):
+    """The stacked weights of E experts, transposed: inputs are rows.
+
+    gate_up         [E,H,2I] E4M3 codes as uint8 or float8_e4m3fn, gate columns, then up columns
+    gate_up_scale   [E,ceil(H/128),2*ceil(I/128)] float32, gate blocks, then up blocks
+    down            [E,I,H] codes
+    down_scale      [E,ceil(I/128),ceil(H/128)] float32
+    block           rows and columns of a scale block, 128 of each above
+
+    weight = code * scale of its block; scales are positive and finite. A dense weight (float32 or
+    bfloat16) comes with scale None.
+    """
+
+    gate_up: torch.Tensor
+    gate_up_scale: torch.Tensor | None
+    down: torch.Tensor
+    down_scale: torch.Tensor | None
+    block: tuple[int, int] = BLOCK
+
+    def expert(self, index: int | torch.Tensor) -> "ExpertWeights":
+        """One expert's weights, without the first dimension."""
+        return ExpertWeights(
+            self.gate_up[index],
+            None if self.gate_up_scale is None else self.gate_up_scale[index],
+            self.down[index],
+            None if self.down_scale is None else self.down_scale[index],
+            self.block,
+        )
+
+
 class ExpertMLP(Protocol):
     """`out[t] = sum over k of affinity[t,k] * MLP of expert_index[t,k] (hidden[t])`.
 
-    hidden_TH         [T,H] float32 or bfloat16 expert_index_TK   [T,K] integer; an index outside
-    0..E-1 (-1 by convention) contributes nothing: the expert lives on
-                      another rank, or the token is padding
-    affinity_TK       [T,K] float32 gate_up           [E,H,2I] E4M3 codes as uint8 or float8_e4m3fn,
-    gate columns, then up columns gate_up_scale     [E,ceil(H/128),2*ceil(I/128)] float32, gate
-    blocks, then up blocks; positive and finite down, down_scale  [E,I,H] codes and
-    [E,ceil(I/128),ceil(H/128)] float32 Returns           [T,H] in the dtype of hidden.
+    hidden_TH         [T,H] float32 or bfloat16
+    expert_index_TK   [T,K] integer; an index outside 0..E-1 (-1 by convention) contributes nothing:
+                      the expert lives on another rank, or the token is padding
+    affinity_TK       [T,K] float32
+    Returns           [T,H] in the dtype of hidden
 
-    A dense weight (float32 or bfloat16) comes with scale None. weight = code * scale of its block.
     Arithmetic order: weight to float32, rounded once to the dtype of hidden; gate and up products
     accumulate in float32 and are rounded to the dtype of hidden; silu(gate) * up in that dtype;
     down product the same way; times affinity and summed over k in float32; rounded once to the
@@ -101,11 +129,7 @@ class ExpertMLP(Protocol):
         hidden_TH: torch.Tensor,
         expert_index_TK: torch.Tensor,
         affinity_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        gate_up_scale: torch.Tensor | None,
-        down: torch.Tensor,
-        down_scale: torch.Tensor | None,
-        block: tuple[int, int] = BLOCK,
+        weights: ExpertWeights,
     ) -> torch.Tensor: ...
 
 
@@ -113,79 +137,53 @@ def expert_mlp(
     hidden_TH: torch.Tensor,
     expert_index_TK: torch.Tensor,
     affinity_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int] = BLOCK,
+    weights: ExpertWeights,
 ) -> torch.Tensor:
     """The eager implementation: each expert that was chosen is expanded once and sees its tokens.
     Differentiable.
     """
-    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    check_shapes(hidden_TH, expert_index_TK, weights)
     out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
     for expert in expert_index_TK.unique().tolist():
-        if not 0 <= expert < gate_up.shape[0]:
+        if not 0 <= expert < weights.down.shape[0]:
             continue
         tokens, places = torch.where(expert_index_TK == expert)
-        weights = (
-            gate_up[expert],
-            _one(gate_up_scale, expert),
-            down[expert],
-            _one(down_scale, expert),
-        )
-        product = one_expert(hidden_TH[tokens], *weights, block)
+        product = one_expert(hidden_TH[tokens], weights.expert(expert))
         out_TH = out_TH.index_add(0, tokens, product.float() * affinity_TK[tokens, places, None])
     return out_TH.to(hidden_TH.dtype)
 
 
-def one_expert(
-    hidden_TH: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int] = BLOCK,
-) -> torch.Tensor:
+def one_expert(hidden_TH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """One expert's SwiGLU on its tokens: [T,H] through [H,2I] and [I,H] to [T,H], in the dtype of
     hidden.
     """
-    gate_up_TI = hidden_TH @ dequantize(gate_up, gate_up_scale, block, parts=2).to(hidden_TH.dtype)
-    gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
-    return (F.silu(gate_TI) * up_TI) @ dequantize(down, down_scale, block).to(hidden_TH.dtype)
+    gate_up = dequantize(weights.gate_up, weights.gate_up_scale, weights.block, parts=2)
+    down = dequantize(weights.down, weights.down_scale, weights.block)
+    gate_TI, up_TI = (hidden_TH @ gate_up.to(hidden_TH.dtype)).chunk(2, dim=-1)
+    return (F.silu(gate_TI) * up_TI) @ down.to(hidden_TH.dtype)
 
 
 def check_shapes(
-    hidden_TH: torch.Tensor,
-    expert_index_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int],
+    hidden_TH: torch.Tensor, expert_index_TK: torch.Tensor, weights: ExpertWeights
 ) -> None:
-    """Raises ValueError naming the argument that does not fit the others."""
-    experts, intermediate, hidden = down.shape
+    """Raise ValueError naming the argument that does not fit the others."""
+    experts, intermediate, hidden = weights.down.shape
     tokens = hidden_TH.shape[0]
-    grid = [-(-size // step) for size, step in zip((hidden, intermediate), block, strict=True)]
-    down_grid = [-(-size // step) for size, step in zip((intermediate, hidden), block, strict=True)]
+    rows, columns = block_grid((hidden, intermediate), weights.block)
+    down_grid = block_grid((intermediate, hidden), weights.block)
     expected = {
         "hidden_TH": (hidden_TH, [tokens, hidden]),
         "expert_index_TK": (expert_index_TK, [tokens, expert_index_TK.shape[-1]]),
-        "gate_up": (gate_up, [experts, hidden, 2 * intermediate]),
-        "gate_up_scale": (gate_up_scale, [experts, grid[0], 2 * grid[1]]),
-        "down_scale": (down_scale, [experts, *down_grid]),
+        "gate_up": (weights.gate_up, [experts, hidden, 2 * intermediate]),
+        "gate_up_scale": (weights.gate_up_scale, [experts, rows, 2 * columns]),
+        "down_scale": (weights.down_scale, [experts, *down_grid]),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; expected {shape} beside down "
-                f"{list(down.shape)}"
+                f"{list(weights.down.shape)}"
             )
-
-
-def _one(scale: torch.Tensor | None, index: int | torch.Tensor) -> torch.Tensor | None:
-    return None if scale is None else scale[index]
 
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,5 +1,4 @@
-"""The key/value cache: per layer one buffer of keys and one of values, written in place at any
-position.
+"""The key/value cache: per layer one buffer of keys and one of values, written in place.
 
 Shapes: S slots (sequences), C capacity in positions, K key/value heads, D head_dim, B rows of a
 batch, T tokens.
@@ -10,12 +9,12 @@ from collections.abc import Sequence
 import torch
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import GenerationError
 
 
 class KVCache:
-    """Keys and values [S,K,C,D] per layer, and how many positions of each slot are filled,
-    `lengths` [S].
+    """Keys and values [S,K,C,D] per layer; `lengths` [S] says how many positions are filled.
+
+    What lies behind a slot's length is never read, so setting a smaller one shortens the sequence.
     """
 
     def __init__(
@@ -55,16 +54,6 @@ class KVCache:
         extra = max(positions, 2 * self.capacity) - self.capacity
         self.keys = [torch.nn.functional.pad(keys, (0, 0, 0, extra)) for keys in self.keys]
         self.values = [torch.nn.functional.pad(values, (0, 0, 0, extra)) for values in self.values]
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Keep the first `length` positions of a slot. Raises GenerationError when it holds
-        fewer.
-        """
-        if not 0 <= length <= int(self.lengths[slot]):
-            raise GenerationError(
-                f"cache slot {slot} holds {int(self.lengths[slot])} positions; cannot keep {length}"
-            )
-        self.lengths[slot] = length
 
     def write(
         self,

@@ -26,7 +26,7 @@ from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
 from neuron_minimax.fp8 import ConventionChoice
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
 from neuron_minimax.training.encoding import Encoder, Example
@@ -47,9 +47,9 @@ class Variant:
     scale_convention: ConventionChoice = ConventionChoice.AUTO
     compute: torch.dtype = torch.float32
 
-    def model(self, published: State, config: ModelConfig) -> MiniMaxM2:
+    def model(self, published: State, config: ModelConfig) -> Decoder:
         changed = self.change(published, config)
-        return MiniMaxM2(
+        return Decoder(
             config,
             convert_hf_to_neuron_state_dict(changed, config, self.layout, self.scale_convention),
             compute=self.compute,
@@ -127,7 +127,7 @@ def measure_quality(
 
 @torch.inference_mode()
 def prompt_logits(
-    model: MiniMaxM2, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> list[torch.Tensor]:
     """Return the float32 logits [V] behind each prompt, with which the reply begins."""
     if len(tokenizer) > model.config.vocab_size:
@@ -289,7 +289,7 @@ def measure_lengths(
     rows = {}
     for name, scaling in settings.items():
         config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
-        model = MiniMaxM2(config, convert_hf_to_neuron_state_dict(published, config))
+        model = Decoder(config, convert_hf_to_neuron_state_dict(published, config))
         rows[name] = perplexities(model, examples, bounds)
     return LengthReport(bounds=tuple(bounds), rows=rows)
 
@@ -303,7 +303,7 @@ def long_chat(encoder: Encoder, seed: int) -> Example:
 
 @torch.inference_mode()
 def perplexities(
-    model: MiniMaxM2, examples: Sequence[Example], bounds: Sequence[int]
+    model: Decoder, examples: Sequence[Example], bounds: Sequence[int]
 ) -> tuple[float, ...]:
     """Return exp of the mean -log p of learned tokens, by ranges of positions up to each bound."""
     sums = [0.0] * len(bounds)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.generation.events import Message
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.data import Conversation
 
 
@@ -27,7 +27,7 @@ class Graded:
 
 
 def answer_all(
-    model: MiniMaxM2,
+    model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     max_new_tokens: int = 96,
@@ -62,7 +62,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
 
 @torch.inference_mode()
 def greedy(
-    model: MiniMaxM2, prompts: Sequence[list[int]], end_of_turn: int, max_new_tokens: int
+    model: Decoder, prompts: Sequence[list[int]], end_of_turn: int, max_new_tokens: int
 ) -> list[tuple[int, ...]]:
     """Return the most likely next tokens of each prompt, up to its end of turn.
 

@@ -11,9 +11,9 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.data import DemoSource, JsonLines, Source
 from neuron_minimax.training.encoding import Encoder
 from neuron_minimax.training.export import Precision, copy_tokenizer, export_checkpoint
@@ -144,15 +144,13 @@ def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """
     checkpoint = Checkpoint(directory)
     checkpoint.require_usable()
-    published = {name: checkpoint.tensor(name) for name in checkpoint.entries}
-    if any(tensor.dtype == torch.float8_e4m3fn for tensor in published.values()):
+    if any(checkpoint.is_fp8(name) for name in checkpoint.entries):
         raise TrainingError(
             f"{directory} holds FP8 weights, which have no gradient; expand it: neuron-minimax "
             "cache"
         )
-    return {
-        name: t.float() for name, t in convert_hf_to_neuron_state_dict(published, config).items()
-    }
+    state = Decoder.from_checkpoint(checkpoint, config=config).state_dict()
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def parse_precision(name: str) -> Precision:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from neuron_minimax.model.decoder import MiniMaxM2
-from neuron_minimax.model.layers import Kernels
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.moe import Router, Routing
 from neuron_minimax.training.encoding import Batch
 
@@ -24,14 +23,14 @@ class Losses(NamedTuple):
     loads_LE: torch.Tensor  # how many choices fell on each expert of each layer, int64
 
 
-def losses(model: MiniMaxM2, batch: Batch) -> Losses:
+def losses(model: Decoder, batch: Batch) -> Losses:
     """Run a batch. Without learned tokens the token loss is zero, with zero gradients."""
     positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(
         batch.ids_BT
     )
     hidden_BTH, routings = model.hidden_states(batch.ids_BT, positions_BT, real_BT=batch.real_BT)
     learned = batch.learned_BT[:, 1:]
-    logits_NV = model.lm_head(hidden_BTH[:, :-1][learned], Kernels())
+    logits_NV = model.logits(hidden_BTH[:, :-1][learned])
     tokens = F.cross_entropy(logits_NV.float(), batch.ids_BT[:, 1:][learned], reduction="sum")
     choices = [_choices(routing) for routing in routings]
     balance = torch.stack(
@@ -74,7 +73,7 @@ def update_router_bias(bias_E: torch.Tensor, load_E: torch.Tensor, rate: float) 
     bias_E += rate * torch.sign(load_E.mean() - load_E)
 
 
-def router_biases(model: MiniMaxM2) -> list[torch.Tensor]:
+def router_biases(model: Decoder) -> list[torch.Tensor]:
     """Return the selection bias [E] of each layer's router, in order."""
     return [
         module.e_score_correction_bias for module in model.modules() if isinstance(module, Router)

@@ -20,7 +20,7 @@ from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
-from neuron_minimax.model.decoder import MiniMaxM2, initial_state
+from neuron_minimax.model.decoder import Decoder, initial_state
 from neuron_minimax.training.data import Source
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
@@ -134,7 +134,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         state = self._fresh_state() if self.initial is None else self.initial
-        self.model = MiniMaxM2(
+        self.model = Decoder(
             self.config, {name: tensor.to(self.device) for name, tensor in state.items()}
         )
         self.model.requires_grad_()

@@ -77,7 +77,7 @@ def slots(model: str, length: str) -> None:
     """
     import torch
 
-    from neuron_minimax.backends.cpu.eager import EagerBackend
+    from neuron_minimax.backends.cpu.backend import EagerBackend
     from neuron_minimax.backends.cpu.options import CPUOptions
     from neuron_minimax.backends.nxdi.application import NeuronBackend
     from neuron_minimax.backends.nxdi.options import NeuronOptions
@@ -176,7 +176,7 @@ def adapter(model: str) -> None:
     from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
     from transformers import GenerationConfig
 
-    from neuron_minimax.model.decoder import load_model
+    from neuron_minimax.model.decoder import Decoder
 
     if (
         "tensor_capture_hook"
@@ -200,7 +200,7 @@ def adapter(model: str) -> None:
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(do_sample=False, max_new_tokens=10, pad_token_id=0),
     )
-    eager = load_model(model)
+    eager = Decoder.from_converted(model)
     ids = prompts
     with torch.no_grad():
         for _ in range(10):
@@ -214,7 +214,7 @@ def on_device_sampling(model: str) -> None:
     """
     import torch
 
-    from neuron_minimax.model.decoder import load_model
+    from neuron_minimax.model.decoder import Decoder
 
     sampling = {"on_device_sampling_config": {"do_sample": False, "deterministic": True}}
     plain = {
@@ -230,7 +230,7 @@ def on_device_sampling(model: str) -> None:
         tokens = application(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), position_ids=positions
         )
-        wanted = load_model(model)(prompts)[0][:, -1].argmax(-1)
+        wanted = Decoder.from_converted(model)(prompts)[0][:, -1].argmax(-1)
     found = getattr(tokens, "tokens", None)
     found = tokens.hidden_states if found is None else found
     assert torch.equal(found.flatten().long(), wanted), (found, wanted)

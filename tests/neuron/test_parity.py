@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.convert.layout import AttentionPrecision, Layout
-from neuron_minimax.model.decoder import load_model
+from neuron_minimax.model.decoder import Decoder
 from tests.neuron.cases import MODELS, REFERENCE, SEED, prompts
 from tests.neuron.ranks import Run, run
 from tests.opened import convert
@@ -54,7 +54,7 @@ def check_against_cpu_model(
     """The project's own model over the same converted directory, fed the same tokens, chooses each
     of them, or another whose logit is as close as the two may differ.
     """
-    model = load_model(directory, compute=compute)
+    model = Decoder.from_converted(directory, compute=compute)
     for prompt, tokens, logits in zip(
         prompts(model.config.vocab_size), result["tokens"], result["logits"], strict=True
     ):

@@ -1,5 +1,4 @@
-"""The compiled and the exported engine of the CPU backend: graphs by torch.export and AOTInductor,
-weights outside.
+"""The graphs of the CPU backend, by torch.export and AOTInductor; their weights stay outside.
 
 Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
 """
@@ -19,16 +18,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from neuron_minimax.backends.base import Backend
-from neuron_minimax.backends.cpu.eager import capabilities_of
 from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.errors import BackendError
 from neuron_minimax.kernels.cpu.jit import code_of
 from neuron_minimax.kernels.cpu.operators import attend, compile_loops, expert_mlp, linear
 from neuron_minimax.model.cache import KVCache
-from neuron_minimax.model.decoder import COMPUTE_DTYPES, MiniMaxM2, load_model
+from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.model.layers import Kernels, Linear
-from neuron_minimax.model.moe import ExpertWeights
+from neuron_minimax.model.moe import StackedExperts
 
 
 class WithState(nn.Module):
@@ -44,7 +41,7 @@ class WithState(nn.Module):
         return torch.func.functional_call(self.held[0], state, inputs)
 
 
-def save(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
+def save_exported(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
     """Export `module` for inputs of these shapes to `path`."""
     with torch.no_grad():
         program = torch.export.export(WithState(module), (module.state_dict(), inputs))
@@ -52,10 +49,8 @@ def save(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> Non
     torch.export.save(program, path)
 
 
-def load(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves; `kernels.operators.compile_loops` must have made its
-    operators.
-    """
+def load_exported(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """The graph over these tensors themselves; `load_kernels` must have made its operators."""
     graph = torch.export.load(path).module()
     return lambda *inputs: graph(state, inputs)
 
@@ -89,15 +84,16 @@ class SlotCache(nn.Module):
 class Graph(nn.Module):
     """A model with its slots' cache; `seq_len` positions per slot."""
 
-    def __init__(self, model: MiniMaxM2, cache: KVCache, seq_len: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, seq_len: int) -> None:
         super().__init__()
         self.model = model
         self.cache = SlotCache(cache)
         self.seq_len = seq_len
 
     def filled(self, positions: torch.Tensor) -> int:
-        """How many cache positions attention reads, out of a tensor of one element; a size that
-        varies by call.
+        """The number of cache positions that attention reads, a size that varies by call.
+
+        `positions` is a tensor of one element.
         """
         filled = cast(int, positions.item())  # int() would fix it when the graph is exported
         torch._check(filled >= 1)
@@ -124,7 +120,7 @@ class TokenGeneration(Graph):
             real_BT=active_S[:, None] if len(active_S) > 1 else None,
             kernels=OPERATORS,
         )
-        return self.model.lm_head(hidden_S1H[:, 0], OPERATORS).float()
+        return self.model.logits(hidden_S1H[:, 0], OPERATORS).float()
 
 
 class ContextEncoding(Graph):
@@ -153,7 +149,7 @@ class ContextEncoding(Graph):
             kernels=OPERATORS,
         )
         last_1H = hidden_1TH[0][count_1 - 1]
-        return self.model.lm_head(last_1H, OPERATORS)[0].float(), hidden_1TH[0]
+        return self.model.logits(last_1H, OPERATORS)[0].float(), hidden_1TH[0]
 
 
 def build_graphs(
@@ -176,9 +172,8 @@ def build_graphs(
         }
         progress(f"compiling {len(names)} graphs")
         started = time.monotonic()
-        operators = _compile_loops(
-            load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]), {}
-        )
+        model = Decoder.from_converted(model_directory, compute=COMPUTE_DTYPES[options.compute])
+        operators = load_kernels(model, {})
         (graphs / LOOPS).write_bytes(
             pickle.dumps({operator: code_of(operator) for operator in operators})
         )
@@ -207,7 +202,8 @@ def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, 
 
 def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> None:
     """Export one graph, and compile it unless the exported graph is what was asked for."""
-    model = with_byte_codes(load_model(model_directory, compute=COMPUTE_DTYPES[options.compute]))
+    compute = COMPUTE_DTYPES[options.compute]
+    model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
     cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
     graphs_by_name = {
         each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)
@@ -215,7 +211,7 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
     graph, inputs = graphs_by_name[name]
     path = graphs / (name + SUFFIXES[options.engine])
     if options.engine == "exported":
-        save(graph, inputs, path)
+        save_exported(graph, inputs, path)
         return
     with torch.no_grad():
         program = torch.export.export(graph, inputs)
@@ -225,7 +221,7 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
 
 
 def all_graphs(
-    model: MiniMaxM2, cache: KVCache, options: CPUOptions
+    model: Decoder, cache: KVCache, options: CPUOptions
 ) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
     """(name, module, example inputs) of token generation and of context encoding per bucket."""
     slots = options.slots
@@ -254,83 +250,32 @@ def context_name(bucket: int) -> str:
     return f"context_encoding_{bucket}"
 
 
-def _compile_loops(model: MiniMaxM2, code: Mapping[str, bytes]) -> list[str]:
+def load_kernels(model: Decoder, code: Mapping[str, bytes]) -> list[str]:
+    """Make the operators that this model's graphs call, from `code` where it has them compiled.
+
+    Returns their names.
+    """
     linears = {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
     experts = {
         module.gate_up_proj.weight.dtype
         for module in model.modules()
-        if isinstance(module, ExpertWeights)
+        if isinstance(module, StackedExperts)
     }
     return compile_loops(model.compute, linears, experts, code)
 
 
-def with_byte_codes(model: MiniMaxM2) -> MiniMaxM2:
-    """The same model with its FP8 codes seen as uint8, which every compiler takes; no copy."""
-    state = model.state_dict()
-    codes = {
-        name: tensor.view(torch.uint8)
-        for name, tensor in state.items()
-        if tensor.dtype == torch.float8_e4m3fn
-    }
-    return MiniMaxM2(model.config, {**state, **codes}, compute=model.compute)
-
-
-class CompiledBackend(Backend):
-    """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
-
-    def __init__(self, model_directory: Path, graphs: Path, options: CPUOptions) -> None:
-        self.model_directory = model_directory
-        self.model = with_byte_codes(
-            load_model(model_directory, compute=COMPUTE_DTYPES[options.compute])
-        )
-        self.config = self.model.config
-        self.capabilities = capabilities_of(options, self.config.vocab_size)
-        self.cache = KVCache.allocate(
-            self.config, options.slots, options.seq_len + 1, self.model.compute
-        )
-        _compile_loops(self.model, pickle.loads((graphs / LOOPS).read_bytes()))
-        state = Graph(self.model, self.cache, options.seq_len).state_dict()
-        self.token_generation = _load_graph(graphs, TOKEN_GENERATION, state)
-        self.context_encoding = {
-            size: _load_graph(graphs, context_name(size), state) for size in options.buckets
-        }
-
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a position is written before it is read, whatever a slot held before."""
-        self._check_slot(slot)
-
-    @torch.inference_mode()
-    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
-        bucket = self.capabilities.bucket_for(len(ids))
-        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
-        place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
-        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
-        return (
-            self.model.lm_head(hidden_TH[: len(ids)], OPERATORS).float()
-            if all_positions
-            else logits_V
-        )
-
-    @torch.inference_mode()
-    def _step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
-    ) -> torch.Tensor:
-        return self.token_generation(tokens, positions, active)
-
-
-def _load_graph(graphs: Path, name: str, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
+def load_graph(graphs: Path, name: str, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
     """The graph over these tensors themselves: no copy of the weights, the cache written in
     place.
     """
     compiled = graphs / (name + SUFFIXES["compiled"])
     if not compiled.exists():
-        return load(graphs / (name + SUFFIXES["exported"]), state)
+        return load_exported(graphs / (name + SUFFIXES["exported"]), state)
     return _Package(compiled, state)
 
 
 class _Package:
-    """What torch._inductor.aoti_load_package gives, without importing the compiler or probing for
-    it (2.3 s).
+    """The function of torch._inductor.aoti_load_package, without importing or probing the compiler.
 
     That this machine is the one that compiled is the manifest's business.
     """
@@ -348,10 +293,9 @@ class _Package:
 
 
 if __name__ == "__main__":
-    fields = json.loads(sys.argv[3])
     build_graph(
         Path(sys.argv[1]),
         Path(sys.argv[2]),
-        CPUOptions(**{**fields, "buckets": tuple(fields["buckets"])}),
+        CPUOptions.parse(json.loads(sys.argv[3])),
         sys.argv[4],
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from neuron_minimax.backends.nxdi import imports
-from neuron_minimax.kernels.reference import ExpertMLP
+from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
 
 
 class NeuronRouter(imports.RouterTopK):
@@ -100,10 +100,12 @@ class KernelExperts(imports.ExpertMLPsV2):
             hidden_states,
             self.local_index(expert_index),
             expert_affinities.gather(1, expert_index).float(),
-            layers.gate_up_proj.weight,
-            layers.gate_up_proj.scale,
-            layers.down_proj.weight,
-            layers.down_proj.scale,
+            ExpertWeights(
+                layers.gate_up_proj.weight,
+                layers.gate_up_proj.scale,
+                layers.down_proj.weight,
+                layers.down_proj.scale,
+            ),
         )
 
     def local_index(self, expert_index_TK: torch.Tensor) -> torch.Tensor:

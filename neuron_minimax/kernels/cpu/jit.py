@@ -1,7 +1,7 @@
-"""How loops are compiled by Numba, become torch operators that are called without Python, and run
-on torch's threads.
+"""Compile loops with Numba, register them as torch operators, and run them on torch's threads.
 
-FP8 codes are int8 views of E4M3, bfloat16 an int16 view, float32 itself.
+This is the only module that uses private interfaces of Numba and torch. FP8 codes are int8 views of
+E4M3, bfloat16 an int16 view, float32 itself.
 
 A kernel takes (stack, inputs, outputs). The stack holds a word of 64 bits per input: an integer, or
 a tensor's handle, which the kernel has to release; then one per output.
@@ -29,24 +29,10 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from neuron_minimax.kernels.cpu.vectors import (
-    FLOATS,
-    LANES,
-    LONG,
-    add,
-    at,
-    fetch,
-    larger,
-    over_lanes,
-    unpack_argument,
-)
-from neuron_minimax.kernels.reference import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
+from neuron_minimax.kernels.cpu.vectors import as_float
 
-SHIFT = np.int32(FLOAT32_BITS)
-MASK = np.int32(SIGN_AND_MAGNITUDE)
-REBIAS = np.float32(HALF_REBIAS)
 CACHE_LINE = 64  # bytes
 # Multiply and add in one rounding; not the rest of fast-math, which would flush the subnormals of
 # FP8 expansion.
@@ -60,17 +46,14 @@ STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdiges
 
 
 def compiled(function: Callable[..., Any], inline: str = "never") -> Any:
-    """Have a function compiled at its first call, and what comes of it kept on disk where there is
-    a place for it.
-    """
+    """Compile a function at its first call, and keep its code on disk where there is a place."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH, "inline": inline}
     try:
         dispatcher = njit(cache=True, **options)(function)
         dispatcher._cache._cache_file._source_stamp = STAMP
         return dispatcher
-    except (
-        RuntimeError
-    ):  # neither beside the source nor in the user's cache directory may files be made
+    except RuntimeError:
+        # Neither beside the source nor in the user's cache directory may files be made.
         return njit(**options)(function)
 
 
@@ -81,77 +64,32 @@ inlined = partial(compiled, inline="always")
 
 @njit(inline="always")
 def unsigned(number: int) -> Any:
-    """As an index it is not asked whether it counts from the end, which keeps loops simple enough
-    for vectors.
-    """
+    """An index that cannot count from the end, which keeps loops simple enough for vectors."""
     return np.uint64(number)
+
+
+@njit(inline="always")
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient of two sizes, rounded up."""
+    return (numerator + denominator - 1) // denominator
 
 
 @compiled
 def on_lines(count: int, like: Any) -> Any:
-    """[count] numbers of an array's dtype, unset, from the beginning of a cache line on: no
-    register touches two.
+    """Allocate [count] numbers of an array's dtype from the beginning of a cache line on.
+
+    Then no register touches two lines.
     """
     whole = np.empty(count + CACHE_LINE // like.itemsize, like.dtype)
     first = -whole.ctypes.data % CACHE_LINE // like.itemsize
     return whole[first : first + count]
 
 
-@intrinsic
-def as_float(typing_context: Any, bits: Any) -> Any:
-    """The float32 of these int32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def fetch_ahead(typing_context: Any, codes: Any, offset: Any) -> Any:
-    """Ask for the cache line of this element, which may lie outside the codes: vectors.fetch."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        fetch(builder, array.data, arguments[1])
-        return context.get_dummy_value()
-
-    return types.void(codes, types.intp), generate
-
-
-def number_of(code: Any) -> Any:
-    raise NotImplementedError("runs inside of compiled loops only")
-
-
-@overload(number_of, inline="always")
-def _number_for(code):
-    """The number of an FP8 code times 2^-120, exactly; of bfloat16's bits; or what is a number
-    already.
-    """
-    if code == types.int8:
-        return lambda code: as_float((np.int32(code) << SHIFT) & MASK)
-    if code == types.int16:
-        return lambda code: as_float(np.int32(code) << np.int32(16))
-    return lambda code: code
-
-
-def rebias(weight: Any) -> Any:
-    raise NotImplementedError("runs inside of compiled loops only")
-
-
-@overload(rebias)
-def _rebias_for(weight):
-    """One of two factors that `number_of` lacks."""
-    factor = REBIAS if weight.dtype == types.int8 else np.float32(1)
-    return lambda weight: factor
-
-
 @compiled
 def exponential(number: Any) -> Any:
-    """e^number in float32 within 1e-7 of it, as Cephes' expf does it, for vectors where the
-    library's takes one number.
+    """e^number in float32 within 1e-7 of it, for vectors where the library's takes one number.
 
-    Below -87 and above 88 it stays what it is there.
+    Source: Cephes' expf. Below -87 and above 88 the result stays what it is there.
     """
     bounded = min(max(number, np.float32(-87)), np.float32(88))
     twos = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
@@ -164,38 +102,6 @@ def exponential(number: Any) -> Any:
     power = power * rest + np.float32(5.0000001201e-1)
     power = power * rest * rest + rest + np.float32(1)
     return power * as_float((np.int32(twos) + np.int32(127)) << np.int32(23))
-
-
-def _reduced(operation: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
-    """The code of an intrinsic that takes (flat float32, first) and a length, a multiple of LANES,
-    to one number.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, first = unpack_argument(context, builder, signature, arguments, 0)
-        register = partial(at, builder, data, kind=FLOATS)
-        total = cgutils.alloca_once_value(builder, builder.load(register(first), align=4))
-        with cgutils.for_range_slice(builder, LONG(LANES), arguments[1], LONG(LANES), LONG) as (
-            place,
-            _,
-        ):
-            one = builder.load(register(builder.add(first, place)), align=4)
-            builder.store(operation(builder, builder.load(total), one), total)
-        return over_lanes(builder, builder.load(total), operation)
-
-    return generate
-
-
-@intrinsic
-def largest_of(typing_context: Any, numbers: Any, length: Any) -> Any:
-    """Of so many numbers, a multiple of LANES, of (flat float32, first)."""
-    return types.float32(numbers, length), _reduced(larger)
-
-
-@intrinsic
-def sum_of(typing_context: Any, numbers: Any, length: Any) -> Any:
-    """As `largest_of`."""
-    return types.float32(numbers, length), _reduced(add)
 
 
 NAMESPACE = "neuron_minimax"
@@ -242,9 +148,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 @inlined
 def words_of(stack: Any, count: int) -> Any:
-    """The inputs. There is no result until `answer` puts one: a kernel that raises ends the
-    process.
-    """
+    """The inputs of a kernel. Until `answer` puts a result, an error ends the process."""
     words = carray(stack, (count,)).copy()
     stack[0] = 0
     return words
@@ -252,7 +156,7 @@ def words_of(stack: Any, count: int) -> Any:
 
 @inlined
 def flat(handle: int, count: int, dtype: Any) -> Any:
-    """So many numbers of a tensor from its first one on."""
+    """The first `count` numbers of a tensor."""
     found = np.empty(1, np.int64)
     _get_data(handle, found.ctypes)
     return carray(_pointer(found[0]), (count,), dtype)
@@ -288,9 +192,7 @@ def cube(handle: int, dtype: Any) -> Any:
 
 @inlined
 def new_matrix(rows: int, columns: int) -> Any:
-    """(handle, numbers) of a new float32 tensor. Raises MemoryError when there is no room for
-    it.
-    """
+    """(handle, numbers) of a new float32 tensor. Raises MemoryError when memory has run out."""
     size = np.array([rows, columns])
     stride = np.array([columns, 1])
     made = np.empty(1, np.int64)
@@ -301,16 +203,14 @@ def new_matrix(rows: int, columns: int) -> Any:
 
 @inlined
 def answer(stack: Any, words: Any, tensors: int, made: int) -> None:
-    """Leave a tensor as the result; the first inputs, which are so many tensors, are released."""
+    """Leave a tensor as the result, and release the first `tensors` inputs, which are tensors."""
     for number in range(tensors):
         _delete(words[number])
     stack[0] = made
 
 
 class _Code:
-    """A kernel's compiled code, for Numba in place of its cache on disk: what is given, or else
-    what is kept there.
-    """
+    """Replaces Numba's on-disk cache of a kernel: returns `code` when given, else what is kept."""
 
     def __init__(self, function: Callable[..., None], code: bytes | None) -> None:
         self.code = code
@@ -327,9 +227,7 @@ class _Code:
             self.code = None if kept is None else serialize.dumps(kept)
         if self.code is None:
             return None
-        rtsys.initialize(
-            context
-        )  # Numba's memory; the rest of a context is there to compile, and takes 0.2 s
+        rtsys.initialize(context)  # Numba's memory; the rest of a context is there to compile
         return CompileResult._rebuild(context, *pickle.loads(self.code))
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -339,11 +237,11 @@ class _Code:
 
 
 def register(operator: str, function: Callable[..., None], code: bytes | None = None) -> None:
-    """Have a function of (stack, inputs, outputs) as the CPU kernel of an operator.
+    """Register a function of (stack, inputs, outputs) as the CPU kernel of an operator.
 
     It is compiled, and kept on disk, unless there is `code`: what `code_of` the same function gave
-    with the same Numba on the same kind of processor. Where one raises, which only memory that has
-    run out can make it do, Numba says so, and torch ends the process.
+    with the same Numba on the same kind of processor. The only error that a kernel can raise is
+    MemoryError; then Numba says so, and torch ends the process.
     """
     kernel: Any = CFunc(
         function,
@@ -399,11 +297,10 @@ _resolve()
 
 @intrinsic
 def run_in_team(typing_context: Any, function: Any, size: Any, arguments: Any) -> Any:
-    """`function(thread, threads, *arguments)` on every thread of a team of this size; returns when
-    all are done.
+    """Call `function(thread, threads, *arguments)` on every thread of a team, and wait.
 
-    The function is a compiled one. Raises RuntimeError when it raised on any thread, which only
-    memory that has run out can make a loop do. The protocol is GCC's for `#pragma omp parallel`.
+    The function is a compiled one. Raises RuntimeError when it raised on any thread; the only error
+    that a loop can raise is MemoryError. The protocol is GCC's for `#pragma omp parallel`.
     """
     signature = types.void(function, types.intp, arguments)
 
@@ -458,9 +355,7 @@ def run_in_team(typing_context: Any, function: Any, size: Any, arguments: Any) -
 
 @intrinsic
 def take(typing_context: Any, counters: Any, number: Any) -> Any:
-    """The next item of work: what an int64 counter holds, which is one more afterwards, whoever
-    else takes one.
-    """
+    """Take the next item of work: fetch and add one to an int64 counter, atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data

@@ -1,5 +1,4 @@
-"""A linear layer's loops, compiled by Numba: products of few rows at the speed of memory, of many
-at the cores' speed.
+"""Linear layers: a skinny GEMM for few rows, bound by memory, and a packed GEMM for many.
 
 Shapes: N rows of input, O output and I input features.
 """
@@ -9,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.kernels.cpu.jit import (
+    ceil_div,
     compiled,
     inlined,
-    number_of,
     on_lines,
-    rebias,
     run_in_team,
     take,
     unsigned,
@@ -35,7 +33,7 @@ from neuron_minimax.kernels.cpu.packing import (
     put_sums,
     transpose_codes,
 )
-from neuron_minimax.kernels.cpu.vectors import LANES, spread_inputs
+from neuron_minimax.kernels.cpu.vectors import LANES, number_of, rebias, spread_inputs
 
 DOT_INPUTS = 4096  # numbers of the input that stay in the first cache,
 DOT_COLUMNS = 512  # but at least so many of each row
@@ -51,13 +49,12 @@ SQUARE = 16  # bytes that are transposed at a time, in both directions
 def linear_of_few(
     team: int, hidden_NI: Any, weight_OI: Any, scale: Any, block: Any, out_NO: Any
 ) -> None:
-    """out += hidden @ weight.T in float32, for FP8 codes, or for a dense weight: float32, or
-    bfloat16's bits as int16.
+    """out += hidden @ weight.T in float32; FP8 codes, float32, or bfloat16's bits as int16.
 
     A dense weight takes one scale of 1 for all. `team` is the number of threads.
     """
     taken = np.zeros(1, np.int64)
-    run_in_team(_linear_of_few, team, (hidden_NI, weight_OI, scale, block, taken, out_NO))
+    run_in_team(_linear_of_few, team, (hidden_NI, weight_OI, (scale, block), taken, out_NO))
 
 
 @compiled
@@ -66,32 +63,28 @@ def _linear_of_few(
     threads: int,
     hidden_NI: Any,
     weight_OI: Any,
-    scale: Any,
-    block: Any,
+    scaling: Any,
     taken: Any,
     out_NO: Any,
 ) -> None:
-    """One thread's share. A few rows are read beside each other while the next ones are asked for.
+    """One thread's share. A few rows are read beside each other while the next are prefetched.
 
-    They are asked for in the order in which they lie: so memory gives 0.95 of what it gives to a
-    sum, else 0.87.
+    Prefetches are in address order: out of order they cost bandwidth (benchmarks/README.md).
     """
+    scale, block = scaling
     rows, features = hidden_NI.shape
     outputs = weight_OI.shape[0]
-    items = -(-outputs // block[0]) * -(-block[0] // LINEAR_ROWS)
+    items = ceil_div(outputs, block[0]) * ceil_div(block[0], LINEAR_ROWS)
     step = 4 // weight_OI.itemsize * LANES
     half = rebias(weight_OI)
     whole = features // step * step
     columns = max(DOT_INPUTS // rows, DOT_COLUMNS) // step * step
     scaled_NI = np.empty((rows, features), np.float32)
     spread_NI = on_lines(rows * features, hidden_NI).reshape((rows, features))
-    tiles = -(-rows // DOT_ROWS)
+    tiles = ceil_div(rows, DOT_ROWS)
     place_T = rows * np.arange(tiles + 1) // tiles
-    streams = (
-        STREAMS
-        if rows > 1 or STREAMS * features * weight_OI.itemsize <= BLOCK_BYTES
-        else LONE_STREAMS
-    )
+    all_fit = STREAMS * features * weight_OI.itemsize <= BLOCK_BYTES
+    streams = STREAMS if rows > 1 or all_fit else LONE_STREAMS
     item = take(taken, 0)
     while item < items:
         following = take(taken, 0)
@@ -105,14 +98,16 @@ def _linear_of_few(
             next_row = row + streams if row + streams < end else next_first
             for left in range(0, whole, columns):
                 length = min(columns, whole - left)
-                of_weight = weight_OI, row * features + left, features
+                weight_view = (weight_OI, row * features + left, features)
                 for tile in range(tiles):
                     n = place_T[tile]
                     count = place_T[tile + 1] - place_T[tile]
-                    of_inputs = spread_NI, n * features + left, features
-                    of_sums = out_NO, n * outputs + row, outputs
+                    inputs_view = (spread_NI, n * features + left, features)
+                    sums_view = (out_NO, n * outputs + row, outputs)
                     ahead = row * features + left if tile else next_row * features + streams * left
-                    add_dots(count, streams, length, of_inputs, of_weight, ahead, half, of_sums)
+                    add_dots(
+                        count, streams, length, inputs_view, weight_view, ahead, half, sums_view
+                    )
         for row in range(first if whole < features else end, last):
             _add_products(scaled_NI, weight_OI, row, whole if row < end else 0, half, out_NO)
         item = following
@@ -120,8 +115,8 @@ def _linear_of_few(
 
 @compiled
 def _rows_of_item(item: int, block_rows: int, outputs: int) -> tuple[int, int]:
-    """The first of them, and where they end: up to LINEAR_ROWS of one block."""
-    per_block = -(-block_rows // LINEAR_ROWS)
+    """The first row of an item, and where it ends: up to LINEAR_ROWS of one block."""
+    per_block = ceil_div(block_rows, LINEAR_ROWS)
     block = item // per_block
     part = item % per_block
     first = min(block * block_rows + part * LINEAR_ROWS, outputs)
@@ -146,7 +141,7 @@ def _scale_inputs(
 def _add_products(
     inputs_NI: Any, weight_OI: Any, row: int, left: int, factor: float, out_NO: Any
 ) -> None:
-    """What is left at the edges, one number after the other."""
+    """out += products at the edges of a weight, one number after the other."""
     for n in range(inputs_NI.shape[0]):
         total = np.float32(0)
         for column in range(left, inputs_NI.shape[1]):
@@ -158,16 +153,17 @@ def _add_products(
 def linear_of_many(
     team: int, hidden_NI: Any, codes_OI: Any, scale: Any, block: Any, panels: Any, out_NO: Any
 ) -> None:
-    """The same for FP8 codes, in the dtype of `panels` as for experts; `out` is flat."""
+    """out = hidden @ codes.T, in the dtype of `panels` as for experts; `out` is flat."""
     rows = hidden_NI.shape[0]
     outputs = codes_OI.shape[0]
-    groups = -(-rows // MANY_ROWS)
-    size = -(-outputs * groups // (ITEMS_PER_THREAD * team))
-    size = min(max(-(-size // NARROW_STRIP) * NARROW_STRIP, NARROW_STRIP), CHUNK)
+    groups = ceil_div(rows, MANY_ROWS)
+    size = ceil_div(outputs * groups, ITEMS_PER_THREAD * team)
+    size = min(max(ceil_div(size, NARROW_STRIP) * NARROW_STRIP, NARROW_STRIP), CHUNK)
     turned = np.ascontiguousarray(scale.T).reshape((1, scale.shape[1], scale.shape[0]))
-    work = groups, size, block, panels
+    weight_view = (codes_OI, turned, block)
+    taken = np.zeros(1, np.int64)
     run_in_team(
-        _linear_of_many, team, (work, hidden_NI, codes_OI, turned, np.zeros(1, np.int64), out_NO)
+        _linear_of_many, team, ((groups, size, panels), hidden_NI, weight_view, taken, out_NO)
     )
 
 
@@ -177,23 +173,23 @@ def _linear_of_many(
     threads: int,
     work: Any,
     hidden_NI: Any,
-    codes_OI: Any,
-    scale: Any,
+    weight_view: Any,
     taken: Any,
     out_NO: Any,
 ) -> None:
-    groups, size, block, panels = work
+    """One thread's share: items are groups of rows by chunks of outputs."""
+    groups, size, panels = work
     rows = hidden_NI.shape[0]
-    outputs = codes_OI.shape[0]
+    outputs = weight_view[0].shape[0]
     item = take(taken, 0)
-    while item < groups * -(-outputs // size):
+    while item < groups * ceil_div(outputs, size):
         group = item % groups
         left = item // groups * size
         row_N = np.arange(rows * group // groups, rows * (group + 1) // groups)
-        where = left, min(left + size, outputs), block
+        where = (left, min(left + size, outputs))
         packed = np.empty(len(row_N) * DEPTH, panels.dtype)
         panel = on_lines(DEPTH * NARROW_STRIP, panels)
-        _multiply_outputs(hidden_NI, row_N, codes_OI, scale, where, packed, panel, out_NO)
+        _multiply_outputs(hidden_NI, row_N, weight_view, where, packed, panel, out_NO)
         item = take(taken, 0)
 
 
@@ -201,29 +197,28 @@ def _linear_of_many(
 def _multiply_outputs(
     hidden_NI: Any,
     row_N: Any,
-    codes_OI: Any,
-    scale: Any,
+    weight_view: Any,
     where: Any,
     packed: Any,
     panel: Any,
     out_NO: Any,
 ) -> None:
-    """out[row_N] = hidden[row_N] @ these rows of a weight, transposed block by block, in the
-    panel's precision.
-    """
-    first, last, block = where
+    """out[row_N] = hidden[row_N] @ rows of a weight, transposed block by block, as the panel's."""
+    codes_OI, scale, block = weight_view
+    first, last = where
     outputs, features = codes_OI.shape
     count = len(row_N)
     columns = last - first
     flat = codes_OI.reshape(-1)
     codes = np.zeros(DEPTH * CHUNK, np.int8)
     factor = np.zeros(CHUNK, np.float32)
-    strips = -(-columns // NARROW_STRIP)
+    strips = ceil_div(columns, NARROW_STRIP)
     sums = on_lines(strips * NARROW_STRIP * count, factor)
     sums[:] = np.float32(0)
     half = halves(codes_OI, panel)
     for block_column in range(scale.shape[1]):
-        factor_of_columns(scale, 0, block_column, block[0], 1, half, first, last, outputs, factor)
+        scale_view = (scale, 0, block_column)
+        factor_of_columns(scale_view, block[0], 1, half, (first, last, outputs), factor)
         right = min((block_column + 1) * block[1], features)
         for left in range(block_column * block[1], right, DEPTH):
             depth = min(DEPTH, right - left)
@@ -231,7 +226,8 @@ def _multiply_outputs(
             _transpose_block(flat, first * features + left, features, columns, depth, codes)
             for strip in range(strips):
                 column = strip * NARROW_STRIP
-                add_strip(count, depth, packed, (codes, column, CHUNK), column, panel, factor, sums)
+                strip_view = (codes, column, CHUNK)
+                add_strip(count, depth, packed, strip_view, panel, (factor, column), sums)
     put_sums(count, sums, columns, out_NO, row_N[0] * outputs + first, outputs)
 
 

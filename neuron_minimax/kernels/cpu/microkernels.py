@@ -1,10 +1,8 @@
-"""Tiles of a product, in registers from the first to the last of their sums: what LLVM does not
-make out of loops.
+"""Micro-kernels, whose sums stay in registers: what LLVM does not make out of loops.
 
 A tile is a few rows of input by a strip of columns of a weight whose rows are inputs: each number
-of the weight is read once and multiplied with every row. One Zen 4 core does 55 G multiplications
-per second of 12 rows with a panel of float32 and 105 G with one of bfloat16 pairs; straight from
-FP8 codes with one row it is about as fast as its share of memory is read.
+of the weight is read once and multiplied with every row. `add_wide_tiles` and `add_dots` take eight
+and nine operands: they are generators of LLVM IR, whose arguments are registers.
 """
 
 from collections.abc import Callable
@@ -56,9 +54,7 @@ LONE_DEPTH = 4  # a wide tile of this depth, of one row of input, has code witho
 def _sums(
     builder: Any, rows: int, columns: int, places: list[list[Any]] | None = None
 ) -> list[list[Any]]:
-    """Running sums: variables that LLVM keeps in registers. They begin with what is at `places`, or
-    zero.
-    """
+    """Running sums: variables that LLVM keeps in registers, first what is at `places`, or zero."""
     totals = [[cgutils.alloca_once(builder, FLOATS) for _ in range(columns)] for _ in range(rows)]
     for n, row in enumerate(totals):
         for register, total in enumerate(row):
@@ -104,9 +100,7 @@ def _add_products(
     numbers_of: Callable[[Any], list[Any]],
     pairs: bool,
 ) -> None:
-    """Over a tile's depth, rows of input, `inputs` (address, first), times the numbers of a row of
-    weight.
-    """
+    """totals += rows of input, `inputs` (address, first), times rows of a weight, over a depth."""
     kind, kinds, add = (WORD, WORDS, add_pairs) if pairs else (FLOAT, FLOATS, add_product)
     with cgutils.for_range(builder, depth) as loop:
         numbers = numbers_of(loop.index)
@@ -130,15 +124,17 @@ def add_wide_tiles(
     ahead: Any,
     sums: Any,
 ) -> Any:
-    """sums += inputs @ weight, straight from stored numbers: tiles WIDE_STRIP wide, one beside the
-    other.
+    """sums += inputs @ weight, straight from stored numbers, in tiles WIDE_STRIP wide.
 
-    height                    rows of input, up to WIDE_ROWS depth                     rows of the
-    weight, up to DEPTH columns                   a multiple of WIDE_STRIP (inputs, first)
-    flat float32: rows that are DEPTH apart (weight, first, stride)   C-contiguous int8 codes, int16
-    bits of bfloat16, or float32; how far its rows are apart ahead                     where what is
-    needed next begins: as much as is read is asked for meanwhile, in its order (sums, first,
-    stride)     flat float32, spread as spread.py does it
+    height                    rows of input, up to WIDE_ROWS
+    depth                     rows of the weight, up to DEPTH
+    columns                   a multiple of WIDE_STRIP
+    (inputs, first)           flat float32: rows that are DEPTH apart
+    (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32; how far
+                              its rows are apart
+    ahead                     where what is needed next begins: as much as is read is prefetched
+                              meanwhile, in its order
+    (sums, first, stride)     flat float32, spread as vectors.py does it
 
     `first` is the element at which the first tile begins.
     """
@@ -197,13 +193,12 @@ def add_tile(
 ) -> Any:
     """sums += factor * (inputs @ panel) for one tile.
 
-    height                  rows of input, up to NARROW_ROWS depth                   rows of the
-    panel, up to DEPTH; of pairs, up to half of it (inputs, first)         flat: float32 rows that
-    are DEPTH apart; for a panel of pairs, as many bfloat16 numbers, two
-                            to an int32 word
+    height                  rows of input, up to NARROW_ROWS
+    depth                   rows of the panel, up to DEPTH; of pairs, up to half of it
+    (inputs, first)         flat: float32 rows that are DEPTH apart; for a panel of pairs, as many
+                            bfloat16 numbers, two to an int32 word
     panel                   flat: NARROW_STRIP float32 numbers to a row; or int32 words of two rows
-    of bfloat16 numbers,
-                            the first in the lower half
+                            of bfloat16 numbers, the first in the lower half
     (factor, first)         flat float32, for each column
     (sums, first, stride)   C-contiguous float32
     """
@@ -259,13 +254,15 @@ def add_dots(
 ) -> Any:
     """sums += factor * (inputs @ weight.T) for so many rows of a weight, which are outputs.
 
-    height                    rows of input, up to DOT_ROWS streams                   rows of the
-    weight: STREAMS, or for one row of input also LONE_STREAMS length                    of a row, a
-    multiple of the numbers that a register holds as they are stored (inputs, first, stride)
-    C-contiguous float32, spread as spread.py does it (weight, first, stride)   C-contiguous int8
-    codes, int16 bits of bfloat16, or float32 ahead                     where what is needed next
-    begins: as much as is read is asked for meanwhile, in its order factor
-    float32 (sums, first, stride)     C-contiguous float32
+    height                    rows of input, up to DOT_ROWS
+    streams                   rows of the weight: STREAMS, or for one row of input also LONE_STREAMS
+    length                    of a row, a multiple of the numbers that a register holds as stored
+    (inputs, first, stride)   C-contiguous float32, spread as vectors.py does it
+    (weight, first, stride)   C-contiguous int8 codes, int16 bits of bfloat16, or float32
+    ahead                     where what is needed next begins: as much as is read is prefetched
+                              meanwhile, in its order
+    factor                    float32
+    (sums, first, stride)     C-contiguous float32
     """
     stored = weight[0].dtype
     registers = registers_of(stored)

@@ -1,8 +1,8 @@
-"""The experts' products, straight from FP8 codes: each chosen expert is read once for up to 96 of
-its tokens.
+"""Fused mixture of experts: sort by expert, grouped GEMM straight from FP8, SwiGLU, combine.
 
-With one or two tokens that takes as long as reading memory, provided that rows, which lie further
-apart than a page, are asked for ahead; with a dozen or more as long as the multiplications.
+Each chosen expert is read once for up to GROUP of its tokens. With one or two tokens that is bound
+by memory, provided that rows, which lie further apart than a page, are prefetched; with a dozen or
+more by arithmetic.
 
 Shapes: R rows and W columns of a weight; P pairs of token and chosen expert, sorted by expert; X
 groups of pairs, each of one expert; H hidden, I intermediate.
@@ -14,12 +14,11 @@ import numpy as np
 
 from neuron_minimax.kernels.cpu.jit import (
     CACHE_LINE,
+    ceil_div,
     compiled,
     exponential,
-    fetch_ahead,
     inlined,
     on_lines,
-    rebias,
     run_in_team,
     take,
     unsigned,
@@ -42,14 +41,12 @@ from neuron_minimax.kernels.cpu.packing import (
     pack,
     put_sums,
 )
-from neuron_minimax.kernels.cpu.vectors import add_in_order
+from neuron_minimax.kernels.cpu.vectors import add_in_order, fetch_ahead, rebias
 
-SHALLOW = (
-    16  # rows of a weight that are read at a time for few pairs, LONE_DEPTH for one: whole rows
-)
-FEW_PAIRS = (
-    2 * WIDE_ROWS
-)  # up to so many a weight is read as it lies, in float32; more are faster with panels
+# Rows of a weight that are read at a time for few pairs, LONE_DEPTH for one: whole rows
+SHALLOW = 16
+# Up to so many a weight is read as it lies, in float32; more are faster with panels
+FEW_PAIRS = 2 * WIDE_ROWS
 PAIRS_PER_THREAD = 384  # of one pass, whose sums are kept between the two products,
 PAIRS_PER_PASS = 2048  # but at most: 63 MB of the model's
 ITEMS_PER_THREAD = 4  # so that none waits long for the others
@@ -57,8 +54,9 @@ ITEMS_PER_THREAD = 4  # so that none waits long for the others
 
 @compiled
 def sort_by_expert(expert_P: Any, experts: int) -> Any:
-    """Pairs by expert, in their order otherwise, and where each expert's begin [E+1]; others' pairs
-    are left out.
+    """Pairs by expert, in their order otherwise, and where each expert's begin [E+1].
+
+    The pairs of other ranks' experts are left out.
     """
     first_E = np.zeros(experts + 1, np.int64)
     for expert in expert_P:
@@ -81,7 +79,7 @@ def groups_of(first_E: Any) -> Any:
     places = [0]
     for expert in range(len(first_E) - 1):
         count = first_E[expert + 1] - first_E[expert]
-        parts = -(-count // GROUP)
+        parts = ceil_div(count, GROUP)
         for part in range(parts):
             experts.append(expert)
             places.append(first_E[expert] + count * (part + 1) // parts)
@@ -92,22 +90,23 @@ def groups_of(first_E: Any) -> Any:
 def add_expert_products(
     team: int,
     hidden_TH: Any,
-    expert_TK: Any,
-    affinity_TK: Any,
-    of_gate_up: Any,
-    of_down: Any,
+    choice: Any,
+    gate_up_view: Any,
+    down_view: Any,
     panels: Any,
     out_TH: Any,
 ) -> None:
-    """out[t] += affinity[t,k] * MLP of the expert[t,k] (hidden[t]). `team` is the number of
-    threads.
+    """out[t] += affinity[t,k] * MLP of the expert[t,k] (hidden[t]) on `team` threads.
 
-    Weights come with scales [E,.,.] and the size of blocks. `panels` is of the dtype that groups of
+    `choice` is (expert_TK, affinity_TK). A weight comes as (weight, scales [E,.,.], block, how many
+    weights lie side by side in its columns). `panels` is of the dtype that groups of
     many pairs are multiplied in: float32, or int32 for pairs of bfloat16 numbers, to which inputs
     are rounded, but weights are not.
     """
-    gate_up = of_gate_up[0]
-    (down, down_scale, _) = of_down
+    expert_TK, affinity_TK = choice
+    gate_up = gate_up_view[0]
+    down = down_view[0]
+    down_scale = down_view[1]
     chosen = expert_TK.shape[1]
     pair_P, first_E = sort_by_expert(expert_TK.ravel(), len(gate_up))
     expert_X, place_X = groups_of(first_E)
@@ -121,18 +120,18 @@ def add_expert_products(
         first = place_X[group]
         last = place_X[end]
         pair_Q = pair_P[first:last].copy()
-        pieces = min(-(-ITEMS_PER_THREAD * team // (end - group)), down_scale.shape[1])
-        work = expert_X[group:end].copy(), place_X[group : end + 1] - first, panels, pieces
+        pieces = min(ceil_div(ITEMS_PER_THREAD * team, end - group), down_scale.shape[1])
+        work = (expert_X[group:end].copy(), place_X[group : end + 1] - first, panels, pieces)
         size = pieces * (last - first) * max(gate_up.shape[2], down.shape[2])
         if size > len(scratch):
             scratch = np.empty(size, np.float32)
         activated_QI = np.empty((last - first, down.shape[1]), np.float32)
-        taken = np.zeros(2, np.int64), np.zeros(2, np.int64)
-        row_Q = pair_Q // chosen
-        place_Q = np.arange(last - first)
-        run_in_team(_multiply, team, (work, hidden_TH, row_Q, of_gate_up, 2, taken[0], scratch))
+        taken = (np.zeros(2, np.int64), np.zeros(2, np.int64))
+        inputs_view = (hidden_TH, pair_Q // chosen)
+        run_in_team(_multiply, team, (work, inputs_view, gate_up_view, taken[0], scratch))
         run_in_team(_activate, team, (scratch, pieces, activated_QI))
-        run_in_team(_multiply, team, (work, activated_QI, place_Q, of_down, 1, taken[1], scratch))
+        activated_view = (activated_QI, np.arange(last - first))
+        run_in_team(_multiply, team, (work, activated_view, down_view, taken[1], scratch))
         run_in_team(_add_up, team, (scratch, pieces, pair_Q, affinity_TK, out_TH))
         group = end
 
@@ -142,26 +141,22 @@ def _multiply(
     thread: int,
     threads: int,
     work: Any,
-    inputs: Any,
-    row_P: Any,
-    of_weight: Any,
-    parts: int,
+    inputs_view: Any,
+    weight_view: Any,
     taken: Any,
     out_FPW: Any,
 ) -> None:
-    """One thread's share of out[f,p] = inputs[row_P[p], rows of piece f] @ weight of the pair's
-    expert; `out` is flat.
+    """One thread's share of out[f,p] = inputs[row_P[p], rows of piece f] @ weight of p's expert.
 
-    Groups of many pairs are one piece, the first; the others are zero.
-
-    `parts` weights lie side by side, each with block columns of its own. `taken` counts items of
-    work.
+    `out` is flat. Groups of many pairs are one piece, the first; the others are zero. `taken`
+    counts items of work.
     """
     expert_X, place_X, panels, pieces = work
-    weight, scale, block = of_weight
-    width = weight.shape[2]
-    size = -(-scale.shape[1] // pieces)  # of a piece, in blocks
-    chunks = -(-width // CHUNK)
+    inputs, row_P = inputs_view
+    width = weight_view[0].shape[2]
+    block_rows = weight_view[1].shape[1]
+    size = ceil_div(block_rows, pieces)  # of a piece, in blocks
+    chunks = ceil_div(width, CHUNK)
     item = take(taken, 0)
     while item < len(expert_X) * chunks:
         group = item // chunks
@@ -170,10 +165,10 @@ def _multiply(
         if count > FEW_PAIRS:
             row_N = row_P[place_X[group] : place_X[group + 1]]
             to = place_X[group] * width
-            where = expert_X[group], left, min(left + CHUNK, width), block, parts
+            where = (expert_X[group], left, min(left + CHUNK, width))
             packed = np.empty(count * DEPTH, panels.dtype)
             panel = on_lines(DEPTH * NARROW_STRIP, panels)
-            _multiply_many(inputs, row_N, weight, scale, where, packed, panel, out_FPW, to)
+            _multiply_many((inputs, row_N), weight_view, where, packed, panel, (out_FPW, to))
             for place in range(place_X[group], place_X[group + 1] if pieces > 1 else 0):
                 for piece in range(1, pieces):
                     row = (piece * place_X[-1] + place) * width
@@ -186,31 +181,27 @@ def _multiply(
         row_N = row_P[place_X[group] : place_X[group + 1]]
         to = (piece * place_X[-1] + place_X[group]) * width
         if len(row_N) <= FEW_PAIRS:
-            where_few = (
-                expert_X[group],
-                piece * size,
-                min((piece + 1) * size, scale.shape[1]),
-                block,
-                parts,
-            )
+            rows_of_piece = (expert_X[group], piece * size, min((piece + 1) * size, block_rows))
             out_FPW[to : to + len(row_N) * width] = np.float32(0)
-            _add_few(inputs, row_N, weight, scale, where_few, out_FPW, to)
+            _add_few((inputs, row_N), weight_view, rows_of_piece, (out_FPW, to))
         item = take(taken, 1)
 
 
 @compiled
-def _add_few(
-    inputs: Any, row_N: Any, weight: Any, scale: Any, where: Any, out: Any, to: int
-) -> None:
-    """out += inputs[row_N] @ block rows of a weight, which is read once, row by row: at the speed
-    of memory.
+def _add_few(inputs_view: Any, weight_view: Any, where: Any, out_view: Any) -> None:
+    """out += inputs[row_N] @ block rows of a weight, which is read once, row by row.
+
+    `where` is (expert, first, last block row).
     """
-    expert, first, last, block, parts = where
+    inputs, row_N = inputs_view
+    weight, scale, block, parts = weight_view
+    expert, first, last = where
+    out, to = out_view
     rows, width = weight.shape[1:]
     count = len(row_N)
     flat = weight.reshape(-1)
     whole = width // WIDE_STRIP * WIDE_STRIP
-    tiles = -(-count // WIDE_ROWS)
+    tiles = ceil_div(count, WIDE_ROWS)
     packed = np.empty(count * DEPTH, np.float32)
     factor = np.empty(width, np.float32)
     shallow = LONE_DEPTH if count == 1 else SHALLOW
@@ -221,9 +212,8 @@ def _add_few(
     sums = on_lines(count * whole, factor)
     sums[:] = np.float32(0)
     for block_row in range(first, last):
-        factor_of_columns(
-            scale, expert, block_row, block[1], parts, rebias(weight), 0, width, width, factor
-        )
+        scale_view = (scale, expert, block_row)
+        factor_of_columns(scale_view, block[1], parts, rebias(weight), (0, width, width), factor)
         edge_factor[: width - whole] = factor[whole:]
         bottom = min((block_row + 1) * block[0], rows)
         for top in range(block_row * block[0], bottom, shallow):
@@ -233,24 +223,17 @@ def _add_few(
             for tile in range(tiles):
                 n = count * tile // tiles
                 height = count * (tile + 1) // tiles - n
-                of_inputs = (packed, n * DEPTH)
-                of_weight = (weight, start, width)
-                of_sums = (sums, n * whole, whole)
+                packed_view = (packed, n * DEPTH)
+                rows_view = (weight, start, width)
+                sums_view = (sums, n * whole, whole)
                 ahead = start if tile else start + depth * width
-                add_wide_tiles(height, depth, whole, of_inputs, of_weight, ahead, of_sums)
+                add_wide_tiles(height, depth, whole, packed_view, rows_view, ahead, sums_view)
             if whole < width:
                 copy_block(flat, start + whole, width, depth, width - whole, edge)
                 for left in range(0, width - whole, NARROW_STRIP):
-                    add_strip(
-                        count,
-                        depth,
-                        packed,
-                        (edge, left, CHUNK),
-                        left,
-                        panel,
-                        edge_factor,
-                        edge_sums,
-                    )
+                    strip_view = (edge, left, CHUNK)
+                    factor_view = (edge_factor, left)
+                    add_strip(count, depth, packed, strip_view, panel, factor_view, edge_sums)
         for n in range(count):
             add_in_order((sums, n * whole), weight, whole, (factor, 0), (out, to + n * width))
     put_sums(count, edge_sums, width - whole, out, to + whole, width)
@@ -258,33 +241,31 @@ def _add_few(
 
 @compiled
 def _multiply_many(
-    inputs: Any,
-    row_N: Any,
-    weight: Any,
-    scale: Any,
-    where: Any,
-    packed: Any,
-    panel: Any,
-    out: Any,
-    to: int,
+    inputs_view: Any, weight_view: Any, where: Any, packed: Any, panel: Any, out_view: Any
 ) -> None:
-    """out = inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel."""
-    expert, left, right, block, parts = where
+    """out = inputs[row_N] @ a chunk of a weight's columns, in the precision of the panel.
+
+    `where` is (expert, first, last column).
+    """
+    inputs, row_N = inputs_view
+    weight, scale, block, parts = weight_view
+    expert, left, right = where
+    out, to = out_view
     rows, width = weight.shape[1:]
     count = len(row_N)
     columns = right - left
     flat = weight.reshape(-1)
-    strips = -(-columns // NARROW_STRIP)
-    ragged = columns % NARROW_STRIP + rows % 2 + block[0] % 2 > 0
+    strips = ceil_div(columns, NARROW_STRIP)
+    # Strips that are not whole, or pairs of rows that a block divides, are copied first.
+    ragged = columns % NARROW_STRIP != 0 or rows % 2 != 0 or block[0] % 2 != 0
     codes = np.zeros(DEPTH * CHUNK if ragged else 0, weight.dtype)
     factor = np.zeros(CHUNK, np.float32)
     sums = on_lines(strips * NARROW_STRIP * count, factor)
     sums[:] = np.float32(0)
     half = halves(weight, panel)
     for block_row in range(scale.shape[1]):
-        factor_of_columns(
-            scale, expert, block_row, block[1], parts, half, left, right, width, factor
-        )
+        scale_view = (scale, expert, block_row)
+        factor_of_columns(scale_view, block[1], parts, half, (left, right, width), factor)
         bottom = min((block_row + 1) * block[0], rows)
         for top in range(block_row * block[0], bottom, DEPTH):
             depth = min(DEPTH, bottom - top)
@@ -297,8 +278,8 @@ def _multiply_many(
                 for ahead in range(depth * strip // strips, depth * (strip + 1) // strips):
                     for line in range(0, columns, CACHE_LINE // weight.itemsize):
                         fetch_ahead(weight, start + (depth + ahead) * width + line)
-                of_strip = (codes, column, CHUNK) if ragged else (flat, start + column, width)
-                add_strip(count, depth, packed, of_strip, column, panel, factor, sums)
+                strip_view = (codes, column, CHUNK) if ragged else (flat, start + column, width)
+                add_strip(count, depth, packed, strip_view, panel, (factor, column), sums)
     put_sums(count, sums, columns, out, to + left, width)
 
 
@@ -330,8 +311,9 @@ def _add_up(
     affinity_TK: Any,
     out_TH: Any,
 ) -> None:
-    """One thread's columns of out[t] += affinity[t,k] * product of the pair t * K + k, whose pieces
-    are added up.
+    """One thread's columns of out[t] += affinity[t,k] * product of the pair t * K + k.
+
+    A product's pieces are added up.
     """
     pairs = len(pair_P)
     chosen = affinity_TK.shape[1]

@@ -1,5 +1,4 @@
-"""Torch operators that graphs call as they are: products with FP8 weights, and attention, by
-Numba's loops.
+"""Torch operators that graphs call: products with FP8 weights, and attention, by Numba's loops.
 
 There is one operator per loop and dtypes, `loop_stored_panels`; it takes and gives contiguous
 float32 activations. Each private function here makes the kernel of a loop for stored numbers and
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from neuron_minimax.fp8 import block_grid
 from neuron_minimax.kernels import reference
-from neuron_minimax.kernels.cpu.decode_attention import attend_to_filled
+from neuron_minimax.kernels.cpu.attention import attend_to_filled, attend_to_prompt
 from neuron_minimax.kernels.cpu.jit import (
     NAMESPACE,
     answer,
@@ -38,9 +37,8 @@ from neuron_minimax.kernels.cpu.jit import (
 from neuron_minimax.kernels.cpu.linear import linear_of_few, linear_of_many
 from neuron_minimax.kernels.cpu.microkernels import DEPTH, NARROW_STRIP, WIDE_STRIP
 from neuron_minimax.kernels.cpu.moe import add_expert_products
-from neuron_minimax.kernels.cpu.prefill_attention import attend_to_prompt
 from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
-from neuron_minimax.kernels.reference import BLOCK, FP8_DTYPES, check_shapes
+from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, check_shapes
 
 
 def _few(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
@@ -87,19 +85,19 @@ def _experts(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
         gate_up_scale = np.ones((len(down), 1, 2), np.float32)
         down_scale = np.ones((len(down), 1, 1), np.float32)
         block = (gate_up.shape[1], gate_up.shape[2] // 2)
-        of_down = (down.shape[1], down.shape[2])
+        down_block = (down.shape[1], down.shape[2])
         if scaled:
             gate_up_scale = cube(words[5], np.float32)
             down_scale = cube(words[6], np.float32)
-            block = of_down = words[7], words[8]
+            block = (words[7], words[8])
+            down_block = block
         made, out_TH = new_matrix(len(hidden_TH), down.shape[2])
         out_TH[:] = np.float32(0)
-        first = (gate_up, gate_up_scale, block)
-        second = (down, down_scale, of_down)
-        index_TK = matrix(words[1], np.int64)
-        add_expert_products(
-            threads(), hidden_TH, index_TK, affinity_TK, first, second, np.empty(0, panels), out_TH
-        )
+        gate_up_view = (gate_up, gate_up_scale, block, 2)
+        down_view = (down, down_scale, down_block, 1)
+        choice = (matrix(words[1], np.int64), affinity_TK)
+        made_of = np.empty(0, panels)
+        add_expert_products(threads(), hidden_TH, choice, gate_up_view, down_view, made_of, out_TH)
         answer(stack, words, 7 if scaled else 5, made)
 
     return multiply_experts
@@ -107,34 +105,30 @@ def _experts(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 
 @inlined
 def _attention(words: Any, dtype: Any) -> Any:
-    """Queries [R,D] and positions; keys and values, flat, and how they lie, as the loops take it;
-    the result, zeros.
-    """
+    """Queries [R,D] and positions; what is stored, as the loops take it; the result, zeros."""
     query_RD = matrix(words[0], np.float32)
     positions_ST = matrix(words[3], np.int64)
     size = sizes(words[1], 4)
     stride = strides(words[1], 4)
     reach = (size[0] - 1) * stride[0] + (size[1] - 1) * stride[1] + size[2] * size[3]
-    of_cache = (
+    stored = (
         flat(words[1], reach, dtype),
         flat(words[2], reach, dtype),
         (size[1], size[2], stride[0], stride[1]),
     )
     made, out_RD = new_matrix(len(query_RD), query_RD.shape[1])
     out_RD[:] = np.float32(0)
-    return query_RD, positions_ST, of_cache, made, out_RD
+    return query_RD, positions_ST, stored, made, out_RD
 
 
 def _filled(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def attend_of_one_token(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        query_RD, positions_ST, (keys, values, cache), made, out_RD = _attention(words, stored)
-        shape = len(positions_ST), len(query_RD) // len(positions_ST), query_RD.shape[1]
+        query_RD, positions_ST, cached, made, out_RD = _attention(words, stored)
+        shape = (len(positions_ST), len(query_RD) // len(positions_ST), query_RD.shape[1])
         query_SND = query_RD.reshape(shape)
         out_SND = out_RD.reshape(shape)
-        attend_to_filled(
-            threads(), query_SND, keys, values, cache, positions_ST.reshape(-1), out_SND
-        )
+        attend_to_filled(threads(), query_SND, cached, positions_ST.reshape(-1), out_SND)
         answer(stack, words, 4, made)
 
     return attend_of_one_token
@@ -143,10 +137,9 @@ def _filled(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
 def _prompt(stored: Any, panels: Any, scaled: bool) -> Callable[..., None]:
     def attend_of_prompt(stack, inputs, outputs):
         words = words_of(stack, inputs)
-        query_RD, positions_ST, (keys, values, cache), made, out_RD = _attention(words, stored)
-        attend_to_prompt(
-            threads(), query_RD, keys, values, cache, positions_ST, np.empty(0, panels), out_RD
-        )
+        query_RD, positions_ST, cached, made, out_RD = _attention(words, stored)
+        made_of = np.empty(0, panels)
+        attend_to_prompt(threads(), query_RD, cached, positions_ST, made_of, out_RD)
         answer(stack, words, 4, made)
 
     return attend_of_prompt
@@ -168,7 +161,7 @@ FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
 # As what the loops take stored numbers: bits, of what NumPy has no dtype of.
 STORED = {torch.float32: np.float32, torch.bfloat16: np.int16} | dict.fromkeys(FP8_DTYPES, np.int8)
-# Not torch.library.custom_op, whose first call imports Dynamo: 1.5 s before the first token.
+# Not torch.library.custom_op, whose first call imports Dynamo before the first token.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _one_at_a_time = Lock()  # an operator is defined, and gets its kernel, once
 
@@ -178,9 +171,11 @@ def linear(
     weight_OI: torch.Tensor,
     scale: torch.Tensor | None,
     block: tuple[int, int],
+    pairs: bool = HAS_PAIRS,
 ) -> torch.Tensor:
-    """`fp8.linear` for graphs. FP8 weights are not rounded; sums are float32's, and rounded to
-    hidden's dtype once.
+    """`reference.linear` for graphs: FP8 weights are not rounded, float32 sums are, once.
+
+    `pairs` allows products of pairs of bfloat16 numbers, which not every processor has.
 
     Raises ValueError when the scales are not one per block: loops would read beside them. Raises
     TypeError when a weight has no scale and is not dense, or has one and is not FP8.
@@ -202,7 +197,7 @@ def linear(
         few_rows = _operator("linear_of_few", weight_OI.dtype)
         out_NO = torch.cat([few_rows(part, weight_OI) for part in hidden_NI.split(few)])
     else:
-        operator = _operator(*_of_linear(hidden.dtype, weight_OI.dtype, rows > few))
+        operator = _operator(*_of_linear(hidden.dtype, weight_OI.dtype, rows > few, pairs))
         out_NO = operator(hidden_NI, weight_OI, _float32(scale), *block)
     return out_NO.view(*hidden.shape[:-1], -1).to(hidden.dtype)
 
@@ -211,34 +206,32 @@ def expert_mlp(
     hidden_TH: torch.Tensor,
     expert_index_TK: torch.Tensor,
     affinity_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int] = BLOCK,
+    weights: ExpertWeights,
+    pairs: bool = HAS_PAIRS,
 ) -> torch.Tensor:
-    """ExpertMLP of reference.py for graphs, in another order: weights are not rounded, sums and
-    silu are float32's.
+    """`reference.ExpertMLP` for graphs: weights are not rounded, sums and silu are float32's.
 
-    With bfloat16 hidden, on processors that multiply it, experts with many tokens round silu(gate)
-    * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different
-    kinds are left to torch. Raises TypeError as `linear`.
+    With bfloat16 hidden and `pairs`, as in `linear`, experts with many tokens round silu(gate) * up
+    to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different kinds
+    are left to torch. Raises TypeError as `linear`.
     """
-    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    check_shapes(hidden_TH, expert_index_TK, weights)
+    gate_up, gate_up_scale, down, down_scale, block = weights
     for weight, scale in ((gate_up, gate_up_scale), (down, down_scale)):
         _check_dtypes(weight, scale)
     if STORED[gate_up.dtype] is not STORED[down.dtype]:
-        weights = gate_up, gate_up_scale, down, down_scale
         return torch.ops.neuron_minimax.expert_mlp_by_torch(
-            hidden_TH, expert_index_TK, affinity_TK, *weights, *block
+            hidden_TH, expert_index_TK, affinity_TK, *weights[:4], *block
         )
     scales = (
         ()
         if gate_up_scale is None or down_scale is None
         else (_float32(gate_up_scale), _float32(down_scale))
     )
-    stacked = gate_up.contiguous(), down.contiguous(), *scales, *(block if scales else ())
-    operator = _operator("expert_mlp", gate_up.dtype, _by_pairs(hidden_TH.dtype, gate_up.dtype))
+    stacked = (gate_up.contiguous(), down.contiguous(), *scales, *(block if scales else ()))
+    operator = _operator(
+        "expert_mlp", gate_up.dtype, _by_pairs(hidden_TH.dtype, gate_up.dtype, pairs)
+    )
     out_TH = operator(_float32(hidden_TH), _int64(expert_index_TK), _float32(affinity_TK), *stacked)
     return out_TH.to(hidden_TH.dtype)
 
@@ -248,11 +241,12 @@ def attend(
     key_BKCD: torch.Tensor,
     value_BKCD: torch.Tensor,
     positions_BT: torch.Tensor,
+    pairs: bool = HAS_PAIRS,
 ) -> torch.Tensor:
     """`reference.attend` for graphs, whose keys and values are the first positions of a cache.
 
     A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's
-    products are of bfloat16 numbers where hidden and keys are and the processor multiplies them.
+    products are of bfloat16 numbers where hidden and keys are, with `pairs` as in `linear`.
     Odd head sizes are left to torch. Raises ValueError when keys and values lie differently.
     """
     batch, tokens, heads, size = query_BTND.shape
@@ -267,7 +261,7 @@ def attend(
             f"keys {key_BKCD.dtype} with strides {keys} and values {value_BKCD.dtype} with strides "
             f"{values}; expected the same of both, and positions that lie {size} numbers apart"
         )
-    operator = _operator(*_of_attention(query_BTND.dtype, key_BKCD.dtype, tokens > 1))
+    operator = _operator(*_of_attention(query_BTND.dtype, key_BKCD.dtype, tokens > 1, pairs))
     attended = operator(
         _float32(query_BTND).view(-1, size), key_BKCD, value_BKCD, _int64(positions_BT)
     )
@@ -291,29 +285,25 @@ def _int64(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.long().contiguous()
 
 
-def _by_pairs(hidden: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether many rows are multiplied as pairs of bfloat16 numbers: only where nothing is lost."""
-    return HAS_PAIRS and hidden == torch.bfloat16 and stored != torch.float32
+def _by_pairs(hidden: torch.dtype, stored: torch.dtype, pairs: bool = HAS_PAIRS) -> bool:
+    """Multiply many rows as pairs of bfloat16 numbers? Only where nothing is lost."""
+    return pairs and hidden == torch.bfloat16 and stored != torch.float32
 
 
 def _of_linear(
-    hidden: torch.dtype, stored: torch.dtype, many: bool
+    hidden: torch.dtype, stored: torch.dtype, many: bool, pairs: bool = HAS_PAIRS
 ) -> tuple[str, torch.dtype, bool]:
-    return (
-        ("linear_of_many", stored, _by_pairs(hidden, stored))
-        if many
-        else ("linear_of_few", stored, False)
-    )
+    if many:
+        return "linear_of_many", stored, _by_pairs(hidden, stored, pairs)
+    return "linear_of_few", stored, False
 
 
 def _of_attention(
-    query: torch.dtype, stored: torch.dtype, many: bool
+    query: torch.dtype, stored: torch.dtype, many: bool, pairs: bool = HAS_PAIRS
 ) -> tuple[str, torch.dtype, bool]:
-    return (
-        ("attend_to_prompt", stored, _by_pairs(query, stored))
-        if many
-        else ("attend_to_filled", stored, False)
-    )
+    if many:
+        return "attend_to_prompt", stored, _by_pairs(query, stored, pairs)
+    return "attend_to_filled", stored, False
 
 
 def _operator(loop: str, stored: torch.dtype, pairs: bool = False) -> Any:
@@ -334,11 +324,11 @@ def _numbers(loop: str, stored: torch.dtype, pairs: bool) -> tuple[str, Any, Any
 @cache
 def _define(loop: str, stored: Any, panels: Any) -> str:
     name = f"{loop}_{stored.__name__}_{panels.__name__}"
-    inputs, of_scaled, shape = LOOPS[loop]
-    schema = f"({inputs}{of_scaled if stored is np.int8 else ''}) -> Tensor"
+    inputs, scaled_inputs, (tensor, dimension) = LOOPS[loop]
+    schema = f"({inputs}{scaled_inputs if stored is np.int8 else ''}) -> Tensor"
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=TAGS)
     torch.library.register_fake(f"{NAMESPACE}::{name}")(
-        lambda *tensors: tensors[0].new_empty(shape(*tensors))
+        lambda *given: given[0].new_empty(given[0].shape[0], given[tensor].shape[dimension])
     )
     return name
 
@@ -350,24 +340,17 @@ def _compile(loop: str, stored: Any, panels: Any, code: Mapping[str, bytes] = {}
     return name
 
 
-def _shape_of_linear(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[int, int]:
-    return hidden.shape[0], weight.shape[0]
-
-
-def _shape_of_first(first: torch.Tensor, *others: Any) -> tuple[int, ...]:
-    return tuple(first.shape)
-
-
-# Loop to the inputs of its operator, those that FP8 weights add, and the shape of the result.
+# Loop to the inputs of its operator, those that FP8 weights add, and which input's which dimension
+# is the width of the result; it has as many rows as the first input.
 BLOCKS = "int block_rows, int block_columns"
-LINEAR = "Tensor hidden, Tensor weight", f", Tensor scale, {BLOCKS}", _shape_of_linear
+LINEAR = "Tensor hidden, Tensor weight", f", Tensor scale, {BLOCKS}", (1, 0)
 ROUTED = "Tensor hidden, Tensor expert_index, Tensor affinity"
 EXPERTS = (
     f"{ROUTED}, Tensor gate_up, Tensor down",
     f", Tensor gate_up_scale, Tensor down_scale, {BLOCKS}",
-    _shape_of_first,
+    (0, 1),
 )
-ATTENTION = "Tensor query, Tensor keys, Tensor values, Tensor positions", "", _shape_of_first
+ATTENTION = "Tensor query, Tensor keys, Tensor values, Tensor positions", "", (0, 1)
 LOOPS: dict[str, Any] = {
     "linear_of_few": LINEAR,
     "linear_of_many": LINEAR,
@@ -404,7 +387,9 @@ def _attend_by_torch(*arguments: torch.Tensor) -> torch.Tensor:
 
 @torch.library.impl(f"{NAMESPACE}::expert_mlp_by_torch", "CPU")
 def _expert_mlp_by_torch(*arguments: Any) -> torch.Tensor:
-    return reference.expert_mlp(*(*arguments[:-2], arguments[-2:])).contiguous()
+    hidden, index, affinity, gate_up, gate_up_scale, down, down_scale, *block = arguments
+    weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale, (block[0], block[1]))
+    return reference.expert_mlp(hidden, index, affinity, weights).contiguous()
 
 
 def compile_loops(
@@ -413,11 +398,10 @@ def compile_loops(
     experts: Iterable[torch.dtype],
     code: Mapping[str, bytes] = {},
 ) -> list[str]:
-    """Have Numba compile what graphs of these dtypes call (activations, weights), as far as it is
-    not in `code`.
+    """Compile what graphs of these dtypes call (activations, weights), as far as not in `code`.
 
-    `code` is operator to `dispatch.code_of` it, of a process with the same Numba and kind of
-    processor. Returns the operators' names.
+    `code` is operator to `jit.code_of` it, of a process with the same Numba and kind of processor.
+    Returns the operators' names.
     """
     wanted = [_of_attention(dtype, dtype, many) for many in (False, True)]
     wanted += [

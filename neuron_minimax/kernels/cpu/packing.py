@@ -1,5 +1,4 @@
-"""Panels, which tiles multiply with, and what the loops of experts and of linear layers share: rows
-by a block.
+"""Packing for matrix products: panels, and the products of rows by one block of a weight.
 
 A block is up to DEPTH rows, which are inputs, by up to CHUNK columns. Strip by strip it is expanded
 to float32, or to pairs of bfloat16 numbers; where it is not whole strips, or lies the other way
@@ -16,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from neuron_minimax.kernels.cpu.jit import compiled, rebias, unsigned
+from neuron_minimax.kernels.cpu.jit import ceil_div, compiled, unsigned
 from neuron_minimax.kernels.cpu.microkernels import (
     DEPTH,
     NARROW,
@@ -35,6 +34,7 @@ from neuron_minimax.kernels.cpu.vectors import (
     bytes_in_order,
     look_up,
     numbers_at,
+    rebias,
     rounded_pairs,
     unpack_argument,
     words_of,
@@ -73,16 +73,15 @@ def _pairs_of_codes(builder: Any, data: Any, places: tuple[Any, Any]) -> list[An
 
 @intrinsic
 def round_to_pairs(typing_context: Any, inputs: Any, length: Any, to: Any) -> Any:
-    """Numbers of a row of input, a multiple of NARROW_STRIP, to int32 words of two bfloat16 numbers
-    each.
+    """Round numbers of a row of input to int32 words of two bfloat16 numbers each.
 
-    `inputs` and `to` are (C-contiguous array, first).
+    `length` is a multiple of NARROW_STRIP; `inputs` and `to` are (C-contiguous array, first).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unpack = partial(unpack_argument, context, builder, signature, arguments)
-        (data, first) = unpack(0)
-        (words, to_first) = unpack(2)
+        data, first = unpack(0)
+        words, to_first = unpack(2)
         with cgutils.for_range(builder, builder.sdiv(arguments[1], LONG(NARROW_STRIP))) as loop:
             place = builder.add(first, builder.mul(loop.index, LONG(NARROW_STRIP)))
             places = [builder.add(place, LONG(register * LANES)) for register in range(NARROW)]
@@ -98,8 +97,7 @@ def round_to_pairs(typing_context: Any, inputs: Any, length: Any, to: Any) -> An
 
 @intrinsic
 def expand_rows(typing_context: Any, weight: Any, depth: Any, panel: Any) -> Any:
-    """Rows of a weight, NARROW_STRIP numbers of each, as a panel for `add_tile`, which says what
-    panels are.
+    """Expand rows of a weight, NARROW_STRIP numbers of each, to a panel as `add_tile` takes it.
 
     (weight, first, stride)   stored numbers as in `add_wide_tiles`
     depth                     rows of the panel
@@ -222,8 +220,9 @@ def halves(weight: Any, panel: Any) -> Any:
 
 @overload(halves)
 def _halves_for(weight, panel):
-    """What inputs, and scales, bring of the factor that numbers lack in a panel: all is there in
-    one of pairs.
+    """The part that inputs, and scales, have of the factor that a panel's numbers lack.
+
+    A panel of pairs lacks nothing.
     """
     if panel.dtype == types.int32:
         return lambda weight, panel: np.float32(1)
@@ -244,20 +243,15 @@ def _rows_of_for(depth, panel):
 
 @compiled
 def factor_of_columns(
-    scale: Any,
-    expert: int,
-    block_row: int,
-    step: int,
-    parts: int,
-    half: float,
-    left: int,
-    right: int,
-    width: int,
-    factor: Any,
+    scale_view: Any, step: int, parts: int, half: float, columns: Any, factor: Any
 ) -> None:
-    """factor[j] = scale of column left + j, times `half` of what codes lack; a part's last block
-    may be partial.
+    """factor[j] = scale of column left + j, times `half` of what codes lack.
+
+    `scale_view` is (scales, expert, block row), `columns` (left, right, columns of the weight). The
+    last block of each of the `parts` weights side by side may be partial.
     """
+    scale, expert, block_row = scale_view
+    left, right, width = columns
     part_width = width // parts
     blocks = scale.shape[2] // parts
     column = left
@@ -273,9 +267,7 @@ def factor_of_columns(
 
 @compiled
 def copy_block(weight: Any, start: int, width: int, depth: int, columns: int, block: Any) -> None:
-    """Rows of a flat weight to rows that are CHUNK apart, where a strip may be read beyond its
-    end.
-    """
+    """Copy rows of a flat weight to rows CHUNK apart, where a strip may be read beyond its end."""
     for k in range(depth):
         for j in range(columns):
             block[unsigned(k * CHUNK + j)] = weight[unsigned(start + k * width + j)]
@@ -283,28 +275,28 @@ def copy_block(weight: Any, start: int, width: int, depth: int, columns: int, bl
 
 @compiled
 def add_strip(
-    count: int, depth: int, packed: Any, weight: Any, left: int, panel: Any, factor: Any, sums: Any
+    count: int,
+    depth: int,
+    packed: Any,
+    strip_view: Any,
+    panel: Any,
+    factor_view: Any,
+    sums: Any,
 ) -> None:
-    """sums += factor * (packed @ a strip of a block), whose place is `weight` (array, first,
-    stride).
+    """sums += factor * (packed @ a strip of a block), `strip_view` (array, first, stride).
 
-    The strip's sums begin behind those of `left` columns, and lie together, those of each row
-    NARROW_STRIP from the last.
+    `factor_view` is (factors, left): the strip's sums begin behind those of `left` columns, and lie
+    together, those of each row NARROW_STRIP from the last.
     """
-    expand_rows(weight, rows_of(depth, panel), panel)
-    tiles = -(-count // NARROW_ROWS)
+    left = factor_view[1]
+    expand_rows(strip_view, rows_of(depth, panel), panel)
+    tiles = ceil_div(count, NARROW_ROWS)
     for tile in range(tiles):
         first = count * tile // tiles
         height = count * (tile + 1) // tiles - first
-        of_sums = sums, left * count + first * NARROW_STRIP, NARROW_STRIP
-        add_tile(
-            height,
-            rows_of(depth, panel),
-            (packed, first * rows_of(DEPTH, panel)),
-            panel,
-            (factor, left),
-            of_sums,
-        )
+        inputs_view = (packed, first * rows_of(DEPTH, panel))
+        sums_view = (sums, left * count + first * NARROW_STRIP, NARROW_STRIP)
+        add_tile(height, rows_of(depth, panel), inputs_view, panel, factor_view, sums_view)
 
 
 @compiled

@@ -1,9 +1,8 @@
-"""LLVM vectors: how wide the machine's are, the few operations that tiles are written in, and
-numbers spread over them.
+"""LLVM vectors: the machine's width, the operations of micro-kernels, numbers de-interleaved.
 
-A register of stored numbers gives n of numbers, 4 for FP8 codes, 2 for bfloat16: the k-th holds
-every n-th number from the k-th. None needs an instruction that widens bytes, and some shifts do for
-two of them.
+A register of stored numbers gives n registers of float32, 4 for FP8 codes, 2 for bfloat16: the k-th
+holds every n-th number from the k-th ("spread"). So shifts and masks alone widen them, without an
+instruction that moves bytes across lanes.
 """
 
 import platform
@@ -12,25 +11,26 @@ from functools import partial
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from neuron_minimax.kernels.reference import FLOAT32_BITS, SIGN_AND_MAGNITUDE
+from neuron_minimax.kernels.reference import FLOAT32_BITS, HALF_REBIAS, SIGN_AND_MAGNITUDE
 
 
 def _features() -> dict[str, bool]:
-    """Of the processor that Numba compiles for."""
+    """The instruction sets of the processor that Numba compiles for."""
     if config.CPU_NAME or config.CPU_FEATURES:
         return {}
     return dict(llvmlite.binding.get_host_cpu_features())
 
 
 FEATURES = _features()
-LANES = (
-    16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4
-)  # float32 numbers of a register
+# float32 numbers of a register
+WIDTHS = {"avx512f": 16, "avx2": 8}
+LANES = next((lanes for name, lanes in WIDTHS.items() if FEATURES.get(name)), 4)
 # Sums that a tile may keep; the other registers hold what is added to them.
 SUMS_KEPT = 24 if FEATURES.get("avx512f") or platform.machine() in ("aarch64", "arm64") else 12
 # Two bfloat16 products are added by one instruction, and bytes are looked up 64 at a time;
@@ -63,9 +63,7 @@ def at(builder: Any, address: Any, place: Any, kind: Any) -> Any:
 
 
 def fetch(builder: Any, address: Any, place: Any) -> None:
-    """Ask for the cache line of this element, which may lie outside the array, into the first
-    cache: llvm.prefetch.
-    """
+    """Prefetch the cache line of this element, which may lie outside the array: llvm.prefetch."""
     element = builder.gep(address, [place])
     kind = ir.FunctionType(ir.VoidType(), [element.type, WORD, WORD, WORD])
     function = builder.module.declare_intrinsic("llvm.prefetch", [element.type], kind)
@@ -114,7 +112,7 @@ def larger(builder: Any, one: Any, other: Any) -> Any:
 
 
 def over_lanes(builder: Any, vector: Any, operation: Callable[[Any, Any, Any], Any] = add) -> Any:
-    """Halves of a vector are added, or whatever the operation does, until one lane is left."""
+    """Reduce a vector to one lane, by halves."""
     size = LANES // 2
     nothing = ir.Constant(FLOATS, ir.Undefined)
     while size:
@@ -136,8 +134,9 @@ def add_pairs(builder: Any, total: Any, one: Any, other: Any) -> Any:
 
 
 def rounded_pairs(builder: Any, lower: Any, upper: Any) -> Any:
-    """Two registers' numbers as bfloat16, one behind the other: the nearest, ties to even;
-    subnormal ones are zero.
+    """Two registers' numbers as bfloat16, one behind the other.
+
+    Rounded to the nearest, ties to even; subnormal ones become zero.
     """
     kind = ir.FunctionType(BFLOATS, [FLOATS, FLOATS])
     function = cgutils.get_or_insert_function(
@@ -163,9 +162,7 @@ def bytes_in_order(builder: Any, one: Any, other: Any, order: list[int]) -> Any:
 
 
 def unpack_argument(context: Any, builder: Any, signature: Any, arguments: Any, number: int) -> Any:
-    """(where an array's elements begin, the other numbers) of an argument (array, other
-    numbers).
-    """
+    """The address of an array's elements, and the numbers beside it, of a tuple argument."""
     array, *places = cgutils.unpack_tuple(builder, arguments[number])
     return context.make_array(signature.args[number][0])(context, builder, array).data, *places
 
@@ -203,9 +200,7 @@ def _pick(builder: Any, one: Any, other: Any, places: Any) -> Any:
 
 
 def _spread(builder: Any, registers: list[Any]) -> list[Any]:
-    """Registers in order to spread ones: those with even places and those with odd ones, each
-    spread.
-    """
+    """Registers in order to spread ones: even places, then odd ones, each spread in turn."""
     if len(registers) == 1:
         return registers
     pairs = list(zip(registers[::2], registers[1::2], strict=True))
@@ -230,7 +225,7 @@ def _gather(builder: Any, registers: list[Any]) -> list[Any]:
 
 
 def _addresses(builder: Any, array: tuple[Any, Any], left: Any, count: int) -> list[Any]:
-    """Of so many registers of an array (address, first), from its place `left` on."""
+    """The addresses of `count` registers of an array (address, first), from its place `left` on."""
     start = builder.add(array[1], left)
     return [
         at(builder, array[0], builder.add(start, LONG(n * LANES)), FLOATS) for n in range(count)
@@ -244,10 +239,9 @@ def _for_each_group(builder: Any, length: Any, count: int, generate: Callable[[A
 
 @intrinsic
 def spread_inputs(typing_context: Any, inputs: Any, weight: Any, length: Any, to: Any) -> Any:
-    """Numbers of a row of input, as many as are in whole registers of this weight's stored ones, to
-    spread ones.
+    """De-interleave a row of input as this weight's registers of stored numbers hold theirs.
 
-    `inputs` and `to` are (C-contiguous float32, first).
+    `length` is a whole number of such registers; `inputs` and `to` are (C-contiguous, first).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -272,7 +266,7 @@ def spread_inputs(typing_context: Any, inputs: Any, weight: Any, length: Any, to
 def add_in_order(
     typing_context: Any, sums: Any, weight: Any, length: Any, factor: Any, to: Any
 ) -> Any:
-    """to += factor * sums that are spread as this weight's numbers are; they are zero afterwards.
+    """to += factor * sums, which are spread as this weight's numbers are, and zero afterwards.
 
     `sums`, `factor` and `to` are (flat float32, first).
     """
@@ -297,3 +291,85 @@ def add_in_order(
         return context.get_dummy_value()
 
     return types.void(sums, weight, length, factor, to), generate
+
+
+@intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 of these int32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def fetch_ahead(typing_context: Any, codes: Any, offset: Any) -> Any:
+    """Prefetch the cache line of this element, which may lie outside the codes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        fetch(builder, array.data, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp), generate
+
+
+SHIFT = np.int32(FLOAT32_BITS)
+MASK = np.int32(SIGN_AND_MAGNITUDE)
+REBIAS = np.float32(HALF_REBIAS)
+
+
+def number_of(code: Any) -> Any:
+    raise NotImplementedError("runs inside of compiled loops only")
+
+
+@overload(number_of, inline="always")
+def _number_for(code):
+    """The number of an FP8 code times 2^-120, exactly; of bfloat16's bits; or a number as it is."""
+    if code == types.int8:
+        return lambda code: as_float((np.int32(code) << SHIFT) & MASK)
+    if code == types.int16:
+        return lambda code: as_float(np.int32(code) << np.int32(16))
+    return lambda code: code
+
+
+def rebias(weight: Any) -> Any:
+    raise NotImplementedError("runs inside of compiled loops only")
+
+
+@overload(rebias)
+def _rebias_for(weight):
+    """One of two factors that `number_of` lacks."""
+    factor = REBIAS if weight.dtype == types.int8 else np.float32(1)
+    return lambda weight: factor
+
+
+def _reduced(operation: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """The code of an intrinsic over (flat float32, first) and a length, a multiple of LANES."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, first = unpack_argument(context, builder, signature, arguments, 0)
+        register = partial(at, builder, data, kind=FLOATS)
+        total = cgutils.alloca_once_value(builder, builder.load(register(first), align=4))
+        with cgutils.for_range_slice(builder, LONG(LANES), arguments[1], LONG(LANES), LONG) as (
+            place,
+            _,
+        ):
+            one = builder.load(register(builder.add(first, place)), align=4)
+            builder.store(operation(builder, builder.load(total), one), total)
+        return over_lanes(builder, builder.load(total), operation)
+
+    return generate
+
+
+@intrinsic
+def largest_of(typing_context: Any, numbers: Any, length: Any) -> Any:
+    """The largest of `length` numbers, a multiple of LANES, of (flat float32, first)."""
+    return types.float32(numbers, length), _reduced(larger)
+
+
+@intrinsic
+def sum_of(typing_context: Any, numbers: Any, length: Any) -> Any:
+    """The sum of `length` numbers, a multiple of LANES, of (flat float32, first)."""
+    return types.float32(numbers, length), _reduced(add)

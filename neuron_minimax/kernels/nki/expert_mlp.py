@@ -1,5 +1,4 @@
-"""The expert MLP as a Trainium2 kernel: FP8 codes up to the tensor engine, block scales on the
-float32 partial sums.
+"""The expert MLP as a Trainium2 kernel: FP8 codes up to the tensor engine, scales on partial sums.
 
 Written for the NKI language of Neuron SDK 2.29 and later (NKI 0.3, `nki`, `nki.isa`,
 `nki.language`); importing this module needs the `nki` package. Token generation: 1 to 128 tokens.
@@ -26,7 +25,7 @@ import nki.isa as nisa
 import nki.language as nl
 import torch
 
-from neuron_minimax.kernels.reference import BLOCK, check_shapes
+from neuron_minimax.kernels.reference import BLOCK, ExpertWeights, check_shapes
 
 PARTITIONS = 128  # also the block size: one block is one contraction tile
 QUADRANT = 32  # partitions that a shuffle reaches at once
@@ -42,11 +41,7 @@ def expert_mlp(
     hidden_TH: torch.Tensor,
     expert_index_TK: torch.Tensor,
     affinity_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    block: tuple[int, int] = BLOCK,
+    weights: ExpertWeights,
     cores: int = 1,
 ) -> torch.Tensor:
     """`kernels.reference.ExpertMLP` on a NeuronCore; `cores` physical cores (the logical core size)
@@ -59,7 +54,8 @@ def expert_mlp(
     hidden (a test mode) the codes are widened to float32 on the chip. Raises ValueError on shapes,
     blocks or weights this kernel does not take.
     """
-    check_shapes(hidden_TH, expert_index_TK, gate_up, gate_up_scale, down, down_scale, block)
+    check_shapes(hidden_TH, expert_index_TK, weights)
+    gate_up, gate_up_scale, down, down_scale, block = weights
     tokens, hidden_size = hidden_TH.shape
     intermediate_size = down.shape[1]
     if tokens > PARTITIONS:
@@ -87,8 +83,9 @@ def expert_mlp(
 def plan_visits(
     expert_index_TK: torch.Tensor, affinity_TK: torch.Tensor, experts: int, cores: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which experts to visit, each once, and each token's weight for each visit; static shapes,
-    int32 and float32 only.
+    """Plan which experts to visit, each once, and each token's weight for each visit.
+
+    Shapes are static, numbers int32 and float32 only.
 
     Returns rounds [1,1] int32, the visits of each core; visits [V,1] int32, where visit v belongs
     to core v % cores; and affinity [V,T] float32. V is the most that T*K choices of E experts can
@@ -100,8 +97,10 @@ def plan_visits(
     if choices.numel() < experts:
         repeated = (choices[:, None] == choices[None, :]).tril(-1).any(dim=1)
         # Compared with tensors: a number beside them would make the tracer compare in int64.
-        below, beyond = torch.full_like(choices, -1), torch.full_like(choices, experts)
-        candidates, needed = choices, (choices > below) & (choices < beyond) & ~repeated
+        below = torch.full_like(choices, -1)
+        beyond = torch.full_like(choices, experts)
+        candidates = choices
+        needed = (choices > below) & (choices < beyond) & ~repeated
     else:
         candidates = torch.arange(experts, device=choices.device, dtype=torch.int32)
         needed = (choices[:, None] == candidates[None, :]).any(dim=0)
@@ -131,17 +130,18 @@ def plan_visits(
 def expert_mlp_kernel(
     hidden_TH, rounds, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale
 ):
-    """hidden [T,H]; rounds, visits, affinity as in plan_visits; codes [E,H,2I], [E,I,H]; scales as
-    in ExpertMLP.
+    """Run the visits on this core: hidden [T,H], the plan of plan_visits, weights of ExpertWeights.
 
     Returns [cores,T,H] float32: each core's sum over its share of the visits.
     """
     tokens, hidden_size = hidden_TH.shape
     hidden_blocks = hidden_size // PARTITIONS
     intermediate_blocks = down.shape[1] // PARTITIONS
-    core, cores = 0, 1
+    core = 0
+    cores = 1
     if nl.program_ndim() > 0:
-        core, cores = nl.program_id(axis=0), nl.num_programs(axes=0)
+        core = nl.program_id(axis=0)
+        cores = nl.num_programs(axes=0)
 
     hidden = load_transposed(hidden_TH)
     gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2])
@@ -153,7 +153,8 @@ def expert_mlp_kernel(
     nisa.memset(dst=visit, value=core)
     expert = nl.ndarray((1, 1), dtype=nl.int32, buffer=nl.sbuf)
     affinity = row_like(affinity_VT)
-    gate_up_scales, down_scales = row_like(gate_up_scale), row_like(down_scale)
+    gate_up_scales = row_like(gate_up_scale)
+    down_scales = row_like(down_scale)
     sources = (visits, affinity_VT, gate_up_scale, down_scale, gate_up)
     head = (expert, affinity, gate_up_scales, down_scales, gate_up_ring[0])
     fetch_head(visit, sources, head)
@@ -192,7 +193,7 @@ def register_of(value):
 
 
 def fetch_head(visit, sources, head):
-    """What a visit starts with: its expert, affinities, scales and first rows of codes.
+    """Fetch a visit's expert, affinities, scales and first rows of codes.
 
     The visit after the last one has no expert, and its loads are skipped: the loop has ended, so
     nothing reads them.
@@ -263,7 +264,8 @@ def load_transposed(hidden_TH):
 
 def store_transposed(result, core, columns):
     """[P, H/128, T] in SBUF to this core's [T,H] in HBM."""
-    hidden_blocks, tokens = columns.shape[1], columns.shape[2]
+    hidden_blocks = columns.shape[1]
+    tokens = columns.shape[2]
     rows = nl.ndarray((tokens, hidden_blocks * PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     for block in range(hidden_blocks):
         turned = nl.ndarray((tokens, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
@@ -287,7 +289,8 @@ def block_scaled_product(moving, weight, scales, expert, ring, loaded):
 
     The first `loaded` loads of the codes are in the ring already.
     """
-    row_blocks, tokens = moving.shape[1], moving.shape[2]
+    row_blocks = moving.shape[1]
+    tokens = moving.shape[2]
     column_blocks = weight.shape[2] // PARTITIONS
     group = min(column_blocks, PSUM_BANK // tokens)
     out = nl.ndarray((PARTITIONS, column_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
@@ -352,7 +355,8 @@ def widened(blocks):
 
 def add_scaled(out, partial, scale_tile, first_block, is_first):
     """out (+)= partial [P, blocks, T] * the scales from `first_block` on, in float32."""
-    width, tokens = partial.shape[1], partial.shape[2]
+    width = partial.shape[1]
+    tokens = partial.shape[2]
     scaled = out
     if not is_first:
         scaled = nl.ndarray(partial.shape, dtype=nl.float32, buffer=nl.sbuf)
@@ -373,7 +377,8 @@ def add_scaled(out, partial, scale_tile, first_block, is_first):
 
 def add_weighted(out, down_out, affinity):
     """out += down_out * affinity [P, T] of each token for this visit's expert."""
-    hidden_blocks, tokens = out.shape[1], out.shape[2]
+    hidden_blocks = out.shape[1]
+    tokens = out.shape[2]
     by_token = affinity.ap(
         pattern=[[tokens, PARTITIONS], [0, hidden_blocks], [1, tokens]], offset=0
     )

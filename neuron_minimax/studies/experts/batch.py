@@ -23,7 +23,7 @@ from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.studies.experts.report import render_report, write_plots
 from neuron_minimax.studies.experts.statistics import Analysis, total_variation
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
@@ -111,7 +111,7 @@ class BatchRunner:
     `similarity_of` is the checkpoint whose expert weights are compared, if any.
     """
 
-    model: MiniMaxM2
+    model: Decoder
     tokenizer: TextTokenizer
     directory: Path
     options: ReportOptions = field(default_factory=ReportOptions)

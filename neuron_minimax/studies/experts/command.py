@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from neuron_minimax.backends.directory import MANIFEST_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import build_cache, open_cache
 from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.convert.plan import CONVERSION_NAME
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.model.decoder import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.placement import as_numbered, place
 from neuron_minimax.studies.experts.batch import (
     RECORD_FORMATS,
@@ -74,7 +72,7 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
-def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple[MiniMaxM2, Path]:
+def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple[Decoder, Path]:
     """Load the eager float32 model of a directory, or of an opened checkpoint.
 
     A directory is a compiled, a converted or a checkpoint directory. The second value is the
@@ -84,13 +82,11 @@ def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple
     if isinstance(model, Path):
         converted = converted_directory(model)
         if converted is not None:
-            return load_model(converted), converted
+            return Decoder.from_converted(converted), converted
         model = Checkpoint.open(model)
     weights = model if cache is None else cache
     weights.require_usable()
-    tensors = {name: weights.tensor(name) for name in weights.entries}
-    state = convert_hf_to_neuron_state_dict(tensors, weights.config, Layout(fp8_range=FP8Range.OCP))
-    return MiniMaxM2(model.config, state, compute=torch.float32), model.directory
+    return Decoder.from_checkpoint(weights, Layout(fp8_range=FP8Range.OCP)), model.directory
 
 
 def converted_directory(path: Path) -> Path | None:

@@ -20,7 +20,7 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.engine import Engine, Request
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.model.cache import KVCache
-from neuron_minimax.model.decoder import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.moe import Routing
 
 FORMAT = "neuron-minimax routing trace 1"
@@ -104,9 +104,7 @@ class Recorder:
     passes: list[tuple[list[int], bool, list[Routing]]] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, model: MiniMaxM2, on_pass: Callable[[int], None] = lambda tokens: None
-    ) -> "Recorder":
+    def of(cls, model: Decoder, on_pass: Callable[[int], None] = lambda tokens: None) -> "Recorder":
         biases = [layer.block_sparse_moe.router.e_score_correction_bias for layer in model.layers]  # type: ignore[union-attr]
         return cls(torch.stack(biases).float().numpy(), on_pass)  # type: ignore[arg-type]
 
@@ -148,7 +146,7 @@ class Recorder:
 class RecordingBackend(Backend):
     """One slot of a model in memory; every pass goes into `recorder`."""
 
-    def __init__(self, model: MiniMaxM2, recorder: Recorder, seq_len: int, chunk: int) -> None:
+    def __init__(self, model: Decoder, recorder: Recorder, seq_len: int, chunk: int) -> None:
         self.config = model.config
         self.capabilities = Capabilities(
             slots=1,
@@ -184,7 +182,7 @@ class RecordingBackend(Backend):
 
 
 def record(
-    model: MiniMaxM2,
+    model: Decoder,
     prompt_ids: Sequence[int],
     recorder: Recorder,
     *,
