@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,24 @@ class Case:
         return self.oracle(torch.tensor([ids])).logits[0]
 
 
+@contextmanager
+def two_threads():
+    """Give torch two threads, here and in the processes that compile for as many as they find."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "2")
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def case(request, tmp_path_factory):
-    return Case(make(tmp_path_factory.mktemp("backend"), *request.param))
+    compiled = request.param[2] == "compiled"
+    with two_threads() if compiled else nullcontext():
+        yield Case(make(tmp_path_factory.mktemp("backend"), *request.param))
 
 
 FIRST_TOKENS = """

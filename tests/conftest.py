@@ -1,0 +1,67 @@
+"""What all tests share: one thread for torch, `--quick`, and fixtures that nothing writes into."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Sums over models this small end sooner than a second thread is awake, and servers and browsers
+# need the other cores. Before the first import of torch; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+HERE = Path(__file__).parent
+# What `make quick` leaves out, and why; all else is in it.
+COMPILES = "compiles"
+SERVES = "serves"
+TRAINS = "trains"
+BROWSES = "starts a browser"
+NEURON = "needs NxDI"
+NOT_QUICK = {
+    "neuron": NEURON,
+    "test_attention.py": COMPILES,
+    "test_backend.py": COMPILES,
+    "test_chat_page.py": BROWSES,
+    "test_demo_model.py": COMPILES,
+    "test_device_check.py": COMPILES,
+    "test_experts_report.py": BROWSES,
+    "test_fp8_mlp.py": COMPILES,
+    "test_generation_demo.py": COMPILES,
+    "test_inspect_page.py": BROWSES,
+    "test_loops.py": COMPILES,
+    "test_serve_command.py": SERVES,
+    "test_server.py": SERVES,
+    "test_server_demo.py": SERVES,
+    "test_server_format.py": SERVES,
+    "test_server_fuzz.py": SERVES,
+    "test_server_limits.py": SERVES,
+    "test_training.py": TRAINS,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="leave out what compiles, serves, trains or browses"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave whole modules out before they are imported."""
+    if config.getoption("--quick") and collection_path.parent == HERE:
+        return collection_path.name in NOT_QUICK or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out single slow tests of modules that are quick."""
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer with MiniMax's chat format."""
+    from tests.tiny_tokenizer import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
