@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from neuron_minimax.generation.tokenizer import TextTokenizer
 
 # Sums over models this small end sooner than a second thread is awake, and servers and browsers
 # need the other cores. Before the first import of torch; child processes inherit it.
@@ -15,6 +19,7 @@ COMPILES = "compiles"
 SERVES = "serves"
 TRAINS = "trains"
 BROWSES = "starts a browser"
+ANALYSES = "runs permutation tests and draws plots"
 NEURON = "needs NxDI"
 NOT_QUICK = {
     "neuron": NEURON,
@@ -23,6 +28,7 @@ NOT_QUICK = {
     "test_chat_page.py": BROWSES,
     "test_demo_model.py": COMPILES,
     "test_device_check.py": COMPILES,
+    "test_experts_command.py": ANALYSES,
     "test_experts_report.py": BROWSES,
     "test_fp8_mlp.py": COMPILES,
     "test_generation_demo.py": COMPILES,
@@ -59,9 +65,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
+# What a session makes once. Nothing may write into these directories; modules are imported when a
+# test asks, for `--quick` and for tests that need no torch.
 @pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer with MiniMax's chat format."""
     from tests.tiny_tokenizer import write_tokenizer
 
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_directory: Path) -> "TextTokenizer":
+    """The same, read."""
+    from neuron_minimax.generation.tokenizer import TextTokenizer
+
+    return TextTokenizer.from_dir(tokenizer_directory)
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for the eager engine, 4 slots of 256; beside it its checkpoint and
+    conversion.
+    """
+    from tests.tiny_traced import write_traced
+
+    return write_traced(tmp_path_factory.mktemp("model"), seq_len=256)
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse checkpoint of the published size."""
+    from tests.full_size import write_sparse
+
+    return write_sparse(tmp_path_factory.mktemp("full") / "checkpoint")

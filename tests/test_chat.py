@@ -9,12 +9,11 @@ from neuron_minimax.generation.events import Content, Reasoning, collect
 from neuron_minimax.generation.generate import answer
 from neuron_minimax.generation.sampling import GREEDY
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from tests.tiny_traced import write_traced
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    backend = load(write_traced(tmp_path_factory.mktemp("chat"), seq_len=256))
+def model(traced):
+    backend = load(traced)
     return backend, TextTokenizer.from_dir(backend.model_directory)
 
 

@@ -29,7 +29,6 @@ from neuron_minimax.convert.write import convert, plan_conversion, read_manifest
 from neuron_minimax.errors import CheckpointError, ConversionError
 from neuron_minimax.families import module_of
 from neuron_minimax.fp8 import ScaleConvention
-from tests.full_size import write_sparse
 from tests.tiny import write_tiny
 
 RAGGED = {"hidden_size": 320, "intermediate_size": 192}
@@ -348,9 +347,9 @@ def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):
         convert(source, tmp_path / "out")
 
 
-def test_the_full_size_plan_converts_47864_scales(tmp_path):
+def test_the_full_size_plan_converts_47864_scales(full_size):
     layout = Layout(scale_convention="multiplier")  # sparse files hold zeros, which say nothing
-    source = Checkpoint(write_sparse(tmp_path / "real"))
+    source = Checkpoint(full_size)
     conversion, _ = plan_conversion(source, layout)
     assert conversion.scale_count == 47_864
     assert (

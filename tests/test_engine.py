@@ -13,14 +13,12 @@ from neuron_minimax.backends import load
 from neuron_minimax.generation.events import Content
 from neuron_minimax.generation.generate import answer
 from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
-from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.engine import Engine
 from neuron_minimax.serving.jobs import DrainingError, Job, QueueFullError
 from neuron_minimax.serving.metrics import Metrics
 from neuron_minimax.serving.pipeline import Pipeline
 from tests.served import ScriptedBackend
-from tests.tiny_tokenizer import write_tokenizer
-from tests.tiny_traced import VOCAB, write_traced
+from tests.tiny_traced import VOCAB
 
 
 class Client:
@@ -47,16 +45,6 @@ class Client:
             text += "".join(event.text for event in output.events if isinstance(event, Content))
             if output.last:
                 return text, output
-
-
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory):
-    return write_traced(tmp_path_factory.mktemp("engine"), seq_len=160)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture

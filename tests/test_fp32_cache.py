@@ -66,7 +66,7 @@ def test_all_codes_times_scales_of_any_size_are_exact():
     codes = np.array([[code for code in range(256) if code & 0x7F != 0x7F]], dtype=np.uint8)
     for scale in (1e-38, 3e-7, 2e-4, 0.99, 127.9, 128.0, 300.0, 7e35):
         out = np.empty(codes.shape, dtype=np.float32)
-        cache._decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
+        cache_module._decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
         wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * torch.tensor(
             scale, dtype=torch.float32
         )
@@ -156,11 +156,11 @@ def test_shards_stay_within_their_limit_and_the_index_names_every_tensor(
     Checkpoint(tmp_path / "cache").require_usable()
 
 
-def test_the_real_model_needs_915_gb_in_shards_of_at_most_5_gb(tmp_path):
-    from tests.full_size import write_sparse
-
-    checkpoint = Checkpoint(write_sparse(tmp_path / "full"))
-    shards = cache.plan_shards(checkpoint, "float32", cache.ScaleConvention.MULTIPLIER)
+def test_the_real_model_needs_915_gb_in_shards_of_at_most_5_gb(full_size):
+    checkpoint = Checkpoint(full_size)
+    shards = cache_module.plan_shards(
+        checkpoint, "float32", cache_module.ScaleConvention.MULTIPLIER
+    )
     assert round(sum(shard.nbytes for shard in shards) / 1e9) == 915
     assert max(shard.nbytes for shard in shards) <= 5e9
 
