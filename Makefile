@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+.PHONY: demo test quick lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
 
 .venv/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,10 @@ demo: .venv/stamp
 
 test: .venv/stamp
 	$(BIN)/python -m pytest
+
+# What most changes break: nothing that compiles, serves, trains or opens a browser.
+quick: .venv/stamp
+	$(BIN)/python -m pytest --quick
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -79,9 +80,32 @@ class Case:
         return self.oracle(torch.tensor([ids])).logits[0]
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@contextmanager
+def two_threads():
+    """Give torch two threads, here and in the processes that compile for as many as they find."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "2")
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("exported"), *CASES["exported, ragged sizes"])
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    return Case(make(tmp_path_factory.mktemp("backend"), *request.param))
+    if request.param == "exported, ragged sizes":
+        yield Case(request.getfixturevalue("exported"))
+        return
+    compiled = request.param.startswith("compiled")
+    with two_threads() if compiled else nullcontext():
+        yield Case(make(tmp_path_factory.mktemp("backend"), *CASES[request.param]))
 
 
 FIRST_TOKENS = """
@@ -412,9 +436,8 @@ def test_an_unknown_backend_is_refused(eager, tmp_path):
 
 def test_without_a_compiler_the_exported_graphs_run_and_say_so(eager, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    report = compile_model(
-        eager / "converted", tmp_path / "traced", options=options(engine="compiled")
-    )
+    asked = options(engine="compiled", buckets=(8,))
+    report = compile_model(eager / "converted", tmp_path / "traced", options=asked)
     assert "no C++ compiler" in report.render()
     assert {name.partition(".")[2] for name in report.manifest.graphs} == {"exported.pt2", "pickle"}
     ids = some_ids(6)
@@ -422,7 +445,7 @@ def test_without_a_compiler_the_exported_graphs_run_and_say_so(eager, tmp_path, 
         load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5
     )
     monkeypatch.undo()
-    wanted = check_options(ModelConfig.from_dir(eager / "converted"), options(engine="compiled"))
+    wanted = check_options(ModelConfig.from_dir(eager / "converted"), asked)
     assert (report.manifest.options["engine"], wanted["engine"]) == ("exported", "compiled")
 
 
@@ -459,10 +482,9 @@ def test_where_the_tested_torch_cannot_compile_the_compile_fails(
         )
 
 
-def test_exported_graphs_hold_no_weights(tmp_path):
-    made = make(tmp_path, {}, 1, "exported", BUCKETS[:1])
-    weights = sum(path.stat().st_size for path in (made / "converted").glob("*.safetensors"))
-    graphs = [path.stat().st_size for path in (made / "traced" / "graphs").glob("*.pt2")]
+def test_exported_graphs_hold_no_weights(exported):
+    weights = sum(path.stat().st_size for path in (exported / "converted").glob("*.safetensors"))
+    graphs = [path.stat().st_size for path in (exported / "traced" / "graphs").glob("*.pt2")]
     assert max(graphs) < weights / 2
 
 

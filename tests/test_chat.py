@@ -8,12 +8,12 @@ from neuron_minimax.generation.conversation import Chat
 from neuron_minimax.generation.events import Content, Reasoning, collect
 from neuron_minimax.generation.sampling import GREEDY
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from tests.tiny_traced import answer_alone, write_traced
+from tests.tiny_traced import answer_alone
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    backend = load(write_traced(tmp_path_factory.mktemp("chat"), seq_len=256))
+def model(traced):
+    backend = load(traced)
     return backend, TextTokenizer.from_dir(backend.model_directory)
 
 

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from tests.served import ScriptedBackend, serving
-from tests.tiny_tokenizer import write_tokenizer
 from tests.webdriver import CHROMIUM, DRIVER, chromium
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
@@ -43,8 +42,8 @@ def script(prompt):
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory):
-    return ScriptedBackend(write_tokenizer(tmp_path_factory.mktemp("tokenizer")), script)
+def backend(tokenizer_directory):
+    return ScriptedBackend(tokenizer_directory, script)
 
 
 @pytest.fixture(scope="module")

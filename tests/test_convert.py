@@ -30,7 +30,6 @@ from neuron_minimax.convert.state_dict import (
 from neuron_minimax.errors import CheckpointError, ConversionError
 from neuron_minimax.families import module_of
 from neuron_minimax.fp8 import ScaleConvention
-from tests.full_size import write_sparse
 from tests.opened import convert
 from tests.opened import verify_conversion as verify
 from tests.tiny import write_tiny
@@ -357,9 +356,9 @@ def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):
         convert(source, tmp_path / "out")
 
 
-def test_the_full_size_plan_converts_47864_scales(tmp_path):
+def test_the_full_size_plan_converts_47864_scales(full_size):
     # Sparse files hold zeros, which say nothing.
-    source = Checkpoint(write_sparse(tmp_path / "real"), ScaleConvention.MULTIPLIER)
+    source = Checkpoint(full_size, ScaleConvention.MULTIPLIER)
     conversion = plan_conversion(source)
     assert conversion.scale_count == 47_864
     assert (

@@ -20,6 +20,7 @@ from neuron_minimax.families.family import (
     Family,
     Operation,
     QKNorm,
+    Role,
     RouterKind,
     Rule,
     SamplingDefaults,
@@ -40,55 +41,83 @@ SIZES = {
     "rms_norm_eps": 1e-6,
 }
 
-# Published name, dimensions, and what stands in the converted name in its place.
-Row = tuple[str, str, str]
+# Published name, dimensions, what stands in the converted name in its place, and the role.
+Row = tuple[str, str, str, Role]
 EVERY_LAYER: list[Row] = [
-    ("input_layernorm.weight", "H", "input_layernorm.weight"),
-    ("post_attention_layernorm.weight", "H", "post_attention_layernorm.weight"),
-    ("self_attn.q_proj.weight", "QH", "self_attn.qkv_proj.q_proj.weight"),
-    ("self_attn.k_proj.weight", "KH", "self_attn.qkv_proj.k_proj.weight"),
-    ("self_attn.v_proj.weight", "KH", "self_attn.qkv_proj.v_proj.weight"),
-    ("self_attn.o_proj.weight", "HQ", "self_attn.o_proj.o_proj.weight"),
+    ("input_layernorm.weight", "H", "input_layernorm.weight", Role.ATTENTION_NORM),
+    ("post_attention_layernorm.weight", "H", "post_attention_layernorm.weight", Role.MLP_NORM),
+    ("self_attn.q_proj.weight", "QH", "self_attn.qkv_proj.q_proj.weight", Role.QUERY),
+    ("self_attn.k_proj.weight", "KH", "self_attn.qkv_proj.k_proj.weight", Role.KEY),
+    ("self_attn.v_proj.weight", "KH", "self_attn.qkv_proj.v_proj.weight", Role.VALUE),
+    ("self_attn.o_proj.weight", "HQ", "self_attn.o_proj.o_proj.weight", Role.OUTPUT),
 ]
 HEAD_NORMS: list[Row] = [
-    (f"self_attn.{name}_norm.weight", "D", f"self_attn.{name}_norm.weight") for name in "qk"
+    (f"self_attn.{name}_norm.weight", "D", f"self_attn.{name}_norm.weight", role)
+    for name, role in (("q", Role.QUERY_NORM), ("k", Role.KEY_NORM))
 ]
 QKV_BIAS: list[Row] = [
-    (f"self_attn.{name}_proj.bias", width, f"self_attn.qkv_proj.{name}_proj.bias")
-    for name, width in (("q", "Q"), ("k", "K"), ("v", "K"))
+    (f"self_attn.{name}_proj.bias", width, f"self_attn.qkv_proj.{name}_proj.bias", role)
+    for name, width, role in (
+        ("q", "Q", Role.QUERY_BIAS),
+        ("k", "K", Role.KEY_BIAS),
+        ("v", "K", Role.VALUE_BIAS),
+    )
 ]
 DENSE: list[Row] = [
-    (f"mlp.{name}_proj.weight", shape, f"mlp.{name}_proj.weight")
-    for name, shape in (("gate", "IH"), ("up", "IH"), ("down", "HI"))
+    (f"mlp.{name}_proj.weight", shape, f"mlp.{name}_proj.weight", role)
+    for name, shape, role in (
+        ("gate", "IH", Role.MLP_GATE),
+        ("up", "IH", Role.MLP_UP),
+        ("down", "HI", Role.MLP_DOWN),
+    )
 ]
-ROUTED: list[Row] = [("mlp.gate.weight", "EH", "mlp.router.linear_router.weight")]
+ROUTED: list[Row] = [("mlp.gate.weight", "EH", "mlp.router.linear_router.weight", Role.ROUTER)]
 BIASED_ROUTER: list[Row] = [
-    ("mlp.gate.e_score_correction_bias", "E", "mlp.router.e_score_correction_bias")
+    (
+        "mlp.gate.e_score_correction_bias",
+        "E",
+        "mlp.router.e_score_correction_bias",
+        Role.ROUTER_BIAS,
+    )
 ]
 # One shared expert, as wide as the routed ones.
 SHARED: list[Row] = [
-    (f"mlp.shared_experts.{name}_proj.weight", shape, f"mlp.shared_experts.{name}_proj.weight")
-    for name, shape in (("gate", "IH"), ("up", "IH"), ("down", "HI"))
+    (
+        f"mlp.shared_experts.{name}_proj.weight",
+        shape,
+        f"mlp.shared_experts.{name}_proj.weight",
+        role,
+    )
+    for name, shape, role in (
+        ("gate", "IH", Role.SHARED_GATE),
+        ("up", "IH", Role.SHARED_UP),
+        ("down", "HI", Role.SHARED_DOWN),
+    )
 ]
 
 
 def family(architecture: Architecture, rows: list[Row], tied: bool = False) -> Family:
     """A family of these rows in every layer, beside embedding, norm, head and attention."""
     outer = [
-        ("model.embed_tokens.weight", "VH", "embed_tokens.weight"),
-        ("model.norm.weight", "H", "norm.weight"),
+        ("model.embed_tokens.weight", "VH", "embed_tokens.weight", Role.EMBEDDING),
+        ("model.norm.weight", "H", "norm.weight", Role.FINAL_NORM),
     ]
     if not tied:
-        outer.append(("lm_head.weight", "VH", "lm_head.weight"))
+        outer.append(("lm_head.weight", "VH", "lm_head.weight", Role.HEAD))
     inner = [
-        (LAYER + source, shape, TARGET + target) for source, shape, target in EVERY_LAYER + rows
+        (LAYER + source, shape, TARGET + target, role)
+        for source, shape, target, role in EVERY_LAYER + rows
     ]
-    weights = [(source, shape) for source, shape, _ in outer + inner]
-    rules = [Rule(target, (source,), Operation.COPY) for source, _, target in outer + inner]
+    weights = [(source, shape, role) for source, shape, _, role in outer + inner]
+    rules = [Rule(target, (source,), Operation.COPY) for source, _, target, _ in outer + inner]
     if architecture.router is not RouterKind.NONE:
         expert = LAYER + "mlp.experts.{e}."
         names = {part: f"{expert}{part}_proj.weight" for part in ("gate", "up", "down")}
-        weights += [(names["gate"], "IH"), (names["up"], "IH"), (names["down"], "HI")]
+        weights += [
+            (names["gate"], "IH", Role.EXPERT_GATE),
+            (names["up"], "IH", Role.EXPERT_UP),
+            (names["down"], "HI", Role.EXPERT_DOWN),
+        ]
         stacked = TARGET + "mlp.expert_mlps.mlp_op."
         rules += [
             Rule(
@@ -108,10 +137,9 @@ def family(architecture: Architecture, rows: list[Row], tied: bool = False) -> F
                 template=source,
                 dimensions=tuple(shape),
                 published_dtype="BF16",
-                kind=source,
-                module_group="none",
+                role=role,
             )
-            for source, shape in weights
+            for source, shape, role in weights
         ),
         rules=tuple(rules),
         rank_tensors=(),

@@ -14,7 +14,6 @@ from neuron_minimax.generation.engine import Request
 from neuron_minimax.generation.events import Content
 from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
-from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.engine_thread import (
     DrainingError,
     EngineThread,
@@ -23,8 +22,7 @@ from neuron_minimax.serving.engine_thread import (
     ServedRequest,
 )
 from tests.served import ScriptedBackend
-from tests.tiny_tokenizer import write_tokenizer
-from tests.tiny_traced import VOCAB, answer_alone, write_traced
+from tests.tiny_traced import VOCAB, answer_alone
 
 
 class Client:
@@ -53,16 +51,6 @@ class Client:
             text += "".join(event.text for event in output.events if isinstance(event, Content))
             if output.last:
                 return text, output
-
-
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory):
-    return write_traced(tmp_path_factory.mktemp("engine"), seq_len=160)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture

@@ -18,15 +18,9 @@ from neuron_minimax.studies.experts.batch import BatchRunner, Prompt, ReportOpti
 from neuron_minimax.studies.experts.command import load_any, read_prompts
 from neuron_minimax.studies.experts.trace import Trace
 from tests.opened import build_cache
-from tests.tiny_traced import write_traced
 
 QUICK = ReportOptions(plots=False)
 TOOL = Path(__file__).parents[1] / "tools/test_minimax_m2.py"
-
-
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory) -> Path:
-    return write_traced(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")

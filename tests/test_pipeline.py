@@ -2,26 +2,18 @@
 
 import itertools
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_minimax.generation.chat_formats.minimax_m2 import MiniMaxM2Parser
 from neuron_minimax.generation.events import Content, collect
 from neuron_minimax.generation.reader import AnswerReader, StopStrings
-from neuron_minimax.generation.tokenizer import TextTokenizer
-from tests.tiny_tokenizer import write_tokenizer
 
 TOOL_LIST = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 CALL = (
     '<minimax:tool_call>\n<invoke name="f">\n<parameter '
     'name="a">END</parameter>\n</invoke>\n</minimax:tool_call>'
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def run(tokenizer, text, chat=None, **options):

@@ -22,7 +22,6 @@ from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.inspection.compare import compare
 from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed, reaches
 from neuron_minimax.inspection.values import check_values
-from tests.full_size import write_sparse
 from tests.opened import convert, inspect
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_tiny
 
@@ -378,10 +377,9 @@ print(report.tensors, report.parameters, report.usable, peak)
 """
 
 
-def test_the_full_size_layout_is_inspected_without_torch_in_under_500_megabytes(tmp_path):
-    directory = write_sparse(tmp_path / "full")
+def test_the_full_size_layout_is_inspected_without_torch_in_under_500_megabytes(full_size):
     output = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(directory)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURED, str(full_size)], check=True, capture_output=True, text=True
     ).stdout
     tensors, parameters, usable, kilobytes = output.split()
     assert (tensors, parameters, usable) == ("96103", "228689764864", "True")

@@ -37,8 +37,8 @@ def weather_script(prompt):
 
 
 @pytest.fixture(scope="module")
-def weather(tmp_path_factory):
-    backend = ScriptedBackend(write_tokenizer(tmp_path_factory.mktemp("tokenizer")), weather_script)
+def weather(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend) as served:
         yield open_client(served), backend
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest
 from tests.served import ScriptedBackend, serving
-from tests.tiny_tokenizer import write_tokenizer
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -60,10 +59,8 @@ FIELDS = dict.fromkeys(
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    backend = ScriptedBackend(
-        write_tokenizer(tmp_path_factory.mktemp("tokenizer")), lambda prompt: "x\n</think>\n\nyes"
-    )
+def client(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "x\n</think>\n\nyes")
     with (
         serving(backend, request_timeout=60) as served,
         httpx.Client(base_url=served.url, timeout=30) as client,

@@ -10,13 +10,12 @@ import openai
 import pytest
 
 from tests.served import ScriptedBackend, ask, open_client, serving
-from tests.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture
-def slow(tmp_path):
+def slow(tokenizer_directory):
     """One slot, a few milliseconds per token, an answer of some hundred tokens."""
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "word " * 300, slots=1)
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
     backend.before_call = lambda: time.sleep(0.005)
     with serving(backend, max_waiting=1) as served:
         yield served, open_client(served)
@@ -85,8 +84,8 @@ def test_a_draining_server_finishes_what_runs_and_answers_503_to_the_rest(slow):
     drained.join()
 
 
-def test_a_request_past_its_deadline_is_504_or_an_error_in_the_stream(tmp_path):
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "word " * 300)
+def test_a_request_past_its_deadline_is_504_or_an_error_in_the_stream(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300)
     backend.before_call = lambda: time.sleep(0.01)
     with serving(backend, request_timeout=0.2) as served:
         client = open_client(served)

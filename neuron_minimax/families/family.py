@@ -18,6 +18,9 @@ class Role(StrEnum):
     KEY = "key projection"
     VALUE = "value projection"
     OUTPUT = "output projection"
+    QUERY_BIAS = "bias of the query projection"
+    KEY_BIAS = "bias of the key projection"
+    VALUE_BIAS = "bias of the value projection"
     QUERY_NORM = "norm of queries"
     KEY_NORM = "norm of keys"
     MLP_NORM = "norm before the MLP"
@@ -26,6 +29,12 @@ class Role(StrEnum):
     EXPERT_GATE = "gate projection of an expert"
     EXPERT_UP = "up projection of an expert"
     EXPERT_DOWN = "down projection of an expert"
+    MLP_GATE = "gate projection of a dense MLP"
+    MLP_UP = "up projection of a dense MLP"
+    MLP_DOWN = "down projection of a dense MLP"
+    SHARED_GATE = "gate projection of the shared expert"
+    SHARED_UP = "up projection of the shared expert"
+    SHARED_DOWN = "down projection of the shared expert"
     FINAL_NORM = "norm before the head"
     HEAD = "head"
 
@@ -38,6 +47,9 @@ MODULE_GROUPS: Mapping[Role, str] = {
     Role.KEY: "attention",
     Role.VALUE: "attention",
     Role.OUTPUT: "attention",
+    Role.QUERY_BIAS: "attention",
+    Role.KEY_BIAS: "attention",
+    Role.VALUE_BIAS: "attention",
     Role.QUERY_NORM: "norm",
     Role.KEY_NORM: "norm",
     Role.MLP_NORM: "norm",
@@ -46,6 +58,12 @@ MODULE_GROUPS: Mapping[Role, str] = {
     Role.EXPERT_GATE: "experts",
     Role.EXPERT_UP: "experts",
     Role.EXPERT_DOWN: "experts",
+    Role.MLP_GATE: "mlp",
+    Role.MLP_UP: "mlp",
+    Role.MLP_DOWN: "mlp",
+    Role.SHARED_GATE: "mlp",
+    Role.SHARED_UP: "mlp",
+    Role.SHARED_DOWN: "mlp",
     Role.FINAL_NORM: "norm",
     Role.HEAD: "head",
 }
@@ -71,7 +89,7 @@ class Weight:
 
     @property
     def module_group(self) -> str:
-        """One of embedding, norm, attention, router, experts, head."""
+        """One of embedding, norm, attention, router, experts, mlp, head."""
         return MODULE_GROUPS[self.role]
 
     @property
