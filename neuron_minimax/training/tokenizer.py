@@ -22,7 +22,7 @@ from neuron_minimax.training.tools import SCHEMAS
 from neuron_minimax.training.world import WORDS
 
 DEMO = Path(__file__).parent.parent / "demo"
-SPECIAL = (BEGIN_OF_TEXT, ROLE, END_OF_TURN)
+SPECIAL = MiniMaxM2Format.turn_markers
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
 MARKERS = MiniMaxM2Format.tags
 

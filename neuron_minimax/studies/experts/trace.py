@@ -29,8 +29,7 @@ ARRAYS = ("tokens", "is_decode", "expert_index", "affinity", "scores", "bias")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
-    """Routing of N tokens in order; the last generated token was never computed on, so it is in
-    `answer` alone.
+    """Routing of N tokens in order; the last one of the answer is not computed on, so not here.
 
     tokens [N] int32; is_decode [N] bool (prompt tokens are prefill); expert_index [L,N,K] int16
     (uint8 would hold 256, but -1 marks padding elsewhere); affinity [L,N,K] float32; scores [L,N,E]
