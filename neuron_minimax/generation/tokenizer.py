@@ -114,7 +114,7 @@ class TextTokenizer:
         """Return the prompt for the next assistant turn, from the checkpoint's own chat template.
 
         `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects,
-        not text. Raises GenerationError when there is no template, or it refuses the messages.
+        not text. Raises GenerationError without a template, or when it refuses the messages.
         """
         if not self.hugging_face.chat_template:
             raise GenerationError(

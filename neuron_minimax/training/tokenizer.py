@@ -19,7 +19,7 @@ from neuron_minimax.generation.chat_formats.minimax_m2 import (
 from neuron_minimax.training.data import demo_conversation
 from neuron_minimax.training.world import SCHEMAS, WORDS
 
-SPECIAL = (BEGIN_OF_TEXT, ROLE, END_OF_TURN)
+SPECIAL = MiniMaxM2Format.turn_markers
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
 MARKERS = MiniMaxM2Format.tags
 

@@ -1,9 +1,19 @@
 """MiniMax-M2's format: reasoning, text and tool calls, parsed as they stream.
 
-Source: the checkpoint's chat template.
-`<think>\\n{reasoning}\\n</think>\\n\\n{text}\\n<minimax:tool_call>\\n <invoke
-name="f">\\n<parameter name="k">v</parameter>\\n</invoke>\\n</minimax:tool_call>`. What only looks
-like a tag, such as a `<minimax:tool_call>` without an `<invoke name="`, is text.
+Source: the checkpoint's chat template, which writes an assistant's turn as
+
+    <think>
+    {reasoning}
+    </think>
+
+    {text}
+    <minimax:tool_call>
+    <invoke name="f">
+    <parameter name="k">v</parameter>
+    </invoke>
+    </minimax:tool_call>
+
+What only looks like a tag, such as `<minimax:tool_call>` without an `<invoke name="`, is text.
 """
 
 import json

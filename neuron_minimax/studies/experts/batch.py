@@ -152,9 +152,7 @@ class BatchRunner:
         return Turn.after([{"role": "user", "content": prompt.text}], self.tokenizer).prompt_ids
 
     def trace(self, prompt: Prompt, ids: list[int], total: int) -> Trace | None:
-        """The trace of one prompt and its answer; None when it was interrupted before the first
-        pass.
-        """
+        """Trace one prompt and its answer; return None when interrupted before the first pass."""
         recorder = Recorder.of(
             self.model, on_pass=lambda tokens: self.progress(prompt.name, tokens, total)
         )
