@@ -5,7 +5,7 @@ the mapped files, block scales as the factors that they mean.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from neuron_minimax.checkpoint.header import (
     TensorSpec,
     size_text,
 )
+from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import CheckpointError, ScaleConventionError
@@ -31,21 +32,6 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DENSE_DTYPES = ("BF16", "F32")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a checkpoint: the file or tensor it concerns, and the sentence that says
-    it.
-    """
-
-    subject: str
-    message: str
-    kind: str
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class TensorDirectory:
@@ -246,7 +232,7 @@ class ScaledWeights:
 
     title: str  # begins an error message
     config: ModelConfig
-    chosen: ConventionChoice
+    convention_choice: ConventionChoice
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -287,14 +273,14 @@ class ScaledWeights:
 
         Raises ScaleConventionError when the evidence is mixed.
         """
-        if self.chosen is not ConventionChoice.AUTO:
-            return ScaleConvention(self.chosen)
+        if self.convention_choice is not ConventionChoice.AUTO:
+            return ScaleConvention(self.convention_choice)
         found, evidence = self.scale_reading
         if found is None and any(spec.dtype == "F8_E4M3" for spec in self.specs.values()):
             raise ScaleConventionError(
                 f"{self.title}: what weight_scale_inv means is unclear: {evidence.render()} "
                 f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors, or "
-                "say it with --scale-convention"
+                "say it: `neuron-minimax convert --scale-convention`"
             )
         return found or ScaleConvention.MULTIPLIER
 
@@ -316,7 +302,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
     """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for
     its config.
 
-    `problems` also holds what `check_against_schema` finds; `mtp_names` the tolerated
+    `problems` also holds what `schema.check_against_schema` finds; `mtp_names` the tolerated
     multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
     values do not. Raises ConfigError or CheckpointError without such a checkpoint.
     """
@@ -327,13 +313,13 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
     ) -> None:
         self.config = ModelConfig.from_dir(directory)
-        self.chosen = ConventionChoice(scale_convention)
+        self.convention_choice = ConventionChoice(scale_convention)
         super().__init__(directory)
         self.title = str(self.directory)
         self.mtp_names: list[str] = [
             name for name in self.entries if schema.is_mtp(name, self.config)
         ]
-        self.problems += check_against_schema(self.entries, self.config, set(self.mtp_names))
+        self.problems += schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
 
     @classmethod
     def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> "Checkpoint":
@@ -359,7 +345,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         """The convention as manifests hold it: what it is, who chose it, and the evidence."""
         return {
             "convention": str(self.convention),
-            "chosen_by": str(self.chosen),
+            "chosen_by": str(self.convention_choice),
             "evidence": asdict(self.scale_reading[1]),
         }
 
@@ -370,82 +356,4 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         return (
             f"{self.directory}: {len(self.entries):,} tensors, {size_text(self.nbytes)}, "
             f"{config.num_hidden_layers} layers, {config.num_local_experts} experts{state}"
-        )
-
-
-def check_against_schema(
-    entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
-) -> Iterator[Problem]:
-    """Yield every way in which the entries differ from what the table expects for this config."""
-    known: set[str] = set()
-    for wanted in schema.expected(config):
-        known.add(wanted.name)
-        entry = entries.get(wanted.name)
-        if wanted.is_scale:
-            yield from _check_scale(
-                entry, entries.get(wanted.name.removesuffix(schema.SCALE_SUFFIX)), wanted
-            )
-        elif entry is None:
-            yield Problem(
-                wanted.name,
-                f"{wanted.name} is missing; config.json implies {list(wanted.shape)}",
-                "missing",
-            )
-        else:
-            yield from _check_weight(entry, wanted)
-    for name, entry in entries.items():
-        if name not in known and name not in tolerated:
-            yield Problem(
-                name,
-                f"{name} in {entry.shard} is no weight of this model; check that config.json "
-                "belongs to it",
-                "extra",
-            )
-
-
-def _check_weight(entry: TensorEntry, wanted: schema.Expected) -> Iterator[Problem]:
-    where = f"{entry.name} in {entry.shard}"
-    if entry.shape != wanted.shape:
-        yield Problem(
-            entry.name,
-            f"{where} has shape {list(entry.shape)}, but config.json implies {list(wanted.shape)}; "
-            "check that both come from the same model",
-            "shape",
-        )
-    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
-    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
-    if entry.dtype not in allowed:
-        reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
-        yield Problem(
-            entry.name,
-            f"{where} is {entry.dtype}; expected {' or '.join(allowed)}{reason}",
-            "dtype",
-        )
-
-
-def _check_scale(
-    scale: TensorEntry | None, weight: TensorEntry | None, wanted: schema.Expected
-) -> Iterator[Problem]:
-    fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
-    name = wanted.name
-    if scale is None:
-        if fp8_weight:
-            yield Problem(
-                name,
-                f"{name} is missing, but its weight is FP8; without it the weight is raw codes",
-                "scale",
-            )
-    elif not fp8_weight:
-        found = "missing" if weight is None else weight.dtype
-        yield Problem(
-            name,
-            f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
-            "scale",
-        )
-    elif scale.shape != wanted.shape or scale.dtype != "F32":
-        yield Problem(
-            name,
-            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected F32 "
-            f"{list(wanted.shape)}, one scale for each block of the weight",
-            "scale",
         )

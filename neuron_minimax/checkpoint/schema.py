@@ -1,19 +1,20 @@
-"""The tensors that a config implies, from its family's table of weights.
+"""The tensors that a config implies, from its family's table of weights, and what differs.
 
 Reports, coverage checks, planners and tests are derived from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 
-from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
+from neuron_minimax.checkpoint.header import HasSpec, TensorEntry, TensorSpec
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families.family import Weight
 from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
+DENSE_DTYPES = ("BF16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +83,95 @@ def is_mtp(name: str, config: ModelConfig) -> bool:
         and int(parts[2]) >= config.num_hidden_layers
         and bool(config.raw.get("num_mtp_modules"))
     )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a checkpoint: the file or tensor it concerns, and the sentence that says
+    it.
+    """
+
+    subject: str
+    message: str
+    kind: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def check_against_schema(
+    entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
+) -> Iterator[Problem]:
+    """Yield every way in which the entries differ from what the table expects for this config."""
+    known: set[str] = set()
+    for wanted in expected(config):
+        known.add(wanted.name)
+        entry = entries.get(wanted.name)
+        if wanted.is_scale:
+            yield from _check_scale(
+                entry, entries.get(wanted.name.removesuffix(SCALE_SUFFIX)), wanted
+            )
+        elif entry is None:
+            yield Problem(
+                wanted.name,
+                f"{wanted.name} is missing; config.json implies {list(wanted.shape)}",
+                "missing",
+            )
+        else:
+            yield from _check_weight(entry, wanted)
+    for name, entry in entries.items():
+        if name not in known and name not in tolerated:
+            yield Problem(
+                name,
+                f"{name} in {entry.shard} is no weight of this model; check that config.json "
+                "belongs to it",
+                "extra",
+            )
+
+
+def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
+    where = f"{entry.name} in {entry.shard}"
+    if entry.shape != wanted.shape:
+        yield Problem(
+            entry.name,
+            f"{where} has shape {list(entry.shape)}, but config.json implies {list(wanted.shape)}; "
+            "check that both come from the same model",
+            "shape",
+        )
+    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
+    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
+    if entry.dtype not in allowed:
+        reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
+        yield Problem(
+            entry.name,
+            f"{where} is {entry.dtype}; expected {' or '.join(allowed)}{reason}",
+            "dtype",
+        )
+
+
+def _check_scale(
+    scale: TensorEntry | None, weight: TensorEntry | None, wanted: Expected
+) -> Iterator[Problem]:
+    fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
+    name = wanted.name
+    if scale is None:
+        if fp8_weight:
+            yield Problem(
+                name,
+                f"{name} is missing, but its weight is FP8; without it the weight is raw codes",
+                "scale",
+            )
+    elif not fp8_weight:
+        found = "missing" if weight is None else weight.dtype
+        yield Problem(
+            name,
+            f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
+            "scale",
+        )
+    elif scale.shape != wanted.shape or scale.dtype != "F32":
+        yield Problem(
+            name,
+            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected F32 "
+            f"{list(wanted.shape)}, one scale for each block of the weight",
+            "scale",
+        )

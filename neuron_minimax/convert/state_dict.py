@@ -38,7 +38,7 @@ class StateDict(ScaledWeights):
     ) -> None:
         self.tensors = tensors
         self.config = config
-        self.chosen = ConventionChoice(scale_convention)
+        self.convention_choice = ConventionChoice(scale_convention)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
