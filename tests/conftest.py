@@ -21,6 +21,7 @@ TRAINS = "trains"
 BROWSES = "starts a browser"
 ANALYSES = "runs permutation tests and draws plots"
 NEURON = "needs NxDI"
+LARGE = "computes a layer of the published size"
 NOT_QUICK = {
     "neuron": NEURON,
     "test_attention.py": COMPILES,
@@ -34,6 +35,7 @@ NOT_QUICK = {
     "test_generation_demo.py": COMPILES,
     "test_inspect_page.py": BROWSES,
     "test_loops.py": COMPILES,
+    "test_neuron_recorded.py": LARGE,
     "test_serve_command.py": SERVES,
     "test_server.py": SERVES,
     "test_server_demo.py": SERVES,
@@ -58,9 +60,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out single slow tests of modules that are quick."""
+    """Leave out single slow tests of modules that are quick: those marked, and what reads the
+    headers of 96,103 tensors.
+    """
     if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
+        slow = [
+            item
+            for item in items
+            if item.get_closest_marker("slow") or "full_size" in item.fixturenames
+        ]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
 

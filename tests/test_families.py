@@ -200,7 +200,7 @@ def test_another_value_of_a_fixed_field_is_refused(qwen3_moe):
 
 def test_a_checkpoint_of_the_new_family_is_read_and_inspected(checkpoint):
     assert checkpoint.problems == []
-    report = inspect(checkpoint.directory, check_values=True)
+    report = inspect(checkpoint, check_values=True)
     assert report.usable
     kinds = [row.kind for row in report.kinds]
     assert kinds == [weight.kind for weight in checkpoint.config.family.weights]

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,17 @@ CIRCLES = [
 ]
 
 
+@cache
 def imports_of(path):
     """The module, or name in a module, of every import statement of a file, wherever it stands."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def module_name(path):
@@ -125,7 +129,7 @@ def test_a_circle_is_found_through_every_module_on_its_way():
 def test_an_import_inside_a_function_counts(tmp_path):
     file = tmp_path / "module.py"
     file.write_text("def function():\n    from neuron_minimax.config import ModelConfig\n")
-    assert list(imports_of(file)) == ["neuron_minimax.config.ModelConfig"]
+    assert imports_of(file) == ["neuron_minimax.config.ModelConfig"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.families import FAMILIES, Family
-from neuron_minimax.families.minimax_m2 import MINIMAX_M2
+from neuron_minimax.families import DEFAULT_FAMILY, FAMILIES, Family
 from neuron_minimax.generation.chat_formats import CHAT_FORMATS, ChatFormat
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 
@@ -190,7 +189,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _family_of(directory: Path) -> Family:
     """Return the family that config.json names, MiniMax-M2 where it names none we know."""
-    return FAMILIES.get(str(_read_json(directory / "config.json").get("model_type")), MINIMAX_M2)
+    return FAMILIES.get(
+        str(_read_json(directory / "config.json").get("model_type")), DEFAULT_FAMILY
+    )
 
 
 def _sampling_defaults(family: Family, generation: Mapping[str, Any]) -> SamplingParams:
