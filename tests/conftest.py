@@ -21,7 +21,7 @@ TRAINS = "trains"
 BROWSES = "starts a browser"
 ANALYSES = "runs permutation tests and draws plots"
 NEURON = "needs NxDI"
-LARGE = "computes a layer of the published size"
+LARGE = "works at the published size"
 NOT_QUICK = {
     "neuron": NEURON,
     "test_attention.py": COMPILES,
@@ -35,6 +35,7 @@ NOT_QUICK = {
     "test_generation_demo.py": COMPILES,
     "test_inspect_page.py": BROWSES,
     "test_loops.py": COMPILES,
+    "test_neuron_backend.py": LARGE,
     "test_neuron_recorded.py": LARGE,
     "test_serve_command.py": SERVES,
     "test_server.py": SERVES,
