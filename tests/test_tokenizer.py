@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from neuron_minimax.errors import GenerationError
+from neuron_minimax.families import FAMILIES
+from neuron_minimax.generation.chat_formats import CHAT_FORMATS
 from neuron_minimax.generation.reader import StreamDecoder
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
@@ -66,6 +68,10 @@ def test_tools_and_calls_with_their_arguments_reach_the_prompt(tokenizer):
 def test_messages_that_the_template_refuses_are_an_error_with_its_words(tokenizer):
     with pytest.raises(GenerationError, match="unknown role clown"):
         tokenizer.render_chat([{"role": "user", "content": "a"}, {"role": "clown", "content": "b"}])
+
+
+def test_every_family_has_a_chat_format():
+    assert {family.chat_format for family in FAMILIES.values()} <= CHAT_FORMATS.keys()
 
 
 @settings(max_examples=300, deadline=None)

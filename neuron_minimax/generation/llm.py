@@ -46,10 +46,13 @@ class LLM:
 
     >>> llm = LLM("traced_model/demo")
     >>> llm.chat("What is the capital of France?").text
-    'Paris.'
+    'The capital of France is Paris.'
     >>> messages = [{"role": "user", "content": "What is 45 + 36?"}]
     >>> for event in llm.stream(messages, SamplingParams(temperature=0)):
     ...     print(event)
+    Reasoning(text='5')
+    Reasoning(text='+')
+    ...
     """
 
     def __init__(self, traced: str | Path) -> None:
@@ -86,8 +89,8 @@ class LLM:
         with the text as it appears; `dump_logits` names a safetensors file to write (see
         generate.dumped). Raises GenerationError when the request does not fit.
 
-        >>> llm.generate([1, 2, 3], max_new_tokens=2).token_ids
-        [17, 42]
+        >>> llm.generate([1, 2, 3], SamplingParams(temperature=0), max_new_tokens=3).token_ids
+        [15, 198, 15]
         """
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         can = self.backend.capabilities
@@ -122,9 +125,9 @@ class LLM:
 
         >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
         >>> reply = llm.chat(messages)
-        >>> messages += [reply.as_message(), {"role": "user", "content": "And of Norway?"}]
-        >>> llm.chat(messages).text
-        'Oslo.'
+        >>> question = {"role": "user", "content": "What is the capital of Norway?"}
+        >>> llm.chat([*messages, reply.as_message(), question]).text
+        'The capital of Norway is Oslo.'
         """
         events: list[Event] = []
         token_ids: list[int] = []

@@ -30,7 +30,7 @@ from neuron_minimax.serving.responses import (
     sse,
     usage,
 )
-from neuron_minimax.serving.service import Service, Submission
+from neuron_minimax.serving.service import Service, Submission, render_turn
 
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -142,11 +142,13 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         service.check_model_name(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("expected either prompt or messages", param="prompt")
+        tokenizer = service.model.tokenizer
         text = asked.prompt or ""
         if asked.messages is not None:
             tools = tool_objects(asked.tools)
-            text = (await asyncio.to_thread(service.render, asked.messages, tools)).prompt
-        tokens = await asyncio.to_thread(service.model.tokenizer.encode, text)
+            turn = await asyncio.to_thread(render_turn, tokenizer, asked.messages, tools)
+            text = turn.prompt
+        tokens = await asyncio.to_thread(tokenizer.encode, text)
         seq_len = service.model.backend.capabilities.seq_len
         return JSONResponse({"count": len(tokens), "max_model_len": seq_len, "tokens": tokens})
 

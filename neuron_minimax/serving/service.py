@@ -175,19 +175,13 @@ class Service:
                 code="model_not_found",
             )
 
-    def render(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> Turn:
-        """Render the prompt of a chat. Raises RequestError when the messages cannot be rendered."""
-        try:
-            return Turn.after(template_messages(messages), self.model.tokenizer, tools)
-        except GenerationError as error:
-            raise RequestError(str(error), param="messages") from None
-
     async def start_chat(self, request: ChatRequest) -> Submission:
         """Queue a chat completion. Raises RequestError."""
+        tokenizer = self.model.tokenizer
         self.check_model_name(request.model)
         tools = None if request.tool_choice == "none" else tool_objects(request.tools)
         constraints = await asyncio.to_thread(self._constraints, request, tools)
-        turn = await asyncio.to_thread(self.render, request.messages, tools)
+        turn = await asyncio.to_thread(render_turn, tokenizer, request.messages, tools)
         self._check_length(turn.prompt)
         ids = await asyncio.to_thread(lambda: turn.prompt_ids)
         one_call = request.parallel_tool_calls is False
@@ -315,6 +309,16 @@ class Service:
         except DrainingError as error:
             raise RequestError(str(error), status=503, kind="unavailable", retry_after=10) from None
         return submission
+
+
+def render_turn(
+    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+) -> Turn:
+    """Render the prompt of a chat. Raises RequestError when the messages cannot be rendered."""
+    try:
+        return Turn.after(template_messages(messages), tokenizer, tools)
+    except GenerationError as error:
+        raise RequestError(str(error), param="messages") from None
 
 
 def _compile_seconds(traced: Path) -> float:
