@@ -52,10 +52,18 @@ CIRCLES = [
 
 
 @cache
-def imports_of(path):
-    """The module, or name in a module, of every import statement of a file, wherever it stands."""
+def imports_of(path, for_types=True):
+    """The module, or name in a module, of every import statement of a file, wherever it stands;
+    those for type checkers alone only if wanted.
+    """
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    typed = [node for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING"]
+    unread = {id(inner) for node in typed for inner in ast.walk(node)} if not for_types else set()
+    for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -74,8 +82,9 @@ FILES = {module_name(path): path for path in MODULES}
 
 
 def imported_modules(path):
-    """The modules of this package that a file imports, or imports a name from; not itself."""
-    names = (name if name in FILES else name.rpartition(".")[0] for name in imports_of(path))
+    """The modules of this package that a file imports when it runs; not itself."""
+    found = imports_of(path, for_types=False)
+    names = (name if name in FILES else name.rpartition(".")[0] for name in found)
     return {name for name in names if name in FILES} - {module_name(path)}
 
 

@@ -27,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.checkpoint is None:
             subject = made_here(place=place)
         else:
-            subject = from_checkpoint(
-                Checkpoint.open(arguments.checkpoint), arguments.tensor, place
-            )
+            source = Checkpoint.open(arguments.checkpoint)
+            subject = from_checkpoint(source, arguments.tensor, place)
         print(write_guide(subject, arguments.output_dir), end="")
         return 0
 
