@@ -16,29 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.backends import compile_model, load
-from neuron_minimax.backends.base import Backend
-from neuron_minimax.checkpoint.reader import Checkpoint
+import neuron_minimax as nm
 from neuron_minimax.cli.app import progress_bar
 from neuron_minimax.cli.models import parse_integers
-from neuron_minimax.convert.layout import AttentionPrecision, Layout
-from neuron_minimax.convert.plan import plan_conversion
-from neuron_minimax.convert.verify import verify
-from neuron_minimax.demo import DEMO
-from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
-from neuron_minimax.generation.conversation import Chat
-from neuron_minimax.generation.events import (
-    CallArguments,
-    CallBegin,
-    CallEnd,
-    Content,
-    Event,
-    Reasoning,
-)
-from neuron_minimax.generation.generate import generate
-from neuron_minimax.generation.sampling import GREEDY, SamplingParams, distinct_ratio
-from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.inspection.precision import inspect
 
 PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
 SMOKE_TOKENS = 50
@@ -51,7 +31,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="default: the embedded demo")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=nm.DEMO, help="default: the embedded demo"
+    )
     parser.add_argument("--traced-model-dir", type=Path, default=Path("traced_model/demo"))
     parser.add_argument(
         "--converted-dir",
@@ -118,35 +100,35 @@ def prepare(arguments: argparse.Namespace) -> None:
         arguments.traced_model_dir.name + "-converted"
     )
     with stage(f"inspect {arguments.checkpoint}"):
-        source = Checkpoint.open(arguments.checkpoint)
-        report = inspect(source)
+        source = nm.Checkpoint.open(arguments.checkpoint)
+        report = source.inspect()
         print("   " + report.summary().replace("\n", "\n   "))
         if not report.usable:
-            raise CheckpointError(
+            raise nm.NeuronMiniMaxError(
                 f"{report.render()}\n{arguments.checkpoint} cannot be used as it is"
             )
-    layout = Layout(attention=AttentionPrecision(arguments.attention))
+    layout = nm.Layout(attention=nm.AttentionPrecision(arguments.attention))
     with stage(f"convert into {out}"), progress_bar("  ", report.bytes) as advance:
-        converted = plan_conversion(source, layout).write(out, progress=advance)
+        converted = nm.plan_conversion(source, layout).write(out, progress=advance)
     print("   " + converted.render().replace("\n", "\n   "))
     if converted.was_finished:
         print("== verify: done when it was converted")
     else:
         with stage("verify"), progress_bar("  ", 2 * converted.nbytes) as advance:
-            verification = verify(source, converted, advance)
+            verification = nm.verify(source, converted, advance)
         print("   " + verification.render().replace("\n", "\n   "))
         if not verification.equal:
-            raise ConversionError(
+            raise nm.NeuronMiniMaxError(
                 f"{out} does not equal its source; convert again with --overwrite"
             )
     with stage(f"compile for {arguments.backend} into {arguments.traced_model_dir}"):
-        compiled = compile_model(
+        compiled = nm.compile(
             converted,
             arguments.traced_model_dir,
             backend=arguments.backend,
-            options=backend_options(arguments),
             force=arguments.force,
             progress=lambda line: print(f"   {line}", flush=True),
+            **backend_options(arguments),
         )
         print("   " + compiled.render().replace("\n", "\n   "))
 
@@ -169,24 +151,24 @@ def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def show(events: Iterator[Event]) -> None:
+def show(events: Iterator[object]) -> None:
     """Stream one turn: reasoning dimmed and apart, then the answer."""
     section = ""
     for event in events:
         match event:
-            case Reasoning(text):
+            case nm.Reasoning(text):
                 kind = "think"
                 shown = text
-            case Content(text):
+            case nm.Content(text):
                 kind = "answer"
                 shown = text
-            case CallBegin(_, name):
+            case nm.CallBegin(_, name):
                 kind = f"call {name}"
                 shown = ""
-            case CallArguments(_, text):
+            case nm.CallArguments(_, text):
                 kind = section
                 shown = text
-            case CallEnd():
+            case nm.CallEnd():
                 kind = ""
                 shown = ""
             case _:
@@ -201,7 +183,7 @@ def show(events: Iterator[Event]) -> None:
     print(PLAIN)
 
 
-def answer_prompts(chat: Chat, prompts: Sequence[str], max_new_tokens: int) -> None:
+def answer_prompts(chat: "nm.Chat", prompts: Sequence[str], max_new_tokens: int) -> None:
     room = min(max_new_tokens, chat.backend.capabilities.seq_len // 2)
     for prompt in prompts:
         chat.reset()
@@ -212,28 +194,28 @@ def answer_prompts(chat: Chat, prompts: Sequence[str], max_new_tokens: int) -> N
         print(f"   {len(chat.token_ids)} tokens, {len(chat.token_ids) / seconds:.1f} tokens/s")
 
 
-def smoke_test(backend: Backend, tokenizer: TextTokenizer, seed: int | None) -> None:
+def smoke_test(backend: Any, tokenizer: "nm.TextTokenizer", seed: int | None) -> None:
     """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop
     at.
     """
     prompt = tokenizer.encode(
         tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
     )
-    params = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
-    steps = generate(backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
-    ratio = distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
+    params = nm.SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
+    steps = nm.generate(backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
+    ratio = nm.distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
     print(
         f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} "
         "expected)"
     )
     if ratio < SMOKE_RATIO:
-        raise BackendError(
+        raise nm.NeuronMiniMaxError(
             "the generated text collapses into repetition: the model is computed wrongly; do not "
             "use it"
         )
 
 
-def talk(chat: Chat, max_new_tokens: int) -> None:
+def talk(chat: "nm.Chat", max_new_tokens: int) -> None:
     """Read messages from standard input until it ends; tool results are typed in by hand."""
     while True:
         try:
@@ -254,7 +236,7 @@ def talk(chat: Chat, max_new_tokens: int) -> None:
                         for call in chat.last.tool_calls
                     ]
                     show(chat.give_results(results, max_new_tokens))
-            except NeuronMiniMaxError as error:
+            except nm.NeuronMiniMaxError as error:
                 print(f"error: {error}")
 
 
@@ -263,12 +245,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.skip_compile:
         prepare(arguments)
     with stage(f"load {arguments.traced_model_dir}"):
-        backend = load(arguments.traced_model_dir)
-        tokenizer = TextTokenizer.from_dir(backend.model_directory)
-    sampling = tokenizer.sampling if arguments.sample else GREEDY
-    params = SamplingParams(**{**vars(sampling), "seed": arguments.seed})
+        backend = nm.load(arguments.traced_model_dir)
+        tokenizer = nm.TextTokenizer.from_dir(backend.model_directory)
+    sampling = tokenizer.sampling if arguments.sample else nm.SamplingParams(temperature=0.0)
+    params = nm.SamplingParams(**{**vars(sampling), "seed": arguments.seed})
     tools = json.loads(arguments.tools.read_text(encoding="utf-8")) if arguments.tools else None
-    chat = Chat(backend, tokenizer, params=params, tools=tools)
+    chat = nm.Chat(backend, tokenizer, params=params, tools=tools)
     if arguments.chat:
         talk(chat, arguments.max_new_tokens)
         return
@@ -282,7 +264,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_arguments(argv))
-    except NeuronMiniMaxError as error:
+    except nm.NeuronMiniMaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.plan import plan_conversion
-from neuron_minimax.studies.explain.state_dict import walk as walk_opened
+from neuron_minimax.studies.explain.state_dict import walk_state_dict as walk_opened
 from tests.faults import FAULTS
 from tests.opened import convert
 from tests.tiny import write_tiny

@@ -32,6 +32,7 @@ ORDER = [
     "device_check",
     "training",
     "studies",
+    "api",
     "cli",
     "__main__",
 ]

@@ -27,7 +27,7 @@ from neuron_minimax.planner.report import (
     DeploymentSettings,
     deployment_case,
     fits,
-    plan,
+    plan_case,
     plan_deployment,
 )
 from tests.full_size import published_config
@@ -110,7 +110,7 @@ def test_sizes_of_the_published_model_are_those_of_its_checkpoint() -> None:
 def test_the_worked_examples_of_the_documentation(
     name: str, changes: dict[str, int], refused: set[str], gib_needed: float
 ) -> None:
-    planned = plan_deployment(case(name, **changes))
+    planned = plan_case(case(name, **changes))
     assert refusals(case(name, **changes)) == refused
     assert planned.fits
     assert planned.refused == bool(refused)
@@ -222,9 +222,9 @@ def test_an_unknown_way_through_the_blocks_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"blockwise_matmul is 'ping'; expected one of torch, shard_on_inter"
     ):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
     with pytest.raises(ConfigError, match=r"expert_kernel is 'cuda'; expected one of torch, nki"):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
 
 
 @pytest.mark.parametrize("buckets", [(0,), (1,), (256, 128), (4096,)])
@@ -233,7 +233,7 @@ def test_buckets_that_a_compile_refuses_are_refused_by_the_plan(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published_config()))
     with pytest.raises(ConfigError, match=r"buckets .*expected ascending lengths from 2 to 1024"):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
 
 
 def test_a_sequence_ends_where_the_models_positions_end(tmp_path: Path) -> None:
@@ -241,9 +241,10 @@ def test_a_sequence_ends_where_the_models_positions_end(tmp_path: Path) -> None:
         json.dumps(published_config() | {"max_position_embeddings": 512})
     )
     settings: dict[str, Any] = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 32}
-    assert plan(tmp_path, **settings).deployment.seq_len == 512
+    assert plan_deployment(tmp_path, **settings).deployment.seq_len == 512
     assert any(
-        finding.rule == "R15" for finding in plan(tmp_path, seq_len=513, **settings).findings
+        finding.rule == "R15"
+        for finding in plan_deployment(tmp_path, seq_len=513, **settings).findings
     )
 
 
@@ -275,25 +276,25 @@ def test_unrolled_blocks_are_counted_for_each_way() -> None:
     assert any("47 blocks" in finding.message for finding in lint(trn1))
     kernel = case(blockwise_matmul="shard_on_intermediate")
     assert not any(finding.rule == "R8" for finding in lint(kernel))
-    planned = plan_deployment(case())
+    planned = plan_case(case())
     assert planned.unrolled == {"torch": 19 * 62, "shard_on_intermediate": 62, "shard_on_block": 62}
     assert "torch 1178 (chosen), shard_on_intermediate 62" in planned.render()
     assert planned.to_json()["unrolled_expert_products"]["torch"] == 1178
 
 
 def test_the_largest_batch_and_longest_sequence_are_the_last_that_fit() -> None:
-    planned = plan_deployment(case())
+    planned = plan_case(case())
     for name, limit in (
         ("batch_size", planned.largest_batch),
         ("seq_len", planned.longest_sequence),
     ):
-        at, beyond = (plan_deployment(case(**{name: size})) for size in (limit, limit + 1))
+        at, beyond = (plan_case(case(**{name: size})) for size in (limit, limit + 1))
         assert at.fits
         assert not beyond.fits
 
 
 def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
-    planned = plan_deployment(
+    planned = plan_case(
         case("inf2.48xlarge", tp_degree=24, moe_tp_degree=3, moe_ep_degree=8, batch_size=256)
     )
     assert planned.refused
@@ -319,7 +320,9 @@ def test_a_case_reads_precision_from_the_converted_config(tmp_path: Path) -> Non
     assert bf16.attention > 1.9 * fp8.attention
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert (
-        json.loads(json.dumps(plan(tmp_path, **settings).to_json()))["bytes_per_rank"]["weights"]
+        json.loads(json.dumps(plan_deployment(tmp_path, **settings).to_json()))["bytes_per_rank"][
+            "weights"
+        ]
         == bf16.weights
     )
 

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from neuron_minimax.checkpoint.reader import Checkpoint
+import neuron_minimax as nm
 from neuron_minimax.cli.app import exit_code
-from neuron_minimax.inspection.document import to_text
-from neuron_minimax.studies.explain.state_dict import walk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        source = Checkpoint.open(arguments.checkpoint)
-        walked = walk(source, arguments.converted, arguments.layer, arguments.grep)
-        print(to_text(f"Loading path of {arguments.checkpoint}", walked.parts()), end="")
+        source = nm.Checkpoint.open(arguments.checkpoint)
+        walked = nm.walk_state_dict(source, arguments.converted, arguments.layer, arguments.grep)
+        print(walked.render(f"Loading path of {arguments.checkpoint}"), end="")
         return 1 if walked.first_wrong else 0
 
     return exit_code(run)

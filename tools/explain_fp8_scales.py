@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from neuron_minimax.checkpoint.reader import Checkpoint
+import neuron_minimax as nm
 from neuron_minimax.cli.app import exit_code
-from neuron_minimax.studies.explain.fp8 import from_checkpoint, made_here, write_guide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--tensor needs CKPT")
 
     def run() -> int:
+        source = nm.Checkpoint.open(arguments.checkpoint) if arguments.checkpoint else None
         place = tuple(arguments.block)
-        if arguments.checkpoint is None:
-            subject = made_here(place=place)
-        else:
-            source = Checkpoint.open(arguments.checkpoint)
-            subject = from_checkpoint(source, arguments.tensor, place)
-        print(write_guide(subject, arguments.output_dir), end="")
+        print(nm.explain_fp8(source, arguments.tensor, place, arguments.output_dir), end="")
         return 0
 
     return exit_code(run)

@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import exit_code, token_bar
-from neuron_minimax.demo import DEMO
-from neuron_minimax.studies.experts.batch import ReportOptions
-from neuron_minimax.studies.experts.command import ExpertsRequest, analyse_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -14,7 +12,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=DEMO,
+        default=nm.DEMO,
         help="checkpoint directory (default: the demo model)",
     )
     parser.add_argument("--prompt", nargs="+", default=["Who are you?"], metavar="TEXT_OR_FILE")
@@ -42,8 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def request_of(arguments: argparse.Namespace) -> ExpertsRequest:
-    return ExpertsRequest(
+def request_of(arguments: argparse.Namespace) -> "nm.ExpertsRequest":
+    return nm.ExpertsRequest(
         output=arguments.output_dir,
         prompts=arguments.prompt,
         max_new_tokens=arguments.max_tokens,
@@ -51,7 +49,7 @@ def request_of(arguments: argparse.Namespace) -> ExpertsRequest:
             "temperature": 0.0 if arguments.no_sample else arguments.temperature,
             "top_p": arguments.top_p,
         },
-        options=ReportOptions(
+        options=nm.ReportOptions(
             structured=not arguments.disable_structured_output,
             record_format=arguments.output_format,
             expert_similarity=arguments.enable_expert_similarity,
@@ -65,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         with token_bar() as progress:
-            lines = analyse_checkpoint(
+            lines = nm.analyse_checkpoint(
                 request_of(arguments),
                 arguments.checkpoint,
                 progress,

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import exit_code
-from neuron_minimax.studies.explain.diagram import write_structure
 
 DEFAULT_OUTPUT = Path("minimax_m2_architecture.txt")
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        print(write_structure(arguments.checkpoint, arguments.output), end="")
+        print(nm.write_structure(arguments.checkpoint, arguments.output), end="")
         return 0
 
     return exit_code(run)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from neuron_minimax.checkpoint.header import (
     TensorSpec,
     size_text,
 )
+from neuron_minimax.checkpoint.hub import local_directory
 from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.config import ModelConfig
@@ -322,10 +323,11 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         self.problems += schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
 
     @classmethod
-    def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> "Checkpoint":
-        """The checkpoint that a user names; `scale_convention` is auto, multiplier or reciprocal.
+    def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> Self:
+        """Open a checkpoint by its directory, or by its hub id `org/name[@revision]`.
 
-        Raises CheckpointError for another convention, and what the constructor raises.
+        `scale_convention` is auto, multiplier or reciprocal. Raises CheckpointError for another
+        one, and ConfigError or CheckpointError when there is no such checkpoint at all.
         """
         try:
             choice = ConventionChoice(scale_convention)
@@ -334,7 +336,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
                 f"scale_convention is {scale_convention!r}; expected one of "
                 f"{', '.join(ConventionChoice)}"
             ) from None
-        return cls(path, choice)
+        return cls(local_directory(path), choice)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app, progress_bar
 
 
@@ -36,19 +37,17 @@ def inspect(
     """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint
     cannot be used.
     """
-    from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.inspection.document import write_text
-    from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
-
-    opened = Checkpoint.open(checkpoint)
-    other = None if against is None else Checkpoint.open(against)
-    modules = _split(modules_to_not_convert)
-    found = inspect_checkpoint(opened, modules, check_values, other, progress_bar)
+    found = nm.Checkpoint.open(checkpoint).inspect(
+        values=check_values,
+        against=against,
+        modules_to_not_convert=_split(modules_to_not_convert),
+        bar=progress_bar,
+    )
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
-        write_text(output, text.rstrip() + "\n")
+        nm.write_text(output, text.rstrip() + "\n")
     if html is not None:
-        write_text(html, found.render_page())
+        nm.write_text(html, found.render_page())
     print(text.rstrip())
     raise typer.Exit(0 if found.usable else 1)
 
@@ -73,18 +72,13 @@ def convert(
     ] = False,
 ) -> None:
     """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
-    from neuron_minimax.checkpoint.header import size_text
-    from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.convert.layout import Layout
-    from neuron_minimax.convert.plan import plan_conversion
-
-    layout = Layout.from_options(
+    layout = nm.Layout.from_options(
         {"attention": attention, "fp8_range": fp8_range, "keep_in_bf16": keep_in_bf16 or ()}
     )
-    plan = plan_conversion(Checkpoint.open(checkpoint, scale_convention), layout)
+    plan = nm.plan_conversion(nm.Checkpoint.open(checkpoint, scale_convention), layout)
     if dry_run:
         print(plan.render())
-        print(f"space needed: {size_text(plan.nbytes, 3, 'GB')}")
+        print(f"space needed: {plan.nbytes / 1e9:.3f} GB")
         return
     with progress_bar("converting", plan.nbytes) as advance:
         converted = plan.write(out, overwrite=overwrite, progress=advance)
@@ -100,20 +94,14 @@ def verify(
     ] = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
-    from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.convert.plan import Converted
-    from neuron_minimax.convert.verify import verify as verify_conversion
-
-    converted = Converted.open(out)
-    source = Checkpoint.open(checkpoint)
+    converted = nm.Converted.open(out)
+    source = nm.Checkpoint.open(checkpoint)
     with progress_bar("verifying", 2 * converted.nbytes) as advance:
-        verification = verify_conversion(source, converted, advance)
+        verification = nm.verify(source, converted, advance)
     print(verification.render())
     good = verification.equal
     if logits and good:
-        from neuron_minimax.model.comparison import compare_logits
-
-        comparison = compare_logits(source, converted)
+        comparison = nm.compare_logits(source, converted)
         print(comparison.render())
         good = comparison.agrees
     raise typer.Exit(0 if good else 1)
@@ -134,12 +122,7 @@ def cache(
     """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and
     resumes by itself.
     """
-    from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.convert.cache import build_cache, cache_bytes
-
-    source = Checkpoint.open(checkpoint)
-    with progress_bar("dequantizing", cache_bytes(source, dtype)) as advance:
-        result = build_cache(
-            source, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance
-        )
+    source = nm.Checkpoint.open(checkpoint)
+    with progress_bar("dequantizing", source.cache_bytes(dtype)) as advance:
+        result = source.cache(cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
     print(result.render())

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import ConvertedDir, app
 from neuron_minimax.cli.models import BlockwiseMatmul, given_options
 
@@ -48,8 +49,6 @@ def check_device(
     """Try one layer on this machine's device against the CPU, part by part; exit 1 when a check
     fails.
     """
-    from neuron_minimax.device_check.check import check_device as run_checks
-
     options = given_options(
         buckets,
         slots=batch_size,
@@ -64,7 +63,7 @@ def check_device(
         engine=engine,
         compute="bf16" if backend == "cpu" else None,
     )
-    report = run_checks(
+    report = nm.check_device(
         out,
         work_dir,
         options,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, TracedDir, app
 from neuron_minimax.errors import GenerationError
 
@@ -71,9 +72,7 @@ def plan(
     """Say whether a deployment fits an instance, and why, before anything is compiled; exit 1 when
     it is refused.
     """
-    from neuron_minimax.planner.report import plan as plan_deployment
-
-    report = plan_deployment(
+    report = nm.plan_deployment(
         checkpoint,
         instance=instance,
         tp_degree=tp_degree,
@@ -127,8 +126,6 @@ def compile_(
     ] = False,
 ) -> None:
     """Compile a converted directory once; up to date: says so and stops."""
-    from neuron_minimax.backends import compile_model
-
     options = given_options(
         buckets,
         slots=batch_size,
@@ -144,13 +141,13 @@ def compile_(
         expert_placement=str(expert_placement.resolve()) if expert_placement else None,
         allow_untested_versions=allow_untested_versions or None,
     )
-    report = compile_model(
+    report = nm.compile(
         out,
         traced,
         backend=backend,
-        options=options,
         force=force,
         progress=lambda line: print(line, file=sys.stderr),
+        **options,
     )
     print(report.render())
 
@@ -183,14 +180,11 @@ def generate(
             f"--greedy excludes --{min(given).replace('_', '-')}; give one or the other"
         )
     prompt_ids = parse_integers("--token-ids", token_ids) if token_ids is not None else []
-    from neuron_minimax.generation.conversation import Turn
-    from neuron_minimax.generation.llm import LLM
-    from neuron_minimax.generation.sampling import GREEDY
-
-    llm = LLM(traced)
+    llm = nm.LLM(traced)
     if prompt is not None:
-        prompt_ids = Turn.after([{"role": "user", "content": prompt}], llm.tokenizer).prompt_ids
-    params = replace(GREEDY if greedy else llm.sampling, **given)
+        rendered = llm.tokenizer.render_chat([{"role": "user", "content": prompt}])
+        prompt_ids = llm.tokenizer.encode(rendered)
+    params = replace(nm.SamplingParams(temperature=0.0) if greedy else llm.sampling, **given)
     answer = llm.generate(
         prompt_ids,
         params if seed is None else replace(params, seed=seed),
@@ -243,13 +237,11 @@ def serve(
         raise typer.BadParameter(
             f"--reasoning-format is {reasoning_format!r}; expected separate or none"
         )
-    from neuron_minimax.serving.server import ServerOptions, demo_model
-    from neuron_minimax.serving.server import serve as run_server
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    options = ServerOptions(
+    options = nm.ServerOptions(
         model_name=served_model_name or "",
         host=host,
         port=port,
@@ -263,4 +255,5 @@ def serve(
         max_body=max_body_mib << 20,
         log_requests=enable_log_requests,
     )
-    run_server(traced or demo_model(progress=say), options, lambda url: say(f"listening on {url}"))
+    directory = traced or nm.demo_model(progress=say)
+    nm.serve(directory, options, lambda url: say(f"listening on {url}"))

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+import neuron_minimax as nm
 from neuron_minimax.cli.app import app, token_bar
-from neuron_minimax.demo import DEMO
 
 
 @app.command()
@@ -36,10 +36,7 @@ def experts(
     ] = None,
 ) -> None:
     """Analyse which experts a model chooses, or turn saved traces into a placement on ranks."""
-    from neuron_minimax.studies.experts.batch import ReportOptions
-    from neuron_minimax.studies.experts.command import ExpertsRequest, run_experts
-
-    request = ExpertsRequest(
+    request = nm.ExpertsRequest(
         model=model,
         prompts=prompt or [],
         traces=trace or [],
@@ -48,10 +45,10 @@ def experts(
         max_new_tokens=max_new_tokens,
         sampling={"seed": seed} | ({"temperature": 0.0} if greedy else {}),
         placement=placement,
-        options=ReportOptions(record_format=output_format),
+        options=nm.ReportOptions(record_format=output_format),
     )
     with token_bar() as advance:
-        print(run_experts(request, advance))
+        print(nm.run_experts(request, advance))
 
 
 @app.command()
@@ -98,17 +95,15 @@ def train(
 
     In parallel: torchrun -m neuron_minimax train.
     """
-    from neuron_minimax.training import command
-
-    request = command.TrainingRequest(
+    request = nm.TrainingRequest(
         output=out,
         data=data,
-        config=config or DEMO,
-        tokenizer=tokenizer or DEMO,
-        precision=command.parse_precision(precision),
+        config=config or nm.DEMO,
+        tokenizer=tokenizer or nm.DEMO,
+        precision=nm.parse_precision(precision),
         focus=tuple(focus or ()),
         initial=initial,
-        options=command.TrainingOptions(
+        options=nm.TrainingOptions(
             steps=steps,
             batch_size=batch_size,
             micro_batch_tokens=micro_batch_tokens,
@@ -125,7 +120,7 @@ def train(
         until=until,
         command=("neuron-minimax", *sys.argv[1:]),
     )
-    result = command.train(request, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    result = nm.train(request, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if result is not None:
         print(result.render())
 
@@ -141,8 +136,6 @@ def quality(
     ] = False,
 ) -> None:
     """Ask held-out questions: exact answers by kind, and what each storage choice changes."""
-    from neuron_minimax.studies.quality import measure_lengths, measure_quality
-
-    print(measure_quality(checkpoint or DEMO, questions).render())
+    print(nm.measure_quality(checkpoint or nm.DEMO, questions).render())
     if lengths:
-        print("\n" + measure_lengths(checkpoint or DEMO).render())
+        print("\n" + nm.measure_lengths(checkpoint or nm.DEMO).render())

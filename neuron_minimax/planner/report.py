@@ -129,7 +129,7 @@ class DeploymentPlan:
         return "\n".join(lines)
 
 
-def plan_deployment(case: Case) -> DeploymentPlan:
+def plan_case(case: Case) -> DeploymentPlan:
     """Memory, findings and alternatives of one case."""
     config = case.config
     deployment = case.deployment
@@ -254,9 +254,9 @@ def deployment_case(config: ModelConfig, settings: DeploymentSettings) -> Case:
     )
 
 
-def plan(directory: str | Path, **settings: Any) -> DeploymentPlan:
+def plan_deployment(directory: str | Path, **settings: Any) -> DeploymentPlan:
     """The plan for a checkpoint or converted directory, from its config.json alone; `settings` are
     those of DeploymentSettings.
     """
     asked = DeploymentSettings(**settings)
-    return plan_deployment(deployment_case(ModelConfig.from_dir(directory), asked))
+    return plan_case(deployment_case(ModelConfig.from_dir(directory), asked))

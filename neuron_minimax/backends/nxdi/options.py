@@ -18,7 +18,7 @@ from neuron_minimax.planner.report import (
     DeploymentSettings,
     check_buckets,
     deployment_case,
-    plan_deployment,
+    plan_case,
 )
 
 # NxDI's settings for weights with a scale per block; the axes are those of the experts' [E, in,
@@ -110,7 +110,7 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
     if "expert_placement" in given:
         given["expert_placement_sha256"] = _digest(Path(given["expert_placement"]))
     checked = parse(given)
-    plan = plan_deployment(
+    plan = plan_case(
         deployment_case(
             config,
             DeploymentSettings(

@@ -20,7 +20,7 @@ from neuron_minimax.convert.plan import ConversionPlan, Converted, plan_conversi
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
-from neuron_minimax.inspection.document import Part
+from neuron_minimax.inspection.document import Part, to_text
 
 PREFIX = "model."
 SHOWN = 12
@@ -61,6 +61,10 @@ class Walk:
     def first_wrong(self) -> Stage | None:
         return next((stage for stage in self.stages if stage.wrong), None)
 
+    def render(self, title: str) -> str:
+        """The stages and the verdict as text."""
+        return to_text(title, self.parts())
+
     def parts(self) -> list[Part]:
         """The stages, then the verdict."""
         wrong = self.first_wrong
@@ -70,7 +74,7 @@ class Walk:
         return [*(stage.as_part() for stage in self.stages), Part(title="Verdict", text=text)]
 
 
-def walk(
+def walk_state_dict(
     checkpoint: Checkpoint,
     converted: Path | None = None,
     layer: int | None = None,
