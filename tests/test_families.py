@@ -43,6 +43,12 @@ def words_of(family: Family) -> set[str]:
     return {part for name in names for part in name.split(".")} - COMMON
 
 
+def names_a_module_of_the_package(text: str) -> bool:
+    """Whether it is an import path, which may have a word of the family in it: a study's name."""
+    inside = PACKAGE.joinpath(*text.removeprefix("neuron_minimax.").split("."))
+    return inside.is_dir() or inside.with_suffix(".py").is_file()
+
+
 def typed_names(source: str) -> list[str]:
     """Strings of a module, docstrings aside, that spell a name of a family's weight or module.
 
@@ -67,7 +73,7 @@ def typed_names(source: str) -> list[str]:
         and id(node) not in documentation
         and node.value not in MODULE_GROUPS.values()
         and "://" not in node.value
-        and not node.value.startswith("neuron_minimax.")
+        and not names_a_module_of_the_package(node.value)
         and (named.search(node.value) or path.fullmatch(node.value))
     ]
 
@@ -97,6 +103,7 @@ def test_a_typed_name_is_found(line):
     [
         '"""Reads q_proj."""',
         'command = "experts"',
+        'lazy = {"Run": "studies.experts.command"}',
         'text = "every rank holds the norm whole"',
         'link = "http://www.w3.org/2000/svg"',
         "layer.self_attn.q_proj.weight",
