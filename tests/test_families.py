@@ -29,6 +29,11 @@ PACKAGE = Path(neuron_minimax.__file__).parent
 GUIDE = PACKAGE.parent / "docs" / "adding_a_model.md"
 FAMILIES_FOLDER = PACKAGE / "families"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != FAMILIES_FOLDER)
+# A study's import path has a word of the family in it.
+IMPORT_PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in SOURCES
+}
 # Parts of names that say nothing about a family: Hugging Face's and torch's own.
 COMMON = {"model", "layers", "weight", "bias", "{l}", "{e}"}
 # vLLM's registration has no config.json at hand.
@@ -41,12 +46,6 @@ def words_of(family: Family) -> set[str]:
     names += [rule.target for rule in family.rules]
     names += family.rank_tensors
     return {part for name in names for part in name.split(".")} - COMMON
-
-
-def names_a_module_of_the_package(text: str) -> bool:
-    """Whether it is an import path, which may have a word of the family in it: a study's name."""
-    inside = PACKAGE.joinpath(*text.removeprefix("neuron_minimax.").split("."))
-    return inside.is_dir() or inside.with_suffix(".py").is_file()
 
 
 def typed_names(source: str) -> list[str]:
@@ -73,7 +72,7 @@ def typed_names(source: str) -> list[str]:
         and id(node) not in documentation
         and node.value not in MODULE_GROUPS.values()
         and "://" not in node.value
-        and not names_a_module_of_the_package(node.value)
+        and node.value.removeprefix("neuron_minimax.") not in IMPORT_PATHS
         and (named.search(node.value) or path.fullmatch(node.value))
     ]
 
