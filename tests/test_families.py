@@ -29,6 +29,11 @@ PACKAGE = Path(neuron_minimax.__file__).parent
 GUIDE = PACKAGE.parent / "docs" / "adding_a_model.md"
 FAMILIES_FOLDER = PACKAGE / "families"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != FAMILIES_FOLDER)
+# A study's import path has a word of the family in it.
+IMPORT_PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in SOURCES
+}
 # Parts of names that say nothing about a family: Hugging Face's and torch's own.
 COMMON = {"model", "layers", "weight", "bias", "{l}", "{e}"}
 # vLLM's registration has no config.json at hand.
@@ -67,7 +72,7 @@ def typed_names(source: str) -> list[str]:
         and id(node) not in documentation
         and node.value not in MODULE_GROUPS.values()
         and "://" not in node.value
-        and not node.value.startswith("neuron_minimax.")
+        and node.value.removeprefix("neuron_minimax.") not in IMPORT_PATHS
         and (named.search(node.value) or path.fullmatch(node.value))
     ]
 
@@ -97,6 +102,7 @@ def test_a_typed_name_is_found(line):
     [
         '"""Reads q_proj."""',
         'command = "experts"',
+        'lazy = {"Run": "studies.experts.command"}',
         'text = "every rank holds the norm whole"',
         'link = "http://www.w3.org/2000/svg"',
         "layer.self_attn.q_proj.weight",

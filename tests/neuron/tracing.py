@@ -29,6 +29,7 @@ TRACES = ROOT / "tests" / "data" / "neuron_traces.json"
 SOURCES = (
     "neuron_minimax/backends/nxdi/*.py",
     "neuron_minimax/config.py",
+    "neuron_minimax/families/*.py",
     "neuron_minimax/kernels/nki/*.py",
     "neuron_minimax/kernels/reference.py",
     "neuron_minimax/model/rope.py",

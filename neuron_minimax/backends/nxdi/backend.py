@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SOURCES = (
     "backends/nxdi/*.py",
     "convert/*.py",
+    "families/*.py",
     "kernels/reference.py",
     "kernels/nki/*.py",
     "model/rope.py",
