@@ -285,14 +285,16 @@ class Engine:
         ]
         if not running:
             return
-        tokens = torch.zeros(self.backend.capabilities.slots, dtype=torch.int64)
-        positions = tokens.clone()
-        active = tokens.bool()
+        tokens = [0] * self.backend.capabilities.slots
+        positions = tokens.copy()
+        active = [False] * len(tokens)
         for slot, _, token in running:
             tokens[slot.number] = token
             positions[slot.number] = len(slot.tokens)
             active[slot.number] = True
-        logits_SV = self.backend.step(tokens, positions, active)
+        logits_SV = self.backend.step(
+            torch.tensor(tokens), torch.tensor(positions), torch.tensor(active)
+        )
         self.counters.active_slots += len(running)
         self.counters.idle_slots += self.slots - len(running)
         for slot, _, token in running:
