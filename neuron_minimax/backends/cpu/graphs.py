@@ -256,6 +256,8 @@ def load_kernels(model: Decoder, code: Mapping[str, bytes]) -> list[str]:
     Returns their names.
     """
     linears = {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
+    if model.lm_head is None:
+        linears.add(model.embed_tokens.weight.dtype)
     experts = {
         module.gate_up_proj.weight.dtype
         for module in model.modules()
