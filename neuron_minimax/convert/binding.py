@@ -14,8 +14,7 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.kept_modules import check_module_names, kept_in_bf16
-from neuron_minimax.convert.layout import FP8Range, Layout
+from neuron_minimax.convert.layout import FP8Range, Layout, check_module_names, kept_in_bf16
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import module_of, target_scale_name
 from neuron_minimax.families.family import Operation, Rule, ScalePolicy

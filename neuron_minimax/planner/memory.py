@@ -6,7 +6,7 @@ from math import prod
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.families.family import Weight
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
@@ -69,7 +69,7 @@ def largest_code(config: ModelConfig) -> int:
     """Largest FP8 code of a checkpoint as it is loaded: 448 when converted with `--fp8-range ocp`,
     else 240.
     """
-    converted = config.raw.get("neuron_minimax") or {}
+    converted = config.raw.get(CONVERTED_SECTION) or {}
     return OCP_E4M3_MAX if converted.get("fp8_range") == "ocp" else NEURON_E4M3_MAX
 
 

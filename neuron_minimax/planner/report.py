@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
@@ -233,7 +233,7 @@ def deployment_case(config: ModelConfig, settings: DeploymentSettings) -> Case:
             f"expert_kernel is {settings.expert_kernel!r}; expected one of "
             f"{', '.join(EXPERT_KERNELS)}"
         )
-    converted = config.raw.get("neuron_minimax") or {}
+    converted = config.raw.get(CONVERTED_SECTION) or {}
     fp8 = config.declares_fp8
     buckets = tuple(settings.context_lengths) or (seq_len,)
     check_buckets(buckets, seq_len)

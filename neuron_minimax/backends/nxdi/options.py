@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import BackendError
 from neuron_minimax.families import Family
 from neuron_minimax.planner import blockwise, instances
@@ -233,7 +233,7 @@ def quantization_options(directory: str | Path) -> dict[str, Any]:
     if not model.declares_fp8:
         return {}
     listed = model.modules_to_not_convert
-    if "neuron_minimax" not in model.raw:
+    if CONVERTED_SECTION not in model.raw:
         from neuron_minimax.checkpoint.reader import Checkpoint
         from neuron_minimax.convert.plan import plan_conversion
 
