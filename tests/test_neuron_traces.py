@@ -58,12 +58,13 @@ def test_every_documented_compile_was_traced_from_the_code_as_it_is() -> None:
 
 
 def test_the_digest_of_the_sources_does_not_see_what_changes_no_graph() -> None:
-    code = 'x = 1\ndef f():\n    return "# kept"\n'
+    code = "x = 1\ndef f(a):\n    return f'# kept {a}'\n"
     noted = (
-        '"""A module."""\n\n# A comment.\nx = 1\ndef f():\n    """Says\n    what."""\n    return '
-        '"# kept"\n'
+        '"""A module."""\n\n# A comment.\nx = 1\n\n\ndef f(\n    a,\n):\n    """Says\n    what."""\n'
+        "    return f'# kept {a}'\n"
     )
-    assert code_lines(noted) == code_lines(code) == code.splitlines()
+    assert code_lines(noted) == code_lines(code)
+    assert code_lines(code) != code_lines(code.replace("# kept", "# lost"))
 
 
 def test_each_case_was_traced_with_the_sdk_of_its_instance() -> None:
