@@ -102,8 +102,8 @@ def explain_fp8(
 
     `tensor` names an FP8 weight of the checkpoint (default: its first), `block` its row and column
     of blocks. Without a checkpoint a normal weight is made and quantized. The guide is written as
-    Markdown and HTML. Raises CheckpointError when there is no such block, NeuronMiniMaxError naming
-    a file that cannot be written.
+    Markdown and HTML. Raises CheckpointError when the block does not exist, NeuronMiniMaxError
+    naming a file that cannot be written.
     """
     from neuron_minimax.studies.explain.fp8 import from_checkpoint, made_here, write_guide
 

@@ -60,7 +60,8 @@ def test_every_documented_compile_was_traced_from_the_code_as_it_is() -> None:
 def test_the_digest_of_the_sources_does_not_see_what_changes_no_graph() -> None:
     code = "x = 1\ndef f(a):\n    return f'# kept {a}'\n"
     noted = (
-        '"""A module."""\n\n# A comment.\nx = 1\n\n\ndef f(\n    a,\n):\n    """Says\n    what."""\n'
+        '"""A module."""\n\n# A comment.\nx = 1\n\n\ndef f(\n    a,\n):\n    """Says\n'
+        '    what."""\n'
         "    return f'# kept {a}'\n"
     )
     assert code_lines(noted) == code_lines(code)

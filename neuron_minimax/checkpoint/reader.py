@@ -327,7 +327,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         """Open a checkpoint by its directory, or by its hub id `org/name[@revision]`.
 
         `scale_convention` is auto, multiplier or reciprocal. Raises CheckpointError for another
-        one, and ConfigError or CheckpointError when there is no such checkpoint at all.
+        one, and ConfigError or CheckpointError when the checkpoint does not exist.
         """
         try:
             choice = ConventionChoice(scale_convention)

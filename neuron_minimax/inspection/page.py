@@ -82,14 +82,14 @@ def _findings(findings: Sequence[Finding]) -> str:
         findings, key=lambda finding: (finding.severity, finding.kind)
     ):
         listed = list(group)
-        for finding in listed[:SHOWN_PER_KIND]:
-            items.append(
-                f'<li class="{severity}"><b>{severity}</b>'
-                f"<span>{escape(finding.message)}</span></li>"
-            )
+        messages = [escape(finding.message) for finding in listed[:SHOWN_PER_KIND]]
         if len(listed) > SHOWN_PER_KIND:
-            more = f"and {len(listed) - SHOWN_PER_KIND:,} more ({escape(kind)}); --json lists all"
-            items.append(f'<li class="{severity}"><b>{severity}</b><span>{more}</span></li>')
+            more = len(listed) - SHOWN_PER_KIND
+            messages.append(f"and {more:,} more ({escape(kind)}); --json lists all")
+        items += [
+            f'<li class="{severity}"><b>{severity}</b><span>{message}</span></li>'
+            for message in messages
+        ]
     return f'<ul class="findings">{"".join(items)}</ul>'
 
 

@@ -192,7 +192,7 @@ def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, 
     arguments = [str(model_directory), str(graphs), json.dumps(asdict(options)), name]
     started = time.monotonic()
     finished = subprocess.run(
-        [sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True
+        [sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True, check=False
     )
     if finished.returncode:
         said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]

@@ -114,7 +114,7 @@ def _add_products(
 
 
 @intrinsic
-def add_wide_tiles(
+def add_wide_tiles(  # noqa: PLR0913 (an intrinsic takes no tuple of views)
     typing_context: Any,
     height: Any,
     depth: Any,
@@ -173,7 +173,8 @@ def add_wide_tiles(
 
         def tiles(rows: int) -> None:
             if rows > 1:
-                return strips(rows, arguments[1])
+                strips(rows, arguments[1])
+                return
             usual = builder.icmp_signed("==", arguments[1], LONG(LONE_DEPTH))
             with builder.if_else(usual) as (then, otherwise):
                 with then:
@@ -228,10 +229,10 @@ def add_tile(
             for row, places in zip(
                 totals, _places_of_sums(builder, rows, NARROW, unpack(5)), strict=True
             ):
-                for total, place, factor in zip(row, places, factors, strict=True):
+                for total, place, scale in zip(row, places, factors, strict=True):
                     old = builder.load(place, align=4)
                     builder.store(
-                        add_product(builder, old, builder.load(total), factor), place, align=4
+                        add_product(builder, old, builder.load(total), scale), place, align=4
                     )
 
         _for_each_height(builder, arguments[0], NARROW_ROWS, tile)
@@ -241,7 +242,7 @@ def add_tile(
 
 
 @intrinsic
-def add_dots(
+def add_dots(  # noqa: PLR0913 (an intrinsic takes no tuple of views)
     typing_context: Any,
     height: Any,
     streams: Any,
@@ -325,7 +326,8 @@ def add_dots(
 
         def tile(rows: int) -> None:
             if rows > 1:
-                return dots(rows, STREAMS)
+                dots(rows, STREAMS)
+                return
             with builder.if_else(builder.icmp_signed("==", arguments[1], LONG(STREAMS))) as (
                 then,
                 otherwise,

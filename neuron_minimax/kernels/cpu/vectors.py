@@ -283,9 +283,9 @@ def add_in_order(
             factors, targets = (
                 _addresses(builder, unpack(number), left, count) for number in (3, 4)
             )
-            for number, factor, target in zip(numbers, factors, targets, strict=True):
-                factor, old = (builder.load(each, align=4) for each in (factor, target))
-                builder.store(add_product(builder, old, number, factor), target, align=4)
+            for number, place, target in zip(numbers, factors, targets, strict=True):
+                scale, old = (builder.load(each, align=4) for each in (place, target))
+                builder.store(add_product(builder, old, number, scale), target, align=4)
 
         _for_each_group(builder, arguments[2], count, move)
         return context.get_dummy_value()

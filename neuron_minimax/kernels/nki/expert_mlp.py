@@ -127,7 +127,7 @@ def plan_visits(
 
 
 @nki.jit
-def expert_mlp_kernel(
+def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
     hidden_TH, rounds, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale
 ):
     """Run the visits on this core: hidden [T,H], the plan of plan_visits, weights of ExpertWeights.
@@ -278,8 +278,9 @@ def weight_ring(row_blocks, columns):
     """Buffers [P, rows of blocks, columns] of codes, empty."""
     rows = min(ROWS_PER_LOAD, row_blocks)
     ring = []
-    for _ in range(RING):
-        ring.append(nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf))
+    for _ in range(RING):  # a plain loop: NKI traces it
+        codes = nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf)
+        ring.append(codes)
     return ring
 
 

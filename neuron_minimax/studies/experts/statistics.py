@@ -40,9 +40,9 @@ def frequency(expert_index: np.ndarray, experts: int) -> np.ndarray:
 def mean_weight(expert_index: np.ndarray, affinity: np.ndarray, experts: int) -> np.ndarray:
     """Return the mean affinity [L,E] over the tokens that chose an expert, 0 where none did."""
     sums = np.zeros((len(expert_index), experts))
-    for row, index, weight in zip(sums, expert_index, affinity, strict=True):
+    for layer, (index, weight) in enumerate(zip(expert_index, affinity, strict=True)):
         here = (index >= 0) & (index < experts)
-        row += np.bincount(index[here], weights=weight[here], minlength=experts)
+        sums[layer] = np.bincount(index[here], weights=weight[here], minlength=experts)
     return sums / np.maximum(counts(expert_index, experts), 1)
 
 
