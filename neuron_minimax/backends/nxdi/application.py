@@ -13,9 +13,9 @@ import torch
 
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.nxdi import coverage, imports
-from neuron_minimax.backends.nxdi.backend import PARAMETERS_NAME
 from neuron_minimax.backends.nxdi.config import read_config
 from neuron_minimax.backends.nxdi.options import (
+    PARAMETERS_NAME,
     NeuronOptions,
     neuron_config_fields,
     quantization_options,

@@ -44,9 +44,7 @@ COMPILE_SECONDS = 7200.0
 ALLOW_UNTESTED = "allow_untested_versions"
 LOG_NAME = "compile.log"
 OPTIONS_NAME = "options.json"
-# Written by NxDI below the graphs directory.
-MODEL_NAME = "model.pt"
-PARAMETERS_NAME = "parameters.json"
+MODEL_NAME = "model.pt"  # written by NxDI below the graphs directory
 
 
 def check_options(
@@ -133,7 +131,7 @@ def build(
         progress,
         limit=COMPILE_SECONDS,
     )
-    return {MODEL_NAME: seconds, PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}", *notes]
+    return {MODEL_NAME: seconds, neuron_options.PARAMETERS_NAME: 0.0}, [f"log: {LOG_NAME}", *notes]
 
 
 def process_environment(

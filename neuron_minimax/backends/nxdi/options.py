@@ -33,6 +33,7 @@ BLOCKWISE = {
 # torch_xla threads through them.
 MOE_SETTINGS = {"moe_mask_padded_tokens": True, "disable_numeric_cc_token": True}
 FP8_CASTS = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+PARAMETERS_NAME = "parameters.json"  # what a compile expects of each rank's weights
 DEFAULT_INSTANCE = "trn2.48xlarge"
 SMALLEST_BUCKET = 128
 
