@@ -238,7 +238,9 @@ def load(traced: str | Path) -> "Backend":
         raise BackendError(
             f"{traced} takes its weights from {model}, which is gone; put it back or compile again"
         )
-    here = replace(manifest, versions=versions, machine=machine, checkpoint=fingerprint(model))
+    opened = Converted.open(model)
+    found = fingerprint(opened.tensors)
+    here = replace(manifest, versions=versions, machine=machine, checkpoint=found)
     problem = manifest.difference(here) or _damaged_graph(traced, manifest)
     if problem:
         raise BackendError(
@@ -246,7 +248,7 @@ def load(traced: str | Path) -> "Backend":
             "again"
         )
     with _not_collecting():
-        return _engine_module(manifest.backend).load(model, traced / "graphs", manifest)
+        return _engine_module(manifest.backend).load(opened, traced / "graphs", manifest)
 
 
 def place_model(converted: Path, destination: Path) -> str:

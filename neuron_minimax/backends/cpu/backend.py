@@ -13,6 +13,7 @@ import torch
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.cpu.options import CPUOptions, compiler_is_there
 from neuron_minimax.backends.directory import Manifest
+from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
@@ -31,8 +32,8 @@ M_MMAP_THRESHOLD = -3
 class EagerBackend(Backend):
     """The model as it is, over one cache with a row per slot."""
 
-    def __init__(self, model: Path, options: CPUOptions) -> None:
-        self.model_directory = model
+    def __init__(self, model: Path | Converted, options: CPUOptions) -> None:
+        self.model_directory = model.directory if isinstance(model, Converted) else model
         self.model = Decoder.from_converted(model, compute=COMPUTE_DTYPES[options.compute])
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
@@ -78,13 +79,13 @@ class EagerBackend(Backend):
 class CompiledBackend(Backend):
     """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
 
-    def __init__(self, model_directory: Path, graphs: Path, options: CPUOptions) -> None:
+    def __init__(self, model: Converted, graphs: Path, options: CPUOptions) -> None:
         # Here, because it imports Numba, which the eager engine does without.
         from neuron_minimax.backends.cpu import graphs as cpu_graphs
 
-        self.model_directory = model_directory
+        self.model_directory = model.directory
         compute = COMPUTE_DTYPES[options.compute]
-        self.model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
+        self.model = Decoder.from_converted(model, compute=compute, byte_codes=True)
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = KVCache.allocate(
@@ -169,7 +170,7 @@ def build(
         return build_graphs(model, graphs, replace(parsed, engine="exported"), progress), [note]
 
 
-def load(model: Path, graphs: Path, manifest: Manifest) -> Backend:
+def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:
     """The backend over the weights in `model`."""
     options = CPUOptions.parse(manifest.options)
     _keep_freed_memory()

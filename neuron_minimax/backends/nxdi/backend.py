@@ -18,6 +18,7 @@ from neuron_minimax.backends.nxdi import options as neuron_options
 from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError, NeuronMiniMaxError
 from neuron_minimax.planner import instances
 from neuron_minimax.planner.sdks import (
@@ -146,17 +147,18 @@ def process_environment(
     return inherited | neuron_options.environment(model, graphs, options)
 
 
-def load(model: Path, graphs: Path, manifest: Manifest) -> "Backend":
+def load(model: Converted, graphs: Path, manifest: Manifest) -> "Backend":
     """The model on the device, from the compiled directory alone; each rank's weights are checked
     first.
     """
     parsed = neuron_options.parse(manifest.options)
     for name in neuron_options.FP8_CASTS:
         os.environ.pop(name, None)
-    os.environ.update(neuron_options.environment(model, graphs, parsed))
+    os.environ.update(neuron_options.environment(model.directory, graphs, parsed))
     from neuron_minimax.backends.nxdi.application import NeuronBackend, load_application
 
-    return NeuronBackend(load_application(model, graphs, parsed), model, parsed)
+    application = load_application(model.directory, graphs, parsed)
+    return NeuronBackend(application, model.directory, parsed)
 
 
 def main(argv: list[str] | None = None) -> int:
