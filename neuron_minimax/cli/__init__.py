@@ -5,7 +5,7 @@ Exit codes: 0 good, 1 bad input, 2 usage.
 
 from collections.abc import Sequence
 
-from neuron_minimax.cli import checkpoints, devices, models, studies  # noqa: F401 (they add their commands)
+from neuron_minimax.cli import checkpoints, models, studies  # noqa: F401 (they add their commands)
 from neuron_minimax.cli.app import app, exit_code
 
 

@@ -34,7 +34,7 @@ USE_TORCH = "use expert_kernel torch"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Objection:
     """One numbered finding; `refuse` means the compile cannot lead to a working model."""
 
     rule: str
@@ -56,21 +56,21 @@ class Case:
     fp8_max: int = NEURON_E4M3_MAX
 
 
-Requirement = Callable[[Case], Iterator[Finding]]
+Requirement = Callable[[Case], Iterator[Objection]]
 
 
-def lint(case: Case) -> list[Finding]:
+def lint(case: Case) -> list[Objection]:
     """All findings of all requirements, in their order."""
     return [finding for requirement in REQUIREMENTS for finding in requirement(case)]
 
 
-def shares(case: Case) -> Iterator[Finding]:
+def shares(case: Case) -> Iterator[Objection]:
     """R1: experts have to divide among the ranks, once each."""
     deployment = case.deployment
     config = case.config
     product = deployment.moe_tp_degree * deployment.moe_ep_degree
     if product != deployment.tp_degree:
-        yield Finding(
+        yield Objection(
             "R1",
             REFUSE,
             f"moe_tp_degree {deployment.moe_tp_degree} * moe_ep_degree {deployment.moe_ep_degree} "
@@ -84,10 +84,10 @@ def shares(case: Case) -> Iterator[Finding]:
     ):
         if size % degree:
             fix = f"choose a divisor of {size}"
-            yield Finding("R1", REFUSE, f"{name} {size} cannot be shared by {degree} ranks", fix)
+            yield Objection("R1", REFUSE, f"{name} {size} cannot be shared by {degree} ranks", fix)
 
 
-def whole_blocks(case: Case) -> Iterator[Finding]:
+def whole_blocks(case: Case) -> Iterator[Objection]:
     """R2: a rank's share of a scaled weight is whole blocks; NxD floor-divides the scale shape."""
     config = case.config
     deployment = case.deployment
@@ -99,7 +99,7 @@ def whole_blocks(case: Case) -> Iterator[Finding]:
             for d in divisors(config.intermediate_size)
             if config.intermediate_size // d % rows == 0
         ]
-        yield Finding(
+        yield Objection(
             "R2",
             REFUSE,
             f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels} expert channels per rank, "
@@ -108,7 +108,7 @@ def whole_blocks(case: Case) -> Iterator[Finding]:
             f"{', '.join(map(str, good)) or 'nothing: the size itself is not whole blocks'}",
         )
     if deployment.fp8_attention and config.head_dim % rows:
-        yield Finding(
+        yield Objection(
             "R2",
             REFUSE,
             f"head_dim {config.head_dim} is not whole blocks of {rows}",
@@ -116,7 +116,7 @@ def whole_blocks(case: Case) -> Iterator[Finding]:
         )
 
 
-def expert_decoding(case: Case) -> Iterator[Finding]:
+def expert_decoding(case: Case) -> Iterator[Objection]:
     """R3: NxD's expert-parallel token generation runs only when enough experts are chosen."""
     config = case.config
     batch = case.deployment.batch_size
@@ -124,7 +124,7 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
     if case.deployment.expert_kernel == "nki":
         return  # the kernel visits the chosen experts of this rank, however few
     if case.deployment.moe_ep_degree > 1 and batch < needed:
-        yield Finding(
+        yield Objection(
             "R3",
             REFUSE,
             f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
@@ -134,12 +134,12 @@ def expert_decoding(case: Case) -> Iterator[Finding]:
         )
 
 
-def expert_encoding(case: Case) -> Iterator[Finding]:
+def expert_encoding(case: Case) -> Iterator[Objection]:
     """R4: below one token block NxD takes a path that ignores expert parallelism."""
     tokens = case.deployment.smallest_context
     top_k = case.config.num_experts_per_tok
     if case.deployment.moe_ep_degree > 1 and tokens * top_k < TOKEN_BLOCK:
-        yield Finding(
+        yield Objection(
             "R4",
             REFUSE,
             f"a context of {tokens} tokens * {top_k} experts is below the block of {TOKEN_BLOCK}, "
@@ -148,7 +148,7 @@ def expert_encoding(case: Case) -> Iterator[Finding]:
         )
 
 
-def trn1_groups(case: Case) -> Iterator[Finding]:
+def trn1_groups(case: Case) -> Iterator[Objection]:
     """R5: NxD orders groups of four specially on trn1 and inf2, and not together with expert
     parallelism.
     """
@@ -158,7 +158,7 @@ def trn1_groups(case: Case) -> Iterator[Finding]:
         and deployment.moe_tp_degree == 4
         and deployment.moe_ep_degree > 1
     ):
-        yield Finding(
+        yield Objection(
             "R5",
             REFUSE,
             "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 "
@@ -167,12 +167,12 @@ def trn1_groups(case: Case) -> Iterator[Finding]:
         )
 
 
-def cores(case: Case) -> Iterator[Finding]:
+def cores(case: Case) -> Iterator[Objection]:
     """R6: ranks have to be cores, in a number that NxDI supports."""
     tp = case.deployment.tp_degree
     instance = case.instance
     if tp > instance.logical_cores:
-        yield Finding(
+        yield Objection(
             "R6",
             REFUSE,
             f"tp_degree {tp} is more than the {instance.logical_cores} logical cores of "
@@ -181,7 +181,7 @@ def cores(case: Case) -> Iterator[Finding]:
         )
     if instance.tp_degrees and tp not in instance.tp_degrees:
         listed = ", ".join(map(str, instance.tp_degrees))
-        yield Finding(
+        yield Objection(
             "R6",
             WARN,
             f"tp_degree {tp} is not among those documented for {instance.name}",
@@ -189,13 +189,13 @@ def cores(case: Case) -> Iterator[Finding]:
         )
 
 
-def head_padding(case: Case) -> Iterator[Finding]:
+def head_padding(case: Case) -> Iterator[Objection]:
     """R7: query heads are padded to a multiple of tp_degree, key/value heads repeated."""
     layout = heads(case.config, case.deployment.tp_degree)
     padded = len(layout.query_slots)
     real = case.config.num_attention_heads
     if padded > real:
-        yield Finding(
+        yield Objection(
             "R7",
             WARN,
             f"{real} query heads become {padded} at tp_degree {case.deployment.tp_degree}: "
@@ -204,14 +204,14 @@ def head_padding(case: Case) -> Iterator[Finding]:
         )
 
 
-def unrolled_blocks(case: Case) -> Iterator[Finding]:
+def unrolled_blocks(case: Case) -> Iterator[Objection]:
     """R8: blockwise context encoding in torch is a Python loop, unrolled in the graph."""
     way = blockwise_matmul(case.deployment.blockwise_matmul)
     if way.is_kernel:
         return
     products = unrolled_products(way, case.config, case.deployment)
     elsewhere = f". Elsewhere, on trn2: {way.known}" if case.instance.nki_kernels else ""
-    yield Finding(
+    yield Objection(
         "R8",
         WARN,
         f"context encoding of {case.deployment.context_length} tokens in torch operations unrolls "
@@ -221,7 +221,7 @@ def unrolled_blocks(case: Case) -> Iterator[Finding]:
     )
 
 
-def blockwise_kernels(case: Case) -> Iterator[Finding]:
+def blockwise_kernels(case: Case) -> Iterator[Objection]:
     """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have
     not run here.
     """
@@ -232,7 +232,7 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
         return
     fix = f"use blockwise_matmul {DEFAULT}"
     if not instance.nki_kernels or instance.logical_nc_config != 2:
-        yield Finding(
+        yield Objection(
             "R13",
             REFUSE,
             f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; "
@@ -242,7 +242,7 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
         return
     channels = case.config.intermediate_size // deployment.moe_tp_degree
     if channels % way.channel_multiple:
-        yield Finding(
+        yield Objection(
             "R13",
             REFUSE,
             f"blockwise_matmul {way.name} takes multiples of {way.channel_multiple} expert "
@@ -250,14 +250,14 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
             f"lower moe_tp_degree, or {fix}",
         )
     if deployment.moe_ep_degree == 2:
-        yield Finding(
+        yield Objection(
             "R13",
             REFUSE,
             f"with moe_ep_degree 2 the kernels of SDK 2.29, {way.name} among them, were reported "
             "to give wrong output (a Kimi-K2 port)",
             f"choose another moe_ep_degree, or {fix}",
         )
-    yield Finding(
+    yield Objection(
         "R13",
         WARN,
         f"blockwise_matmul {way.name} has not run with this class; elsewhere: {way.known}",
@@ -265,26 +265,26 @@ def blockwise_kernels(case: Case) -> Iterator[Finding]:
     )
 
 
-def expert_kernel(case: Case) -> Iterator[Finding]:
+def expert_kernel(case: Case) -> Iterator[Objection]:
     """R14: the NKI expert kernel needs trn2's NKI, and reads codes as the E4M3 that ends at 240."""
     if case.deployment.expert_kernel != "nki":
         return
     if not case.instance.nki_kernels:
-        yield Finding(
+        yield Objection(
             "R14",
             REFUSE,
             f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI",
             USE_TORCH,
         )
     elif not case.deployment.fp8_experts or case.config.weight_block_size != (128, 128):
-        yield Finding(
+        yield Objection(
             "R14",
             REFUSE,
             "expert_kernel nki takes FP8 experts with 128 x 128 block scales only",
             USE_TORCH,
         )
     elif case.deployment.batch_size > KERNEL_TOKENS:
-        yield Finding(
+        yield Objection(
             "R14",
             REFUSE,
             f"expert_kernel nki takes batches of at most {KERNEL_TOKENS}, not "
@@ -292,14 +292,14 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
             f"lower the batch size, or {USE_TORCH}",
         )
     else:
-        yield Finding(
+        yield Objection(
             "R14",
             WARN,
             "expert_kernel nki has run on a simulator only",
             "check it with `neuron-minimax check-device` first",
         )
     if case.fp8_max > NEURON_E4M3_MAX:
-        yield Finding(
+        yield Objection(
             "R14",
             REFUSE,
             f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has "
@@ -308,14 +308,14 @@ def expert_kernel(case: Case) -> Iterator[Finding]:
         )
 
 
-def code_range(case: Case) -> Iterator[Finding]:
+def code_range(case: Case) -> Iterator[Objection]:
     """R9: codes above the chip's largest finite E4M3 value read as infinity or NaN."""
     if case.fp8_max == NEURON_E4M3_MAX or not (
         case.deployment.fp8_attention or case.deployment.fp8_experts
     ):
         return
     if case.fp8_max > case.instance.e4m3_max:
-        yield Finding(
+        yield Objection(
             "R9",
             REFUSE,
             f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 "
@@ -323,7 +323,7 @@ def code_range(case: Case) -> Iterator[Finding]:
             "convert with --fp8-range neuron",
         )
     else:
-        yield Finding(
+        yield Objection(
             "R9",
             REFUSE,
             f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has "
@@ -333,13 +333,13 @@ def code_range(case: Case) -> Iterator[Finding]:
         )
 
 
-def host_memory(case: Case) -> Iterator[Finding]:
+def host_memory(case: Case) -> Iterator[Objection]:
     """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until
     the last is made.
     """
     needed = rank_memory(case.config, case.deployment).weights * case.deployment.tp_degree
     if needed > case.instance.host_memory:
-        yield Finding(
+        yield Objection(
             "R11",
             WARN,
             f"the shards of all ranks take {needed / GIB:.0f} GiB of host memory while they are "
@@ -348,12 +348,12 @@ def host_memory(case: Case) -> Iterator[Finding]:
         )
 
 
-def supported_sdk(case: Case) -> Iterator[Finding]:
+def supported_sdk(case: Case) -> Iterator[Objection]:
     """R12: NxDI of SDK 2.29 supports trn2 and newer chips only (its release notes)."""
     instance = case.instance
     newest = next(iter(SDKS))
     if instance.sdk != newest:
-        yield Finding(
+        yield Objection(
             "R12",
             WARN,
             f"NxDI models are supported on {instance.family} up to SDK {instance.sdk}, not by SDK "
@@ -362,11 +362,11 @@ def supported_sdk(case: Case) -> Iterator[Finding]:
         )
 
 
-def positions(case: Case) -> Iterator[Finding]:
+def positions(case: Case) -> Iterator[Objection]:
     """R15: a sequence ends where the model's positions end."""
     most = case.config.max_position_embeddings
     if case.deployment.seq_len > most:
-        yield Finding(
+        yield Objection(
             "R15",
             REFUSE,
             f"seq_len {case.deployment.seq_len} is beyond max_position_embeddings {most} of "

@@ -11,7 +11,7 @@ from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
-from neuron_minimax.planner.lint import REFUSE, Case, Finding
+from neuron_minimax.planner.lint import REFUSE, Case, Objection
 from neuron_minimax.planner.memory import (
     EXPERT_KERNELS,
     Deployment,
@@ -43,7 +43,7 @@ class DeploymentPlan:
     instance: Instance
     deployment: Deployment
     memory: RankMemory
-    findings: tuple[Finding, ...]
+    findings: tuple[Objection, ...]
     largest_batch: int
     longest_sequence: int
     fitting_instances: tuple[str, ...]

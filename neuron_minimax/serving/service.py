@@ -1,7 +1,6 @@
 """The loaded model behind the HTTP routes: requests go to the engine, updates come back."""
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from neuron_minimax.backends import load
 from neuron_minimax.backends.base import Backend
+from neuron_minimax.backends.directory import read_manifest
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.engine import Request, Update
@@ -323,5 +323,5 @@ def render_turn(
 
 def _compile_seconds(traced: Path) -> float:
     """Return what the manifest says its graphs took; 0 where nothing was compiled."""
-    manifest = json.loads((traced / "manifest.json").read_text(encoding="utf-8"))
-    return sum(float(graph.get("seconds", 0)) for graph in (manifest.get("graphs") or {}).values())
+    graphs = read_manifest(traced).graphs.values()
+    return sum(float(graph.get("seconds", 0)) for graph in graphs)
