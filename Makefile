@@ -13,12 +13,13 @@ BIN := .venv/bin
 demo: .venv/stamp
 	$(BIN)/python generation_demo.py
 
+# Two processes, each with whole test modules: fixtures are made once.
 test: .venv/stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What most changes break: nothing that compiles, serves, trains or opens a browser.
 quick: .venv/stamp
-	$(BIN)/python -m pytest --quick
+	$(BIN)/python -m pytest --quick --numprocesses 2 --dist loadfile
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .
