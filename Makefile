@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+.PHONY: demo test quick lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
 
 .venv/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -13,8 +13,13 @@ BIN := .venv/bin
 demo: .venv/stamp
 	$(BIN)/python generation_demo.py
 
+# Two processes, each with whole test modules: fixtures are made once.
 test: .venv/stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What most changes break: nothing that compiles, serves, trains or opens a browser.
+quick: .venv/stamp
+	$(BIN)/python -m pytest --quick --numprocesses 2 --dist loadfile
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

@@ -2,8 +2,9 @@
 
 Without arguments it runs on the embedded demo checkpoint and the CPU. On a Neuron instance:
 
-    python generation_demo.py --checkpoint MiniMax-M2 --traced-model-dir traced_model/m2 --backend neuron \\
-        --instance trn2.48xlarge --tp-degree 64 --moe-tp-degree 1 --moe-ep-degree 64 --batch-size 32 --seq-len 1024
+    python generation_demo.py --checkpoint MiniMax-M2 --traced-model-dir traced_model/m2 \\
+        --backend neuron --instance trn2.48xlarge --tp-degree 64 --moe-tp-degree 1 \\
+        --moe-ep-degree 64 --batch-size 32 --seq-len 1024
 """
 
 import argparse
@@ -15,22 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.backends import compile_model, load
-from neuron_minimax.backends.base import Backend
-from neuron_minimax.checkpoint.precision import inspect
-from neuron_minimax.cli.bars import progress_bar
+import neuron_minimax as nm
+from neuron_minimax.cli.app import progress_bar
 from neuron_minimax.cli.models import parse_integers
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert
-from neuron_minimax.convert.verify import verify
-from neuron_minimax.errors import BackendError, CheckpointError, ConversionError, NeuronMiniMaxError
-from neuron_minimax.generation.chat import Chat
-from neuron_minimax.generation.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
-from neuron_minimax.generation.generate import generate
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions, distinct_ratio
-from neuron_minimax.generation.tokenizer import TextTokenizer
 
-DEMO_CHECKPOINT = Path(__file__).parent / "neuron_minimax" / "demo"
 PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
 SMOKE_TOKENS = 50
 # Fewer distinct tokens than this among 50 means that the model repeats itself.
@@ -39,30 +28,60 @@ DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help="default: the embedded demo")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, default=nm.DEMO, help="default: the embedded demo"
+    )
     parser.add_argument("--traced-model-dir", type=Path, default=Path("traced_model/demo"))
-    parser.add_argument("--converted-dir", type=Path, help="default: beside the traced model, with -converted appended")
+    parser.add_argument(
+        "--converted-dir",
+        type=Path,
+        help="default: beside the traced model, with -converted appended",
+    )
     parser.add_argument("--attention", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument("--backend", choices=("cpu", "neuron"), default="cpu")
-    parser.add_argument("--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled")
-    parser.add_argument("--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ...")
+    parser.add_argument(
+        "--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled"
+    )
+    parser.add_argument(
+        "--instance", help="neuron: trn2.48xlarge, trn1.32xlarge, inf2.48xlarge, ..."
+    )
     for name in ("tp", "moe-tp", "moe-ep"):
         parser.add_argument(f"--{name}-degree", type=int, help="neuron")
-    parser.add_argument("--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block")
+    parser.add_argument(
+        "--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block"
+    )
     parser.add_argument("--expert-kernel", choices=("torch", "nki"), help="neuron")
-    parser.add_argument("--allow-untested-versions", action="store_true", help="neuron: packages of another SDK")
+    parser.add_argument(
+        "--allow-untested-versions", action="store_true", help="neuron: packages of another SDK"
+    )
     parser.add_argument("--batch-size", type=int, help="sequences alive at the same time")
-    parser.add_argument("--seq-len", type=int, help="positions per sequence, prompt and answer together")
+    parser.add_argument(
+        "--seq-len", type=int, help="positions per sequence, prompt and answer together"
+    )
     parser.add_argument("--buckets", help="context-encoding lengths, such as 128,512")
-    parser.add_argument("--force", action="store_true", help="compile although the planner advises against it")
-    parser.add_argument("--skip-compile", action="store_true", help="use the compiled model that is there")
-    parser.add_argument("--prompt", action="append", help="instead of the three built-in prompts; may be repeated")
+    parser.add_argument(
+        "--force", action="store_true", help="compile although the planner advises against it"
+    )
+    parser.add_argument(
+        "--skip-compile", action="store_true", help="use the compiled model that is there"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="instead of the three built-in prompts; may be repeated"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--sample", action="store_true", help="sample with the checkpoint's settings, not greedily")
+    parser.add_argument(
+        "--sample", action="store_true", help="sample with the checkpoint's settings, not greedily"
+    )
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--chat", action="store_true", help="talk to the model; /reset starts anew, /quit ends")
-    parser.add_argument("--tools", type=Path, help="chat: JSON file with a list of tools in OpenAI's form")
+    parser.add_argument(
+        "--chat", action="store_true", help="talk to the model; /reset starts anew, /quit ends"
+    )
+    parser.add_argument(
+        "--tools", type=Path, help="chat: JSON file with a list of tools in OpenAI's form"
+    )
     return parser.parse_args(argv)
 
 
@@ -77,35 +96,39 @@ def stage(title: str) -> Iterator[None]:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Inspect, convert, verify and compile; each recognizes what an earlier run has left."""
-    converted = arguments.converted_dir or arguments.traced_model_dir.with_name(
+    out = arguments.converted_dir or arguments.traced_model_dir.with_name(
         arguments.traced_model_dir.name + "-converted"
     )
     with stage(f"inspect {arguments.checkpoint}"):
-        report = inspect(arguments.checkpoint)
+        source = nm.Checkpoint.open(arguments.checkpoint)
+        report = source.inspect()
         print("   " + report.summary().replace("\n", "\n   "))
         if not report.usable:
-            raise CheckpointError(f"{report.render()}\n{arguments.checkpoint} cannot be used as it is")
-    with stage(f"convert into {converted}"), progress_bar("  ", report.bytes) as advance:
-        result = convert(arguments.checkpoint, converted, Layout(attention=arguments.attention), progress=advance)
-        if result.was_finished:
-            advance(report.bytes)
-    print("   " + result.render(converted).replace("\n", "\n   "))
-    if result.was_finished:
+            raise nm.NeuronMiniMaxError(
+                f"{report.render()}\n{arguments.checkpoint} cannot be used as it is"
+            )
+    layout = nm.Layout(attention=nm.AttentionPrecision(arguments.attention))
+    with stage(f"convert into {out}"), progress_bar("  ", report.bytes) as advance:
+        converted = nm.plan_conversion(source, layout).write(out, progress=advance)
+    print("   " + converted.render().replace("\n", "\n   "))
+    if converted.was_finished:
         print("== verify: done when it was converted")
     else:
-        with stage("verify"), progress_bar("  ", 2 * result.plan.nbytes) as advance:
-            verification = verify(arguments.checkpoint, converted, advance)
+        with stage("verify"), progress_bar("  ", 2 * converted.nbytes) as advance:
+            verification = nm.verify(source, converted, advance)
         print("   " + verification.render().replace("\n", "\n   "))
         if not verification.equal:
-            raise ConversionError(f"{converted} does not equal its source; convert again with --overwrite")
+            raise nm.NeuronMiniMaxError(
+                f"{out} does not equal its source; convert again with --overwrite"
+            )
     with stage(f"compile for {arguments.backend} into {arguments.traced_model_dir}"):
-        compiled = compile_model(
+        compiled = nm.compile(
             converted,
             arguments.traced_model_dir,
             backend=arguments.backend,
-            options=backend_options(arguments),
             force=arguments.force,
             progress=lambda line: print(f"   {line}", flush=True),
+            **backend_options(arguments),
         )
         print("   " + compiled.render().replace("\n", "\n   "))
 
@@ -128,33 +151,39 @@ def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def show(events: Iterator[Event]) -> None:
+def show(events: Iterator[object]) -> None:
     """Stream one turn: reasoning dimmed and apart, then the answer."""
     section = ""
     for event in events:
         match event:
-            case Reasoning(text):
-                kind, shown = "think", text
-            case Content(text):
-                kind, shown = "answer", text
-            case CallBegin(_, name):
-                kind, shown = f"call {name}", ""
-            case CallArguments(_, text):
-                kind, shown = section, text
-            case CallEnd():
-                kind, shown = "", ""
+            case nm.Reasoning(text):
+                kind = "think"
+                shown = text
+            case nm.Content(text):
+                kind = "answer"
+                shown = text
+            case nm.CallBegin(_, name):
+                kind = f"call {name}"
+                shown = ""
+            case nm.CallArguments(_, text):
+                kind = section
+                shown = text
+            case nm.CallEnd():
+                kind = ""
+                shown = ""
             case _:
                 continue
         if kind != section:
             text = shown.lstrip("\n")
             print(f"{PLAIN if section else ''}\n   {kind:>6} | " if kind else "", end="")
-            section, shown = kind, text
+            section = kind
+            shown = text
         style = DIM if section == "think" else PLAIN
         print(style + shown.replace("\n", "\n          | "), end=PLAIN, flush=True)
     print(PLAIN)
 
 
-def answer_prompts(chat: Chat, prompts: Sequence[str], max_new_tokens: int) -> None:
+def answer_prompts(chat: "nm.Chat", prompts: Sequence[str], max_new_tokens: int) -> None:
     room = min(max_new_tokens, chat.backend.capabilities.seq_len // 2)
     for prompt in prompts:
         chat.reset()
@@ -165,18 +194,28 @@ def answer_prompts(chat: Chat, prompts: Sequence[str], max_new_tokens: int) -> N
         print(f"   {len(chat.token_ids)} tokens, {len(chat.token_ids) / seconds:.1f} tokens/s")
 
 
-def smoke_test(backend: Backend, tokenizer: TextTokenizer, seed: int | None) -> None:
-    """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop at."""
-    prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}]))
-    options = SamplingOptions(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
-    steps = generate(backend, prompt, options=options, max_new_tokens=SMOKE_TOKENS)
-    ratio = distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
-    print(f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} expected)")
+def smoke_test(backend: Any, tokenizer: "nm.TextTokenizer", seed: int | None) -> None:
+    """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop
+    at.
+    """
+    prompt = tokenizer.encode(
+        tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
+    )
+    params = nm.SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
+    steps = nm.generate(backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
+    ratio = nm.distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
+    print(
+        f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} "
+        "expected)"
+    )
     if ratio < SMOKE_RATIO:
-        raise BackendError("the generated text collapses into repetition: the model is computed wrongly; do not use it")
+        raise nm.NeuronMiniMaxError(
+            "the generated text collapses into repetition: the model is computed wrongly; do not "
+            "use it"
+        )
 
 
-def talk(chat: Chat, max_new_tokens: int) -> None:
+def talk(chat: "nm.Chat", max_new_tokens: int) -> None:
     """Read messages from standard input until it ends; tool results are typed in by hand."""
     while True:
         try:
@@ -192,9 +231,12 @@ def talk(chat: Chat, max_new_tokens: int) -> None:
             try:
                 show(chat.say(text, max_new_tokens))
                 while chat.last.tool_calls:
-                    results = [input(f"result of {call.name}({call.arguments})> ") for call in chat.last.tool_calls]
+                    results = [
+                        input(f"result of {call.name}({call.arguments})> ")
+                        for call in chat.last.tool_calls
+                    ]
                     show(chat.give_results(results, max_new_tokens))
-            except NeuronMiniMaxError as error:
+            except nm.NeuronMiniMaxError as error:
                 print(f"error: {error}")
 
 
@@ -203,12 +245,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.skip_compile:
         prepare(arguments)
     with stage(f"load {arguments.traced_model_dir}"):
-        backend = load(arguments.traced_model_dir)
-        tokenizer = TextTokenizer.from_dir(backend.model_directory)
-    sampling = tokenizer.sampling if arguments.sample else GREEDY
-    options = SamplingOptions(**{**vars(sampling), "seed": arguments.seed})
+        backend = nm.load(arguments.traced_model_dir)
+        tokenizer = nm.TextTokenizer.from_dir(backend.model_directory)
+    sampling = tokenizer.sampling if arguments.sample else nm.SamplingParams(temperature=0.0)
+    params = nm.SamplingParams(**{**vars(sampling), "seed": arguments.seed})
     tools = json.loads(arguments.tools.read_text(encoding="utf-8")) if arguments.tools else None
-    chat = Chat(backend, tokenizer, options=options, tools=tools)
+    chat = nm.Chat(backend, tokenizer, params=params, tools=tools)
     if arguments.chat:
         talk(chat, arguments.max_new_tokens)
         return
@@ -222,7 +264,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_arguments(argv))
-    except NeuronMiniMaxError as error:
+    except nm.NeuronMiniMaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,1 +1,1 @@
-"""Speed, as ratios against a peer in the same run; `benchmarks/README.md` says how each number is taken."""
+"""Speed, as ratios against a peer in the same run; README.md says how each number is taken."""

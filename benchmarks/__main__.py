@@ -2,7 +2,7 @@
 
 python -m benchmarks [--directory DIR] [MODULE ...]
 
-All modules: benchmarks/results/last.json and last.md are written. Exit code 1 when a module failed.
+With all modules it writes benchmarks/results/last.json and last.md. Exit code 1 when one failed.
 """
 
 import sys
@@ -26,12 +26,16 @@ BENCHMARKS = (
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="only these; then nothing is written")
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help="only these; then nothing is written"
+    )
     arguments = parser.parse_args(argv)
     known = [benchmark.module for benchmark in BENCHMARKS]
     if unknown := sorted(set(arguments.modules) - set(known)):
         parser.error(f"there is no benchmark {unknown[0]}; expected one of {', '.join(known)}")
-    wanted = [each for each in BENCHMARKS if not arguments.modules or each.module in arguments.modules]
+    wanted = [
+        each for each in BENCHMARKS if not arguments.modules or each.module in arguments.modules
+    ]
     machine = this_machine()
     rows, seconds = collect(
         [(each.module, partial(each.rows, arguments.directory)) for each in wanted],

@@ -1,4 +1,4 @@
-"""The dequantized cache against plain writing of the same bytes, in alternating rounds; memory; opening; transformers.
+"""The dequantized cache: writing against plain writing, memory, opening, and transformers' load.
 
 python -m benchmarks.cache [--directory DIR] [--rounds N] [--transformers]
 """
@@ -19,15 +19,16 @@ FOUR_TIMES = Goal(figure="ratio", value=4)
 
 
 def run_build(source: Path, target: Path, dtype: str) -> tuple[float, float]:
-    from neuron_minimax.checkpoint.fp32_cache import build_cache
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.cache import build_cache
 
-    return watched(build_cache, source, target, dtype)
+    return watched(lambda: build_cache(Checkpoint.open(source), target, dtype))
 
 
 def time_opening(source: Path, target: Path) -> float:
-    """Seconds until every tensor of a finished cache is a mapped torch tensor, checks included."""
-    from neuron_minimax.checkpoint.fp32_cache import open_cache
+    """Return the seconds until all tensors of a finished cache are mapped, checks included."""
     from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.cache import open_cache
 
     start = time.perf_counter()
     cache = open_cache(target, Checkpoint(source))
@@ -37,7 +38,7 @@ def time_opening(source: Path, target: Path) -> float:
 
 
 def time_transformers(source: Path, target: Path, dtype: str) -> float:
-    """Without a cache: load, dequantize, save and sync, which has to happen once."""
+    """Return the seconds of what there is without a cache: load, dequantize, save and sync."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -54,8 +55,14 @@ def time_transformers(source: Path, target: Path, dtype: str) -> float:
 def measure(
     source: Path, scratch: Path, dtype: str, rounds: int
 ) -> tuple[list[float], list[float], list[float], float]:
-    """(gigabytes of the cache written per second, plain writing's, seconds of each build, peak anonymous megabytes)."""
-    ours, plain, builds, peaks = [], [], [], []
+    """Return GB/s of the cache, GB/s of plain writing, seconds of each build, and peak MB.
+
+    The memory is anonymous memory. The rates are of the bytes of the cache that is written.
+    """
+    ours = []
+    plain = []
+    builds = []
+    peaks = []
     for _ in range(rounds):
         read_into_cache(source)
         pause()
@@ -70,19 +77,34 @@ def measure(
     return ours, plain, builds, max(peaks)
 
 
-def rows_of(source: Path, scratch: Path, dtype: str, rounds: int) -> tuple[list[Row], list[float], list[float]]:
-    """(rate against plain writing and peak memory, seconds of each build, of each plain writing)."""
+def rows_of(
+    source: Path, scratch: Path, dtype: str, rounds: int
+) -> tuple[list[Row], list[float], list[float]]:
+    """Return the rows of rate and memory, and the seconds of each build and plain writing."""
     ours, plain, builds, peak = measure(source, scratch, dtype, rounds)
     what = f"cache of {shards_bytes(source) / 1e9:.1f} GB, {dtype}"
     found = [
-        row(f"{what}, written", ours, "GB/s", peer=("plain writing + sync", plain), goal=SIXTY_PERCENT),
+        row(
+            f"{what}, written",
+            ours,
+            "GB/s",
+            peer=("plain writing + sync", plain),
+            goal=SIXTY_PERCENT,
+        ),
         row(f"{what}, peak anonymous memory", [peak], "MB", less_is_better=True),
     ]
-    return found, builds, [rate * seconds / other for rate, seconds, other in zip(ours, builds, plain, strict=True)]
+    return (
+        found,
+        builds,
+        [rate * seconds / other for rate, seconds, other in zip(ours, builds, plain, strict=True)],
+    )
 
 
-def rows(directory: Path, rounds: int = 3, transformers: bool = True, bfloat16: bool = True) -> list[Row]:
-    source, scratch = checkpoint(directory, *REAL), empty_scratch(directory)
+def rows(
+    directory: Path, rounds: int = 3, transformers: bool = True, bfloat16: bool = True
+) -> list[Row]:
+    source = checkpoint(directory, *REAL)
+    scratch = empty_scratch(directory)
     found, seconds, plain = rows_of(source, scratch, "float32", rounds)
     if bfloat16:
         found += rows_of(source, scratch, "bfloat16", rounds)[0]
@@ -110,7 +132,9 @@ def rows(directory: Path, rounds: int = 3, transformers: bool = True, bfloat16: 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--transformers", action="store_true", help="also time transformers (14 GB of memory)")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also time transformers (14 GB of memory)"
+    )
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, arguments.rounds, arguments.transformers)))
 

@@ -1,4 +1,4 @@
-"""Clients of an OpenAI-compatible server: seeded requests, streamed answers, and many clients at once."""
+"""Clients of an OpenAI-compatible server: seeded requests, streamed answers, many at once."""
 
 import asyncio
 import json
@@ -9,15 +9,34 @@ from typing import Any
 
 import httpx
 
-WORDS = ["the", "harbour", "keeps", "seven", "red", "lamps", "above", "an", "old", "market", "and", "counts", "them"]
+WORDS = [
+    "the",
+    "harbour",
+    "keeps",
+    "seven",
+    "red",
+    "lamps",
+    "above",
+    "an",
+    "old",
+    "market",
+    "and",
+    "counts",
+    "them",
+]
 
 
 def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]]:
-    """A client's requests: prompts of 5 to 60 words, the same for both servers."""
+    """Return a client's requests: prompts of 5 to 60 words, the same for both servers."""
     chance = random.Random(client)
     return [
         {
-            "messages": [{"role": "user", "content": " ".join(chance.choices(WORDS, k=chance.randint(5, 60)))}],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": " ".join(chance.choices(WORDS, k=chance.randint(5, 60))),
+                }
+            ],
             "max_tokens": new_tokens,
             "temperature": 0,
             "stream": True,
@@ -28,9 +47,13 @@ def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]
 
 
 async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> tuple[float, int]:
-    """(seconds to the first text, completion tokens) of one streamed answer."""
-    start, first, tokens = time.perf_counter(), None, 0
-    async with http.stream("POST", "/v1/chat/completions", json={"model": model, **request}) as response:
+    """Return the seconds to the first text and the completion tokens of one streamed answer."""
+    start = time.perf_counter()
+    first = None
+    tokens = 0
+    async with http.stream(
+        "POST", "/v1/chat/completions", json={"model": model, **request}
+    ) as response:
         async for line in response.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -38,7 +61,9 @@ async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> t
             if "error" in event:
                 raise RuntimeError(event["error"]["message"])
             texts = [
-                choice["delta"].get(key) for choice in event["choices"] for key in ("content", "reasoning_content")
+                choice["delta"].get(key)
+                for choice in event["choices"]
+                for key in ("content", "reasoning_content")
             ]
             if first is None and any(texts):
                 first = time.perf_counter() - start
@@ -46,16 +71,23 @@ async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> t
     return (first if first is not None else time.perf_counter() - start), tokens
 
 
-async def load(url: str, model: str, clients: int, requests: int, new_tokens: int) -> dict[str, float]:
-    """All clients at once, each with its requests one after the other."""
+async def load(
+    url: str, model: str, clients: int, requests: int, new_tokens: int
+) -> dict[str, float]:
+    """Run all clients at once, each with its requests one after the other."""
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
 
         async def one(client: int) -> list[tuple[float, int]]:
-            return [await ask(http, model, request) for request in requests_of(client, requests, new_tokens)]
+            return [
+                await ask(http, model, request)
+                for request in requests_of(client, requests, new_tokens)
+            ]
 
         start = time.perf_counter()
-        results = [result for done in await asyncio.gather(*map(one, range(clients))) for result in done]
+        results = [
+            result for done in await asyncio.gather(*map(one, range(clients))) for result in done
+        ]
         seconds = time.perf_counter() - start
     firsts = sorted(first for first, _ in results)
     tokens = sum(count for _, count in results)

@@ -1,4 +1,4 @@
-"""Conversion against `cp -r` and sync of the same files, warm and cold, in alternating pairs; peak anonymous memory.
+"""Conversion against `cp -r` and sync of the same files, warm and cold; peak anonymous memory.
 
 python -m benchmarks.conversion [--directory DIR] [--rounds N] [--full-layer]
 """
@@ -23,8 +23,12 @@ ONE_GIGABYTE = Goal(figure="ours", value=1000, at_most=True)
 
 
 def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """(seconds, peak anonymous megabytes of this process and its children, imports included) of one call."""
-    peak, stop = 0, threading.Event()
+    """Return the seconds of one call and the peak anonymous megabytes, imports included.
+
+    The memory is that of this process and its children.
+    """
+    peak = 0
+    stop = threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -42,14 +46,23 @@ def watched(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
 
 
 def run_conversion(source: Path, destination: Path) -> tuple[float, float]:
-    from neuron_minimax.convert.run import convert
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import plan_conversion
 
-    return watched(convert, source, destination)
+    def convert() -> None:
+        plan_conversion(Checkpoint.open(source)).write(destination)
+
+    return watched(convert)
 
 
-def measure(source: Path, scratch: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float], float]:
-    """(gigabytes per second of conversion, of cp + sync, peak anonymous megabytes); one figure per round."""
-    gigabytes, ours, peer, peaks = shards_bytes(source) / 1e9, [], [], []
+def measure(
+    source: Path, scratch: Path, rounds: int, state: str = "warm"
+) -> tuple[list[float], list[float], float]:
+    """Return GB/s of conversion and of cp + sync, one per round, and the peak anonymous MB."""
+    gigabytes = shards_bytes(source) / 1e9
+    ours = []
+    peer = []
+    peaks = []
     for _ in range(rounds):
         STATES[state](source)
         pause()
@@ -64,12 +77,16 @@ def measure(source: Path, scratch: Path, rounds: int, state: str = "warm") -> tu
 
 
 def rows_of(source: Path, scratch: Path, rounds: int) -> list[Row]:
-    """One row per state of the page cache, and the peak memory."""
-    what, rows, peaks = f"convert {shards_bytes(source) / 1e9:.1f} GB", [], []
+    """Return one row per state of the page cache, and the peak memory."""
+    what = f"convert {shards_bytes(source) / 1e9:.1f} GB"
+    rows = []
+    peaks = []
     for state in STATES:
         ours, peer, peak = measure(source, scratch, rounds, state)
         peaks.append(peak)
-        rows.append(row(f"{what}, {state}", ours, "GB/s", peer=("cp + sync", peer), goal=GOALS[state]))
+        rows.append(
+            row(f"{what}, {state}", ours, "GB/s", peer=("cp + sync", peer), goal=GOALS[state])
+        )
     what += ", peak anonymous memory"
     return [*rows, row(what, [max(peaks)], "MB", less_is_better=True, goal=ONE_GIGABYTE)]
 
@@ -85,7 +102,9 @@ def rows(directory: Path, rounds: int = 3, full_layer: bool = True) -> list[Row]
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--full-layer", action="store_true", help="also one layer of 256 experts, 3.9 GB")
+    parser.add_argument(
+        "--full-layer", action="store_true", help="also one layer of 256 experts, 3.9 GB"
+    )
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, arguments.rounds, arguments.full_layer)))
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-STEEPER = 1.25  # how far above its law the largest point may be until a curve counts as superlinear in it
+from neuron_minimax.fp8 import ceil_div
+
+# A curve is superlinear in its law when its largest point is above it by more than this.
+STEEPER = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Curve:
 
     @property
     def superlinear(self) -> bool:
-        """Whether the largest point costs clearly more than its law, which was fitted to all of them."""
+        """True when the largest point costs clearly more than the law fitted to all points."""
         return self.points[-1].measured > STEEPER * self.points[-1].expected
 
     def verdict(self) -> str:
@@ -41,26 +44,45 @@ class Curve:
         return f"worst measured / expected {self.worst:.2f}, {steep}"
 
     def render_markdown(self) -> str:
-        lines = [f"## {self.name}", "", f"Law: {self.law}. {self.verdict()[0].upper()}{self.verdict()[1:]}.", ""]
-        lines += [f"| {self.axis} | measured, {self.unit} | expected | measured / expected |", "|---|---|---|---|"]
+        lines = [
+            f"## {self.name}",
+            "",
+            f"Law: {self.law}. {self.verdict()[0].upper()}{self.verdict()[1:]}.",
+            "",
+        ]
         lines += [
-            f"| {point.at:,.0f} | {point.measured:,.2f} | {point.expected:,.2f} "
-            f"| {point.measured / point.expected:.2f} |"
+            f"| {self.axis} | measured, {self.unit} | expected | measured / expected |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {point.at:,.0f} | {point.measured:,.2f} | {point.expected:,.2f} | "
+            f"{point.measured / point.expected:.2f} |"
             for point in self.points
         ]
         return "\n".join(lines)
 
 
 def fitted(
-    name: str, axis: str, unit: str, law: str, at: Sequence[float], measured: Sequence[float], work: Sequence[float]
+    name: str,
+    axis: str,
+    unit: str,
+    law: str,
+    at: Sequence[float],
+    measured: Sequence[float],
+    work: Sequence[float],
 ) -> Curve:
-    """The curve whose expectation is a + b * work, a and b not negative, with the smallest relative errors."""
-    y, x = np.array(measured), np.array(work)
-    offset, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[0]
+    """Fit a + b * work, a and b not negative, with the smallest relative errors."""
+    y = np.array(measured)
+    x = np.array(work)
+    offset, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[
+        0
+    ]
     if offset < 0:
-        offset, slope = 0.0, float(np.median(y / x))
+        offset = 0.0
+        slope = float(np.median(y / x))
     if slope < 0:
-        offset, slope = float(np.median(y)), 0.0
+        offset = float(np.median(y))
+        slope = 0.0
     expected = offset + slope * x
     points = [
         Point(at=float(place), measured=float(found), expected=float(wanted))
@@ -70,7 +92,7 @@ def fitted(
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
-    """All curves in one SVG, measured beside expected."""
+    """Draw all curves in one SVG, measured beside expected."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -78,11 +100,15 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     from matplotlib import pyplot
 
     columns = 3
-    lines = -(-len(curves) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4.4 * columns, 3.3 * lines), layout="constrained")
+    lines = ceil_div(len(curves), columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.3 * lines), layout="constrained"
+    )
     for panel, curve in zip(axes.flat, curves, strict=False):
         at = [point.at for point in curve.points]
-        panel.plot(at, [point.expected for point in curve.points], "--", color="0.5", label="expected")
+        panel.plot(
+            at, [point.expected for point in curve.points], "--", color="0.5", label="expected"
+        )
         panel.plot(at, [point.measured for point in curve.points], "o-", label="measured")
         panel.set(title=curve.name, xlabel=curve.axis, ylabel=curve.unit, ylim=(0, None), xticks=at)
         panel.set_xscale("log", base=2)

@@ -13,7 +13,7 @@ from neuron_minimax.checkpoint.writer import WRITE_BYTES
 
 
 def read_into_cache(directory: Path) -> None:
-    """Read everything, after what earlier steps wrote has gone to disk."""
+    """Read every file into the page cache, after earlier writes have gone to disk."""
     os.sync()
     for path in directory.iterdir():
         with path.open("rb", buffering=0) as file:
@@ -22,7 +22,7 @@ def read_into_cache(directory: Path) -> None:
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Push a directory's files out of the page cache, after what earlier steps wrote has gone to disk."""
+    """Push a directory's files out of the page cache, after earlier writes have gone to disk."""
     os.sync()
     for path in directory.iterdir():
         with path.open("rb") as file:
@@ -30,9 +30,10 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def pause() -> None:
-    """Before each side that writes: a virtual machine gives free blocks of 2 MB back to its host within two seconds.
+    """Wait before each side that writes, so that no side writes into memory just freed.
 
-    It gets them again page by page: writing into them then runs at 0.4 GB/s here, not at 2 to 4, whoever does it.
+    A virtual machine gives free blocks of 2 MB back to its host within two seconds and gets them
+    again page by page, so that writing into them is slow for whoever does it (README.md).
     """
     time.sleep(4)
 
@@ -45,7 +46,7 @@ def shards_bytes(directory: Path) -> int:
 
 
 def time_copy(source: Path, destination: Path) -> float:
-    """Seconds of `cp -r` and fsync of every file; the copy is removed again."""
+    """Return the seconds of `cp -r` and fsync of every file; the copy is removed again."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(destination)], check=True)
     for path in destination.iterdir():
@@ -64,8 +65,10 @@ def time_cat(source: Path) -> float:
 
 
 def time_plain_write(sizes: list[int], target: Path) -> float:
-    """Seconds to write and sync files of these sizes from memory, as much at a time as pays most; they are removed
-    again."""
+    """Return the seconds to write and sync files of these sizes; they are removed again.
+
+    Blocks are as large as the ones that the library writes.
+    """
     block = np.random.default_rng(0).integers(0, 256, WRITE_BYTES, dtype=np.uint8)
     target.mkdir()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`inspect --check-values` against `cat` of the same files, warm and cold, in alternating pairs; and the headers alone.
+"""`inspect --check-values` against `cat` of the same files, warm and cold; the headers alone.
 
 python -m benchmarks.inspection [--directory DIR] [--checkpoint CKPT] [--rounds N]
 """
@@ -18,7 +18,7 @@ FIVE_SECONDS = Goal(figure="ours", value=5, at_most=True)
 
 def time_values(source: Path) -> float:
     from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.checkpoint.values import check_values
+    from neuron_minimax.inspection.values import check_values
 
     start = time.perf_counter()
     check_values(Checkpoint(source))
@@ -26,16 +26,19 @@ def time_values(source: Path) -> float:
 
 
 def time_headers(directory: Path) -> float:
-    from neuron_minimax.checkpoint.precision import inspect
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.inspection.precision import inspect
 
     start = time.perf_counter()
-    inspect(directory)
+    inspect(Checkpoint.open(directory))
     return time.perf_counter() - start
 
 
 def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float], list[float]]:
-    """(gigabytes per second of check_values, of cat), one figure per round."""
-    gigabytes, ours, peer = shards_bytes(source) / 1e9, [], []
+    """Return GB/s of check_values and of cat, one figure per round."""
+    gigabytes = shards_bytes(source) / 1e9
+    ours = []
+    peer = []
     for _ in range(rounds):
         STATES[state](source)
         ours.append(gigabytes / run_apart(time_values, source))
@@ -45,8 +48,9 @@ def measure(source: Path, rounds: int, state: str = "warm") -> tuple[list[float]
 
 
 def rows_of(source: Path, rounds: int) -> list[Row]:
-    """One row per state of the page cache."""
-    what, found = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB", []
+    """Return one row per state of the page cache."""
+    what = f"inspect --check-values {shards_bytes(source) / 1e9:.1f} GB"
+    found = []
     for state in STATES:
         ours, peer = measure(source, rounds, state)
         found.append(row(f"{what}, {state}", ours, "GB/s", peer=("cat", peer), goal=HALF))
@@ -67,7 +71,9 @@ def rows(directory: Path, rounds: int = 3, source: Path | None = None) -> list[R
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, arguments.rounds, arguments.checkpoint)))

@@ -1,9 +1,11 @@
-"""What the NKI expert kernel would cost on Trainium2, from counted work and documented rates; nothing here ran on one.
+"""A model of the NKI expert kernel's cost on Trainium2, from counted work and documented rates.
+
+Nothing here ran on such a chip.
 
 python -m benchmarks.kernel_model [--tokens N ...]
 
-One line per token count: one visit (one expert's weights through one physical core) at the real size, averaged over 8
-visits in the interpreter of tests/nki_interpreter.
+One line per token count: one visit (one expert's weights through one physical core) at the real
+size, averaged over 8 visits in the interpreter of tests/nki_interpreter.
 """
 
 from collections.abc import Sequence
@@ -15,35 +17,52 @@ from rich.table import Table
 
 from benchmarks.shared import parser_of
 from benchmarks.table import Row, row
-from neuron_minimax.kernels import fp8_mlp
+from neuron_minimax.kernels import reference
 from tests import nki_interpreter
 
-HIDDEN, INTERMEDIATE, TOP_K = 3072, 1536, 8
-KERNEL = fp8_mlp.__file__.replace("fp8_mlp.py", "fp8_mlp_nki.py")
-# AWS documentation, "Trainium2 Architecture": 2.9 TB/s of HBM and 8 cores per chip; NKI architecture guide: clocks.
+HIDDEN = 3072
+INTERMEDIATE = 1536
+TOP_K = 8
+KERNEL = str(Path(reference.__file__).parent / "nki" / "expert_mlp.py")
+# AWS documentation, "Trainium2 Architecture": 2.9 TB/s of HBM and 8 cores per chip; NKI
+# architecture guide: clocks.
 HBM_BYTES_PER_SECOND = 2.9e12 / 8
 # Clock in Hz, and the instructions that each engine runs here.
 ENGINES = {
     "tensor": (2.4e9, ("nc_matmul", "nc_transpose")),
     "vector": (
         0.96e9,
-        ("tensor_tensor", "tensor_copy", "tensor_scalar", "tensor_reduce", "memset", "nc_stream_shuffle"),
+        (
+            "tensor_tensor",
+            "tensor_copy",
+            "tensor_scalar",
+            "tensor_reduce",
+            "memset",
+            "nc_stream_shuffle",
+        ),
     ),
     "scalar": (1.2e9, ("activation",)),
 }
 
 
 def count(tokens: int) -> dict[str, float]:
-    """The interpreter's counts of 8 visits with `tokens` tokens, bfloat16 activations, divided by 8."""
+    """Return the interpreter's counts per visit of `tokens` tokens, bfloat16, averaged over 8."""
     module, machine = nki_interpreter.load(KERNEL)
     generator = torch.Generator().manual_seed(0)
-    codes = [torch.randint(0, 0x78, (TOP_K, *shape), generator=generator, dtype=torch.uint8) for shape in shapes()]
+    codes = [
+        torch.randint(0, 0x78, (TOP_K, *shape), generator=generator, dtype=torch.uint8)
+        for shape in shapes()
+    ]
     codes = [each.view(torch.float8_e4m3fn) for each in codes]
-    scales = [torch.rand(TOP_K, rows // 128, columns // 128, generator=generator) for rows, columns in shapes()]
+    scales = [
+        torch.rand(TOP_K, rows // 128, columns // 128, generator=generator)
+        for rows, columns in shapes()
+    ]
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     index_TK = torch.arange(TOP_K).repeat(tokens, 1)
     affinity_TK = torch.full((tokens, TOP_K), 1 / TOP_K)
-    module.expert_mlp(hidden_TH, index_TK, affinity_TK, codes[0], scales[0], codes[1], scales[1])
+    weights = reference.ExpertWeights(codes[0], scales[0], codes[1], scales[1])
+    module.expert_mlp(hidden_TH, index_TK, affinity_TK, weights)
     return {name: amount / TOP_K for name, amount in machine.counts.items()}
 
 
@@ -52,13 +71,23 @@ def shapes() -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
-    """One expert's weights and scales read once, and an eighth of the hidden states in and the float32 result out."""
-    weights = sum(rows * columns * bytes_per_weight + rows * columns // 128**2 * 4 for rows, columns in shapes())
+    """Return the bytes that one visit cannot do without.
+
+    One expert's weights and scales are read once; an eighth of the hidden states goes in and of
+    the float32 result out.
+    """
+    weights = sum(
+        rows * columns * bytes_per_weight + rows * columns // 128**2 * 4
+        for rows, columns in shapes()
+    )
     return weights + tokens * HIDDEN * (2 + 4) / TOP_K
 
 
 def engine_times(counts: dict[str, float]) -> dict[str, float]:
-    """Microseconds of one visit per engine; they work side by side, so the slowest is the visit's time."""
+    """Return the microseconds of one visit per engine.
+
+    The engines work side by side, so the slowest is the time of the visit.
+    """
     moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
     microseconds = {"DMA": moved / HBM_BYTES_PER_SECOND * 1e6}
     for engine, (hertz, names) in ENGINES.items():
@@ -68,22 +97,35 @@ def engine_times(counts: dict[str, float]) -> dict[str, float]:
 
 def cells(tokens: int) -> list[str]:
     counts = count(tokens)
-    moved, microseconds = counts["hbm_read_bytes"] + counts["hbm_written_bytes"], engine_times(counts)
+    moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
+    microseconds = engine_times(counts)
     bound = max(microseconds, key=microseconds.__getitem__)
-    # Dequantizing in front of the kernel reads FP8, writes BF16 and reads BF16 back; at best the BF16 copy is kept.
+    # Dequantizing in front of the kernel reads FP8, writes BF16 and reads BF16 back; at best the
+    # BF16 copy is kept.
     every_step, kept = (floor_bytes(tokens, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (5, 2))
     times = [f"{time:.1f}" for time in microseconds.values()]
     ratios = [f"{other / microseconds[bound]:.2f}" for other in (kept, every_step)]
-    return [str(tokens), f"{moved / 1e6:.2f}", f"{moved / floor_bytes(tokens):.3f}", *times, bound, *ratios]
+    return [
+        str(tokens),
+        f"{moved / 1e6:.2f}",
+        f"{moved / floor_bytes(tokens):.3f}",
+        *times,
+        bound,
+        *ratios,
+    ]
 
 
 def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
-    """Modelled microseconds per visit; the peer reads a BF16 copy, the limit is moving the floor's bytes."""
+    """Return modelled microseconds per visit.
+
+    The peer reads a BF16 copy; the limit is moving the floor's bytes.
+    """
     table = []
     for number in tokens:
         seconds = [max(engine_times(count(number)).values())]
         kept, floor = (floor_bytes(number, width) / HBM_BYTES_PER_SECOND * 1e6 for width in (2, 1))
-        peer, limit = ("reading BF16", [kept]), ("moving the floor", [floor])
+        peer = ("reading BF16", [kept])
+        limit = ("moving the floor", [floor])
         what = f"trn2 kernel, {number} token{'s' * (number > 1)} (model, not measured)"
         table.append(row(what, seconds, "us", less_is_better=True, peer=peer, limit=limit))
     return table
@@ -93,7 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128])
     arguments = parser.parse_args(argv)
-    table = Table(title=f"One visit of an expert {HIDDEN} x {INTERMEDIATE}, one trn2 core (model, not a measurement)")
+    table = Table(
+        title=f"One visit of an expert {HIDDEN} x {INTERMEDIATE}, one trn2 core (model, not a "
+        "measurement)"
+    )
     headings = "tokens|MB moved|moved / floor|DMA us|tensor us|vector us|scalar us|bound by"
     for heading in [*headings.split("|"), "BF16 kept / this", "BF16 each step / this"]:
         table.add_column(heading, justify="right")

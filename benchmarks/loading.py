@@ -1,4 +1,4 @@
-"""From a process's start to the first token of a compiled model of 2.1 GB, the memory it takes, and compile times.
+"""Loading a compiled model of 2.1 GB: time to the first token, memory, and compile times.
 
 python -m benchmarks.loading [--directory DIR] [--rounds N] [--transformers]
 """
@@ -22,18 +22,22 @@ ONE_SECOND = Goal(figure="ours", value=1, at_most=True)
 
 
 def first_token(traced: str, started: str) -> dict[str, float]:
-    """What a process finds that began at `started` (time.time()): seconds after it, and bytes of memory."""
+    """Return seconds since `started` (time.time() before the process), and bytes of memory."""
     began = time.time() - float(started)
     import torch
 
     from benchmarks.processes import memory
     from neuron_minimax.backends import load
 
-    imported, before = time.time() - float(started), memory()
+    imported = time.time() - float(started)
+    before = memory()
     backend = load(traced)
     loaded = time.time() - float(started)
-    token = torch.tensor([backend.encode(0, prompt_ids(backend.capabilities.vocab_size, PROMPT)).argmax()])
-    encoded, after = time.time() - float(started), memory()
+    token = torch.tensor(
+        [backend.encode(0, prompt_ids(backend.capabilities.vocab_size, PROMPT)).argmax()]
+    )
+    encoded = time.time() - float(started)
+    after = memory()
     backend.step(token, torch.tensor([PROMPT]), torch.tensor([True]))
     return {
         "python": began,
@@ -48,14 +52,15 @@ def first_token(traced: str, started: str) -> dict[str, float]:
 
 def start_process(traced: Path) -> dict[str, float]:
     program = (
-        "import json, sys; from benchmarks.loading import first_token; print(json.dumps(first_token(*sys.argv[1:])))"
+        "import json, sys; from benchmarks.loading import first_token; "
+        "print(json.dumps(first_token(*sys.argv[1:])))"
     )
     command = [sys.executable, "-c", program, str(traced), str(time.time())]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def time_transformers(source: Path) -> float:
-    """Seconds of from_pretrained (FP8 dequantized to bfloat16) and of the first token, after the imports."""
+    """Return the seconds of from_pretrained (FP8 to bfloat16) and of the first token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,8 +72,15 @@ def time_transformers(source: Path) -> float:
 
 
 def time_compile_again(converted_directory: Path, traced: Path) -> float:
-    """Seconds of the whole command when there is nothing to do."""
-    command = [sys.executable, "-m", "neuron_minimax.cli", "compile", str(converted_directory), str(traced)]
+    """Return the seconds of the whole command when there is nothing to do."""
+    command = [
+        sys.executable,
+        "-m",
+        "neuron_minimax",
+        "compile",
+        str(converted_directory),
+        str(traced),
+    ]
     command += ["--batch-size", "1", "--seq-len", str(SEQ_LEN)]
     command += [argument for bucket in BUCKETS for argument in ("--buckets", str(bucket))]
     start = time.perf_counter()
@@ -83,16 +95,23 @@ def load_rows(found: list[dict[str, float]], stored: int, peer: list[float] | No
     def seconds(key: str, since: str = "") -> list[float]:
         return [each[key] - (each[since] if since else 0) for each in found]
 
-    def timed(what: str, values: list[float], goal: Goal | None = None, against: bool = False) -> Row:
+    def timed(
+        what: str, values: list[float], goal: Goal | None = None, against: bool = False
+    ) -> Row:
         other = ("transformers bfloat16", peer) if against and peer else None
         return row(what, values, "s", less_is_better=True, peer=other, goal=goal)
 
-    # A second copy of the weights would add all that is stored; 15 % are left for the cache and the loader.
+    # A second copy of the weights would add all that is stored; 15 % are left for the cache and the
+    # loader.
     little = Goal(figure="ours", value=0.15 * stored / 1e6, at_most=True)
     return [
         timed("load", seconds("loaded", "imported")),
-        timed(f"load and first token behind {PROMPT}", seconds("first", "imported"), TWO_SECONDS, True),
-        timed("load and first token, from process start, imports too", seconds("first"), TWO_SECONDS),
+        timed(
+            f"load and first token behind {PROMPT}", seconds("first", "imported"), TWO_SECONDS, True
+        ),
+        timed(
+            "load and first token, from process start, imports too", seconds("first"), TWO_SECONDS
+        ),
         timed("second token", seconds("second", "first")),
         row(
             "anonymous memory added by load and first token",
@@ -107,9 +126,10 @@ def load_rows(found: list[dict[str, float]], stored: int, peer: list[float] | No
 
 
 def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Row]:
-    from neuron_minimax.backends.manifest import read_manifest
+    from neuron_minimax.backends.directory import read_manifest
 
-    traced, source = compile_single(directory), converted(directory, *REAL)
+    traced = compile_single(directory)
+    source = converted(directory, *REAL)
     read_into_cache(source)
     found = [start_process(traced) for _ in range(1 + rounds)][1:]  # the first one warms up
     peer = [run_apart(time_transformers, checkpoint(directory, *REAL))] if transformers else None
@@ -117,7 +137,13 @@ def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Ro
     graphs = read_manifest(traced).graphs
     return [
         *load_rows(found, shards_bytes(source), peer),
-        row("compile again, unchanged, whole command", again, "s", less_is_better=True, goal=ONE_SECOND),
+        row(
+            "compile again, unchanged, whole command",
+            again,
+            "s",
+            less_is_better=True,
+            goal=ONE_SECOND,
+        ),
         *(
             row(f"compile {name}", [graph["seconds"]], "s", less_is_better=True)
             for name, graph in graphs.items()
@@ -129,7 +155,9 @@ def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Ro
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--transformers", action="store_true", help="also time transformers (9 GB of memory)")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also time transformers (9 GB of memory)"
+    )
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, arguments.rounds, arguments.transformers)))
 

@@ -1,4 +1,4 @@
-"""Which machine, versions and commit a table comes from."""
+"""The machine, versions and commit that a table comes from."""
 
 import os
 import platform
@@ -25,8 +25,8 @@ class Machine:
     def render(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.cpu}, {self.cores} cores, {self.memory_gb:.0f} GB; Linux {self.kernel}; {versions}; "
-            f"commit {self.commit}; {self.date}"
+            f"{self.cpu}, {self.cores} cores, {self.memory_gb:.0f} GB; Linux {self.kernel}; "
+            f"{versions}; commit {self.commit}; {self.date}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +57,8 @@ def _commit() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

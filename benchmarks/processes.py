@@ -1,4 +1,4 @@
-"""Measuring in processes of their own: a function that runs once, and sides that take turns in one run."""
+"""Measuring in processes of their own: a function that runs once, and sides that take turns."""
 
 import os
 import traceback
@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns in a fresh process; its exceptions are raised here."""
+    """Run a module's function in a fresh process; return its value, or raise its exception."""
     with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -27,13 +27,16 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 class Side:
     """A process that gets ready once and measures when it is asked.
 
-    `function(*arguments)` is a generator: its first value is what getting ready found, each further one a measurement.
+    `function(*arguments)` is a generator: its first value tells what getting ready found, each
+    further one is a measurement.
     """
 
     def __init__(self, function: Callable[..., Iterator[dict[str, Any]]], *arguments: Any) -> None:
         self.name = function.__name__
         self.connection, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+        self.process = SPAWN.Process(
+            target=_answer, args=(theirs, function, arguments), daemon=True
+        )
         self.process.start()
         theirs.close()
         try:
@@ -43,13 +46,18 @@ class Side:
             raise
 
     def measure(self) -> dict[str, Any]:
-        """The next value. Raises RuntimeError with the traceback of the process, or saying that it died."""
+        """Return the next value.
+
+        Raises RuntimeError with the traceback of the process, or saying that it died.
+        """
         self.connection.send(True)
         try:
             failed, found = self.connection.recv()
         except EOFError:
             self.process.join()
-            raise RuntimeError(f"the process of {self.name} died with exit code {self.process.exitcode}") from None
+            raise RuntimeError(
+                f"the process of {self.name} died with exit code {self.process.exitcode}"
+            ) from None
         if failed:
             raise RuntimeError(f"{self.name} failed:\n{found}")
         return found
@@ -62,12 +70,17 @@ class Side:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
-def _answer(connection: Connection, function: Callable[..., Iterator[Any]], arguments: Sequence[Any]) -> None:
+def _answer(
+    connection: Connection, function: Callable[..., Iterator[Any]], arguments: Sequence[Any]
+) -> None:
     try:
         values = function(*arguments)
         while connection.recv():
@@ -79,17 +92,26 @@ def _answer(connection: Connection, function: Callable[..., Iterator[Any]], argu
 
 
 def memory() -> dict[str, int]:
-    """This process's resident bytes: "RssAnon" (its own) and "RssFile" (mapped files, shared with the page cache)."""
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss")]
+    """Return this process's resident bytes: "RssAnon", its own, and "RssFile", mapped files."""
+    lines = [
+        line.split()
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("Rss")
+    ]
     return {fields[0].rstrip(":"): 1024 * int(fields[1]) for fields in lines}
 
 
 def anonymous_bytes_of_tree(pid: str = "self") -> int:
-    """Anonymous memory of a process and its children; pages that they share after a fork count for each."""
+    """Return the anonymous bytes of a process and its children.
+
+    Pages that they share after a fork count for each.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         children = [
-            child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+            child
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
         ]
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0

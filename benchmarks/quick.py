@@ -1,8 +1,9 @@
-"""Guards in two minutes: fails when a ratio fell by more than a third against the one kept in benchmarks/results/.
+"""Guards in two minutes: fail when a ratio fell by more than a third against the kept one.
 
 python -m benchmarks.quick [--directory DIR] [--keep]
 
-Small models and few rounds: the ratios are steady enough to guard, and are no statement of how fast anything is.
+The kept ratios are in benchmarks/results/. Small models and few rounds: the ratios are steady
+enough to guard, and do not say how fast anything is.
 """
 
 import os
@@ -28,7 +29,9 @@ KEPT = "quick"
 MOST_LOST = 1 / 3
 MODEL = ("quick-model", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL)
 FILES = ("quick-files", real_layers(layers=1, experts=8, vocabulary=1024))  # 170 MB
-ROUNDS, STEPS, PROMPT = 7, 40, 128
+ROUNDS = 7
+STEPS = 40
+PROMPT = 128
 FILE_ROUNDS = 3  # each with pauses
 
 
@@ -42,18 +45,27 @@ class Fall:
 
     def render(self) -> str:
         if self.found is None:
-            return f"{self.what}: ratio {self.kept:.3f} was kept, and now there is none; see why the row is missing"
+            return (
+                f"{self.what}: ratio {self.kept:.3f} was kept, and now there is none; see why the "
+                "row is missing"
+            )
         lost = 1 - self.found / self.kept
         return (
-            f"{self.what}: ratio {self.kept:.3f} was kept, {self.found:.3f} found ({lost:.0%} lost, at most "
-            f"{MOST_LOST:.0%} expected); find what became slower, or keep the new ratio with --keep"
+            f"{self.what}: ratio {self.kept:.3f} was kept, {self.found:.3f} found ({lost:.0%} "
+            f"lost, at most {MOST_LOST:.0%} expected); find what became slower, or keep the new "
+            "ratio with --keep"
         )
 
 
 def falls(kept: Sequence[Row], found: Sequence[Row]) -> list[Fall]:
-    """What fell, in the order of what was kept. Rows without a ratio are not guarded; new rows are not yet."""
+    """Return the ratios that fell, in the order of `kept`.
+
+    Rows without a ratio are not guarded, new rows not yet.
+    """
     ratios = {each.what: each.ratio for each in found}
-    guarded = [(each.what, each.ratio, ratios.get(each.what)) for each in kept if each.ratio is not None]
+    guarded = [
+        (each.what, each.ratio, ratios.get(each.what)) for each in kept if each.ratio is not None
+    ]
     return [
         Fall(what=what, kept=before, found=now)
         for what, before, now in guarded
@@ -62,46 +74,77 @@ def falls(kept: Sequence[Row], found: Sequence[Row]) -> list[Fall]:
 
 
 def best(what: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
-    """Of each side the least disturbed round: steadier than a median of few rounds."""
+    """Return each side's least disturbed round: steadier than a median of few rounds."""
     return row(what, [max(ours)], unit, peer=(peer, [max(theirs)]))
 
 
 def model_rows(directory: Path) -> list[Row]:
-    """Tokens per second of both engines against transformers in float32, decoding and encoding."""
+    """Return tokens per second of both engines against transformers in float32."""
     options: dict[str, Any] = {"slots": 1, "seq_len": 512, "buckets": (PROMPT,)}
-    sources = {name: compiled(directory, *MODEL, name, engine=name, **options) for name in ("compiled", "eager")}
+    sources = {
+        name: compiled(directory, *MODEL, name, engine=name, **options)
+        for name in ("compiled", "eager")
+    }
     with ExitStack() as stack:
-        peer = stack.enter_context(Side(transformers, checkpoint(directory, *MODEL), "float32", STEPS, PROMPT))
-        sides = {name: stack.enter_context(Side(ours, path, STEPS, PROMPT)) for name, path in sources.items()}
-        turns = [({name: side.measure() for name, side in sides.items()}, peer.measure()) for _ in range(ROUNDS)]
+        peer = stack.enter_context(
+            Side(transformers, checkpoint(directory, *MODEL), "float32", STEPS, PROMPT)
+        )
+        sides = {
+            name: stack.enter_context(Side(ours, path, STEPS, PROMPT))
+            for name, path in sources.items()
+        }
+        turns = [
+            ({name: side.measure() for name, side in sides.items()}, peer.measure())
+            for _ in range(ROUNDS)
+        ]
     table = []
     for name in sources:
-        for figure, what, tokens in (("step", "decode", 1), ("encode", f"encode {PROMPT} tokens", PROMPT)):
+        for figure, what, tokens in (
+            ("step", "decode", 1),
+            ("encode", f"encode {PROMPT} tokens", PROMPT),
+        ):
             rates = [tokens / mine[name][figure] for mine, _ in turns]
             theirs = [tokens / peers[figure] for _, peers in turns]
-            table.append(best(f"{what}, small model, {name}", "tokens/s", rates, "transformers float32", theirs))
+            table.append(
+                best(
+                    f"{what}, small model, {name}",
+                    "tokens/s",
+                    rates,
+                    "transformers float32",
+                    theirs,
+                )
+            )
     return table
 
 
 def file_rows(directory: Path) -> list[Row]:
-    """Gigabytes per second of everything that reads or writes a checkpoint."""
-    source, scratch = checkpoint(directory, *FILES), empty_scratch(directory)
+    """Return gigabytes per second of everything that reads or writes a checkpoint."""
+    source = checkpoint(directory, *FILES)
+    scratch = empty_scratch(directory)
     converting, copying, _ = conversion.measure(source, scratch, FILE_ROUNDS)
     checking, reading = inspection.measure(source, ROUNDS)
     building, writing, *_ = cache.measure(source, scratch, "float32", FILE_ROUNDS)
     return [
         best("convert 0.2 GB, warm", "GB/s", converting, "cp + sync", copying),
         best("inspect --check-values 0.2 GB, warm", "GB/s", checking, "cat", reading),
-        best("cache of 0.2 GB, float32, written", "GB/s", building, "plain writing + sync", writing),
+        best(
+            "cache of 0.2 GB, float32, written", "GB/s", building, "plain writing + sync", writing
+        ),
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--keep", action="store_true", help=f"write benchmarks/results/{KEPT}.json and .md")
+    parser.add_argument(
+        "--keep", action="store_true", help=f"write benchmarks/results/{KEPT}.json and .md"
+    )
     arguments = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other are slowed down by whatever else runs
-    parts = [(name, partial(work, arguments.directory)) for name, work in (("model", model_rows), ("files", file_rows))]
+    # Threads that wait for each other are slowed down by whatever else runs.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parts = [
+        (name, partial(work, arguments.directory))
+        for name, work in (("model", model_rows), ("files", file_rows))
+    ]
     rows, seconds = collect(parts, lambda line: None)
     table = Table(rows=tuple(rows), machine=this_machine(), seconds=seconds)
     print(table.render())
@@ -112,7 +155,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     path = RESULTS / f"{KEPT}.json"
     if not path.exists():
-        print(f"{path} does not exist: nothing is guarded; run with --keep on a commit that is good", file=sys.stderr)
+        print(
+            f"{path} does not exist: nothing is guarded; run with --keep on a commit that is good",
+            file=sys.stderr,
+        )
         return 1
     fallen = falls(read_rows(path), rows)
     for fall in fallen:

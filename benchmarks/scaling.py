@@ -1,9 +1,10 @@
-"""How cost grows with context, batch, experts, experts per token and layers, each beside the law it should follow.
+"""Growth of cost with context, batch, experts, experts per token and layers, beside its laws.
 
 python -m benchmarks.scaling [--directory DIR] [--reduced]
 
-The full grid writes benchmarks/results/scaling.md and scaling.svg; `python -m benchmarks` runs the reduced one. The
-models of curves over shapes are alive together, 23 of them in the full grid: 12 GB of memory, else pages come and go.
+The full grid writes benchmarks/results/scaling.md and scaling.svg; `python -m benchmarks` runs the
+reduced one. The models of curves over shapes are alive together, 23 of them in the full grid: 12 GB
+of memory, else pages come and go.
 """
 
 import sys
@@ -26,13 +27,25 @@ from benchmarks.suite import RESULTS
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.fp8 import ceil_div
 
-# Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's cache.
-HALF_WIDTH = {"hidden_size": 1536, "intermediate_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
-LONG, CHUNK, SHORT, BUCKET = 8192, 512, 256, 64
-STEPS, ROUNDS, PROMPT_ROUNDS = 15, 9, 3
-# Multiplications and additions of the loops over FP8 codes that take as long as reading a byte: linear layers of 8 rows
-# are read at 16 GB/s here, 128 G/s, where those of one row are at 37.
+# Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's
+# cache.
+HALF_WIDTH = {
+    "hidden_size": 1536,
+    "intermediate_size": 768,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+LONG = 8192
+CHUNK = 512
+SHORT = 256
+BUCKET = 64
+STEPS = 15
+ROUNDS = 9
+PROMPT_ROUNDS = 3
+# Multiplications and additions of the loops over FP8 codes that take as long as reading a byte
+# (README.md says how it was found).
 SUMS_PER_BYTE = 3.4
 WORST = Goal(figure="ours", value=1.25, at_most=True)
 
@@ -56,13 +69,20 @@ class Shape:
         return compiled(directory, name, self.config(), f"{self.slots}-slots-{seq_len}", **options)
 
     def work(self) -> float:
-        """What a step costs, in bytes: attention, the distinct experts, the head and the router's float32 rows, each
-        weight its bytes or its sums for all tokens that use it, whichever take longer.
+        """Return what a step costs, in bytes.
+
+        It is the sum over attention, the distinct experts, the head and the router's float32 rows;
+        each weight costs its bytes, or the sums of all tokens that use it where these take longer.
         """
         config = ModelConfig.from_dict(self.config())
         share = self.per_token / self.experts
-        chance = [comb(self.slots, n) * share**n * (1 - share) ** (self.slots - n) for n in range(self.slots + 1)]
-        experts = self.experts * sum(chance[n] * max(1, n / SUMS_PER_BYTE) for n in range(1, self.slots + 1))
+        chance = [
+            comb(self.slots, n) * share**n * (1 - share) ** (self.slots - n)
+            for n in range(self.slots + 1)
+        ]
+        experts = self.experts * sum(
+            chance[n] * max(1, n / SUMS_PER_BYTE) for n in range(1, self.slots + 1)
+        )
         common = max(1, self.slots / SUMS_PER_BYTE)
         router = 4 * self.layers * self.experts * config.hidden_size
         return common * bytes_per_step(config, experts / common) + router
@@ -85,21 +105,26 @@ FULL = Grid(
     layers=(1, 2, 4, 8),
 )
 REDUCED = Grid(
-    context=(512, 2048, 8192), batch=(1, 8, 32), experts=(8, 32, 256), per_token=(1, 4, 16), layers=(1, 2, 4)
+    context=(512, 2048, 8192),
+    batch=(1, 8, 32),
+    experts=(8, 32, 256),
+    per_token=(1, 4, 16),
+    layers=(1, 2, 4),
 )
 BASE = Shape()
 
 
 def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[float]]]:
-    """A side that takes turns: milliseconds per step with that many positions filled in every slot."""
+    """Take turns: milliseconds per step with so many positions filled in every slot."""
     import torch
 
     from neuron_minimax.backends import load
-    from neuron_minimax.backends.aot import CompiledBackend
+    from neuron_minimax.backends.cpu.backend import CompiledBackend
 
     backend = load(traced)
     assert isinstance(backend, CompiledBackend)
-    # Every page is mapped before the clock starts, else a model of many experts is charged for its first touches.
+    # Every page is mapped before the clock starts, else a model of many experts is charged for its
+    # first touches.
     for tensor in backend.model.state_dict().values():
         tensor.contiguous().view(torch.uint8).sum()
     slots = backend.capabilities.slots
@@ -108,37 +133,51 @@ def stepping(traced: Path, positions: Sequence[int]) -> Iterator[dict[str, list[
 
     def milliseconds(filled: int) -> float:
         at = torch.full((slots,), filled - 1)
-        return 1000 * median_seconds(lambda number: backend.step(ids[number], at, active), range(STEPS))
+        return 1000 * median_seconds(
+            lambda number: backend.step(ids[number], at, active), range(STEPS)
+        )
 
     while True:
         yield {"step": [milliseconds(filled) for filled in positions]}
 
 
 def in_turns(tracings: Sequence[Path], positions: Sequence[int]) -> list[list[float]]:
-    """For each compiled model the milliseconds per step at these positions: medians of rounds in which each has its
-    turn, so that all of them see the machine's slow and fast moments alike.
+    """Return, for each compiled model, the milliseconds per step at these positions.
+
+    They are medians of rounds in which each model has its turn, so that all of them see the
+    machine's slow and fast moments alike.
     """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(stepping, traced, positions)) for traced in tracings]
         rounds = [[side.measure()["step"] for side in sides] for _ in range(ROUNDS)]
-    return [[median(column) for column in zip(*of_side, strict=True)] for of_side in zip(*rounds, strict=True)]
+    return [
+        [median(column) for column in zip(*side_rounds, strict=True)]
+        for side_rounds in zip(*rounds, strict=True)
+    ]
 
 
 def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
-    """Milliseconds for whole prompts, by chunks of the one bucket: medians of rounds over all lengths."""
+    """Return the milliseconds of whole prompts, by chunks of one bucket: medians of rounds."""
     from neuron_minimax.backends import load
 
     backend = load(traced)
     ids = prompt_ids(backend.capabilities.vocab_size, max(lengths))
     backend.encode(0, ids[:CHUNK])
-    rounds = [[seconds_of(backend.encode, 0, ids[:length]) for length in lengths] for _ in range(PROMPT_ROUNDS)]
+    rounds = [
+        [seconds_of(backend.encode, 0, ids[:length]) for length in lengths]
+        for _ in range(PROMPT_ROUNDS)
+    ]
     return [1000 * median(column) for column in zip(*rounds, strict=True)]
 
 
 def encode_flops(tokens: int) -> float:
-    """Projections and chosen experts of every chunk as it is padded, and every query with the keys up to its own."""
+    """Return the FLOPs of a prompt.
+
+    They are those of projections and chosen experts for every padded chunk, and of every query
+    with the keys up to its own.
+    """
     config = ModelConfig.from_dict(BASE.config())
-    padded = -(-tokens // CHUNK) * CHUNK
+    padded = ceil_div(tokens, CHUNK) * CHUNK
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
     scores = 2 * config.query_size * tokens * tokens / 2
@@ -154,23 +193,45 @@ def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:
     flops = [encode_flops(length) for length in prompts]
     encode_law = "constant plus FLOPs (linear in tokens, attention's scores quadratic)"
     return [
-        fitted("decode over context", "filled positions", "ms per step", law, lengths, decode, lengths),
+        fitted(
+            "decode over context", "filled positions", "ms per step", law, lengths, decode, lengths
+        ),
         fitted("encode over prompt", "tokens", "ms per prompt", encode_law, prompts, encode, flops),
     ]
 
 
 def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
-    """One curve per row of the table below; the shapes that rows share are measured once."""
+    """Return one curve per row of the table below; shapes that rows share are measured once."""
     bytes_law = "constant plus the bytes of"
-    work_law = f"{bytes_law} the weights in use, or their sums, {SUMS_PER_BYTE} for a byte, where these take longer"
+    work_law = (
+        f"{bytes_law} the weights in use, or their sums, {SUMS_PER_BYTE} for a byte, where these "
+        "take longer"
+    )
     table = (
         ("batch", "slots", work_law, "slots", grid.batch, BASE),
-        ("experts, batch 1", "experts", f"{bytes_law} k experts and the router's rows", "experts", grid.experts, BASE),
+        (
+            "experts, batch 1",
+            "experts",
+            f"{bytes_law} k experts and the router's rows",
+            "experts",
+            grid.experts,
+            BASE,
+        ),
         ("experts, batch 8", "experts", work_law, "experts", grid.experts, replace(BASE, slots=8)),
-        ("experts per token", "experts per token", f"{bytes_law} k experts", "per_token", grid.per_token, BASE),
+        (
+            "experts per token",
+            "experts per token",
+            f"{bytes_law} k experts",
+            "per_token",
+            grid.per_token,
+            BASE,
+        ),
         ("layers", "layers", f"{bytes_law} the layers", "layers", grid.layers, BASE),
     )
-    shapes = {name: [replace(base, **{field: at}) for at in places] for name, _, _, field, places, base in table}
+    shapes = {
+        name: [replace(base, **{field: at}) for at in places]
+        for name, _, _, field, places, base in table
+    }
     distinct = sorted({shape for line in shapes.values() for shape in line})
     found = in_turns([shape.compiled(directory) for shape in distinct], [BUCKET])
     measured = {shape: step for shape, (step,) in zip(distinct, found, strict=True)}
@@ -189,7 +250,7 @@ def shape_curves(directory: Path, grid: Grid) -> list[Curve]:
 
 
 def rows(directory: Path, full: bool = False) -> list[Row]:
-    """One row per curve; the full grid's tables and plot go to benchmarks/results/."""
+    """Return one row per curve; the full grid's tables and plot go to benchmarks/results/."""
     grid = FULL if full else REDUCED
     started = time.monotonic()
     curves = context_curves(directory, grid.context) + shape_curves(directory, grid)
@@ -198,7 +259,8 @@ def rows(directory: Path, full: bool = False) -> list[Row]:
         write(curves, time.monotonic() - started)
     return [
         row(
-            f"{curve.name}, worst measured / expected ({'superlinear' if curve.superlinear else 'not superlinear'})",
+            f"{curve.name}, worst measured / expected "
+            f"({'superlinear' if curve.superlinear else 'not superlinear'})",
             [curve.worst],
             "",
             less_is_better=True,
@@ -212,8 +274,10 @@ def write(curves: Sequence[Curve], seconds: float) -> None:
     RESULTS.mkdir(exist_ok=True)
     plot(curves, RESULTS / "scaling.svg")
     heading = (
-        "# How cost grows\n\n`python -m benchmarks.scaling`: 2 layers x 32 experts, 4 per token, half the real width "
-        "where nothing else is said; one token per slot and step. The expectation is a + b * law, fitted.\n\n"
+        "# How cost grows\n\n`python -m benchmarks.scaling`: 2 layers x 32 experts, 4 per token, "
+        "half the real width "
+        "where nothing else is said; one token per slot and step. The expectation is a + b * "
+        "law, fitted.\n\n"
         f"{this_machine().render()}; took {seconds:.0f} s\n\n![curves](scaling.svg)"
     )
     parts = [heading, *(curve.render_markdown() for curve in curves)]
@@ -222,7 +286,9 @@ def write(curves: Sequence[Curve], seconds: float) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--reduced", action="store_true", help="three points per curve; writes nothing")
+    parser.add_argument(
+        "--reduced", action="store_true", help="three points per curve; writes nothing"
+    )
     arguments = parser.parse_args()
     print(render(rows(arguments.directory, full=not arguments.reduced)))
 

@@ -1,6 +1,7 @@
-"""Load on `neuron-minimax serve` and on `transformers serve`: the same model, requests and machine in one run.
+"""Load on `neuron-minimax serve` and `transformers serve`: one model, the same requests, one run.
 
-python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3] [--continuous-batching]
+python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3]
+                             [--continuous-batching]
 python -m benchmarks.serving --soak-minutes 10
 """
 
@@ -28,9 +29,10 @@ from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
 from benchmarks.soak import soak
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
-from neuron_minimax.checkpoint.fp32_cache import build_cache
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.cache import build_cache
+from neuron_minimax.demo import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "neuron_minimax" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # 4 layers of 16 experts, a sixteenth of the real width: 70 MB in FP8, 280 MB in the peer's float32.
 SMALL = {
@@ -40,25 +42,32 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 4,
 }
-SEQ_LEN, BUCKETS = 512, (64, 128, 192, 256)
+SEQ_LEN = 512
+BUCKETS = (64, 128, 192, 256)
 
 
 def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
-    """(compiled directory, the peer's float32 checkpoint) of one seeded model."""
+    """Make one seeded model; return its compiled directory and the peer's float32 checkpoint."""
     model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
-    source, cache = checkpoint(directory, *model), directory / "caches" / "serving-float32"
-    build_cache(source, cache, "float32")
+    source = checkpoint(directory, *model)
+    cache = directory / "caches" / "serving-float32"
+    build_cache(Checkpoint.open(source), cache, "float32")
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO / name, source / name)
         shutil.copyfile(DEMO / name, cache / name)
     suffix = f"{slots}-slots-{engine}"
-    traced = compiled(directory, *model, suffix, slots=slots, seq_len=SEQ_LEN, buckets=BUCKETS, engine=engine)
+    traced = compiled(
+        directory, *model, suffix, slots=slots, seq_len=SEQ_LEN, buckets=BUCKETS, engine=engine
+    )
     return traced, cache
 
 
 @contextmanager
 def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, int]]:
-    """Run a server until the block ends; gives its URL and process id once `pattern` is in its log."""
+    """Run a server until the block ends; yield its URL and process id.
+
+    The server is up once `pattern`, whose group is the URL, is in its log.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of two cores the clients need one
     with log.open("w") as file:
         child = subprocess.Popen(
@@ -67,7 +76,9 @@ def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, 
     try:
         while not (found := re.search(pattern, log.read_text(errors="replace"))):
             if child.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended:\n{log.read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"{' '.join(command)} ended:\n{log.read_text(errors='replace')[-2000:]}"
+                )
             time.sleep(0.1)
         url = found.group(1)
         while httpx.get(f"{url}/health").status_code != 200:
@@ -79,14 +90,14 @@ def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, 
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its threads: what it costs, whatever else the machine does."""
+    """Return the CPU time of a process and its threads, which other load hardly changes."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One comparison: clients at once, requests of a round, tokens per answer, slots of our server."""
+    """One comparison: clients at once, requests of a round, tokens per answer, our slots."""
 
     clients: tuple[int, ...] = (1, 8, 32)
     rounds: int = 3
@@ -98,7 +109,7 @@ class Setting:
 
 
 def our_command(traced: Path) -> list[str]:
-    command = [sys.executable, "-m", "neuron_minimax.cli", "serve", str(traced), "--port", "0"]
+    command = [sys.executable, "-m", "neuron_minimax", "serve", str(traced), "--port", "0"]
     return [*command, "--served-model-name", "model"]
 
 
@@ -106,37 +117,58 @@ def peer_command(cache: Path, continuous_batching: bool) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache), "--device", "cpu"]
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(cache),
+        "--device",
+        "cpu",
+    ]
     command += ["--dtype", "float32", "--port", str(port)]
     return [*command, *(["--continuous-batching"] * continuous_batching)]
 
 
 def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
-    """What clients saw in each round, by server and number of clients; the one server idles while the other answers."""
+    """Return what clients saw in each round, by server and number of clients.
+
+    One server idles while the other answers.
+    """
     traced, cache = make_models(directory, setting.engine, setting.slots)
     work = empty_scratch(directory)
     ours = process(our_command(traced), r"listening on (http://\S+)", work / "ours.log")
-    peer = process(peer_command(cache, setting.continuous_batching), r"running on (http://\S+)", work / "peer.log")
+    peer = process(
+        peer_command(cache, setting.continuous_batching),
+        r"running on (http://\S+)",
+        work / "peer.log",
+    )
     results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
-    with ours as of_ours, peer as of_peer:
-        servers = ("ours", *of_ours, "model"), ("peer", *of_peer, str(cache))
+    with ours as our_server, peer as peer_server:
+        servers = ("ours", *our_server, "model"), ("peer", *peer_server, str(cache))
         for _, url, _, model in servers:
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
-        for _, clients, (name, url, pid, model) in product(range(setting.rounds), setting.clients, servers):
+        for _, clients, (name, url, pid, model) in product(
+            range(setting.rounds), setting.clients, servers
+        ):
             before = cpu_seconds(pid)
-            found = asyncio.run(load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens))
+            found = asyncio.run(
+                load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens)
+            )
             found["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / found["tokens"]
             results[name, clients].append(found)
     return results
 
 
 def rows(directory: Path, **options: Any) -> list[Row]:
-    """Rate, wait for the first token and CPU time per token, for each number of clients; options of Setting."""
+    """Return rate, wait for the first token and CPU time per token by number of clients.
+
+    `options` are those of Setting.
+    """
     setting = Setting(**options)
     results = compare(directory, setting)
     table = []
     for clients in setting.clients:
-        ours, peer = results["ours", clients], results["peer", clients]
+        ours = results["ours", clients]
+        peer = results["peer", clients]
         what = f"serve {clients} {'client' if clients == 1 else 'clients'}"
         batched = Goal(figure="ratio", value=3) if clients > 1 else None
         no_worse = Goal(figure="ratio", value=1) if clients == 1 else None
@@ -146,34 +178,46 @@ def rows(directory: Path, **options: Any) -> list[Row]:
             (", first token, p95", "first_token_p95", "s", no_worse),
             (", CPU per token", "cpu_per_token", "ms", None),
         ):
-            less, other = unit != "tokens/s", ("transformers serve", [found[key] for found in peer])
-            of_ours = [found[key] for found in ours]
-            table.append(row(what + name, of_ours, unit, less_is_better=less, peer=other, goal=goal))
+            less = unit != "tokens/s"
+            other = ("transformers serve", [found[key] for found in peer])
+            values = [found[key] for found in ours]
+            table.append(row(what + name, values, unit, less_is_better=less, peer=other, goal=goal))
     return table
 
 
 def main(argv: list[str] | None = None) -> int:
-    default, parser = Setting(), parser_of(__doc__)
+    default = Setting()
+    parser = parser_of(__doc__)
     parser.add_argument(
-        "--clients", type=lambda text: tuple(int(part) for part in text.split(",")), default=default.clients
+        "--clients",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        default=default.clients,
     )
     parser.add_argument("--rounds", type=int, default=default.rounds)
     parser.add_argument(
-        "--requests", type=int, default=default.requests, help="of a round, at every number of clients, or one of each"
+        "--requests",
+        type=int,
+        default=default.requests,
+        help="of a round, at every number of clients, or one of each",
     )
     parser.add_argument("--new-tokens", type=int, default=default.new_tokens)
-    parser.add_argument("--slots", type=int, default=default.slots, help="more clients than that wait in the queue")
+    parser.add_argument(
+        "--slots", type=int, default=default.slots, help="more clients than that wait in the queue"
+    )
     parser.add_argument("--engine", default=default.engine, choices=("compiled", "eager"))
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
     arguments = vars(parser.parse_args(argv))
-    directory, minutes = arguments.pop("directory"), arguments.pop("soak_minutes")
+    directory = arguments.pop("directory")
+    minutes = arguments.pop("soak_minutes")
     if not minutes:
         print(render(rows(directory, **arguments)))
         return 0
     setting = Setting(**arguments)
     traced, _ = make_models(directory, setting.engine, setting.slots)
-    with process(our_command(traced), r"listening on (http://\S+)", empty_scratch(directory) / "soak.log") as server:
+    with process(
+        our_command(traced), r"listening on (http://\S+)", empty_scratch(directory) / "soak.log"
+    ) as server:
         return 0 if asyncio.run(soak(*server, minutes)) else 1
 
 

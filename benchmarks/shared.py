@@ -1,4 +1,4 @@
-"""The one directory of all benchmarks: seeded checkpoints, their conversions and compiled models, each made once.
+"""The one directory of all benchmarks: checkpoints, conversions, compiled models, each made once.
 
 DIR/checkpoints/NAME   written by synthetic.py
 DIR/converted/NAME     its conversion
@@ -20,10 +20,15 @@ REAL = ("2-layers-64-experts", real_layers())
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """A benchmark's parser: every one takes the same --directory."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return a benchmark's parser: every one takes the same --directory."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--directory", type=Path, default=DEFAULT, help=f"what is made once is kept here (default: {DEFAULT})"
+        "--directory",
+        type=Path,
+        default=DEFAULT,
+        help=f"what is made once is kept here (default: {DEFAULT})",
     )
     return parser
 
@@ -33,16 +38,23 @@ def checkpoint(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
 
 
 def converted(directory: Path, name: str, config_json: dict[str, Any]) -> Path:
-    """The conversion of a checkpoint; converting again recognizes what is there."""
-    from neuron_minimax.convert.run import convert
+    """Return the conversion of a checkpoint; converting again recognizes what is there."""
+    from neuron_minimax.checkpoint.reader import Checkpoint
+    from neuron_minimax.convert.plan import plan_conversion
 
     output = directory / "converted" / name
-    convert(checkpoint(directory, name, config_json), output)
+    source = Checkpoint.open(checkpoint(directory, name, config_json))
+    plan_conversion(source).write(output)
     return output
 
 
-def compiled(directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any) -> Path:
-    """A compiled model with these options of the CPU backend; compiled again only when its code has changed."""
+def compiled(
+    directory: Path, name: str, config_json: dict[str, Any], suffix: str, **options: Any
+) -> Path:
+    """Return a model compiled with these options of the CPU backend.
+
+    It is compiled again only when the backend's code has changed.
+    """
     from neuron_minimax.backends import compile_model
 
     traced = directory / "traced" / f"{name}-{suffix}"

@@ -1,7 +1,9 @@
-"""What takes turns in the decoding benchmarks: a compiled model of ours, and transformers on the same checkpoint.
+"""The sides of the decoding benchmarks: a compiled model of ours, and transformers.
 
-Each side is a generator for processes.Side: after loading and warming up, every turn decodes some tokens and, if asked,
-encodes a prompt. Random tokens from one seed, the same for both.
+Both have the same checkpoint.
+
+Each side is a generator for processes.Side: after loading and warming up, every turn decodes some
+tokens and, if asked, encodes a prompt. Random tokens from one seed, the same for both.
 """
 
 import time
@@ -15,9 +17,13 @@ STEPS_BETWEEN = 6  # two readings
 MATRIX = (512, 3072)  # of the GEMM whose rate limits context encoding: tokens by hidden size
 
 
-def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Iterator[dict[str, Any]]:
-    """Seconds per step of all slots ("step") and per prompt of that many tokens ("encode"); ready: "load" seconds,
-    "logits" of the prompt's last position. With a dtype also bytes per second of reading ("read") and FLOP/s of a GEMM
+def ours(
+    traced: Path, steps: int, prompt: int = 0, dtype_name: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Measure seconds per step of all slots ("step") and per prompt of `prompt` tokens ("encode").
+
+    The first value has the seconds of "load" and the "logits" of the prompt's last position. With
+    a dtype each turn also measures bytes per second of reading ("read") and FLOP/s of a GEMM
     ("flops").
     """
     import torch
@@ -27,7 +33,8 @@ def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Ite
     started = time.perf_counter()
     backend = load(traced)
     loaded = time.perf_counter() - started
-    slots, vocabulary = backend.capabilities.slots, backend.capabilities.vocab_size
+    slots = backend.capabilities.slots
+    vocabulary = backend.capabilities.vocab_size
     ids = random_ids(vocabulary, FILLED + steps, slots)
     active = torch.ones(slots, dtype=torch.bool)
 
@@ -40,16 +47,22 @@ def ours(traced: Path, steps: int, prompt: int = 0, dtype_name: str = "") -> Ite
     yield {"load": loaded, "logits": logits}
     while True:
         if dtype_name:
-            found = step_beside_reading(step, steps) | {"flops": gemm_rate(getattr(torch, dtype_name))}
+            found = step_beside_reading(step, steps) | {
+                "flops": gemm_rate(getattr(torch, dtype_name))
+            }
         else:
             found = {"step": median_seconds(step, range(FILLED, FILLED + steps))}
         if prompt:
-            found["encode"] = median_seconds(lambda _: backend.encode(0, prompt_ids(vocabulary, prompt)), range(3))
+            found["encode"] = median_seconds(
+                lambda _: backend.encode(0, prompt_ids(vocabulary, prompt)), range(3)
+            )
         yield found
 
 
-def transformers(checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0) -> Iterator[dict[str, Any]]:
-    """The same from transformers' model, dequantized to that dtype as it loads; one sequence."""
+def transformers(
+    checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Measure the same of transformers' model, dequantized as it loads; one sequence."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -64,19 +77,25 @@ def transformers(checkpoint: Path, dtype_name: str, steps: int, prompt: int = 0)
     def turn() -> float:
         cache = model(ids[:FILLED].T, use_cache=True).past_key_values
         return median_seconds(
-            lambda at: model(ids[at : at + 1], past_key_values=cache, use_cache=True), range(FILLED, FILLED + steps)
+            lambda at: model(ids[at : at + 1], past_key_values=cache, use_cache=True),
+            range(FILLED, FILLED + steps),
         )
 
     @torch.inference_mode()
     def encode() -> Any:
-        answer = model(torch.tensor([prompt_ids(vocabulary, prompt)]), use_cache=True, logits_to_keep=1)
+        answer = model(
+            torch.tensor([prompt_ids(vocabulary, prompt)]), use_cache=True, logits_to_keep=1
+        )
         return answer.logits[0, -1].float().numpy()
 
     logits = encode() if prompt else None
     turn()
     yield {"load": loaded, "logits": logits}
     while True:
-        yield {"step": turn(), **({"encode": median_seconds(lambda _: encode(), range(3))} if prompt else {})}
+        yield {
+            "step": turn(),
+            **({"encode": median_seconds(lambda _: encode(), range(3))} if prompt else {}),
+        }
 
 
 def random_ids(vocabulary: int, count: int, slots: int) -> Any:
@@ -100,24 +119,30 @@ def median_seconds(work: Any, arguments: range) -> float:
 
 
 def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, float]:
-    """Medians of seconds per step and of bytes per second of summing 256 MB, which is done between every few steps.
+    """Return medians of seconds per step and of bytes per second of summing 256 MB.
 
-    A virtual machine reads half as fast while its cores are threads of one, which changes within a second.
+    The reading is done between every few steps, as a virtual machine's speed of memory changes
+    within a second (README.md).
     """
     import torch
 
     data = torch.ones(1 << 25, dtype=torch.int64)
-    seconds, reads = [], []
+    seconds = []
+    reads = []
     for first in range(FILLED, FILLED + steps, STEPS_BETWEEN):
         reads.append(seconds_of(data.sum))
-        seconds += [seconds_of(step, position) for position in range(first, min(first + STEPS_BETWEEN, FILLED + steps))]
+        seconds += [
+            seconds_of(step, position)
+            for position in range(first, min(first + STEPS_BETWEEN, FILLED + steps))
+        ]
     return {"step": median(seconds), "read": data.nbytes / median(reads)}
 
 
 def gemm_rate(dtype: Any) -> float:
-    """FLOP/s of one matrix product: the best of five."""
+    """Return the FLOP/s of one matrix product: the best of five."""
     import torch
 
     tokens, hidden = MATRIX
-    left, right = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden, hidden).to(dtype)
+    left = torch.randn(tokens, hidden).to(dtype)
+    right = torch.randn(hidden, hidden).to(dtype)
     return 2 * tokens * hidden * hidden / min(seconds_of(torch.mm, left, right) for _ in range(5))

@@ -1,4 +1,4 @@
-"""A server under random load for some minutes: good, cancelled, bad and slow ones. For serving --soak-minutes."""
+"""A server under random load for some minutes (`serving --soak-minutes`)."""
 
 import asyncio
 import random
@@ -17,12 +17,17 @@ def resident_megabytes(pid: int) -> float:
 
 
 async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[str, int]) -> None:
-    """One request of a random kind: good, cancelled midway, bad, or read slowly."""
+    """Send one request of a random kind: good, cancelled midway, bad, or read slowly."""
     kind = chance.choices(("good", "cancelled", "bad", "slow"), (5, 2, 2, 1))[0]
     request = requests_of(chance.randint(0, 10**6), 1, chance.randint(1, 60))[0]
     if kind == "bad":
         body = chance.choice(
-            [{"messages": []}, {"nonsense": 1}, {**request, "top_p": 9}, {**request, "max_tokens": 10**6}]
+            [
+                {"messages": []},
+                {"nonsense": 1},
+                {**request, "top_p": 9},
+                {**request, "max_tokens": 10**6},
+            ]
         )
         response = await http.post("/v1/chat/completions", json=body)
         counts["wrong"] += response.status_code != 400
@@ -30,7 +35,9 @@ async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[s
         _, tokens = await ask(http, "model", request)
         counts["wrong"] += tokens == 0
     else:
-        async with http.stream("POST", "/v1/chat/completions", json={"model": "model", **request}) as response:
+        async with http.stream(
+            "POST", "/v1/chat/completions", json={"model": "model", **request}
+        ) as response:
             number = 0
             async for _ in response.aiter_lines():
                 number += 1
@@ -41,10 +48,17 @@ async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[s
 
 
 async def soak(url: str, pid: int, minutes: float) -> bool:
-    """Random load for some minutes; whether memory stayed flat, every request was answered and no slot is stuck."""
+    """Load a server for some minutes.
+
+    Returns True when memory stayed flat, every request was answered and no slot is stuck.
+    """
     counts = {"good": 0, "cancelled": 0, "bad": 0, "slow": 0, "wrong": 0}
-    start, end, memory = time.monotonic(), time.monotonic() + 60 * minutes, []
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as http:
+    start = time.monotonic()
+    end = time.monotonic() + 60 * minutes
+    memory = []
+    async with httpx.AsyncClient(
+        base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)
+    ) as http:
 
         async def client(number: int) -> None:
             chance = random.Random(number)
@@ -60,10 +74,15 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
         await asyncio.sleep(2)
         lines = (await http.get("/metrics")).text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    left = sum(float(values[f"neuron_minimax_num_requests_{state}"]) for state in ("running", "waiting"))
+    left = sum(
+        float(values[f"neuron_minimax_num_requests_{state}"]) for state in ("running", "waiting")
+    )
     warm = statistics.median(value for at, value in memory if 0.15 <= at / (60 * minutes) <= 0.3)
     last = statistics.median(value for at, value in memory if at / (60 * minutes) >= 0.85)
     print(", ".join(f"{kind} {count}" for kind, count in counts.items()))
-    print(f"anonymous memory {warm:.1f} MB after warming up, {last:.1f} MB at the end ({last / warm - 1:+.1%})")
+    print(
+        f"anonymous memory {warm:.1f} MB after warming up, {last:.1f} MB at the end "
+        f"({last / warm - 1:+.1%})"
+    )
     print(f"requests still running or waiting afterwards: {left:.0f}")
     return last <= 1.05 * warm and not left and not counts["wrong"]

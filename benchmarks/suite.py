@@ -34,13 +34,21 @@ class Table:
 
     def render(self) -> str:
         took = ", ".join(f"{module} {seconds:.0f} s" for module, seconds in self.seconds.items())
-        return "\n".join([render(self.rows), "", summary(self.rows), self.machine.render(), f"took {took}"])
+        return "\n".join(
+            [render(self.rows), "", summary(self.rows), self.machine.render(), f"took {took}"]
+        )
 
     def write(self, directory: Path, name: str) -> None:
         """NAME.json and NAME.md."""
         directory.mkdir(exist_ok=True)
-        fields = {"machine": self.machine.to_json(), "seconds": dict(self.seconds), "rows": to_json(self.rows)}
-        (directory / f"{name}.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        fields = {
+            "machine": self.machine.to_json(),
+            "seconds": dict(self.seconds),
+            "rows": to_json(self.rows),
+        }
+        (directory / f"{name}.json").write_text(
+            json.dumps(fields, indent=1) + "\n", encoding="utf-8"
+        )
         text = f"{self.machine.render()}\n\n{render_markdown(self.rows)}\n\n{summary(self.rows)}\n"
         (directory / f"{name}.md").write_text(text, encoding="utf-8")
 
@@ -48,8 +56,12 @@ class Table:
 def collect(
     parts: Iterable[tuple[str, Callable[[], list[Row]]]], progress: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, float]]:
-    """(rows, seconds by name). A part that fails becomes a row that says so; the others' rows are kept."""
-    rows, seconds = [], {}
+    """Return all rows, and the seconds by name.
+
+    A part that fails becomes a row that says so; the others' rows are kept.
+    """
+    rows = []
+    seconds = {}
     for name, work in parts:
         started = time.monotonic()
         try:

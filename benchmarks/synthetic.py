@@ -1,11 +1,11 @@
-"""Seeded checkpoints with the real layer dimensions, for benchmarks: FP8 codes as a gaussian weight gives them."""
+"""Seeded checkpoints with the real layer dimensions, and FP8 codes as a gaussian weight has."""
 
 from pathlib import Path
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8, schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.writer import ShardWriter, write_index, write_json
 from neuron_minimax.config import ModelConfig
 
@@ -22,7 +22,7 @@ SHARD_BYTES = 1_850_000_000
 
 
 def real_layers(layers: int = 2, experts: int = 64, vocabulary: int = 16384) -> dict:
-    """config.json of a model with real layer dimensions: 2.1 GB in FP8 by default."""
+    """Return config.json of a model with real layer dimensions: 2.1 GB in FP8 by default."""
     return {
         "model_type": "minimax_m2",
         "architectures": ["MiniMaxM2ForCausalLM"],
@@ -52,20 +52,21 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     config = ModelConfig.from_dict(config_json)
     generator = np.random.default_rng(seed)
     side = max(config.hidden_size, config.query_size)
-    pool, _ = fp8.quantize(generator.normal(0, 1, (side, side)).astype(np.float32), config.weight_block_size)
+    pool, _ = fp8.quantize(
+        generator.normal(0, 1, (side, side)).astype(np.float32), config.weight_block_size
+    )
     shards: list[list[schema.Expected]] = [[]]
     size = 0
     for wanted in schema.expected(config):
-        nbytes = wanted.elements * STORED_DTYPES[wanted.dtype].itemsize
-        if size + nbytes > SHARD_BYTES:
+        if size + wanted.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(wanted)
-        size += nbytes
+        size += wanted.nbytes
     weight_map = {}
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with ShardWriter(directory / name, {wanted.name: (wanted.dtype, wanted.shape) for wanted in tensors}) as writer:
+        with ShardWriter(directory / name, [wanted.spec for wanted in tensors]) as writer:
             for wanted in tensors:
                 weight_map[wanted.name] = name
                 writer.write(_elements(wanted, pool, generator))
@@ -74,18 +75,24 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
     return directory
 
 
-def _elements(wanted: schema.Expected, pool: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _elements(
+    wanted: schema.Expected, pool: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
     if wanted.is_scale:
         return generator.uniform(1e-4, 3e-4, wanted.shape).astype(np.float32)
     if wanted.dtype == "F8_E4M3":  # another stretch of the pool for every tensor
         rows, columns = wanted.shape
         return np.resize(np.roll(pool, int(generator.integers(pool.size))), (rows, columns))
     if wanted.weight.kind == "e_score_correction_bias":
-        # Of the real size, and nearly equal, so that random tokens spread over the experts as a balanced model's do.
+        # Of the real size, and nearly equal, so that random tokens spread over the experts as a
+        # balanced model's do.
         values = 7 + generator.normal(0, 0.02, wanted.shape)
     elif wanted.weight.module_group == "norm":
         values = np.ones(wanted.shape)
-    else:  # embeddings outweigh what attention averages over the tokens, else all tokens would choose the same experts
-        values = generator.normal(0, 4 if wanted.weight.kind == "embed_tokens" else 0.02, wanted.shape)
+    else:
+        # Embeddings outweigh what attention averages over the tokens, else all tokens would choose
+        # the same experts.
+        deviation = 4 if wanted.weight.kind == "embed_tokens" else 0.02
+        values = generator.normal(0, deviation, wanted.shape)
     values = values.astype(np.float32)
     return values if wanted.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)

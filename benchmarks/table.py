@@ -1,4 +1,4 @@
-"""A row of the benchmarks' table, what it is compared with and its goal; rendering as text and Markdown."""
+"""The rows of the benchmarks' table, their peers, limits and goals, as text and Markdown."""
 
 import json
 import statistics
@@ -11,8 +11,11 @@ HEADINGS = ("what", "ours", "peer", "ratio", "limit", "share", "goal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Against:
-    """What a figure is held against: a peer, or a limit of the machine; `times` is how often its figure ours is."""
+class Comparison:
+    """A peer or a limit of the machine, and `times`, how many times as good ours is.
+
+    `value` is its figure; `lowest` and `highest` are `times` of single rounds.
+    """
 
     name: str
     value: float
@@ -20,10 +23,11 @@ class Against:
     lowest: float
     highest: float
 
-    def spread(self) -> str:
-        """The ratio, and of several rounds the lowest and the highest."""
-        one = self.lowest == self.highest
-        return _number(self.times) + ("" if one else f" ({_number(self.lowest)} to {_number(self.highest)})")
+    def render_ratio(self) -> str:
+        """Return the ratio and, of several rounds, the lowest and the highest."""
+        if self.lowest == self.highest:
+            return _number(self.times)
+        return f"{_number(self.times)} ({_number(self.lowest)} to {_number(self.highest)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +44,18 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. Ratio and share say how many times as good it is as its peer and as its limit: more is better.
+    """One figure, how many times as good it is as its peer (ratio) and as its limit (share).
 
-    A benchmark that failed is a row too: `failure` says why, and it has no figure.
+    More is better, whatever the unit. A benchmark that failed is a row too: `failure` says why, and
+    it has no figure.
     """
 
     what: str
     ours: float | None = None
     unit: str = ""
     less_is_better: bool = False
-    peer: Against | None = None
-    limit: Against | None = None
+    peer: Comparison | None = None
+    limit: Comparison | None = None
     goal: Goal | None = None
     failure: str = ""
 
@@ -64,7 +69,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """None without a goal."""
+        """True when the goal is reached; None without a goal."""
         if self.goal is None:
             return None
         found = getattr(self, self.goal.figure)
@@ -73,16 +78,16 @@ class Row:
         return found <= self.goal.value if self.goal.at_most else found >= self.goal.value
 
     def cells(self) -> tuple[str, ...]:
-        """Texts under HEADINGS."""
+        """Return the texts under HEADINGS."""
         if self.failure:
             return (self.what, f"FAILED: {self.failure}", "", "", "", "", "")
         assert self.ours is not None
-        reached = "" if self.reached is None else ": reached" if self.reached else ": NOT REACHED"
+        reached = {None: "", True: ": reached", False: ": NOT REACHED"}[self.reached]
         return (
             self.what,
             f"{_number(self.ours)} {self.unit}".rstrip(),
             f"{_number(self.peer.value)} {self.peer.name}" if self.peer else "",
-            self.peer.spread() if self.peer else "",
+            self.peer.render_ratio() if self.peer else "",
             f"{_number(self.limit.value)} {self.limit.name}" if self.limit else "",
             f"{self.limit.times:.0%}" if self.limit else "",
             f"{self.goal.render()}{reached}" if self.goal else "",
@@ -99,19 +104,19 @@ def row(
     limit: tuple[str, Sequence[float]] | None = None,
     goal: Goal | None = None,
 ) -> Row:
-    """Medians of what the rounds of one run gave; a ratio is the median of the rounds' own ratios.
+    """Make a row of the rounds of one run: medians, a ratio being that of the rounds' own ratios.
 
     The peer's and the limit's figures are in the same unit, one per round or one for all.
     """
 
-    def against(other: tuple[str, Sequence[float]] | None) -> Against | None:
+    def compared(other: tuple[str, Sequence[float]] | None) -> Comparison | None:
         if other is None:
             return None
         name, values = other
         values = list(values) * len(ours) if len(values) == 1 else values
         pairs = zip(ours, values, strict=True)
         times = [theirs / mine if less_is_better else mine / theirs for mine, theirs in pairs]
-        return Against(
+        return Comparison(
             name=name,
             value=statistics.median(values),
             times=statistics.median(times),
@@ -124,30 +129,35 @@ def row(
         ours=statistics.median(ours),
         unit=unit,
         less_is_better=less_is_better,
-        peer=against(peer),
-        limit=against(limit),
+        peer=compared(peer),
+        limit=compared(limit),
         goal=goal,
     )
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Columns of text."""
+    """Return columns of text."""
     lines = [HEADINGS, *(each.cells() for each in rows)]
     # A failure's message would widen its column for all.
     measured = [HEADINGS, *(each.cells() for each in rows if not each.failure)]
     widths = [max(len(line[column]) for line in measured) for column in range(len(HEADINGS))]
     widths[0] = max(len(line[0]) for line in lines)
-    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rendered = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
     return "\n".join(line.rstrip() for line in rendered)
 
 
 def render_markdown(rows: Sequence[Row]) -> str:
     lines = [HEADINGS, ("---",) * len(HEADINGS), *(each.cells() for each in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line: how many goals were reached, and what failed."""
+    """Say in one line how many goals were reached, and what failed."""
     goals = [each.reached for each in rows if each.reached is not None]
     failed = sum(bool(each.failure) for each in rows)
     parts = [f"{sum(goals)} of {len(goals)} goals reached"] if goals else []
@@ -165,9 +175,13 @@ def from_json(found: Sequence[dict[str, Any]]) -> list[Row]:
 
     return [
         Row(
-            **{key: value for key, value in each.items() if key not in ("reached", "peer", "limit", "goal")},
-            peer=part(Against, each["peer"]),
-            limit=part(Against, each["limit"]),
+            **{
+                key: value
+                for key, value in each.items()
+                if key not in ("reached", "peer", "limit", "goal")
+            },
+            peer=part(Comparison, each["peer"]),
+            limit=part(Comparison, each["limit"]),
             goal=part(Goal, each["goal"]),
         )
         for each in found
@@ -179,7 +193,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _number(value: float) -> str:
-    """Three digits that count; thousands in groups."""
+    """Return three digits that count; thousands in groups."""
     if value == 0 or not abs(value) >= 0.001:
         return f"{value:.1e}" if value else "0"
     digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3

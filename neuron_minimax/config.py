@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.families import FAMILIES, Family
+from neuron_minimax.families.family import RouterKind
 
-ARCHITECTURE = "minimax_m2"
-# What this architecture fixes; config.json may repeat these, but not contradict them.
-FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "use_qk_norm": (True,),
-    "qk_norm_type": ("per_layer",),
-    "use_routing_bias": (True,),
-    "tie_word_embeddings": (False,),
-    "attention_bias": (False, None),
-    "shared_intermediate_size": (0, None),
-    "sliding_window": (None,),
-    "attn_window_size": (None,),
-}
 REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -33,13 +21,16 @@ REQUIRED_SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
+EXPERT_COUNTS = ("num_local_experts", "num_experts_per_tok")
 ROPE_TYPES = ("default", "linear", "yarn")
+CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Dimensions and constants of one MiniMax-M2 model. Sizes are element counts."""
+    """Dimensions and constants of one model. Sizes are element counts."""
 
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -48,10 +39,10 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    num_local_experts: int
+    num_local_experts: int  # 0, as the next one, in a family whose layers have a dense MLP
     num_experts_per_tok: int
     max_position_embeddings: int
-    rope_theta: float = 5_000_000.0
+    rope_theta: float
     rope_scaling: Mapping[str, Any] | None = None
     rms_norm_eps: float = 1e-6
     weight_block_size: tuple[int, int] = (128, 128)
@@ -59,12 +50,17 @@ class ModelConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    tie_word_embeddings: bool = False  # the head is the embedding
+    norm_topk_prob: bool = True  # the affinities of the chosen experts sum to 1
+    shared_intermediate_size: int = 0  # of the expert that every token has, where there is one
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        routed = self.family.architecture.router is not RouterKind.NONE
         for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            least = 1 if routed or name not in EXPERT_COUNTS else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"config.json: {name} is {value!r}; expected a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -78,15 +74,18 @@ class ModelConfig:
             )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ConfigError(
-                f"config.json: rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}"
+                f"config.json: rotary_dim {self.rotary_dim} must be even and at most head_dim "
+                f"{self.head_dim}"
             )
         if not 0 < self.rms_norm_eps < 1 or not self.rope_theta > 0:
             raise ConfigError(
-                f"config.json: rms_norm_eps {self.rms_norm_eps} or rope_theta {self.rope_theta} is out of range"
+                f"config.json: rms_norm_eps {self.rms_norm_eps} or rope_theta {self.rope_theta} is "
+                "out of range"
             )
         if min(self.weight_block_size) < 1:
             raise ConfigError(
-                f"config.json: weight_block_size {list(self.weight_block_size)} is not two positive sizes"
+                f"config.json: weight_block_size {list(self.weight_block_size)} is not two "
+                "positive sizes"
             )
 
     @property
@@ -109,38 +108,40 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            hint = "is there, but has no config.json" if Path(directory).is_dir() else "does not exist"
-            raise ConfigError(f"{directory} {hint}; expected a checkpoint directory with a config.json") from None
+            hint = (
+                "is there, but has no config.json" if Path(directory).is_dir() else "does not exist"
+            )
+            raise ConfigError(
+                f"{directory} {hint}; expected a checkpoint directory with a config.json"
+            ) from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON ({error}); download it again") from None
+            raise ConfigError(
+                f"{path} cannot be read as JSON ({error}); download it again"
+            ) from None
         return cls.from_dict(raw)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Build from the contents of a config.json: the original style (`rotary_dim`, `rope_theta` on top) or the
-        transformers-5 style (`rope_parameters`). Fields about multi-token prediction are ignored: those modules are
-        in no published checkpoint.
+        """Build from the contents of a config.json: the original style (`rotary_dim`, `rope_theta`
+        on top) or the transformers-5 style (`rope_parameters`). Fields about multi-token prediction
+        are ignored: those modules are in no published checkpoint.
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json holds a {type(raw).__name__}; expected an object")
-        model_type = raw.get("model_type")
-        if model_type != ARCHITECTURE:
-            hint = (
-                "MiniMax-M3 is another architecture (vision tower, other activation and norms) that is not supported"
-                if str(model_type).startswith("minimax_m3")
-                else "only MiniMax-M2, M2.1, M2.5 and M2.7 are supported"
-            )
-            raise ConfigError(f"config.json: model_type is {model_type!r}; expected {ARCHITECTURE!r}: {hint}")
-        for name, allowed in FIXED_FIELDS.items():
+        family = _family_of(raw)
+        for name, allowed in family.fixed_fields.items():
             if name in raw and raw[name] not in allowed:
                 raise ConfigError(
-                    f"config.json: {name} is {raw[name]!r}; MiniMax-M2 has {allowed[0]!r}: another architecture, which "
-                    "is not supported"
+                    f"config.json: {name} is {raw[name]!r}; {family.title} has {allowed[0]!r}: "
+                    "another architecture, which is not supported"
                 )
         if any(kind != 1 for kind in raw.get("attn_type_list") or ()):
-            raise ConfigError("config.json: attn_type_list has entries other than 1; only full attention is supported")
+            raise ConfigError(
+                "config.json: attn_type_list has entries other than 1; only full attention is "
+                "supported"
+            )
         try:
-            return cls(**_fields(raw), raw=dict(raw))
+            return cls(family=family, **_fields(raw, family), raw=dict(raw))
         except KeyError as missing:
             raise ConfigError(
                 f"config.json has no {missing.args[0]!r}; take the config.json of the checkpoint"
@@ -149,48 +150,80 @@ class ModelConfig:
             raise ConfigError(f"config.json has a field of the wrong type: {error}") from None
 
 
-def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: raw[name] for name in REQUIRED_SIZES}
+def _family_of(raw: Mapping[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    hint = (
+        "MiniMax-M3 is another architecture (vision tower, other activation and norms) that is not "
+        "supported"
+        if str(model_type).startswith("minimax_m3")
+        else f"only {', '.join(family.models for family in FAMILIES.values())} are supported"
+    )
+    expected = " or ".join(repr(name) for name in FAMILIES)
+    raise ConfigError(f"config.json: model_type is {model_type!r}; expected {expected}: {hint}")
+
+
+def _fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    fields = {name: raw[family.field_names.get(name, name)] for name in REQUIRED_SIZES}
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     quantization = raw.get("quantization_config") or {}
     if quantization.get("quant_method", "fp8") != "fp8":
         raise ConfigError(
-            f"config.json: quant_method is {quantization['quant_method']!r}; only the published FP8 format is supported"
+            f"config.json: quant_method is {quantization['quant_method']!r}; only the published "
+            "FP8 format is supported"
         )
     block = quantization.get("weight_block_size") or (128, 128)
     if len(block) != 2:
-        raise ConfigError(f"config.json: weight_block_size is {block!r}; expected two sizes such as [128, 128]")
+        raise ConfigError(
+            f"config.json: weight_block_size is {block!r}; expected two sizes such as [128, 128]"
+        )
     listed = quantization.get("modules_to_not_convert") or ()
     if isinstance(listed, str) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f"config.json: modules_to_not_convert is {listed!r}; expected a list of module names")
-    eos = raw.get("eos_token_id")
+        raise ConfigError(
+            f"config.json: modules_to_not_convert is {listed!r}; expected a list of module names"
+        )
     return {
         **fields,
-        **_rope_fields(raw, head_dim),
+        **_rope_fields(raw, head_dim, family),
         "head_dim": head_dim,
         "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "weight_block_size": (int(block[0]), int(block[1])),
         "declares_fp8": bool(quantization),
         "modules_to_not_convert": tuple(listed),
-        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "eos_token_ids": _token_ids(raw.get("eos_token_id")),
         "bos_token_id": raw.get("bos_token_id"),
     }
 
 
-def _rope_fields(raw: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """Rotary settings; transformers 5 keeps them in `rope_parameters`, the original style on the top level."""
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _rope_fields(raw: Mapping[str, Any], head_dim: int, family: Family) -> dict[str, Any]:
+    """Rotary settings; transformers 5 keeps them in `rope_parameters`, the original style on the
+    top level.
+    """
     parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"config.json: rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
+        raise ConfigError(
+            f"config.json: rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}"
+        )
     factor = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     rotary_dim = raw.get("rotary_dim") or int(head_dim * factor)
     scaling = None
     if rope_type != "default":
-        scaling = {key: value for key, value in parameters.items() if key not in ("type", "partial_rotary_factor")}
+        scaling = {
+            key: value
+            for key, value in parameters.items()
+            if key not in ("type", "partial_rotary_factor")
+        }
         scaling["rope_type"] = rope_type
     return {
         "rotary_dim": rotary_dim,
-        "rope_theta": float(parameters.get("rope_theta", raw.get("rope_theta", 5_000_000.0))),
+        "rope_theta": float(parameters.get("rope_theta", raw.get("rope_theta", family.rope_theta))),
         "rope_scaling": scaling,
     }

@@ -2,7 +2,9 @@
 
 
 class NeuronMiniMaxError(Exception):
-    """Base of all errors with a message meant for the user: the thing, what was found and expected, the next step."""
+    """Base of all errors with a message meant for the user: the thing, what was found and expected,
+    the next step.
+    """
 
 
 class ConfigError(NeuronMiniMaxError):
@@ -15,6 +17,10 @@ class CheckpointError(NeuronMiniMaxError):
 
 class ConversionError(NeuronMiniMaxError):
     """A conversion that cannot go on, or a converted directory that is not what it claims to be."""
+
+
+class ScaleConventionError(CheckpointError, ConversionError):
+    """A checkpoint whose scales do not show what they mean, until the user says it."""
 
 
 class BackendError(NeuronMiniMaxError):

@@ -1,4 +1,6 @@
-"""Faulty checkpoints, each made from a good tiny one by one change: what the fault is called and what it concerns."""
+"""Faulty checkpoints, each made from a good tiny one by one change: what the fault is called and
+what it concerns.
+"""
 
 import json
 from collections.abc import Callable
@@ -20,7 +22,9 @@ SHARD = "model-00002-of-00003.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A checkpoint with one fault. `subject` must be named by what finds it; `values`: only reading values shows it."""
+    """A checkpoint with one fault. `subject` must be named by what finds it; `values`: only reading
+    values shows it.
+    """
 
     title: str
     subject: str
@@ -33,10 +37,14 @@ class Fault:
     def write(self, directory: Path) -> Path:
         """Write the faulty checkpoint, in three shards."""
         raw = tiny_config()
-        tensors = {name: (dtype, array) for name, dtype, array in tiny_tensors(ModelConfig.from_dict(raw))}
+        tensors = {
+            name: (dtype, array) for name, dtype, array in tiny_tensors(ModelConfig.from_dict(raw))
+        }
         self.tensors(tensors)
         self.config(raw)
-        write_checkpoint(directory, raw, [(name, *rest) for name, rest in tensors.items()], shards=3)
+        write_checkpoint(
+            directory, raw, [(name, *rest) for name, rest in tensors.items()], shards=3
+        )
         self.files(directory)
         return directory
 
@@ -49,7 +57,9 @@ def drop(*ends: str) -> Callable[[Tensors], Any]:
     return change
 
 
-def put(name: str, change: Callable[[np.ndarray], np.ndarray], dtype: str | None = None) -> Callable[[Tensors], Any]:
+def put(
+    name: str, change: Callable[[np.ndarray], np.ndarray], dtype: str | None = None
+) -> Callable[[Tensors], Any]:
     """Replace a tensor by what `change` makes of it."""
 
     def apply(tensors: Tensors) -> None:
@@ -104,7 +114,10 @@ def shifted_header(data: bytes) -> bytes:
     """The first tensor's offsets moved by eight bytes, so that it overlaps the second."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    name = min((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+    name = min(
+        (key for key in header if key != "__metadata__"),
+        key=lambda key: header[key]["data_offsets"],
+    )
     header[name]["data_offsets"] = [offset + 8 for offset in header[name]["data_offsets"]]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
@@ -115,23 +128,36 @@ def twice(directory: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"model.norm.weight": np.ones(256, np.float32)}, directory / "extra.safetensors")
-    edit_index(lambda weight_map: weight_map.update({"model.extra.weight": "extra.safetensors"}))(directory)
+    edit_index(lambda weight_map: weight_map.update({"model.extra.weight": "extra.safetensors"}))(
+        directory
+    )
 
 
 def quantization(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda raw: raw["quantization_config"].update(changes)
 
 
-Q_PROJ, Q_SCALE = ATTENTION + "q_proj.weight", ATTENTION + "q_proj.weight_scale_inv"
-O_PROJ, O_SCALE = ATTENTION + "o_proj.weight", ATTENTION + "o_proj.weight_scale_inv"
+Q_PROJ = ATTENTION + "q_proj.weight"
+Q_SCALE = ATTENTION + "q_proj.weight_scale_inv"
+O_PROJ = ATTENTION + "o_proj.weight"
+O_SCALE = ATTENTION + "o_proj.weight_scale_inv"
 # The expert of the largest bias, which tokens do choose.
-W1, W1_SCALE = MOE + "experts.0.w1.weight", MOE + "experts.0.w1.weight_scale_inv"
+W1 = MOE + "experts.0.w1.weight"
+W1_SCALE = MOE + "experts.0.w1.weight_scale_inv"
 
 FAULTS = (
     # What transformers loads without a word (but for a table of missing names).
-    Fault(title="a q_proj is missing", subject=Q_PROJ, words=("missing",), tensors=drop(Q_PROJ, Q_SCALE)),
     Fault(
-        title="a norm is missing", subject="model.norm.weight", words=("missing",), tensors=drop("model.norm.weight")
+        title="a q_proj is missing",
+        subject=Q_PROJ,
+        words=("missing",),
+        tensors=drop(Q_PROJ, Q_SCALE),
+    ),
+    Fault(
+        title="a norm is missing",
+        subject="model.norm.weight",
+        words=("missing",),
+        tensors=drop("model.norm.weight"),
     ),
     Fault(
         title="a router bias is missing",
@@ -139,18 +165,36 @@ FAULTS = (
         words=("missing",),
         tensors=drop(MOE + "e_score_correction_bias"),
     ),
-    Fault(title="lm_head is missing", subject="lm_head.weight", words=("missing",), tensors=drop("lm_head.weight")),
+    Fault(
+        title="lm_head is missing",
+        subject="lm_head.weight",
+        words=("missing",),
+        tensors=drop("lm_head.weight"),
+    ),
     Fault(
         title="o_proj is missing in every layer",
         subject=ATTENTION + "o_proj.weight",
         words=("missing",),
         tensors=drop("o_proj.weight", "o_proj.weight_scale_inv"),
     ),
-    Fault(title="an expert weight is missing", subject=W1, words=("missing",), tensors=drop(W1, W1_SCALE)),
     Fault(
-        title="an attention scale is missing", subject=O_SCALE, words=("missing", "raw codes"), tensors=drop(O_SCALE)
+        title="an expert weight is missing",
+        subject=W1,
+        words=("missing",),
+        tensors=drop(W1, W1_SCALE),
     ),
-    Fault(title="an expert scale is missing", subject=W1_SCALE, words=("missing", "raw codes"), tensors=drop(W1_SCALE)),
+    Fault(
+        title="an attention scale is missing",
+        subject=O_SCALE,
+        words=("missing", "raw codes"),
+        tensors=drop(O_SCALE),
+    ),
+    Fault(
+        title="an expert scale is missing",
+        subject=W1_SCALE,
+        words=("missing", "raw codes"),
+        tensors=drop(W1_SCALE),
+    ),
     Fault(
         title="a scale is NaN",
         subject=O_SCALE,
@@ -165,7 +209,13 @@ FAULTS = (
         values=True,
         tensors=put(W1_SCALE, with_element(np.inf)),
     ),
-    Fault(title="a scale is zero", subject=O_SCALE, words=("0.0",), values=True, tensors=put(O_SCALE, with_element(0))),
+    Fault(
+        title="a scale is zero",
+        subject=O_SCALE,
+        words=("0.0",),
+        values=True,
+        tensors=put(O_SCALE, with_element(0)),
+    ),
     Fault(
         title="a scale is negative",
         subject=W1_SCALE,
@@ -174,7 +224,10 @@ FAULTS = (
         tensors=put(W1_SCALE, with_element(-1)),
     ),
     Fault(
-        title="a scale is transposed", subject=O_SCALE, words=("[4, 2]", "[2, 4]"), tensors=put(O_SCALE, np.transpose)
+        title="a scale is transposed",
+        subject=O_SCALE,
+        words=("[4, 2]", "[2, 4]"),
+        tensors=put(O_SCALE, np.transpose),
     ),
     Fault(
         title="a scale is 1 x 1",
@@ -241,7 +294,12 @@ FAULTS = (
         words=("BF16", "flips experts"),
         tensors=put(MOE + "gate.weight", bfloat16, "BF16"),
     ),
-    Fault(title="a weight is FP8 e5m2", subject=O_PROJ, words=("F8_E5M2",), tensors=put(O_PROJ, np.copy, "F8_E5M2")),
+    Fault(
+        title="a weight is FP8 e5m2",
+        subject=O_PROJ,
+        words=("F8_E5M2",),
+        tensors=put(O_PROJ, np.copy, "F8_E5M2"),
+    ),
     Fault(
         title="a weight is transposed",
         subject=ATTENTION + "o_proj.weight",
@@ -252,7 +310,10 @@ FAULTS = (
         title="one expert of a layer is BF16",
         subject=W1,
         words=("several dtypes",),
-        tensors=lambda tensors: (put(W1, lambda w: bfloat16(w * 1e-3), "BF16")(tensors), drop(W1_SCALE)(tensors)),
+        tensors=lambda tensors: (
+            put(W1, lambda w: bfloat16(w * 1e-3), "BF16")(tensors),
+            drop(W1_SCALE)(tensors),
+        ),
     ),
     Fault(
         title="a BF16 weight has a scale",
@@ -289,19 +350,42 @@ FAULTS = (
     ),
     # Files.
     Fault(
-        title="a shard is truncated", subject=SHARD, words=("truncated",), files=edit_bytes(lambda data: data[:-100])
+        title="a shard is truncated",
+        subject=SHARD,
+        words=("truncated",),
+        files=edit_bytes(lambda data: data[:-100]),
     ),
-    Fault(title="a shard is empty", subject=SHARD, words=("empty",), files=edit_bytes(lambda data: b"")),
-    Fault(title="a shard is missing", subject=SHARD, words=("is missing",), files=lambda path: (path / SHARD).unlink()),
     Fault(
-        title="a header is overwritten", subject=SHARD, words=("header",), files=edit_bytes(lambda d: b"\0" * len(d))
+        title="a shard is empty",
+        subject=SHARD,
+        words=("empty",),
+        files=edit_bytes(lambda data: b""),
     ),
-    Fault(title="a header lies about offsets", subject=SHARD, words=("expected",), files=edit_bytes(shifted_header)),
+    Fault(
+        title="a shard is missing",
+        subject=SHARD,
+        words=("is missing",),
+        files=lambda path: (path / SHARD).unlink(),
+    ),
+    Fault(
+        title="a header is overwritten",
+        subject=SHARD,
+        words=("header",),
+        files=edit_bytes(lambda d: b"\0" * len(d)),
+    ),
+    Fault(
+        title="a header lies about offsets",
+        subject=SHARD,
+        words=("expected",),
+        files=edit_bytes(shifted_header),
+    ),
     Fault(
         title="the index lists a tensor that its shard does not have",
         subject="model.layers.1.extra.weight",
         words=("not in that file",),
-        files=edit_index(lambda weight_map: weight_map.update({"model.layers.1.extra.weight": SHARD})),
+        files=edit_index(
+            lambda weight_map: weight_map.update({"model.layers.1.extra.weight": SHARD})
+        ),
     ),
     Fault(
         title="the index leaves out a tensor",
@@ -309,10 +393,16 @@ FAULTS = (
         words=("does not list it",),
         files=edit_index(lambda weight_map: weight_map.pop("lm_head.weight")),
     ),
-    Fault(title="a tensor is in two shards", subject="model.norm.weight", words=("two shards",), files=twice),
+    Fault(
+        title="a tensor is in two shards",
+        subject="model.norm.weight",
+        words=("two shards",),
+        files=twice,
+    ),
 )
 
-# Wrong elsewhere, right here: a warning (or nothing), and a conversion that equals that of the good checkpoint.
+# Wrong elsewhere, right here: a warning (or nothing), and a conversion that equals that of the good
+# checkpoint.
 HANDLED = (
     Fault(
         title="quantization_config is absent",
@@ -349,7 +439,9 @@ HANDLED = (
         title="tensors of multi-token prediction are there",
         subject="model.mtp.0.proj.weight",
         words=("left out",),
-        tensors=lambda tensors: tensors.update({"model.mtp.0.proj.weight": ("BF16", np.zeros((4, 4), np.uint16))}),
+        tensors=lambda tensors: tensors.update(
+            {"model.mtp.0.proj.weight": ("BF16", np.zeros((4, 4), np.uint16))}
+        ),
     ),
     Fault(title="no file names an end token", subject="eos_token_id", words=("200020",)),
 )

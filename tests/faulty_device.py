@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neuron_minimax.backends.cpu import CPUOptions
-from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.backends.cpu.backend import EagerBackend
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.check import Request
 from neuron_minimax.device_check.run import answer
-from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 
-Break = Callable[[MiniMaxM2], None]
+Break = Callable[[Decoder], None]
 
 
 class Norms(nn.Module):
@@ -25,33 +25,39 @@ class Norms(nn.Module):
 
     def __init__(self, norm: nn.Module, parts: int) -> None:
         super().__init__()
-        self.norm, self.parts = norm, parts
+        self.norm = norm
+        self.parts = parts
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         pieces = [
-            piece.float() / (piece.float().square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
+            piece.float()
+            / (piece.float().square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
             for piece in hidden.chunk(self.parts, dim=-1)
         ]
         return self.norm.weight.to(hidden.dtype) * torch.cat(pieces, -1).to(hidden.dtype)
 
 
-def moe(model: MiniMaxM2) -> nn.Module:
+def moe(model: Decoder) -> nn.Module:
     return model.layers[0].block_sparse_moe
 
 
-def drop_bias(model: MiniMaxM2) -> None:
+def drop_bias(model: Decoder) -> None:
     router = moe(model).router
     router.e_score_correction_bias = torch.zeros_like(router.e_score_correction_bias)
 
 
-def round_router(model: MiniMaxM2) -> None:
+def round_router(model: Decoder) -> None:
     router = moe(model).router
-    router.e_score_correction_bias = router.e_score_correction_bias.to(torch.bfloat16).to(torch.float32)
+    router.e_score_correction_bias = router.e_score_correction_bias.to(torch.bfloat16).to(
+        torch.float32
+    )
     gate = router.linear_router
-    gate.weight = nn.Parameter(gate.weight.to(torch.bfloat16).to(torch.float32), requires_grad=False)
+    gate.weight = nn.Parameter(
+        gate.weight.to(torch.bfloat16).to(torch.float32), requires_grad=False
+    )
 
 
-def move_experts(model: MiniMaxM2) -> None:
+def move_experts(model: Decoder) -> None:
     """What a wrong order of experts over ranks does."""
     for weight in (
         moe(model).expert_mlps.mlp_op.gate_up_proj,
@@ -63,25 +69,28 @@ def move_experts(model: MiniMaxM2) -> None:
         weight.scale = nn.Parameter(weight.scale[order], requires_grad=False)
 
 
-def split_norms(model: MiniMaxM2) -> None:
+def split_norms(model: Decoder) -> None:
     attention = model.layers[0].self_attn
-    attention.q_norm, attention.k_norm = Norms(attention.q_norm, 2), Norms(attention.k_norm, 2)
+    attention.q_norm = Norms(attention.q_norm, 2)
+    attention.k_norm = Norms(attention.k_norm, 2)
 
 
-def rotate_everything(model: MiniMaxM2) -> None:
+def rotate_everything(model: Decoder) -> None:
     model.config = replace(model.config, rotary_dim=model.config.head_dim)
 
 
-def swap_gate_and_up(model: MiniMaxM2) -> None:
+def swap_gate_and_up(model: Decoder) -> None:
     weight = moe(model).expert_mlps.mlp_op.gate_up_proj
     codes = weight.weight.view(torch.uint8)
     gate, up = codes.chunk(2, dim=-1)
-    weight.weight = nn.Parameter(torch.cat([up, gate], -1).view(weight.weight.dtype), requires_grad=False)
+    weight.weight = nn.Parameter(
+        torch.cat([up, gate], -1).view(weight.weight.dtype), requires_grad=False
+    )
     gate, up = weight.scale.chunk(2, dim=-1)
     weight.scale = nn.Parameter(torch.cat([up, gate], -1), requires_grad=False)
 
 
-def double_a_scale(model: MiniMaxM2) -> None:
+def double_a_scale(model: Decoder) -> None:
     """One block of every expert's gate, which silent and coded experts do not tell from the
     right one.
     """
@@ -91,7 +100,7 @@ def double_a_scale(model: MiniMaxM2) -> None:
     weight.scale = nn.Parameter(scale, requires_grad=False)
 
 
-def halve_values(model: MiniMaxM2) -> None:
+def halve_values(model: Decoder) -> None:
     """The first half of the value projection's rows is lost."""
     projection = model.layers[0].self_attn.qkv_proj.v_proj
     codes = projection.weight.view(torch.uint8).clone()
@@ -102,7 +111,9 @@ def halve_values(model: MiniMaxM2) -> None:
 class Faulty(EagerBackend):
     """`encoding` breaks the model of context encoding, `generation` that of token generation."""
 
-    def __init__(self, model: Path, options: CPUOptions, encoding: Break | None, generation: Break | None) -> None:
+    def __init__(
+        self, model: Path, options: CPUOptions, encoding: Break | None, generation: Break | None
+    ) -> None:
         super().__init__(model, options)
         self.models = {True: self.model, False: EagerBackend(model, options).model}
         for is_encoding, broken in ((True, encoding), (False, generation)):
@@ -113,7 +124,9 @@ class Faulty(EagerBackend):
         self.model = self.models[True]
         return super()._encode(slot, ids, start, all_positions)
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         self.model = self.models[False]
         return super()._step(tokens, positions, active)
 
@@ -121,7 +134,9 @@ class Faulty(EagerBackend):
 class LateSteps(EagerBackend):
     """Token generation forgets the last position of the cache."""
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         return super()._step(tokens, (positions - 1).clamp_min(0), active)
 
 
@@ -151,4 +166,6 @@ class InProcess:
 
 def with_fault(request: Request, encoding: Break | None, generation: Break | None) -> InProcess:
     """A device with a fault in one phase or both."""
-    return InProcess(request=request, make=lambda probe, options: Faulty(probe, options, encoding, generation))
+    return InProcess(
+        request=request, make=lambda probe, options: Faulty(probe, options, encoding, generation)
+    )

@@ -1,4 +1,6 @@
-"""The published model's layout, 230 GB of tensors, as sparse files that take a few megabytes of disk."""
+"""The published model's layout, 230 GB of tensors, as sparse files that take a few megabytes of
+disk.
+"""
 
 import json
 from pathlib import Path
@@ -28,7 +30,9 @@ def published_config() -> dict:
 
 
 def write_sparse(directory: Path) -> Path:
-    """Write headers, holes in place of the data, and the index; the files' sizes are those of real shards."""
+    """Write headers, holes in place of the data, and the index; the files' sizes are those of real
+    shards.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     raw = published_config()
     shards: list[dict] = [{}]
@@ -37,9 +41,14 @@ def write_sparse(directory: Path) -> Path:
         end = position + wanted.elements * STORED_DTYPES[wanted.dtype].itemsize
         if end > SHARD_BYTES:
             shards.append({})
-            position, end = 0, end - position
+            end -= position
+            position = 0
         offsets = [position, end]
-        shards[-1][wanted.name] = {"dtype": wanted.dtype, "shape": list(wanted.shape), "data_offsets": offsets}
+        shards[-1][wanted.name] = {
+            "dtype": wanted.dtype,
+            "shape": list(wanted.shape),
+            "data_offsets": offsets,
+        }
         position = end
     weight_map = {}
     for number, header in enumerate(shards, 1):
@@ -47,8 +56,12 @@ def write_sparse(directory: Path) -> Path:
         text = json.dumps(header).encode()
         with (directory / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + max(fields["data_offsets"][1] for fields in header.values()))
+            file.truncate(
+                8 + len(text) + max(fields["data_offsets"][1] for fields in header.values())
+            )
         weight_map.update(dict.fromkeys(header, name))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (directory / "config.json").write_text(json.dumps(raw))
     return directory

@@ -1,4 +1,6 @@
-"""A server on a free loopback port inside the test's process, and a backend that says what a test tells it to say."""
+"""A server on a free loopback port inside the test's process, and a backend that says what a test
+tells it to say.
+"""
 
 import socket
 import threading
@@ -15,19 +17,23 @@ import uvicorn
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.app import create_app
-from neuron_minimax.serving.metrics import Metrics
+from neuron_minimax.serving.engine_thread import Metrics
 from neuron_minimax.serving.service import Service, Settings
 
 MODEL = "tiny"
 
 
 class ScriptedBackend(Backend):
-    """The backend contract without a model: after a prompt it says `script(prompt text)`, then stops.
+    """The backend contract without a model: after a prompt it says `script(prompt text)`, then
+    stops.
 
-    For tests whose point is the format, the protocol or the schedule. `before_call` runs before each encode and step.
+    For tests whose point is the format, the protocol or the schedule. `before_call` runs before
+    each encode and step.
     """
 
-    def __init__(self, directory: Path, script: Callable[[str], str], slots: int = 4, seq_len: int = 2048) -> None:
+    def __init__(
+        self, directory: Path, script: Callable[[str], str], slots: int = 4, seq_len: int = 2048
+    ) -> None:
         self.model_directory = directory
         self.tokenizer = TextTokenizer.from_dir(directory)
         self.capabilities = Capabilities(
@@ -58,11 +64,15 @@ class ScriptedBackend(Backend):
         self.calls.append(f"encode {len(ids)}")
         return self._logits(slot)
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         self.before_call()
         logits = torch.zeros(self.capabilities.slots, self.capabilities.vocab_size)
         for slot in active.nonzero().flatten().tolist():
-            assert int(positions[slot]) <= len(self.held[slot]), "step goes on where the slot holds nothing"
+            assert int(positions[slot]) <= len(self.held[slot]), (
+                "step goes on where the slot holds nothing"
+            )
             self.held[slot] = [*self.held[slot][: int(positions[slot])], int(tokens[slot])]
             logits[slot] = self._logits(slot)
         self.calls.append(f"step {int(active.sum())}")
@@ -109,13 +119,17 @@ def serving(backend: Backend, **settings: Any) -> Iterator[Served]:
 
 def open_client(served: Served, **options: Any) -> openai.OpenAI:
     """The official client, without retries."""
-    return openai.OpenAI(**{"base_url": f"{served.url}/v1", "api_key": "none", "max_retries": 0} | options)
+    return openai.OpenAI(
+        **{"base_url": f"{served.url}/v1", "api_key": "none", "max_retries": 0} | options
+    )
 
 
 def ask(client: Any, content: str = "Hello", **options: Any) -> Any:
     """One greedy chat request of at most 12 tokens, unless `options` say otherwise."""
     options = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
-    return client.chat.completions.create(messages=[{"role": "user", "content": content}], **options)
+    return client.chat.completions.create(
+        messages=[{"role": "user", "content": content}], **options
+    )
 
 
 def text_of(message: Any) -> str:

@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_minimax.kernels import attention, operators
-from neuron_minimax.kernels.operators import DENSE_DTYPES
-from neuron_minimax.kernels.tiles import DEPTH, NARROW_STRIP, WIDE_STRIP
+from neuron_minimax.kernels import reference
+from neuron_minimax.kernels.cpu import operators
+from neuron_minimax.kernels.cpu.microkernels import DEPTH, NARROW_STRIP, WIDE_STRIP
+from neuron_minimax.kernels.cpu.operators import DENSE_DTYPES
+from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
 
-# Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is rounding's.
+# Absolute, for outputs of up to 6: twice the largest error that is found here; of bfloat16 that is
+# rounding's.
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
-ERROR_OF_PROMPT = {torch.float32: 2.8e-6, torch.bfloat16: 0.018}  # without one's own key it is 0.021 at least
+ERROR_OF_PROMPT = {
+    torch.float32: 2.8e-6,
+    torch.bfloat16: 0.018,
+}  # without one's own key it is 0.021 at least
 
 
 def slow(query_SND, keys_SKCD, values_SKCD, positions_S):
@@ -27,10 +33,14 @@ def slow(query_SND, keys_SKCD, values_SKCD, positions_S):
 
 
 def random_case(slots, key_heads, group, size, positions, dtype):
-    """Query, keys and values of a cache with two positions more; behind each slot's position nothing is a number."""
+    """Query, keys and values of a cache with two positions more; behind each slot's position
+    nothing is a number.
+    """
     generator = torch.Generator().manual_seed(0)
     query = 3 * torch.randn(slots, key_heads * group, size, generator=generator)
-    keys, values = 2 * torch.randn(2, slots, key_heads, max(positions) + 3, size, generator=generator)
+    keys, values = 2 * torch.randn(
+        2, slots, key_heads, max(positions) + 3, size, generator=generator
+    )
     for slot, position in enumerate(positions):
         keys[slot, :, position + 1 :] = values[slot, :, position + 1 :] = torch.nan
     return [each.to(dtype) for each in (query, keys, values)]
@@ -46,7 +56,9 @@ def random_case(slots, key_heads, group, size, positions, dtype):
         (1, 1, 13, 3 * WIDE_STRIP, [2 * DEPTH + 5]),
     ],
 )
-def test_one_token_attends_to_what_its_slot_has_filled(slots, key_heads, group, size, positions, dtype):
+def test_one_token_attends_to_what_its_slot_has_filled(
+    slots, key_heads, group, size, positions, dtype
+):
     query, keys, values = random_case(slots, key_heads, group, size, positions, dtype)
     filled = max(positions) + 1
     cached = keys[:, :, :filled], values[:, :, :filled]
@@ -66,19 +78,28 @@ def test_scores_far_apart_neither_overflow_nor_vanish(tokens):
         of_tokens = query[:, None].expand(-1, tokens, -1, -1)
         found = operators.attend(of_tokens, growing[None, None], values[:, :, :-2], positions)
         wanted = slow(query, growing[None, None], values, [2 * DEPTH])
-        assert np.abs(found[:, -1].numpy() - wanted).max() < 6e-5  # scores reach 2,000: float32's last place is 1e-4
+        assert (
+            np.abs(found[:, -1].numpy() - wanted).max() < 6e-5
+        )  # scores reach 2,000: float32's last place is 1e-4
 
 
 def test_a_slot_behind_the_filled_positions_attends_to_nothing():
     query, keys, values = random_case(2, 2, 3, WIDE_STRIP, [4, 4], torch.float32)
-    found = operators.attend(query[:, None], keys[:, :, :5], values[:, :, :5], torch.tensor([[5], [3]]))
+    found = operators.attend(
+        query[:, None], keys[:, :, :5], values[:, :, :5], torch.tensor([[5], [3]])
+    )
     assert not found[0].any()
-    assert np.abs(found[1].numpy() - slow(query, keys, values, [0, 3])[1]).max() < ERROR[torch.float32]
+    assert (
+        np.abs(found[1].numpy() - slow(query, keys, values, [0, 3])[1]).max() < ERROR[torch.float32]
+    )
 
 
-@pytest.mark.parametrize("dtype", DENSE_DTYPES)
 @pytest.mark.parametrize(
-    ("slots", "key_heads", "group", "size", "start", "tokens"),
+    ("dtype", "pairs"),
+    [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * HAS_PAIRS,
+)
+@pytest.mark.parametrize(
+    "shape",  # slots, key heads, query heads of each, head_dim, first position, tokens
     [
         (1, 2, 6, DEPTH, 0, 40),
         (1, 1, 2, NARROW_STRIP, DEPTH - 1, 60),
@@ -86,14 +107,19 @@ def test_a_slot_behind_the_filled_positions_attends_to_nothing():
         (1, 1, 100, NARROW_STRIP, 7, 2),
     ],
 )
-def test_each_token_of_a_prompt_attends_up_to_its_own_position(slots, key_heads, group, size, start, tokens, dtype):
+def test_each_token_of_a_prompt_attends_up_to_its_own_position(shape, dtype, pairs):
+    slots, key_heads, group, size, start, tokens = shape
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(slots, tokens + 2, key_heads * group, size, generator=generator).to(dtype)
-    keys, values = torch.randn(2, slots, key_heads, start + tokens + 5, size, generator=generator).to(dtype)
+    keys, values = torch.randn(
+        2, slots, key_heads, start + tokens + 5, size, generator=generator
+    ).to(dtype)
     filled = start + tokens
     keys[:, :, filled:] = values[:, :, filled:] = torch.nan
-    positions = torch.cat([start + torch.arange(tokens), torch.tensor([filled, 5000])]).expand(slots, -1)
-    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions)
+    positions = torch.cat([start + torch.arange(tokens), torch.tensor([filled, 5000])]).expand(
+        slots, -1
+    )
+    found = operators.attend(query, keys[:, :, :filled], values[:, :, :filled], positions, pairs)
     assert found.shape == (slots, tokens + 2, key_heads * group * size)
     assert found.dtype == dtype
     assert not found[:, tokens:].any(), "a token behind the filled positions attends to nothing"
@@ -107,8 +133,14 @@ def test_each_token_of_a_prompt_attends_up_to_its_own_position(slots, key_heads,
 def test_the_number_of_threads_changes_nothing(team, tokens):
     query, keys, values = random_case(3, 2, 2, WIDE_STRIP, [69, 140, 67], torch.float32)
     positions = torch.tensor([[69], [140], [67]]) + torch.arange(1 - tokens, 1)
-    arguments = query[:, None].repeat(1, tokens, 1, 1), keys[:, :, :141], values[:, :, :141], positions
-    wanted, before = operators.attend(*arguments), torch.get_num_threads()
+    arguments = (
+        query[:, None].repeat(1, tokens, 1, 1),
+        keys[:, :, :141],
+        values[:, :, :141],
+        positions,
+    )
+    wanted = operators.attend(*arguments)
+    before = torch.get_num_threads()
     torch.set_num_threads(team)
     try:
         assert torch.equal(operators.attend(*arguments), wanted)
@@ -123,10 +155,14 @@ def test_odd_head_sizes_are_left_to_torch():
         keys, values = torch.randn(2, 1, 2, 6, size, generator=generator)
         positions = torch.arange(6 - tokens, 6)[None]
         assert torch.equal(
-            operators.attend(query, keys, values, positions), attention.attend(query, keys, values, positions)
+            operators.attend(query, keys, values, positions),
+            reference.attend(query, keys, values, positions),
         )
         wanted = slow(query[:, -1], keys, values, [5])
-        assert np.abs(attention.attend(query, keys, values, positions)[:, -1].numpy() - wanted).max() < 4e-7
+        assert (
+            np.abs(reference.attend(query, keys, values, positions)[:, -1].numpy() - wanted).max()
+            < 4e-7
+        )
 
 
 def test_keys_and_values_that_lie_differently_are_refused():

@@ -1,4 +1,6 @@
-"""The CPU backend: eager and compiled alike against transformers, the compiled directory, and what is refused."""
+"""The CPU backend: eager and compiled alike against transformers, the compiled directory, and what
+is refused.
+"""
 
 import fcntl
 import json
@@ -6,30 +8,40 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neuron_minimax.backends import compile_model, compiled, cpu, load
+from neuron_minimax.backends import compile_model, load
+from neuron_minimax.backends import directory as compiled_directory
 from neuron_minimax.backends.base import Backend, Capabilities
-from neuron_minimax.backends.cpu import check_options
+from neuron_minimax.backends.cpu import backend as cpu_backend
+from neuron_minimax.backends.cpu.options import check_options
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.run import convert
 from neuron_minimax.errors import BackendError
+from tests.opened import convert
 from tests.tiny import tiny_config, write_tiny
 
 TOLERANCE = 3e-5
 SEQ_LEN = 48
 BUCKETS = (8, 16)
 RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1}
-# The eager case costs nothing, the exported one seconds; a compiled one the compile of a graph per bucket and one more.
+# The eager case costs nothing, the exported one seconds; a compiled one the compile of a graph per
+# bucket and one more.
 CASES = {
     "eager": ({}, 3, "eager", BUCKETS),
     "exported, ragged sizes": (RAGGED, 3, "exported", BUCKETS),
     # All experts are chosen: 8 tokens each are streamed, 32 expanded for the library.
-    "compiled, one slot": ({"num_local_experts": 4, "num_experts_per_tok": 4}, 1, "compiled", (8, 32)),
+    "compiled, one slot": (
+        {"num_local_experts": 4, "num_experts_per_tok": 4},
+        1,
+        "compiled",
+        (8, 32),
+    ),
     "compiled, three slots, ragged sizes": (RAGGED, 3, "compiled", BUCKETS[1:]),
 }
 
@@ -38,11 +50,19 @@ def options(slots: int = 2, engine: str = "eager", buckets: tuple[int, ...] = BU
     return {"slots": slots, "seq_len": SEQ_LEN, "buckets": buckets, "engine": engine}
 
 
-def make(directory: Path, overrides: dict, slots: int, engine: str, buckets: tuple[int, ...] = BUCKETS) -> Path:
-    one_layer = {"num_hidden_layers": 1 if engine == "compiled" else 2, "use_mtp": False, **overrides}
+def make(
+    directory: Path, overrides: dict, slots: int, engine: str, buckets: tuple[int, ...] = BUCKETS
+) -> Path:
+    one_layer = {
+        "num_hidden_layers": 1 if engine == "compiled" else 2,
+        "use_mtp": False,
+        **overrides,
+    }
     convert(write_tiny(directory / "fp8", **one_layer), directory / "converted")
     write_tiny(directory / "dense", dense=True, **one_layer)
-    compile_model(directory / "converted", directory / "traced", options=options(slots, engine, buckets))
+    compile_model(
+        directory / "converted", directory / "traced", options=options(slots, engine, buckets)
+    )
     return directory
 
 
@@ -51,16 +71,41 @@ class Case:
         self.directory = directory
         self.backend = load(directory / "traced")
         dense = directory / "dense"
-        self.oracle = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, experts_implementation="eager")
+        self.oracle = AutoModelForCausalLM.from_pretrained(
+            dense, dtype=torch.float32, experts_implementation="eager"
+        )
 
     @torch.no_grad()
     def reference(self, ids: list[int]) -> torch.Tensor:
         return self.oracle(torch.tensor([ids])).logits[0]
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@contextmanager
+def two_threads():
+    """Give torch two threads, here and in the processes that compile for as many as they find."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "2")
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("exported"), *CASES["exported, ragged sizes"])
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    return Case(make(tmp_path_factory.mktemp("backend"), *request.param))
+    if request.param == "exported, ragged sizes":
+        yield Case(request.getfixturevalue("exported"))
+        return
+    compiled = request.param.startswith("compiled")
+    with two_threads() if compiled else nullcontext():
+        yield Case(make(tmp_path_factory.mktemp("backend"), *CASES[request.param]))
 
 
 FIRST_TOKENS = """
@@ -70,7 +115,7 @@ import torch
 from numba.core.ccallback import CFunc
 
 from neuron_minimax.backends import load
-from neuron_minimax.kernels.dispatch import registered
+from neuron_minimax.kernels.cpu.jit import registered
 
 CFunc._compile_uncached = lambda self: sys.exit("a kernel was compiled")
 backend = load(sys.argv[1])
@@ -92,7 +137,9 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 
 def step(backend: Backend, tokens: dict[int, tuple[int, int]]) -> torch.Tensor:
-    """One step from slot to (token, position); the other slots are inactive, with values that mean nothing."""
+    """One step from slot to (token, position); the other slots are inactive, with values that mean
+    nothing.
+    """
     slots = backend.capabilities.slots
     inputs = [tokens.get(slot, (10**9, -7)) for slot in range(slots)]
     ids, positions = (torch.tensor(values) for values in zip(*inputs, strict=True))
@@ -122,7 +169,9 @@ def test_steps_from_a_prompt_to_a_full_cache_equal_transformers(case):
         prompt, attention_mask=mask, max_new_tokens=SEQ_LEN - 5, do_sample=False, eos_token_id=None
     )
     assert ids == wanted[0].tolist()
-    with pytest.raises(BackendError, match=f"slot 0 has position {SEQ_LEN}; expected 0 to {SEQ_LEN - 1}"):
+    with pytest.raises(
+        BackendError, match=f"slot 0 has position {SEQ_LEN}; expected 0 to {SEQ_LEN - 1}"
+    ):
         step(case.backend, {0: (1, SEQ_LEN)})
 
 
@@ -138,14 +187,18 @@ def test_slots_do_not_see_each_other(case):
     slots = case.backend.capabilities.slots
     sequences = {slot: some_ids(4 + 9 * slot, seed=slot) for slot in range(slots)}
     for slot, ids in sequences.items():
-        case.backend.encode(slot, some_ids(SEQ_LEN, seed=99))  # what an earlier request leaves behind
+        case.backend.encode(
+            slot, some_ids(SEQ_LEN, seed=99)
+        )  # what an earlier request leaves behind
         case.backend.reset(slot)
         case.backend.encode(slot, ids)
     for turn in range(6):
         active = [slot for slot in range(slots) if slots == 1 or (turn + slot) % 3]
         for slot in active:
             sequences[slot].append(7 * turn + slot)
-        logits = step(case.backend, {slot: (sequences[slot][-1], len(sequences[slot]) - 1) for slot in active})
+        logits = step(
+            case.backend, {slot: (sequences[slot][-1], len(sequences[slot]) - 1) for slot in active}
+        )
         for slot in active:
             assert (logits[slot] - case.reference(sequences[slot])[-1]).abs().max() < TOLERANCE
 
@@ -153,7 +206,10 @@ def test_slots_do_not_see_each_other(case):
 def test_bf16_compute_is_close_to_float32(eager, tmp_path):
     compile_model(eager / "converted", tmp_path / "low", options=options() | {"compute": "bf16"})
     ids = some_ids(12)
-    low, full = (load(path).encode(0, ids, all_positions=True) for path in (tmp_path / "low", eager / "traced"))
+    low, full = (
+        load(path).encode(0, ids, all_positions=True)
+        for path in (tmp_path / "low", eager / "traced")
+    )
     assert low.dtype == torch.float32
     # Of logits of size 1; single tokens may meet another expert.
     assert 1e-4 < (low - full).abs().median() < 0.02
@@ -162,12 +218,24 @@ def test_bf16_compute_is_close_to_float32(eager, tmp_path):
 BAD_REQUESTS = {
     "no such slot": (lambda backend: backend.encode(2, [1]), "slot 2 does not exist; .* 2 slots"),
     "empty prompt": (lambda backend: backend.encode(0, []), "prompt is empty"),
-    "too long": (lambda backend: backend.encode(0, [1] * 49), "ends at position 49, .* seq_len 48; shorten"),
-    "too long by its start": (lambda backend: backend.encode(0, [1] * 9, start=40), "ends at position 49"),
+    "too long": (
+        lambda backend: backend.encode(0, [1] * 49),
+        "ends at position 49, .* seq_len 48; shorten",
+    ),
+    "too long by its start": (
+        lambda backend: backend.encode(0, [1] * 9, start=40),
+        "ends at position 49",
+    ),
     "token below": (lambda backend: backend.encode(0, [3, -1]), "token -1 is outside"),
     "token above": (lambda backend: backend.encode(0, [160]), "token 160 is outside .* 0 to 159"),
-    "step token": (lambda backend: step(backend, {1: (160, 0)}), "slot 1 has token 160; expected 0 to 159"),
-    "step shape": (lambda backend: backend.step(*[torch.zeros(3, dtype=torch.int64)] * 3), r"\[3\]; expected \[2\]"),
+    "step token": (
+        lambda backend: step(backend, {1: (160, 0)}),
+        "slot 1 has token 160; expected 0 to 159",
+    ),
+    "step shape": (
+        lambda backend: backend.step(*[torch.zeros(3, dtype=torch.int64)] * 3),
+        r"\[3\]; expected \[2\]",
+    ),
     "reset": (lambda backend: backend.reset(-1), "slot -1 does not exist"),
 }
 
@@ -179,10 +247,17 @@ def test_a_request_that_cannot_be_served_says_why(eager, request_, message):
 
 
 class LastPositionOnly(Backend):
-    """A backend without chunks or all-position logits, as NxDI's is; nothing reaches it in the test."""
+    """A backend without chunks or all-position logits, as NxDI's is; nothing reaches it in the
+    test.
+    """
 
     capabilities = Capabilities(
-        slots=1, seq_len=32, buckets=(8, 16), vocab_size=9, chunked_encoding=False, all_position_logits=False
+        slots=1,
+        seq_len=32,
+        buckets=(8, 16),
+        vocab_size=9,
+        chunked_encoding=False,
+        all_position_logits=False,
     )
 
     def reset(self, slot):
@@ -229,7 +304,9 @@ def copy_of(directory: Path, destination: Path) -> Path:
 
 def recompile(directory: Path, **changed) -> str:
     """Why compiling again made graphs; empty when the directory was up to date."""
-    return compile_model(directory / "converted", directory / "traced", options=options() | changed).reason
+    return compile_model(
+        directory / "converted", directory / "traced", options=options() | changed
+    ).reason
 
 
 def rewrite_manifest(directory: Path, change) -> None:
@@ -245,12 +322,16 @@ def test_the_weights_are_hard_links_not_a_second_copy(eager):
         assert (eager / "traced" / "model" / shard.name).samefile(shard)
 
 
-def test_where_links_are_impossible_the_directory_refers_to_the_weights(eager, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "_hard_link", lambda source, destination: False)
+def test_where_links_are_impossible_the_directory_refers_to_the_weights(
+    eager, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiled_directory, "_hard_link", lambda source, destination: False)
     compile_model(eager / "converted", tmp_path / "traced", options=options())
     assert not list((tmp_path / "traced").rglob("*.safetensors"))
     ids = some_ids(6)
-    assert torch.equal(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids))
+    assert torch.equal(
+        load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids)
+    )
 
 
 def test_an_unchanged_compile_is_recognized_and_a_changed_one_is_not(eager, tmp_path):
@@ -266,7 +347,8 @@ def test_an_unchanged_compile_is_recognized_and_a_changed_one_is_not(eager, tmp_
 def test_recognizing_an_unchanged_compile_does_not_import_torch(eager):
     program = (
         "import sys; from neuron_minimax.backends import compile_model\n"
-        f"report = compile_model({str(eager / 'converted')!r}, {str(eager / 'traced')!r}, options={options()!r})\n"
+        f"report = compile_model({str(eager / 'converted')!r}, {str(eager / 'traced')!r}, "
+        f"options={options()!r})\n"
         "assert not report.reason, report.reason; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -280,12 +362,28 @@ def test_recognizing_an_unchanged_compile_does_not_import_torch(eager):
         ("machine", "architecture", "machine architecture was 'other'"),
     ],
 )
-def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(eager, tmp_path, part, key, message):
+def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(
+    eager, tmp_path, part, key, message
+):
     work = copy_of(eager, tmp_path / "work")
     rewrite_manifest(work, lambda fields: fields[part].update({key: "other"}))
     with pytest.raises(BackendError, match=f"cannot be used: {message}.*compile"):
         load(work / "traced")
     assert message in recompile(work)
+    load(work / "traced")
+
+
+def test_a_compile_by_another_version_of_this_package_is_used_when_its_code_is_equal(
+    eager, tmp_path, monkeypatch
+):
+    work = copy_of(eager, tmp_path / "work")
+    installed = metadata.version
+    manifest = json.loads((work / "traced" / "manifest.json").read_text())
+    assert manifest["made_by"] == f"neuron-minimax {installed('neuron-minimax')}"
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "99.0" if name == "neuron-minimax" else installed(name)
+    )
+    assert recompile(work) == ""
     load(work / "traced")
 
 
@@ -338,13 +436,16 @@ def test_an_unknown_backend_is_refused(eager, tmp_path):
 
 def test_without_a_compiler_the_exported_graphs_run_and_say_so(eager, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    report = compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled"))
+    asked = options(engine="compiled", buckets=(8,))
+    report = compile_model(eager / "converted", tmp_path / "traced", options=asked)
     assert "no C++ compiler" in report.render()
     assert {name.partition(".")[2] for name in report.manifest.graphs} == {"exported.pt2", "pickle"}
     ids = some_ids(6)
-    assert torch.allclose(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5)
+    assert torch.allclose(
+        load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5
+    )
     monkeypatch.undo()
-    wanted = check_options(ModelConfig.from_dir(eager / "converted"), options(engine="compiled"))
+    wanted = check_options(ModelConfig.from_dir(eager / "converted"), asked)
     assert (report.manifest.options["engine"], wanted["engine"]) == ("exported", "compiled")
 
 
@@ -356,34 +457,49 @@ def compiler_that_fails(monkeypatch):
 def test_where_an_older_torch_cannot_compile_the_exported_graphs_run_and_say_so(
     eager, tmp_path, monkeypatch, compiler_that_fails
 ):
-    monkeypatch.setattr(cpu, "TESTED_TORCH", (99, 0))
-    report = compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,)))
+    monkeypatch.setattr(cpu_backend, "TESTED_TORCH", (99, 0))
+    report = compile_model(
+        eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,))
+    )
     assert "could not compile this model" in report.render()
     assert "the exported graphs run instead" in report.render()
     ids = some_ids(6)
-    assert torch.allclose(load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5)
+    assert torch.allclose(
+        load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5
+    )
 
 
-def test_where_the_tested_torch_cannot_compile_the_compile_fails(eager, tmp_path, compiler_that_fails):
-    with pytest.raises(BackendError, match=r"compiling for the CPU failed .* or use --engine eager"):
-        compile_model(eager / "converted", tmp_path / "traced", options=options(engine="compiled", buckets=(8,)))
+def test_where_the_tested_torch_cannot_compile_the_compile_fails(
+    eager, tmp_path, compiler_that_fails
+):
+    with pytest.raises(
+        BackendError, match=r"compiling for the CPU failed .* or use --engine eager"
+    ):
+        compile_model(
+            eager / "converted",
+            tmp_path / "traced",
+            options=options(engine="compiled", buckets=(8,)),
+        )
 
 
-def test_exported_graphs_hold_no_weights(tmp_path):
-    made = make(tmp_path, {}, 1, "exported", BUCKETS[:1])
-    weights = sum(path.stat().st_size for path in (made / "converted").glob("*.safetensors"))
-    graphs = [path.stat().st_size for path in (made / "traced" / "graphs").glob("*.pt2")]
+def test_exported_graphs_hold_no_weights(exported):
+    weights = sum(path.stat().st_size for path in (exported / "converted").glob("*.safetensors"))
+    graphs = [path.stat().st_size for path in (exported / "traced" / "graphs").glob("*.pt2")]
     assert max(graphs) < weights / 2
 
 
 @pytest.mark.parametrize(("checkpoint", "compute"), [("fp8", "float32"), ("dense", "bf16")])
 def test_a_compiled_directory_has_its_loops_wherever_it_is_loaded(checkpoint, compute, tmp_path):
-    source = write_tiny(tmp_path / "source", dense=checkpoint == "dense", num_hidden_layers=1, use_mtp=False)
+    source = write_tiny(
+        tmp_path / "source", dense=checkpoint == "dense", num_hidden_layers=1, use_mtp=False
+    )
     convert(source, tmp_path / "converted")
     asked = {"slots": 1, "seq_len": 96, "buckets": (80,), "engine": "exported", "compute": compute}
     compile_model(tmp_path / "converted", tmp_path / "traced", options=asked)
     elsewhere = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "nothing")}
     command = [sys.executable, "-c", FIRST_TOKENS, tmp_path / "traced"]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=elsewhere).stdout
+    said = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=elsewhere
+    ).stdout
     here = load(tmp_path / "traced").encode(0, list(range(80)), all_positions=True)
     assert float(said) == here.double().sum().item()

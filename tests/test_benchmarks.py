@@ -48,7 +48,13 @@ def test_a_goal_is_reached_or_the_table_says_that_it_is_not(goal, reached):
 
 
 def test_the_guard_names_what_lost_more_than_a_third_and_what_is_gone():
-    kept = [rated("kept", 10), rated("lower", 10), rated("lost", 10), rated("gone", 10), row("memory", [1.0], "MB")]
+    kept = [
+        rated("kept", 10),
+        rated("lower", 10),
+        rated("lost", 10),
+        rated("gone", 10),
+        row("memory", [1.0], "MB"),
+    ]
     found = [rated("kept", 6.7), rated("lower", 30, peer=44), rated("lost", 6.6), rated("new", 1)]
     fallen = falls(kept, found)
     assert [each.what for each in fallen] == ["lost", "gone"]
@@ -60,7 +66,14 @@ def test_the_guard_names_what_lost_more_than_a_third_and_what_is_gone():
 
 def test_rows_come_back_from_json_as_they_were():
     rows = [
-        row("all", [1.0, 2.0], "s", less_is_better=True, peer=("cp", [3.0, 4.0]), limit=("memory", [0.5])),
+        row(
+            "all",
+            [1.0, 2.0],
+            "s",
+            less_is_better=True,
+            peer=("cp", [3.0, 4.0]),
+            limit=("memory", [0.5]),
+        ),
         row("goal", [1.0], "MB", goal=Goal(figure="ours", value=2, at_most=True)),
         Row(what="broken", failure="RuntimeError: why"),
     ]
@@ -73,7 +86,8 @@ def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
 
     said: list[str] = []
     rows, seconds = collect(
-        [("good", lambda: [rated("a", 1)]), ("bad", broken), ("last", lambda: [rated("b", 1)])], said.append
+        [("good", lambda: [rated("a", 1)]), ("bad", broken), ("last", lambda: [rated("b", 1)])],
+        said.append,
     )
     assert [each.what for each in rows] == ["a", "bad", "b"]
     assert rows[1].failure == "RuntimeError: no compiler was found"
@@ -86,11 +100,15 @@ def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
 def test_a_curve_is_superlinear_when_its_largest_point_is_above_its_law():
     def curve(seconds: list[float]) -> Curve:
         points = tuple(
-            Point(at=at, measured=value, expected=at) for at, value in zip((1, 2, 4, 8), seconds, strict=True)
+            Point(at=at, measured=value, expected=at)
+            for at, value in zip((1, 2, 4, 8), seconds, strict=True)
         )
-        return Curve(name="layers", axis="layers", unit="ms", law="proportional to the layers", points=points)
+        return Curve(
+            name="layers", axis="layers", unit="ms", law="proportional to the layers", points=points
+        )
 
-    linear, steep = curve([1.0, 2.0, 4.0, 8.0]), curve([1.0, 2.0, 5.0, 16.0])
+    linear = curve([1.0, 2.0, 4.0, 8.0])
+    steep = curve([1.0, 2.0, 5.0, 16.0])
     assert not linear.superlinear
     assert linear.worst == pytest.approx(1.0)
     assert steep.superlinear

@@ -1,4 +1,6 @@
-"""The chat page in headless Chromium: type, stream, stop, reload, tools; narrow; by keyboard alone."""
+"""The chat page in headless Chromium: type, stream, stop, reload, tools; narrow; by keyboard
+alone.
+"""
 
 import json
 import time
@@ -6,13 +8,18 @@ import time
 import pytest
 
 from tests.served import ScriptedBackend, serving
-from tests.tiny_tokenizer import write_tokenizer
 from tests.webdriver import CHROMIUM, DRIVER, chromium
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
-CALL = '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">7</parameter>\n</invoke>\n</minimax:tool_call>'
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}},
+}
+CALL = (
+    '<minimax:tool_call>\n<invoke name="add">\n<parameter '
+    'name="a">7</parameter>\n</invoke>\n</minimax:tool_call>'
+)
 LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
 IDLE = "document.getElementById('log').ariaBusy === 'false'"
 
@@ -20,17 +27,23 @@ IDLE = "document.getElementById('log').ariaBusy === 'false'"
 def script(prompt):
     question = prompt.rpartition("]~b]user\n")[2].partition("[e~[")[0]
     if "<response>" in prompt:
-        return "The tool spoke.\n</think>\n\nIt is " + prompt.rpartition("<response>")[2].partition("</response>")[0]
+        return (
+            "The tool spoke.\n</think>\n\nIt is "
+            + prompt.rpartition("<response>")[2].partition("</response>")[0]
+        )
     if "long" in question:
         return "On and on.\n</think>\n\n" + "word " * 500
     if "tool" in question:
         return "I need it.\n</think>\n\n" + CALL
-    return f"Thinking about it.\n</think>\n\nYou said <b>{question}</b> after {prompt.count(']~b]user')} turns."
+    return (
+        f"Thinking about it.\n</think>\n\nYou said <b>{question}</b> after "
+        f"{prompt.count(']~b]user')} turns."
+    )
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory):
-    return ScriptedBackend(write_tokenizer(tmp_path_factory.mktemp("tokenizer")), script)
+def backend(tokenizer_directory):
+    return ScriptedBackend(tokenizer_directory, script)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +94,17 @@ def test_an_answer_streams_in_with_its_reasoning_folded_away(page, server):
     assert all(name.startswith(server.url) for name in loaded)
 
 
-def test_text_appears_while_the_answer_is_still_being_made_and_stop_frees_the_slot(page, server, backend):
+def test_text_appears_while_the_answer_is_still_being_made_and_stop_frees_the_slot(
+    page, server, backend
+):
     backend.before_call = lambda: time.sleep(0.01)
     say(page, "a long story")
     page.wait(f"{LAST}?.querySelector('.text')?.textContent.length > 20")
     assert page.run("return document.getElementById('log').ariaBusy") == "true"
     page.click("#stop")
     page.wait(f"{LAST}.textContent.includes('Stopped.') && {IDLE}")
-    slots = server.service.model.engine._slots
     end = time.monotonic() + 5
-    while any(slot.job for slot in slots):
+    while server.service.model.engine.occupied:
         assert time.monotonic() < end
         time.sleep(0.01)
     backend.before_call = lambda: None
@@ -153,7 +167,10 @@ def test_the_keyboard_alone_is_enough(page, backend):
     page.press("Space")
     page.wait(f"{LAST}.textContent.includes('Stopped.') && {IDLE}")
     page.press("a long story", "Enter")
-    page.wait(f"document.querySelectorAll('article.assistant').length === 3 && {LAST}.querySelector('.text')")
+    page.wait(
+        "document.querySelectorAll('article.assistant').length === 3 && "
+        f"{LAST}.querySelector('.text')"
+    )
     page.press("Escape")
     page.wait(f"{LAST}.textContent.includes('Stopped.') && {IDLE}")
     seen = []

@@ -1,24 +1,37 @@
 """The command line: exit codes, one message on standard error, and what its commands print."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import neuron_minimax
 from neuron_minimax.cli import main
 from tests.tiny import write_tiny
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """checkpoint, converted, traced (eager) of one tiny model, and the float32 twin of the checkpoint."""
+    """checkpoint, converted, traced (eager) of one tiny model, and the float32 twin of the
+    checkpoint.
+    """
     base = tmp_path_factory.mktemp("cli")
     write_tiny(base / "ckpt", shards=2)
     write_tiny(base / "twin", dense=True)
     assert main(["convert", str(base / "ckpt"), str(base / "out"), "--fp8-range", "ocp"]) == 0
-    compiled = ["compile", str(base / "out"), str(base / "traced"), "--engine", "eager", "--seq-len", "64"]
+    compiled = [
+        "compile",
+        str(base / "out"),
+        str(base / "traced"),
+        "--engine",
+        "eager",
+        "--seq-len",
+        "64",
+    ]
     assert main([*compiled, "--buckets", "16,64"]) == 0
     return base
 
@@ -27,6 +40,14 @@ def run(capsys, *arguments):
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_the_version_is_the_package_s_under_both_names_of_the_command(capsys):
+    version = f"neuron-minimax {neuron_minimax.__version__}\n"
+    assert run(capsys, "--version") == (0, version, "")
+    command = [sys.executable, "-m", "neuron_minimax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == version
 
 
 def test_inspect_exits_0_on_a_good_checkpoint_and_1_on_a_bad_one(traced, tmp_path, capsys):
@@ -77,13 +98,23 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
     prompt = [3, 77, 120, 9, 150]
     ids = ",".join(map(str, prompt))
     dump = tmp_path / "logits.safetensors"
-    command = ["generate", traced / "traced", "--token-ids", ids, "--greedy", "--json", "--max-new-tokens", 6]
+    command = [
+        "generate",
+        traced / "traced",
+        "--token-ids",
+        ids,
+        "--greedy",
+        "--json",
+        "--max-new-tokens",
+        6,
+    ]
     code, out, _ = run(capsys, *command, "--dump-logits", dump)
     assert code == 0
     found = json.loads(out)
     oracle = AutoModelForCausalLM.from_pretrained(traced / "twin", dtype=torch.float32).eval()
     with torch.inference_mode():
-        tokens, rows = list(prompt), []
+        tokens = list(prompt)
+        rows = []
         prefill = oracle(torch.tensor([prompt])).logits[0]
         for _ in range(6):
             rows.append(oracle(torch.tensor([tokens])).logits[0, -1])
@@ -99,16 +130,28 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
     [
         (["inspect", "absent"], 1, ["absent", "does not exist"]),
         (["convert", "absent", "out"], 1, ["absent"]),
-        (["convert", "{ckpt}", "{base}/x", "--attention", "int4"], 1, ["attention", "int4", "fp8, bf16"]),
+        (
+            ["convert", "{ckpt}", "{base}/x", "--attention", "int4"],
+            1,
+            ["attention", "int4", "fp8, bf16"],
+        ),
         (["convert", "{ckpt}", "{base}/x", "--keep-in-bf16", "lm_hed"], 1, ["lm_hed", "lm_head"]),
         (["convert", "{ckpt}", "{base}/out"], 1, ["another run", "--overwrite"]),
         (["verify", "{ckpt}", "{ckpt}"], 1, ["conversion.json", "neuron-minimax convert"]),
         (["compile", "{ckpt}", "{base}/x"], 1, ["conversion.json"]),
         (["generate", "{traced}", "--token-ids", "1,a"], 1, ["--token-ids", "1,a"]),
         (["generate", "{traced}", "--token-ids", "1,160"], 1, ["160", "vocabulary"]),
-        (["generate", "{traced}", "--token-ids", "1", "--max-new-tokens", "999"], 1, ["999", "seq_len 64"]),
+        (
+            ["generate", "{traced}", "--token-ids", "1", "--max-new-tokens", "999"],
+            1,
+            ["999", "seq_len 64"],
+        ),
         (["generate", "{traced}", "--prompt", "hi"], 1, ["tokenizer.json"]),
-        (["generate", "{traced}", "--token-ids", "1", "--greedy", "--top-k", "3"], 1, ["--greedy", "--top-k"]),
+        (
+            ["generate", "{traced}", "--token-ids", "1", "--greedy", "--top-k", "3"],
+            1,
+            ["--greedy", "--top-k"],
+        ),
         (["generate", "{base}", "--token-ids", "1"], 1, ["manifest"]),
         (["generate", "{traced}"], 2, ["--prompt"]),
         (["convert", "{ckpt}"], 2, ["OUT"]),

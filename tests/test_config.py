@@ -1,4 +1,6 @@
-"""ModelConfig against transformers' own reading of the same config.json, in both published styles."""
+"""ModelConfig against transformers' own reading of the same config.json, in both published
+styles.
+"""
 
 import json
 
@@ -10,21 +12,33 @@ from neuron_minimax.errors import ConfigError
 from tests.tiny import tiny_config
 
 ORIGINAL = tiny_config(
-    attn_type_list=[1, 1], shared_intermediate_size=0, qk_norm_type="per_layer", mtp_transformer_layers=1
+    attn_type_list=[1, 1],
+    shared_intermediate_size=0,
+    qk_norm_type="per_layer",
+    mtp_transformer_layers=1,
 )
-TRANSFORMERS_5 = {key: value for key, value in tiny_config().items() if key not in ("rotary_dim", "rope_theta")} | {
+TRANSFORMERS_5 = {
+    key: value for key, value in tiny_config().items() if key not in ("rotary_dim", "rope_theta")
+} | {
     "rope_parameters": {"rope_theta": 5000000, "rope_type": "default", "partial_rotary_factor": 0.5}
 }
 
 
 @pytest.mark.parametrize("raw", [ORIGINAL, TRANSFORMERS_5], ids=["original", "transformers-5"])
 def test_both_styles_mean_what_transformers_reads(raw):
-    config, oracle = ModelConfig.from_dict(raw), MiniMaxM2Config(**raw)
+    config = ModelConfig.from_dict(raw)
+    oracle = MiniMaxM2Config(**raw)
     rope = oracle.rope_parameters
     assert config.rotary_dim == int(oracle.head_dim * rope["partial_rotary_factor"]) == 64
     assert config.rope_theta == rope["rope_theta"] == 5e6
     assert config.rope_scaling is None
-    for name in ("hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok", "rms_norm_eps"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "rms_norm_eps",
+    ):
         assert getattr(config, name) == getattr(oracle, name)
 
 

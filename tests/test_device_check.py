@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.run import convert
 from neuron_minimax.device_check import schedule, tokens
 from neuron_minimax.device_check.check import (
     CompiledDevice,
@@ -38,9 +37,10 @@ from neuron_minimax.device_check.verdicts import (
     judge_logits,
 )
 from neuron_minimax.errors import BackendError, ConversionError
-from neuron_minimax.kernels.fp8 import dequantize
+from neuron_minimax.kernels.reference import dequantize
 from tests import faulty_device as faults
 from tests.faulty_device import InProcess, with_fault
+from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_traced import write_traced
 
@@ -71,7 +71,9 @@ def statuses(report: Report) -> str:
 
 
 @pytest.mark.parametrize("compute", ["float32", "bf16"])
-def test_a_device_that_computes_as_the_cpu_does_passes_every_check(converted: Path, work: Path, compute: str) -> None:
+def test_a_device_that_computes_as_the_cpu_does_passes_every_check(
+    converted: Path, work: Path, compute: str
+) -> None:
     request = replace(REQUEST, compute=compute)
     report = run_checks(converted, work, request, InProcess(request=request))
     assert statuses(report) == "PPPP", report.render()
@@ -79,7 +81,9 @@ def test_a_device_that_computes_as_the_cpu_does_passes_every_check(converted: Pa
 
 
 def test_a_device_that_rounds_elsewhere_passes_every_check(converted: Path, work: Path) -> None:
-    report = run_checks(converted, work, replace(REQUEST, compute="bf16"), InProcess(request=REQUEST))
+    report = run_checks(
+        converted, work, replace(REQUEST, compute="bf16"), InProcess(request=REQUEST)
+    )
     assert statuses(report) == "PPPP", report.render()
     assert verdicts_of(report)["one layer"].measured.difference > 0.001
 
@@ -137,9 +141,13 @@ def test_a_fault_fails_its_check_alone_and_is_named(
     assert not report.passed
 
 
-def test_a_lost_bias_is_named_in_bf16_with_the_experts_and_the_number_of_tokens(converted: Path, work: Path) -> None:
+def test_a_lost_bias_is_named_in_bf16_with_the_experts_and_the_number_of_tokens(
+    converted: Path, work: Path
+) -> None:
     request = replace(REQUEST, compute="bf16")
-    report = run_checks(converted, work, request, with_fault(request, faults.drop_bias, faults.drop_bias))
+    report = run_checks(
+        converted, work, request, with_fault(request, faults.drop_bias, faults.drop_bias)
+    )
     verdict = verdicts_of(report)["router"]
     assert verdict.status is Status.FAIL
     assert "without e_score_correction_bias" in verdict.meaning
@@ -147,7 +155,9 @@ def test_a_lost_bias_is_named_in_bf16_with_the_experts_and_the_number_of_tokens(
     assert "context encoding" in verdict.finding
 
 
-def test_a_norm_that_is_wrong_in_token_generation_alone_is_named_so(converted: Path, work: Path) -> None:
+def test_a_norm_that_is_wrong_in_token_generation_alone_is_named_so(
+    converted: Path, work: Path
+) -> None:
     report = run_checks(converted, work, REQUEST, with_fault(REQUEST, None, faults.split_norms))
     assert statuses(report) == "PPFS"
     verdict = verdicts_of(report)["QK norm"]
@@ -156,7 +166,9 @@ def test_a_norm_that_is_wrong_in_token_generation_alone_is_named_so(converted: P
     assert verdict.meaning.endswith("instead of the full width, in token generation alone")
 
 
-def test_steps_at_wrong_positions_fail_in_token_generation_alone(converted: Path, work: Path) -> None:
+def test_steps_at_wrong_positions_fail_in_token_generation_alone(
+    converted: Path, work: Path
+) -> None:
     report = run_checks(converted, work, REQUEST, InProcess(request=REQUEST, make=faults.LateSteps))
     assert statuses(report) == "PPFS", report.render()
     verdict = verdicts_of(report)["QK norm"]
@@ -164,7 +176,9 @@ def test_steps_at_wrong_positions_fail_in_token_generation_alone(converted: Path
     assert "cache writes, positions" in verdict.meaning
 
 
-def test_a_bias_lost_in_token_generation_alone_is_counted_by_phase(converted: Path, work: Path) -> None:
+def test_a_bias_lost_in_token_generation_alone_is_counted_by_phase(
+    converted: Path, work: Path
+) -> None:
     report = run_checks(converted, work, REQUEST, with_fault(REQUEST, None, faults.drop_bias))
     assert statuses(report) == "FPPS"
     assert "context encoding 0 of" in verdicts_of(report)["router"].finding
@@ -178,7 +192,9 @@ def compiled(work: Path, *command: str, limit: float = 120.0) -> Device:
         "engine": "eager",
         "compute": "float32",
     }
-    device = CompiledDevice(work=work, backend="cpu", options=options, progress=lambda line: None, limit=limit)
+    device = CompiledDevice(
+        work=work, backend="cpu", options=options, progress=lambda line: None, limit=limit
+    )
     return replace(device, command=command) if command else device
 
 
@@ -192,14 +208,20 @@ def compiled(work: Path, *command: str, limit: float = 120.0) -> Device:
 def test_a_crash_or_a_hang_is_a_verdict_and_the_other_checks_go_on(
     converted: Path, work: Path, code: str, said: str
 ) -> None:
-    report = run_checks(converted, work, REQUEST, compiled(work, sys.executable, "-c", code, limit=1.0))
+    report = run_checks(
+        converted, work, REQUEST, compiled(work, sys.executable, "-c", code, limit=1.0)
+    )
     assert statuses(report) == "FFSS"
     assert f"the run on the device {said}" in verdicts_of(report)["router"].meaning
 
 
 def test_a_process_that_writes_no_logits_fails(converted: Path, work: Path) -> None:
-    run_checks(converted, work, REQUEST, InProcess(request=REQUEST))  # whose answers must not be taken
-    report = run_checks(converted, work, REQUEST, compiled(work, sys.executable, "-c", "pass", limit=30.0))
+    run_checks(
+        converted, work, REQUEST, InProcess(request=REQUEST)
+    )  # whose answers must not be taken
+    report = run_checks(
+        converted, work, REQUEST, compiled(work, sys.executable, "-c", "pass", limit=30.0)
+    )
     assert statuses(report) == "FFSS"
 
 
@@ -208,7 +230,9 @@ class Changed(InProcess):
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
         super().run_probe(probe, asked, logits)
-        found = torch.from_numpy(np.array(TensorDirectory(logits.parent, [logits.name]).array("logits")))
+        found = torch.from_numpy(
+            np.array(TensorDirectory(logits.parent, [logits.name]).array("logits"))
+        )
         save_file({"logits": self.change(found)}, logits)
 
     @staticmethod
@@ -225,7 +249,9 @@ class Changed(InProcess):
     ],
     ids=["nan", "constant", "short"],
 )
-def test_logits_that_cannot_be_right_fail(converted: Path, work: Path, change: Callable, said: str) -> None:
+def test_logits_that_cannot_be_right_fail(
+    converted: Path, work: Path, change: Callable, said: str
+) -> None:
     device = type("Device", (Changed,), {"change": staticmethod(change)})(request=REQUEST)
     report = run_checks(converted, work, REQUEST, device)
     assert statuses(report) == "FFSS"
@@ -240,12 +266,18 @@ def test_wrong_affinities_of_the_right_experts_fail(converted: Path, work: Path)
             return torch.cat([experts, logits[:, 8:]], 1)
 
     report = run_checks(converted, work, REQUEST, Even(request=REQUEST))
-    assert "the experts are the CPU's, their affinities are not" in verdicts_of(report)["router"].finding
+    assert (
+        "the experts are the CPU's, their affinities are not"
+        in verdicts_of(report)["router"].finding
+    )
 
 
-def router_case(bias: torch.Tensor, experts_per_token: int = 2) -> tuple[RouterCase, list[schedule.Row]]:
+def router_case(
+    bias: torch.Tensor, experts_per_token: int = 2
+) -> tuple[RouterCase, list[schedule.Row]]:
     generator = torch.Generator().manual_seed(0)
     case = RouterCase(
+        bias_name="e_score_correction_bias",
         gate_EH=torch.randn(8, 256, generator=generator) / 8,
         bias_E=bias,
         inputs_NH=torch.randn(30, 256, generator=generator),
@@ -255,7 +287,9 @@ def router_case(bias: torch.Tensor, experts_per_token: int = 2) -> tuple[RouterC
     return case, [row] * 30
 
 
-def judged(case: RouterCase, rows: list[schedule.Row], expected: torch.Tensor, found: torch.Tensor) -> Verdict:
+def judged(
+    case: RouterCase, rows: list[schedule.Row], expected: torch.Tensor, found: torch.Tensor
+) -> Verdict:
     return judge_router(case, rows, (expected, found), found)
 
 
@@ -334,11 +368,11 @@ def test_near_ties_may_fall_either_way_and_nothing_else_may() -> None:
 def test_the_margin_of_a_choice_covers_what_rounding_the_hidden_state_to_bf16_moves() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(400, 256, generator=generator)
-    gate, bias = (
-        torch.randn(32, 256, generator=generator) / 8,
-        torch.randn(32, generator=generator) / 4,
+    gate = torch.randn(32, 256, generator=generator) / 8
+    bias = torch.randn(32, generator=generator) / 4
+    exact = RouterCase(
+        bias_name="bias", gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4
     )
-    exact = RouterCase(gate_EH=gate, bias_E=bias, inputs_NH=hidden, experts_per_token=4)
     rounded = replace(exact, inputs_NH=hidden.bfloat16())
     moved = (exact.choice().choice_NE - rounded.choice().choice_NE).abs()
     assert (moved <= rounded.choice().margin_NE).all()
@@ -384,19 +418,22 @@ def test_coded_experts_write_one_channel_each_in_every_block_of_their_channels(
     )
     for expert in range(8):
         assert gate_up[expert].nonzero()[:, 1].tolist() == [0, 128, 256, 384]
-        assert down[expert].nonzero().tolist() == [[0, c] for c in [int(layer.code.channels[expert])]] + [
-            [128, int(layer.code.channels[expert])]
-        ]
+        assert down[expert].nonzero().tolist() == [
+            [0, c] for c in [int(layer.code.channels[expert])]
+        ] + [[128, int(layer.code.channels[expert])]]
     assert len(set(layer.code.channels.tolist()) | {layer.code.constant}) == 9
 
 
-def test_a_large_vocabulary_is_cut_to_tokens_from_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_is_cut_to_tokens_from_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("neuron_minimax.device_check.probes.MOST_TOKENS", 48)
     convert(write_tiny(tmp_path / "source", eos_token_id=150), tmp_path / "converted")
     write_probe(Layer(tmp_path / "converted", 0), Probe.LAYER, tmp_path / "probe")
     config = ModelConfig.from_dir(tmp_path / "probe")
     assert (config.vocab_size, config.eos_token_ids) == (48, ())
-    full, cut = TensorDirectory(tmp_path / "converted"), TensorDirectory(tmp_path / "probe")
+    full = TensorDirectory(tmp_path / "converted")
+    cut = TensorDirectory(tmp_path / "probe")
     rows = np.arange(48) * 160 // 48
     for name in ("embed_tokens.weight", "lm_head.weight"):
         np.testing.assert_array_equal(cut.array(name), full.array(name)[rows])
@@ -425,7 +462,9 @@ def answers(*, margin: float, places: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def test_first_tokens_may_differ_at_near_ties_only() -> None:
-    assert tokens.judge_tokens(*answers(margin=0.0, places=0)).finding == "all 8 tokens are the CPU's"
+    assert (
+        tokens.judge_tokens(*answers(margin=0.0, places=0)).finding == "all 8 tokens are the CPU's"
+    )
     near = tokens.judge_tokens(*answers(margin=0.02, places=1))
     assert near.status is Status.PASS
     assert "token 2 of prompt 2" in near.finding
@@ -440,7 +479,9 @@ def test_first_tokens_may_differ_at_near_ties_only() -> None:
 def test_the_full_model_is_checked_last_from_its_compiled_directory(tmp_path: Path) -> None:
     traced = write_traced(tmp_path, slots=2, num_hidden_layers=1)
     options = {"slots": 2, "seq_len": 40, "buckets": (8, 24), "engine": "eager"}
-    report = check_device(tmp_path / "converted", tmp_path / "work", options, backend="cpu", traced=traced)
+    report = check_device(
+        tmp_path / "converted", tmp_path / "work", options, backend="cpu", traced=traced
+    )
     assert statuses(report) == "PPPPP", report.render()
     assert report.verdicts[-1].finding == f"all {4 * tokens.TOKENS} tokens are the CPU's"
     other = tmp_path / "other"
@@ -462,7 +503,9 @@ def test_the_command_prints_verdicts_and_exits_by_them(
         "eager",
         "--json",
     ]
-    code = main([*arguments, "--seq-len", "40", "--buckets", "8,24", "--batch-size", "2", "--layer", "1"])
+    code = main(
+        [*arguments, "--seq-len", "40", "--buckets", "8,24", "--batch-size", "2", "--layer", "1"]
+    )
     found = json.loads(capsys.readouterr().out)
     assert (code, found["passed"], len(found["verdicts"])) == (0, True, 4)
 
@@ -479,7 +522,9 @@ def test_the_command_prints_verdicts_and_exits_by_them(
 def test_bad_input_is_one_message(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str
 ) -> None:
-    assert main(["check-device", str(converted), str(tmp_path), "--backend", "cpu", *arguments]) == 1
+    assert (
+        main(["check-device", str(converted), str(tmp_path), "--backend", "cpu", *arguments]) == 1
+    )
     error = capsys.readouterr().err
     assert said in error
     assert error.startswith("error: ")

@@ -1,4 +1,6 @@
-"""The engine: joining and leaving between steps, fairness, limits, and answers that do not depend on neighbours."""
+"""The engine: joining and leaving between steps, fairness, limits, and answers that do not depend
+on neighbours.
+"""
 
 import dataclasses
 import queue
@@ -8,33 +10,37 @@ import time
 import pytest
 
 from neuron_minimax.backends import load
+from neuron_minimax.generation.engine import Request
 from neuron_minimax.generation.events import Content
-from neuron_minimax.generation.generate import answer
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
-from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.engine import Engine
-from neuron_minimax.serving.jobs import DrainingError, Job, QueueFullError
-from neuron_minimax.serving.metrics import Metrics
-from neuron_minimax.serving.pipeline import Pipeline
+from neuron_minimax.generation.reader import AnswerReader
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
+from neuron_minimax.serving.engine_thread import (
+    DrainingError,
+    EngineThread,
+    Metrics,
+    QueueFullError,
+    ServedRequest,
+)
 from tests.served import ScriptedBackend
-from tests.tiny_tokenizer import write_tokenizer
-from tests.tiny_traced import VOCAB, write_traced
+from tests.tiny_traced import VOCAB, answer_alone
 
 
 class Client:
-    """One job and what it has received."""
+    """One request and what it has received."""
 
-    def __init__(self, tokenizer, prompt_ids, new_tokens=8, options=GREEDY, timeout=60.0, **more):
+    def __init__(self, tokenizer, prompt_ids, new_tokens=8, params=GREEDY, timeout=60.0):
         self.outputs = queue.SimpleQueue()
-        self.job = Job(
+        self.request = Request(
             prompt_ids=prompt_ids,
-            options=options,
+            params=params,
             max_new_tokens=new_tokens,
             stop_token_ids=frozenset(tokenizer.stop_token_ids),
-            pipeline=Pipeline(tokenizer),
+            reader=AnswerReader(tokenizer),
+        )
+        self.served = ServedRequest(
+            request=self.request,
             receive=self.outputs.put,
             deadline=time.monotonic() + timeout,
-            **more,
         )
 
     def wait(self):
@@ -47,22 +53,12 @@ class Client:
                 return text, output
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory):
-    return write_traced(tmp_path_factory.mktemp("engine"), seq_len=160)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
 @pytest.fixture
 def make_engine():
     engines = []
 
     def make(backend, **options):
-        engine = Engine(backend, Metrics(), **options)
+        engine = EngineThread(backend, Metrics(), **options)
         engines.append(engine)
         engine.start()
         return engine
@@ -81,21 +77,24 @@ def value(metric, **labels):
 
 
 def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine, tokenizer):
-    engine, alone = make_engine(load(traced)), load(traced)
+    engine = make_engine(load(traced))
+    alone = load(traced)
     clients = []
     for number in range(14):  # more than there are slots, of all lengths, joining while others run
         prompt = [(11 * number + 7 * place) % VOCAB for place in range(3 + 9 * number)]
-        options = GREEDY if number % 2 else SamplingOptions(seed=number, top_p=0.9, repetition_penalty=1.2)
-        clients.append((Client(tokenizer, prompt, 5 + number, options), prompt, options, 5 + number))
-        engine.submit(clients[-1][0].job)
+        params = (
+            GREEDY if number % 2 else SamplingParams(seed=number, top_p=0.9, repetition_penalty=1.2)
+        )
+        clients.append((Client(tokenizer, prompt, 5 + number, params), prompt, params, 5 + number))
+        engine.submit(clients[-1][0].served)
         time.sleep(0.01 * (number % 3))
-    for client, prompt, options, new_tokens in clients:
+    for client, prompt, params, new_tokens in clients:
         text, output = client.wait()
-        wanted = answer(
+        wanted = answer_alone(
             alone,
             prompt,
             tokenizer=tokenizer,
-            options=options,
+            params=params,
             stop_token_ids=tokenizer.stop_token_ids,
             max_new_tokens=new_tokens,
         )
@@ -105,18 +104,24 @@ def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine
 def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answers_the_same(
     traced, make_engine, tokenizer
 ):
-    engine, alone = make_engine(load(traced)), load(traced)
+    engine = make_engine(load(traced))
+    alone = load(traced)
     system = [(5 * place) % VOCAB for place in range(60)]
     for number, cached in ((1, 0), (2, 60), (3, 60)):
         prompt = [*system, number, number + 1]
         client = Client(tokenizer, prompt)
-        engine.submit(client.job)
-        assert client.wait()[0] == answer(alone, prompt, tokenizer=tokenizer, max_new_tokens=8).text
-        assert client.job.cached_tokens == cached
+        engine.submit(client.served)
+        assert (
+            client.wait()[0]
+            == answer_alone(alone, prompt, tokenizer=tokenizer, max_new_tokens=8).text
+        )
+        assert client.request.cached_tokens == cached
     again = Client(tokenizer, prompt)
-    engine.submit(again.job)
+    engine.submit(again.served)
     again.wait()
-    assert again.job.cached_tokens == len(prompt) - 1  # the last token is computed again: its logits are needed
+    assert (
+        again.request.cached_tokens == len(prompt) - 1
+    )  # the last token is computed again: its logits are needed
 
 
 def test_a_backend_that_cannot_continue_a_slot_gets_every_prompt_whole(make_engine, tokenizer):
@@ -125,9 +130,9 @@ def test_a_backend_that_cannot_continue_a_slot_gets_every_prompt_whole(make_engi
     engine = make_engine(backend)
     for _ in range(2):
         client = Client(tokenizer, [7] * 50)
-        engine.submit(client.job)
+        engine.submit(client.served)
         assert client.wait()[0] == "hi"
-        assert client.job.cached_tokens == 0
+        assert client.request.cached_tokens == 0
     assert [call for call in backend.calls if "encode" in call] == ["encode 50"] * 2
 
 
@@ -138,7 +143,7 @@ def test_running_requests_advance_after_every_chunk_of_long_prompts(make_engine,
     long = [Client(tokenizer, [first] * 640, 2) for first in (4, 5)]
     gate = threading.Event()
     backend.before_call = gate.wait
-    engine.submit(short.job, *(client.job for client in long))
+    engine.submit(short.served, *(client.served for client in long))
     gate.set()
     for client in (short, *long):
         client.wait()
@@ -150,11 +155,12 @@ def test_running_requests_advance_after_every_chunk_of_long_prompts(make_engine,
 def test_a_short_prompt_is_not_kept_waiting_by_a_long_one_before_it(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 40)
     engine = make_engine(backend)
-    long, short = Client(tokenizer, [4] * 640, 2), Client(tokenizer, [1, 2, 3], 2)
+    long = Client(tokenizer, [4] * 640, 2)
+    short = Client(tokenizer, [1, 2, 3], 2)
     gate = threading.Event()
     backend.before_call = gate.wait
-    engine.submit(long.job)
-    engine.submit(short.job)
+    engine.submit(long.served)
+    engine.submit(short.served)
     gate.set()
     short.wait()
     long.wait()
@@ -164,21 +170,23 @@ def test_a_short_prompt_is_not_kept_waiting_by_a_long_one_before_it(make_engine,
 def test_a_cancelled_request_frees_its_slot_before_the_next_step(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 400, slots=1)
     engine = make_engine(backend)
-    first, second = Client(tokenizer, [1, 2, 3], 400), Client(tokenizer, [4, 5, 6], 2)
-    entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    first = Client(tokenizer, [1, 2, 3], 400)
+    second = Client(tokenizer, [4, 5, 6], 2)
+    entered = threading.Semaphore(0)
+    go_on = threading.Semaphore(0)
 
     def pause():
         entered.release()
         go_on.acquire()
 
     backend.before_call = pause
-    engine.submit(first.job)
-    engine.submit(second.job)
+    engine.submit(first.served)
+    engine.submit(second.served)
     for _ in range(3):
         entered.acquire()
         go_on.release()
     entered.acquire()  # inside the fourth call, for the first request
-    engine.cancel(first.job)
+    engine.cancel(first.served)
     backend.before_call = lambda: None
     go_on.release()
     second.wait()
@@ -191,13 +199,13 @@ def test_requests_beyond_the_queue_are_refused_and_those_in_it_are_served(make_e
     gate = threading.Event()
     backend.before_call = gate.wait
     running = Client(tokenizer, [1, 2])
-    engine.submit(running.job)
-    while value(engine._metrics.waiting):
+    engine.submit(running.served)
+    while value(engine.metrics.waiting):
         time.sleep(0.001)
     waiting = [Client(tokenizer, [3, 4]), Client(tokenizer, [5, 6])]
-    engine.submit(*(client.job for client in waiting))
+    engine.submit(*(client.served for client in waiting))
     with pytest.raises(QueueFullError, match="2 requests are waiting"):
-        engine.submit(Client(tokenizer, [7]).job)
+        engine.submit(Client(tokenizer, [7]).served)
     gate.set()
     assert [client.wait()[0] for client in (running, *waiting)] == ["hi"] * 3
 
@@ -205,10 +213,13 @@ def test_requests_beyond_the_queue_are_refused_and_those_in_it_are_served(make_e
 def test_requests_are_admitted_in_the_order_of_their_arrival(make_engine, tokenizer):
     backend = scripted(tokenizer, "hi", slots=1)
     engine = make_engine(backend)
-    order, clients = [], [Client(tokenizer, [number, 9]) for number in range(6)]
+    order = []
+    clients = [Client(tokenizer, [number, 9]) for number in range(6)]
     for number, client in enumerate(clients):
-        client.job.receive = lambda output, number=number: order.append(number) if output.last else None
-    engine.submit(*(client.job for client in clients))
+        client.served.receive = lambda output, number=number: (
+            order.append(number) if output.last else None
+        )
+    engine.submit(*(client.served for client in clients))
     assert engine.drain(30)
     assert order == list(range(6))
 
@@ -217,14 +228,15 @@ def test_a_deadline_ends_running_and_waiting_requests(make_engine, tokenizer):
     backend = scripted(tokenizer, "word " * 1000, slots=1)
     engine = make_engine(backend)
     backend.before_call = lambda: time.sleep(0.01)
-    running, waiting = Client(tokenizer, [1], 1000, timeout=0.2), Client(tokenizer, [2], 5, timeout=0.1)
-    engine.submit(running.job)
-    engine.submit(waiting.job)
+    running = Client(tokenizer, [1], 1000, timeout=0.2)
+    waiting = Client(tokenizer, [2], 5, timeout=0.1)
+    engine.submit(running.served)
+    engine.submit(waiting.served)
     assert waiting.wait()[1].error[0] == "timeout"
     assert running.wait()[1].error[0] == "timeout"
     backend.before_call = lambda: None
     after = Client(tokenizer, [3], 4)
-    engine.submit(after.job)
+    engine.submit(after.served)
     assert after.wait()[1].finish_reason == "length"
 
 
@@ -233,15 +245,17 @@ def test_draining_finishes_what_runs_and_waits_and_takes_nothing_new(make_engine
     engine = make_engine(backend)
     backend.before_call = lambda: time.sleep(0.002)
     clients = [Client(tokenizer, [number], 50) for number in range(3)]
-    engine.submit(*(client.job for client in clients))
+    engine.submit(*(client.served for client in clients))
     assert not engine.drain(timeout=0.0)
     with pytest.raises(DrainingError):
-        engine.submit(Client(tokenizer, [1]).job)
+        engine.submit(Client(tokenizer, [1]).served)
     assert engine.drain(timeout=30)
     assert [client.wait()[0] for client in clients] == ["one two three"] * 3
 
 
-def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(make_engine, tokenizer):
+def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(
+    make_engine, tokenizer
+):
     backend = scripted(tokenizer, "fine")
     engine = make_engine(backend)
 
@@ -250,23 +264,24 @@ def test_a_fault_of_the_backend_fails_the_requests_it_had_and_not_the_server(mak
 
     backend.before_call = burst
     broken = Client(tokenizer, [1, 2, 3])
-    engine.submit(broken.job)
+    engine.submit(broken.served)
     kind, message = broken.wait()[1].error
     assert kind == "backend"
     assert "secret" not in message
     backend.before_call = lambda: None
     after = Client(tokenizer, [1, 2, 3])
-    engine.submit(after.job)
+    engine.submit(after.served)
     assert after.wait()[0] == "fine"
-    assert after.job.cached_tokens == 0  # nothing of a broken slot is reused
+    assert after.request.cached_tokens == 0  # nothing of a broken slot is reused
 
 
 def test_a_fault_in_one_request_leaves_the_others_alone(make_engine, tokenizer):
     backend = scripted(tokenizer, "one two three four")
     engine = make_engine(backend)
-    broken, fine = Client(tokenizer, [1, 2]), Client(tokenizer, [3, 4], 50)
-    broken.job.pipeline.push = None
-    engine.submit(broken.job, fine.job)
+    broken = Client(tokenizer, [1, 2])
+    fine = Client(tokenizer, [3, 4], 50)
+    broken.request.reader.push = None
+    engine.submit(broken.served, fine.served)
     assert broken.wait()[1].error[0] == "internal_error"
     assert fine.wait()[0] == "one two three four"
 
@@ -275,12 +290,13 @@ def test_the_metrics_count_tokens_steps_padding_and_reasons(make_engine, tokeniz
     backend = scripted(tokenizer, "hi")
     engine = make_engine(backend)
     client = Client(tokenizer, [1] * 40, 50)
-    engine.submit(client.job)
+    engine.submit(client.served)
     client.wait()
     engine.stop()
-    metrics, tokens = engine._metrics, len(tokenizer.encode("hi")) + 1
+    metrics = engine.metrics
+    tokens = len(tokenizer.encode("hi")) + 1
     assert value(metrics.prompt_tokens) == 40
-    assert value(metrics.output_tokens) == tokens == client.job.output_tokens
+    assert value(metrics.output_tokens) == tokens == client.request.output_tokens
     assert value(metrics.encoded, use="prompt") == 40
     assert value(metrics.encoded, use="padding") == 64 - 40
     assert value(metrics.stepped, use="active") == tokens - 1

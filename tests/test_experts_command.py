@@ -1,4 +1,6 @@
-"""The expert analysis from the command line and the tool: folders, formats, cache, interruption, placement, errors."""
+"""The expert analysis from the command line and the tool: folders, formats, cache, interruption,
+placement, errors.
+"""
 
 import importlib.util
 import json
@@ -8,21 +10,17 @@ import numpy as np
 import pytest
 
 from neuron_minimax import cli
-from neuron_minimax.checkpoint.fp32_cache import build_cache
-from neuron_minimax.convert.placement import Placement
-from neuron_minimax.experts.batch import Outputs, Prompt, Run
-from neuron_minimax.experts.command import load_any, read_prompts
-from neuron_minimax.experts.trace import Trace
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from tests.tiny_traced import write_traced
+from neuron_minimax.planner.placement import Placement
+from neuron_minimax.studies.experts.batch import BatchRunner, Prompt, ReportOptions
+from neuron_minimax.studies.experts.command import load_any, read_prompts
+from neuron_minimax.studies.experts.trace import Trace
+from tests.opened import build_cache
 
-QUICK = Outputs(plots=False)
+QUICK = ReportOptions(plots=False)
 TOOL = Path(__file__).parents[1] / "tools/test_minimax_m2.py"
-
-
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory) -> Path:
-    return write_traced(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,15 @@ def analysed(traced, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("out")
     (output / "weather.txt").write_text("The weather in Paris is sunny.")
     arguments = ["--prompt", str(output / "weather.txt"), "--prompt", "one two three 123 {x}"]
-    options = ["--max-new-tokens", "6", "--greedy", "--output-format", "jsonl", "--output", str(output)]
+    options = [
+        "--max-new-tokens",
+        "6",
+        "--greedy",
+        "--output-format",
+        "jsonl",
+        "--output",
+        str(output),
+    ]
     assert cli.main(["experts", str(traced), *arguments, *options]) == 0
     return output
 
@@ -48,7 +54,11 @@ def test_every_prompt_has_its_folder_and_the_comparison_names_them(analysed):
     for name in ("weather", "prompt-2"):
         found = {path.name for path in (analysed / name).iterdir()}
         assert {"trace.safetensors", "summary.json", "routing.jsonl", "report.html"} <= found
-        assert {"activation.light.png", "activation.dark.svg", "correlation_by_distance.dark.png"} <= found
+        assert {
+            "activation.light.png",
+            "activation.dark.svg",
+            "correlation_by_distance.dark.png",
+        } <= found
     comparison = json.loads((analysed / "comparison.json").read_text())
     assert [row["name"] for row in comparison["prompts"]] == ["weather", "prompt-2"]
     distance = np.array(comparison["distance"])
@@ -59,10 +69,13 @@ def test_every_prompt_has_its_folder_and_the_comparison_names_them(analysed):
 
 def test_the_routing_records_hold_what_the_trace_holds(analysed):
     trace = Trace.load(analysed / "weather/trace.safetensors")
-    rows = [json.loads(line) for line in (analysed / "weather/routing.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (analysed / "weather/routing.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == trace.layers * len(trace.tokens)
     for row in rows:
-        layer, position = row["layer"], row["position"]
+        layer = row["layer"]
+        position = row["position"]
         assert row["token"] == trace.tokens[position]
         assert row["text"] == trace.texts[position]
         assert row["phase"] == ("decode" if trace.is_decode[position] else "prefill")
@@ -84,7 +97,16 @@ def test_a_saved_trace_is_analysed_without_the_model(analysed, tmp_path, capsys)
 
 def test_a_placement_is_written_and_judged_on_a_held_out_trace(analysed, tmp_path, capsys):
     traces = [str(analysed / name / "trace.safetensors") for name in ("weather", "prompt-2")]
-    arguments = ["--trace", traces[0], "--held-out", traces[1], "--placement", "4", "--output", str(tmp_path)]
+    arguments = [
+        "--trace",
+        traces[0],
+        "--held-out",
+        traces[1],
+        "--placement",
+        "4",
+        "--output",
+        str(tmp_path),
+    ]
     assert cli.main(["experts", *arguments]) == 0
     placement = Placement.load(tmp_path / "expert_placement.json")
     trace = Trace.load(traces[1])
@@ -107,7 +129,15 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
         "3",
         "--no_sample",
     ]
-    options = ["--output_dir", str(tmp_path), "--output_format", form, "--enable_expert_similarity", "--n_jobs", "2"]
+    options = [
+        "--output_dir",
+        str(tmp_path),
+        "--output_format",
+        form,
+        "--enable_expert_similarity",
+        "--n_jobs",
+        "2",
+    ]
     assert tool.main([*arguments, *options]) == 0
     folder = tmp_path / "prompt-1"
     assert (folder / "expert_similarity_0.light.png").exists()
@@ -117,22 +147,34 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
         from pyarrow import parquet
 
         rows = parquet.read_table(folder / "routing.parquet").to_pylist()
-    assert rows[0]["experts"] == Trace.load(folder / "trace.safetensors").expert_index[0, 0].tolist()
+    assert (
+        rows[0]["experts"] == Trace.load(folder / "trace.safetensors").expert_index[0, 0].tolist()
+    )
     assert "prompt-1" in capsys.readouterr().out
 
 
 def test_the_tool_builds_a_cache_and_uses_it_with_the_same_result(traced, tool, tmp_path, capsys):
-    checkpoint, cache = traced.parent / "checkpoint", tmp_path / "cache"
+    checkpoint = traced.parent / "checkpoint"
+    cache = tmp_path / "cache"
     common = ["--checkpoint", str(checkpoint), "--cache_dir", str(cache)]
     assert tool.main([*common, "--dump_only"]) == 0
     assert (cache / "cache.json").exists()
     assert "Loading from cache" not in capsys.readouterr().out
-    options = ["--prompt", "Oslo", "--max_tokens", "3", "--no_sample", "--disable_structured_output"]
+    options = [
+        "--prompt",
+        "Oslo",
+        "--max_tokens",
+        "3",
+        "--no_sample",
+        "--disable_structured_output",
+    ]
     assert tool.main([*common, *options, "--output_dir", str(tmp_path / "cached")]) == 0
     assert f"Loading from cache {cache}" in capsys.readouterr().out
     assert not (tmp_path / "cached/prompt-1/summary.json").exists()
     assert tool.main([*common[:2], *options, "--output_dir", str(tmp_path / "plain")]) == 0
-    found = [Trace.load(tmp_path / name / "prompt-1/trace.safetensors") for name in ("cached", "plain")]
+    found = [
+        Trace.load(tmp_path / name / "prompt-1/trace.safetensors") for name in ("cached", "plain")
+    ]
     assert np.array_equal(found[0].expert_index, found[1].expert_index)
     manifest = json.loads((cache / "cache.json").read_text())
     manifest["identity"]["source_fingerprint"] = "other"
@@ -151,14 +193,26 @@ def test_an_interruption_keeps_what_is_done(traced, tmp_path):
             raise KeyboardInterrupt
 
     tokenizer = TextTokenizer.from_dir(directory)
-    run = Run(model=model, tokenizer=tokenizer, directory=tmp_path, outputs=QUICK, max_new_tokens=5, progress=interrupt)
-    result = run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
+    runner = BatchRunner(
+        model=model,
+        tokenizer=tokenizer,
+        directory=tmp_path,
+        options=QUICK,
+        max_new_tokens=5,
+        progress=interrupt,
+    )
+    result = runner.run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
     assert result.interrupted
-    assert [analysis.trace.finish_reason for analysis in result.analyses] == ["length", "interrupted"]
+    assert [analysis.trace.finish_reason for analysis in result.analyses] == [
+        "length",
+        "interrupted",
+    ]
     assert len(result.analyses[1].trace.tokens) < len(result.analyses[0].trace.tokens)
     assert (tmp_path / "second/report.html").exists()
     assert not (tmp_path / "third").exists()
-    assert [row["name"] for row in json.loads((tmp_path / "comparison.json").read_text())["prompts"]] == [
+    assert [
+        row["name"] for row in json.loads((tmp_path / "comparison.json").read_text())["prompts"]
+    ] == [
         "first",
         "second",
     ]
@@ -168,25 +222,30 @@ def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path)
     model, directory = load_any(traced)
     seen = []
     tokenizer = TextTokenizer.from_dir(directory)
-    run = Run(
+    runner = BatchRunner(
         model=model,
         tokenizer=tokenizer,
         directory=tmp_path,
-        outputs=QUICK,
+        options=QUICK,
         max_new_tokens=4,
         progress=lambda *row: seen.append(row),
     )
-    result = run([Prompt(name="one", text="sunny")])
+    result = runner.run([Prompt(name="one", text="sunny")])
     assert sum(tokens for _, tokens, _ in seen) == len(result.analyses[0].trace.tokens)
-    assert {total for _, _, total in seen} == {len(run.encode(Prompt(name="one", text="sunny"))) + 4}
+    assert {total for _, _, total in seen} == {
+        len(runner.encode(Prompt(name="one", text="sunny"))) + 4
+    }
 
 
 def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp_path):
     import torch
 
     build_cache(traced.parent / "checkpoint", tmp_path / "cache")
+    source = Checkpoint(traced.parent / "checkpoint")
     places = (traced, traced.parent / "converted", traced.parent / "checkpoint")
-    models = [load_any(place)[0] for place in places] + [load_any(places[2], tmp_path / "cache")[0]]
+    models = [load_any(place)[0] for place in places] + [
+        load_any(source, open_cache(tmp_path / "cache", source))[0]
+    ]
     with torch.inference_mode():
         logits = [model(torch.arange(7)[None])[0] for model in models]
     assert all(torch.allclose(other, logits[0], atol=1e-3) for other in logits[1:])

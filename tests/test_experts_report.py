@@ -10,20 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neuron_minimax.experts.analysis import Analysis
-from neuron_minimax.experts.plots import write_plots
-from neuron_minimax.experts.report import pack, render_report
-from neuron_minimax.experts.trace import Trace
+from neuron_minimax.studies.experts.report import pack, render_report, write_plots
+from neuron_minimax.studies.experts.statistics import Analysis
+from neuron_minimax.studies.experts.trace import Trace
 
-LAYERS, TOKENS, EXPERTS, TOP_K = 6, 30, 16, 3
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LAYERS = 6
+TOKENS = 30
+EXPERTS = 16
+TOP_K = 3
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 # Acts as a visitor would, and leaves what it saw in the page.
 VISITOR = """
 <script>
 const seen = {};
 function hover(canvas, x, y) {
   const box = canvas.getBoundingClientRect();
-  canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x, clientY: box.top + y, bubbles: true }));
+  const at = { clientX: box.left + x, clientY: box.top + y, bubbles: true };
+  canvas.dispatchEvent(new PointerEvent("pointermove", at));
   return document.getElementById("tip").textContent;
 }
 const map = maps[0], plot = map.plot;
@@ -33,9 +38,11 @@ const middle = (row, column) => [
 ];
 seen.ready = document.documentElement.dataset.ready;
 seen.theme = document.documentElement.dataset.theme;
-seen.hover = [[0, 0], [3, 7], [5, 15]].map(([row, column]) => hover(map.canvas, ...middle(row, column)));
+seen.hover = [[0, 0], [3, 7], [5, 15]].map(
+  ([row, column]) => hover(map.canvas, ...middle(row, column)));
 const before = map.view.width;
-const corner = map.canvas.getBoundingClientRect(), wheel = { clientX: corner.left + 300, clientY: corner.top + 60 };
+const corner = map.canvas.getBoundingClientRect();
+const wheel = { clientX: corner.left + 300, clientY: corner.top + 60 };
 map.canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -1, cancelable: true, ...wheel }));
 seen.zoomed = map.view.width / before;
 seen.zoomedHover = hover(map.canvas, ...middle(2, 7));
@@ -56,7 +63,8 @@ seen.otherPaper = getComputedStyle(document.body).backgroundColor;
 seen.wide = document.documentElement.scrollWidth <= innerWidth;
 const { width, height } = map.canvas, colours = new Set();
 const image = map.canvas.getContext("2d").getImageData(0, 0, width, height).data;
-for (let i = 0; i < image.length; i += 4) colours.add((image[i] << 16) | (image[i + 1] << 8) | image[i + 2]);
+for (let i = 0; i < image.length; i += 4)
+  colours.add((image[i] << 16) | (image[i + 1] << 8) | image[i + 2]);
 seen.colours = colours.size;
 const result = document.createElement("pre");
 result.id = "seen";
@@ -73,7 +81,9 @@ def analysis() -> Analysis:
     bias = generator.normal(7, 0.3, (LAYERS, EXPERTS)).astype(np.float32)
     index = np.argsort(-(scores + bias[:, None]), axis=2)[..., :TOP_K].astype(np.int16)
     affinity = np.take_along_axis(scores, index.astype(int), axis=2).astype(np.float32)
-    texts = tuple(["<b>&", " 42", " word", "</script>", "東京", "\n"][token % 6] for token in range(TOKENS))
+    texts = tuple(
+        ["<b>&", " 42", " word", "</script>", "東京", "\n"][token % 6] for token in range(TOKENS)
+    )
     trace = Trace(
         tokens=np.arange(TOKENS, dtype=np.int32),
         is_decode=np.arange(TOKENS) >= 20,
@@ -85,14 +95,30 @@ def analysis() -> Analysis:
         name="a <prompt>",
     )
     similar = np.stack([np.corrcoef(generator.random((EXPERTS, 8))) for _ in range(LAYERS)])
-    return Analysis(trace=trace, router_similarity=similar, expert_similarity={0: similar[0]}, permutations=49)
+    return Analysis(
+        trace=trace, router_similarity=similar, expert_similarity={0: similar[0]}, permutations=49
+    )
 
 
 def visit(analysis: Analysis, directory: Path, theme: str) -> dict:
     page = directory / "report.html"
-    page.write_text(render_report(analysis).replace("</body>", VISITOR + "</body>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--enable-logging=stderr"]
-    command = [CHROMIUM, *flags, f"--user-data-dir={directory}/profile", "--dump-dom", f"file://{page}#{theme}"]
+    page.write_text(
+        render_report(analysis).replace("</body>", VISITOR + "</body>"), encoding="utf-8"
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1200,900",
+        "--enable-logging=stderr",
+    ]
+    command = [
+        CHROMIUM,
+        *flags,
+        f"--user-data-dir={directory}/profile",
+        "--dump-dom",
+        f"file://{page}#{theme}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "Uncaught" not in done.stderr, done.stderr
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
@@ -114,10 +140,14 @@ def test_a_visitor_reads_values_zooms_picks_tokens_and_changes_the_theme(analysi
     assert len(seen["choices"]) == LAYERS
     experts = analysis.trace.expert_index[4, 0].tolist()
     weights = analysis.trace.affinity[4, 0].tolist()
-    wanted = "layer 4" + "".join(f"{expert} {weight:.2f}" for expert, weight in zip(experts, weights, strict=True))
+    wanted = "layer 4" + "".join(
+        f"{expert} {weight:.2f}" for expert, weight in zip(experts, weights, strict=True)
+    )
     assert seen["choices"][4] == wanted
     assert seen["text"] == "".join(analysis.trace.texts)
-    assert [name.removeprefix("Tokens of class ") for name in seen["classes"]] == list(analysis.by_class)
+    assert [name.removeprefix("Tokens of class ") for name in seen["classes"]] == list(
+        analysis.by_class
+    )
     assert seen["classes"][1] in seen["picked"]
     assert (seen["theme"], seen["otherTheme"]) == ("light", "dark")
     assert (seen["paper"], seen["otherPaper"]) == ("rgb(255, 255, 255)", "rgb(20, 24, 29)")
@@ -145,7 +175,10 @@ def test_packed_values_come_back_within_a_step_of_their_range():
     steps = np.frombuffer(base64.b64decode(packed["base64"]), "<u2").reshape(values.shape)
     found = packed["low"] + steps / 65534 * (packed["high"] - packed["low"])
     assert steps[2, 3] == 65535
-    assert np.nanmax(np.abs(np.where(steps == 65535, np.nan, found) - values)) <= np.nanmax(values) / 30000
+    assert (
+        np.nanmax(np.abs(np.where(steps == 65535, np.nan, found) - values))
+        <= np.nanmax(values) / 30000
+    )
     assert pack(np.zeros((2, 2)))["high"] == 1.0
 
 
@@ -154,10 +187,18 @@ def test_every_figure_is_written_in_both_forms_and_themes(analysis, tmp_path):
 
     paths = write_plots(analysis, tmp_path)
     names = {path.name.split(".")[0] for path in paths}
-    assert names >= {"activation", "correlation_by_distance", "layer_correlation", "load", "coactivation"}
+    assert names >= {
+        "activation",
+        "correlation_by_distance",
+        "layer_correlation",
+        "load",
+        "coactivation",
+    }
     assert names >= {"router_similarity", "expert_similarity_0"}
     for name in names:
-        light, dark = (imread(tmp_path / f"{name}.{theme}.png")[..., :3] for theme in ("light", "dark"))
+        light, dark = (
+            imread(tmp_path / f"{name}.{theme}.png")[..., :3] for theme in ("light", "dark")
+        )
         assert light[0, 0].mean() > 0.9 > 0.1 > dark[0, 0].mean()
         for theme in ("light", "dark"):
             assert ElementTree.parse(tmp_path / f"{name}.{theme}.svg").getroot().tag.endswith("svg")

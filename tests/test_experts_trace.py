@@ -1,4 +1,6 @@
-"""Traces against transformers' routers; saving, memory, interruption; token classes; similarity; placement."""
+"""Traces against transformers' routers; saving, memory, interruption; token classes; similarity;
+placement.
+"""
 
 import json
 from pathlib import Path
@@ -8,14 +10,14 @@ import pytest
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.placement import Placement, as_numbered, place
-from neuron_minimax.convert.plan import FP8Range, Layout
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
-from neuron_minimax.experts import similarity
-from neuron_minimax.experts.token_classes import classify
-from neuron_minimax.experts.trace import Recorder, Trace, record
-from neuron_minimax.model.minimax import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.planner.placement import Placement, as_numbered, place
+from neuron_minimax.studies.experts import batch
+from neuron_minimax.studies.experts.statistics import classify
+from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+from tests.opened import convert
 from tests.test_fp32_cache import slow_weight
 from tests.tiny import write_tiny
 
@@ -31,11 +33,11 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def model(directories) -> MiniMaxM2:
-    return load_model(directories["converted"])
+def model(directories) -> Decoder:
+    return Decoder.from_converted(directories["converted"])
 
 
-def run(model: MiniMaxM2, **options) -> tuple[Trace, list[int]]:
+def run(model: Decoder, **options) -> tuple[Trace, list[int]]:
     recorder = Recorder.of(model)
     answer = [token for token, _ in record(model, PROMPT, recorder, **options)]
     return recorder.trace(), answer
@@ -62,7 +64,10 @@ def test_a_trace_equals_the_routing_of_transformers(directories, model):
         chosen = (scores + checkpoint.tensor(prefix + "e_score_correction_bias")).topk(2).indices
         weights = scores.gather(1, chosen)
         assert np.array_equal(np.sort(trace.expert_index[layer]), np.sort(chosen.numpy()))
-        found, wanted = (np.sort(rows) for rows in (trace.affinity[layer], weights / weights.sum(1, keepdim=True)))
+        found, wanted = (
+            np.sort(rows)
+            for rows in (trace.affinity[layer], weights / weights.sum(1, keepdim=True))
+        )
         assert np.allclose(found, wanted, atol=1e-5)
         assert np.allclose(trace.scores[layer], scores, atol=1e-3)
 
@@ -70,7 +75,9 @@ def test_a_trace_equals_the_routing_of_transformers(directories, model):
 def test_a_saved_trace_reads_back_as_it_was(model, tmp_path):
     recorder = Recorder.of(model)
     list(record(model, PROMPT, recorder, max_new_tokens=3))
-    trace = recorder.trace(texts=tuple("abcdefghij"), answer="so", finish_reason="length", name="one")
+    trace = recorder.trace(
+        texts=tuple("abcdefghij"), answer="so", finish_reason="length", name="one"
+    )
     trace.save(tmp_path / "trace.safetensors")
     loaded = Trace.load(tmp_path / "trace.safetensors")
     for name, value in vars(trace).items():
@@ -82,7 +89,10 @@ def test_a_saved_trace_reads_back_as_it_was(model, tmp_path):
 
 
 def test_512_tokens_of_the_real_shape_take_little_memory(tmp_path):
-    layers, tokens, experts, top_k = 62, 512, 256, 8
+    layers = 62
+    tokens = 512
+    experts = 256
+    top_k = 8
     recorder = Recorder(bias=np.zeros((layers, experts), dtype=np.float32))
     from neuron_minimax.model.moe import Routing
 
@@ -139,21 +149,28 @@ def test_expert_similarity_equals_the_cosine_of_whole_weights(directories, name)
     checkpoint = Checkpoint(directories[name])
     vectors = []
     for expert in range(8):
-        parts = [f"model.layers.1.block_sparse_moe.experts.{expert}.{kind}.weight" for kind in ("w1", "w2", "w3")]
-        vectors.append(torch.cat([slow_weight(checkpoint, part).double().flatten() for part in parts]))
-    wanted = torch.nn.functional.cosine_similarity(torch.stack(vectors)[:, None], torch.stack(vectors)[None], dim=-1)
+        parts = [
+            f"model.layers.1.block_sparse_moe.experts.{expert}.{kind}.weight"
+            for kind in ("w1", "w2", "w3")
+        ]
+        vectors.append(
+            torch.cat([slow_weight(checkpoint, part).double().flatten() for part in parts])
+        )
+    wanted = torch.nn.functional.cosine_similarity(
+        torch.stack(vectors)[:, None], torch.stack(vectors)[None], dim=-1
+    )
     for jobs in (1, 3):
-        assert np.allclose(similarity.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
+        assert np.allclose(batch.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
     with pytest.raises(CheckpointError, match="has no layer 2; expected 0 to 1"):
-        similarity.expert_similarity(checkpoint, 2)
+        batch.expert_similarity(checkpoint, 2)
 
 
 def test_router_similarity_equals_torch_and_a_zero_row_is_like_nothing():
     rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
-    assert np.allclose(similarity.router_similarity(rows.numpy()), wanted, atol=1e-6)
+    assert np.allclose(batch.router_similarity(rows.numpy()), wanted, atol=1e-6)
     rows[2] = 0
-    assert not similarity.router_similarity(rows.numpy())[2].any()
+    assert not batch.router_similarity(rows.numpy())[2].any()
 
 
 def test_a_placed_model_computes_the_same(directories, model, tmp_path):
@@ -164,7 +181,7 @@ def test_a_placed_model_computes_the_same(directories, model, tmp_path):
     loaded = Placement.load(tmp_path / "placement.json")
     assert np.array_equal(loaded.order, placement.order)
     assert loaded.ranks == 4
-    placed = MiniMaxM2(model.config, loaded.apply(model.state_dict()))
+    placed = Decoder(model.config, loaded.apply(model.state_dict(), model.config.family))
     tokens = torch.tensor([PROMPT])
     with torch.inference_mode():
         assert torch.allclose(placed(tokens)[0], model(tokens)[0], atol=1e-5)
@@ -177,13 +194,18 @@ def test_a_placed_model_computes_the_same(directories, model, tmp_path):
 def test_a_placement_evens_out_skewed_loads_on_a_trace_it_has_not_seen():
     generator = np.random.default_rng(0)
     popularity = generator.dirichlet(np.full(256, 0.7), size=4)
-    seen, held_out = (np.stack([generator.multinomial(20_000, row) for row in popularity]) for _ in range(2))
-    before, after = as_numbered(4, 256, 64), place(seen, 64)
+    seen, held_out = (
+        np.stack([generator.multinomial(20_000, row) for row in popularity]) for _ in range(2)
+    )
+    before = as_numbered(4, 256, 64)
+    after = place(seen, 64)
     for layer in range(4):  # the load of a rank is the sum over its experts
         rank = after.order[layer, 4 * 7 : 4 * 8]
         assert after.rank_load(held_out)[layer, 7] == held_out[layer, rank].sum()
     for counts, slack in ((seen, 1.05), (held_out, 1.15)):
-        floor = np.maximum(counts.max(axis=1) / counts.sum(axis=1) * 64, 1)  # one expert is on one rank
+        floor = np.maximum(
+            counts.max(axis=1) / counts.sum(axis=1) * 64, 1
+        )  # one expert is on one rank
         assert (after.max_to_mean(counts) <= slack * floor).all()
     assert (after.max_to_mean(held_out) < 0.85 * before.max_to_mean(held_out)).all()
 
@@ -194,10 +216,12 @@ def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
     with pytest.raises(ConversionError, match="exactly once"):
         Placement(order=np.zeros((2, 8), dtype=int), ranks=4)
     with pytest.raises(ConversionError, match="with 16 experts, as placed"):
-        as_numbered(2, 16, 4).apply(model.state_dict())
+        as_numbered(2, 16, 4).apply(model.state_dict(), model.config.family)
     with pytest.raises(ConversionError, match=r"has 1 layers, but the state dict has layers\.1"):
-        as_numbered(1, 8, 4).apply(model.state_dict())
-    with pytest.raises(ConversionError, match="is for 4 expert-parallel ranks, but moe_ep_degree is 2"):
+        as_numbered(1, 8, 4).apply(model.state_dict(), model.config.family)
+    with pytest.raises(
+        ConversionError, match="is for 4 expert-parallel ranks, but moe_ep_degree is 2"
+    ):
         as_numbered(2, 8, 4).for_ranks(2)
     (tmp_path / "bad.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(ConversionError, match="is no placement"):

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_minimax.checkpoint import fp8
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.explain.fp8_block import (
-    Subject,
+from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.studies.explain.fp8 import (
+    WeightBlock,
     alternatives,
+    compare_readings,
     convention_of,
+    explain,
     from_checkpoint,
     ieee_e4m3,
     made_here,
 )
-from neuron_minimax.explain.fp8_walkthrough import compare_readings, explain
 from tests.tiny import write_tiny
 
 
@@ -59,7 +61,7 @@ def test_the_costs_are_those_of_the_same_steps_in_torch():
 
 def test_a_reciprocal_is_recognized_and_costs_the_same():
     subject = made_here()
-    inverted = Subject(**{**vars(subject), "scales": np.float32(1) / subject.scales})
+    inverted = WeightBlock(**{**vars(subject), "scales": np.float32(1) / subject.scales})
     assert convention_of(inverted) is ScaleConvention.RECIPROCAL
     assert convention_of(subject) is ScaleConvention.MULTIPLIER
     costs = [[cost.relative_rms for cost in alternatives(one)] for one in (inverted, subject)]
@@ -69,18 +71,25 @@ def test_a_reciprocal_is_recognized_and_costs_the_same():
 def test_scales_that_fit_no_reading_are_refused_by_name():
     subject = made_here()
     with pytest.raises(CheckpointError, match=r"normal weight.*unclear"):
-        explain(Subject(**{**vars(subject), "scales": np.ones_like(subject.scales)}))
+        explain(WeightBlock(**{**vars(subject), "scales": np.ones_like(subject.scales)}))
 
 
 def test_the_steps_show_the_real_numbers_of_the_block(tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    subject = from_checkpoint(write_tiny(tmp_path / "c", hidden_size=320, intermediate_size=192), name, (2, 1))
-    codes, scale = subject.codes[256:320, 128:192], subject.scales[2, 1]
+    subject = from_checkpoint(
+        Checkpoint(write_tiny(tmp_path / "c", hidden_size=320, intermediate_size=192)), name, (2, 1)
+    )
+    codes = subject.codes[256:320, 128:192]
+    scale = subject.scales[2, 1]
     parts = {part.title[:1]: part for part in explain(subject)}
     assert "rows 256 to 319 and columns 128 to 191" in parts["1"].text
-    assert [row[1:] for row in parts["1"].rows] == [tuple(f"0x{code:02x}" for code in row[:8]) for row in codes[:4]]
+    assert [row[1:] for row in parts["1"].rows] == [
+        tuple(f"0x{code:02x}" for code in row[:8]) for row in codes[:4]
+    ]
     values = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy() * scale
-    assert [row[1:] for row in parts["3"].rows] == [tuple(f"{value:.5f}" for value in row[:8]) for row in values[:4]]
+    assert [row[1:] for row in parts["3"].rows] == [
+        tuple(f"{value:.5f}" for value in row[:8]) for row in values[:4]
+    ]
     largest = np.abs(fp8.decode(codes)).max()
     assert [row[2:] for row in parts["2"].rows] == [
         (f"{largest * scale:.6g}", "right"),

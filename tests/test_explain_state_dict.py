@@ -1,4 +1,6 @@
-"""The loading path: what it shows is what a conversion does, and it ends at the stage that is wrong."""
+"""The loading path: what it shows is what a conversion does, and it ends at the stage that is
+wrong.
+"""
 
 import json
 
@@ -7,11 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert, plan_conversion
-from neuron_minimax.explain.state_dict import walk
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
+from neuron_minimax.convert.plan import plan_conversion
+from neuron_minimax.studies.explain.state_dict import walk_state_dict as walk_opened
 from tests.faults import FAULTS
+from tests.opened import convert
 from tests.tiny import write_tiny
+
+
+def walk(checkpoint, *arguments, **options):
+    return walk_opened(Checkpoint(checkpoint), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +35,11 @@ def fault(title):
 
 
 def test_every_target_of_the_plan_is_shown_with_its_sources(checkpoint):
-    conversion, _ = plan_conversion(Checkpoint(checkpoint), Layout())
+    conversion = plan_conversion(Checkpoint(checkpoint), Layout())
     names = [row[0] for row in stage(walk(checkpoint, grep="."), "Rules").rows]
-    assert [name[3:] for name in names if name.startswith("-> ")] == [output.name for output in conversion.outputs]
+    assert [name[3:] for name in names if name.startswith("-> ")] == [
+        output.name for output in conversion.outputs
+    ]
     sources = [template for output in conversion.outputs for template in output.source_templates]
     assert [name for name in names if not name.startswith("-> ")] == sources
 
@@ -38,7 +47,11 @@ def test_every_target_of_the_plan_is_shown_with_its_sources(checkpoint):
 def test_the_values_before_and_after_are_those_of_the_files(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out")
     before = load_file(checkpoint / "model.safetensors")
-    after = {name: t for path in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(path).items()}
+    after = {
+        name: t
+        for path in (tmp_path / "out").glob("*.safetensors")
+        for name, t in load_file(path).items()
+    }
     rows = stage(walk(checkpoint, layer=1), "Rules").rows
     compared = 0
     source = ()
@@ -46,14 +59,23 @@ def test_the_values_before_and_after_are_those_of_the_files(checkpoint, tmp_path
         if not target[0].startswith("-> "):
             source = target if target[2] else source  # the first source of a target has its value
             continue
-        for tensor, shown in ((before[source[0].replace("{e}", "0")], source[2]), (after[target[0][3:]], target[2])):
+        for tensor, shown in (
+            (before[source[0].replace("{e}", "0")], source[2]),
+            (after[target[0][3:]], target[2]),
+        ):
             first = tensor.reshape(-1)[0]
             if tensor.dtype == torch.float8_e4m3fn:
-                assert shown == f"0x{tensor.view(torch.uint8).reshape(-1)[0]:02x} ({first.float():g})"
+                assert (
+                    shown == f"0x{tensor.view(torch.uint8).reshape(-1)[0]:02x} ({first.float():g})"
+                )
             else:
                 assert shown.split()[0] == f"{first.float():.4e}"
         if target[0].endswith(".scale"):
-            weight = before[source[0].replace("{e}", "0").removesuffix("_scale_inv")].float().reshape(-1)[0]
+            weight = (
+                before[source[0].replace("{e}", "0").removesuffix("_scale_inv")]
+                .float()
+                .reshape(-1)[0]
+            )
             scale = before[source[0].replace("{e}", "0")].reshape(-1)[0]
             assert source[2].split()[1] == target[2].split()[1] == f"({weight * scale:.4e})"
             compared += 1
@@ -92,14 +114,20 @@ def test_the_path_ends_at_the_stage_that_is_wrong(tmp_path, title, where, named)
 
 
 def test_a_good_conversion_agrees(checkpoint, tmp_path):
-    convert(checkpoint, tmp_path / "out", Layout(attention="bf16", fp8_range="ocp"))
+    convert(
+        checkpoint,
+        tmp_path / "out",
+        Layout(attention=AttentionPrecision.BF16, fp8_range=FP8Range.OCP),
+    )
     assert walk(checkpoint, tmp_path / "out").first_wrong is None
 
 
 def spoil_value(out):
     path = next(out.glob("model-00002*"))
     data = bytearray(path.read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first element of the first tensor of layer 0
+    data[8 + int.from_bytes(data[:8], "little")] ^= (
+        1  # the first element of the first tensor of layer 0
+    )
     path.write_bytes(data)
 
 

@@ -1,15 +1,16 @@
-"""Every fault of tests/faults.py is named by the inspection, refused by the conversion, and in the documentation."""
+"""Every fault of tests/faults.py is named by the inspection, refused by the conversion, and in the
+documentation.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from neuron_minimax.checkpoint.precision import inspect
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.run import convert
 from neuron_minimax.errors import NeuronMiniMaxError
 from tests.faults import FAULTS, HANDLED, MOE, Fault, put
+from tests.opened import convert, inspect
 
 GOOD = Fault(title="none", subject="", words=())
 
@@ -49,7 +50,8 @@ def test_what_only_others_get_wrong_is_reported_and_converts_to_the_same_tensors
     assert named(fault, text), text
     convert(directory, tmp_path / "out")
     convert(GOOD.write(tmp_path / "good"), tmp_path / "expected")
-    found, expected = TensorDirectory(tmp_path / "out"), TensorDirectory(tmp_path / "expected")
+    found = TensorDirectory(tmp_path / "out")
+    expected = TensorDirectory(tmp_path / "expected")
     assert found.entries.keys() == expected.entries.keys()
     for name in expected.entries:
         if "reciprocal" in fault.title and name.endswith(".scale"):  # inverted twice: two roundings
@@ -70,13 +72,22 @@ def test_a_dead_expert_is_a_warning(which, tmp_path):
 
 def test_the_documentation_has_one_row_for_each_fault_and_says_what_shows_it():
     text = (Path(__file__).parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
     documented = [(row[0], row[1]) for row in rows if row[0] not in ("fault", "what")]
-    assert documented == [(fault.title, "values" if fault.values else "headers") for fault in (*FAULTS, *HANDLED)]
+    assert documented == [
+        (fault.title, "values" if fault.values else "headers") for fault in (*FAULTS, *HANDLED)
+    ]
 
 
 def test_reciprocal_scales_give_the_same_expert_norms(tmp_path):
     reciprocal = next(fault for fault in HANDLED if fault.title == "every scale is a reciprocal")
-    found = [inspect(one.write(tmp_path / one.title), check_values=True).values for one in (reciprocal, GOOD)]
+    found = [
+        inspect(one.write(tmp_path / one.title), check_values=True).values
+        for one in (reciprocal, GOOD)
+    ]
     assert [values.convention for values in found] == ["reciprocal", "multiplier"]
     np.testing.assert_allclose(found[0].expert_norms, found[1].expert_norms, rtol=1e-6)

@@ -1,4 +1,6 @@
-"""The dequantized cache against transformers' own dequantization, and everything that may go wrong with one."""
+"""The dequantized cache against transformers' own dequantization, and everything that may go wrong
+with one.
+"""
 
 import json
 import re
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_minimax.checkpoint import fp32_cache, schema
-from neuron_minimax.checkpoint.fp32_cache import build_cache, open_cache
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.run import convert
+from neuron_minimax.convert import cache as cache_module
+from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.errors import CheckpointError, ConversionError
+from neuron_minimax.fp8 import ScaleConvention
+from tests.opened import build_cache, convert
 from tests.tiny import write_tiny
 
 
@@ -50,7 +55,8 @@ def slow_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def test_every_weight_equals_its_dequantized_source_bit_for_bit(source, cache):
-    original, cached = Checkpoint(source), Checkpoint(cache)
+    original = Checkpoint(source)
+    cached = Checkpoint(cache)
     cached.require_usable()
     assert not any(cached.is_fp8(name) for name in cached.entries)
     for name in cached.entries:
@@ -62,8 +68,10 @@ def test_all_codes_times_scales_of_any_size_are_exact():
     codes = np.array([[code for code in range(256) if code & 0x7F != 0x7F]], dtype=np.uint8)
     for scale in (1e-38, 3e-7, 2e-4, 0.99, 127.9, 128.0, 300.0, 7e35):
         out = np.empty(codes.shape, dtype=np.float32)
-        fp32_cache._decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
-        wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * torch.tensor(scale, dtype=torch.float32)
+        fp8.decode_scaled(codes, np.full(codes.shape[1], scale, dtype=np.float32), out)
+        wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * torch.tensor(
+            scale, dtype=torch.float32
+        )
         assert np.array_equal(out, wanted.numpy()), scale
 
 
@@ -78,13 +86,17 @@ def test_ragged_blocks_and_dense_sources_are_cached_exactly(tmp_path):
         assert all(np.array_equal(found.array(name), wanted.array(name)) for name in wanted.entries)
 
 
-def test_transformers_loads_the_cache_without_a_warning_and_gives_the_same_logits(source, cache, capfd):
+def test_transformers_loads_the_cache_without_a_warning_and_gives_the_same_logits(
+    source, cache, capfd
+):
     from transformers import AutoModelForCausalLM
 
     tokens = torch.randint(0, 160, (1, 12), generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("error")
-        model, report = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            cache, dtype=torch.float32, output_loading_info=True
+        )
         found = model(tokens).logits
     assert not any(report.values()), report
     said = [line.strip() for line in re.split(r"[\r\n]+", capfd.readouterr().err)]
@@ -95,25 +107,29 @@ def test_transformers_loads_the_cache_without_a_warning_and_gives_the_same_logit
 
 
 def test_this_project_converts_and_runs_the_cache(source, cache, tmp_path):
-    from neuron_minimax.model.minimax import load_model
+    from neuron_minimax.model.decoder import Decoder
 
     tokens = torch.arange(9)[None]
     convert(source, tmp_path / "from source", fp32_cache_layout())
     convert(cache, tmp_path / "from cache", fp32_cache_layout())
     with torch.inference_mode():
-        wanted, found = (load_model(tmp_path / name)(tokens)[0] for name in ("from source", "from cache"))
+        wanted, found = (
+            Decoder.from_converted(tmp_path / name)(tokens)[0]
+            for name in ("from source", "from cache")
+        )
     assert torch.allclose(wanted, found, atol=1e-4)
 
 
 def fp32_cache_layout():
-    from neuron_minimax.convert.plan import FP8Range, Layout
+    from neuron_minimax.convert.layout import FP8Range, Layout
 
     return Layout(fp8_range=FP8Range.OCP)
 
 
 def test_a_bfloat16_cache_rounds_once_and_keeps_routing_in_float32(source, tmp_path):
     build_cache(source, tmp_path / "cache", "bfloat16")
-    original, cached = Checkpoint(source), Checkpoint(tmp_path / "cache")
+    original = Checkpoint(source)
+    cached = Checkpoint(tmp_path / "cache")
     assert json.loads((tmp_path / "cache/config.json").read_text())["dtype"] == "bfloat16"
     for name in cached.entries:
         routing = name.endswith(("gate.weight", "e_score_correction_bias"))
@@ -126,12 +142,16 @@ def test_the_cache_is_a_whole_checkpoint_directory(source, cache):
     config = json.loads((cache / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "float32"
-    assert (cache / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    assert (cache / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()
     assert sorted(path.name for path in cache.glob("*.safetensors*")) == ["model.safetensors"]
 
 
-def test_shards_stay_within_their_limit_and_the_index_names_every_tensor(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp32_cache, "SHARD_BYTES", 2_000_000)
+def test_shards_stay_within_their_limit_and_the_index_names_every_tensor(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 2_000_000)
     build_cache(source, tmp_path / "cache")
     sizes = [path.stat().st_size for path in (tmp_path / "cache").glob("model-*-of-*.safetensors")]
     assert len(sizes) > 3
@@ -139,17 +159,15 @@ def test_shards_stay_within_their_limit_and_the_index_names_every_tensor(source,
     Checkpoint(tmp_path / "cache").require_usable()
 
 
-def test_the_real_model_needs_915_gb_in_shards_of_at_most_5_gb(tmp_path):
-    from tests.full_size import write_sparse
-
-    checkpoint = Checkpoint(write_sparse(tmp_path / "full"))
-    shards = fp32_cache.plan_shards(checkpoint, "float32", fp32_cache.ScaleConvention.MULTIPLIER)
+def test_the_real_model_needs_915_gb_in_shards_of_at_most_5_gb(full_size):
+    checkpoint = Checkpoint(full_size, ScaleConvention.MULTIPLIER)
+    shards = cache_module.plan_shards(checkpoint, "float32")
     assert round(sum(shard.nbytes for shard in shards) / 1e9) == 915
     assert max(shard.nbytes for shard in shards) <= 5e9
 
 
 def test_an_interrupted_build_resumes_to_identical_bytes(source, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp32_cache, "SHARD_BYTES", 2_000_000)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 2_000_000)
     build_cache(source, tmp_path / "whole")
 
     def interrupt(nbytes, seen=[0]):  # noqa: B006
@@ -168,7 +186,7 @@ def test_an_interrupted_build_resumes_to_identical_bytes(source, cache, tmp_path
 
 
 def test_a_damaged_file_is_named_and_only_its_shard_is_rebuilt(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp32_cache, "SHARD_BYTES", 2_000_000)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 2_000_000)
     directory = tmp_path / "cache"
     build_cache(source, directory)
     whole = files(directory)
@@ -176,11 +194,15 @@ def test_a_damaged_file_is_named_and_only_its_shard_is_rebuilt(source, tmp_path,
     with (directory / victim.shard).open("r+b") as file:
         file.seek(victim.start + 5)
         file.write(b"\x55")
-    untouched = {path: path.stat().st_mtime_ns for path in directory.glob("*.safetensors") if path.name != victim.shard}
+    untouched = {
+        path: path.stat().st_mtime_ns
+        for path in directory.glob("*.safetensors")
+        if path.name != victim.shard
+    }
     assert build_cache(source, directory).was_finished, "without --check nothing is read"
     result = build_cache(source, directory, check=True)
     assert result.damaged == (victim.name,)
-    assert victim.name in result.render(directory)
+    assert victim.name in result.render()
     assert files(directory) == whole
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert build_cache(source, directory, check=True).was_finished
@@ -197,16 +219,30 @@ def test_a_good_cache_opens_and_is_mapped_not_copied(source, cache):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     {
-        "absent": (lambda cache: shutil.rmtree(cache), "does not exist; run `neuron-minimax cache .* --dtype float32`"),
+        "absent": (
+            shutil.rmtree,
+            "does not exist; run `neuron-minimax cache .* --dtype float32`",
+        ),
         "unfinished": (lambda cache: (cache / "cache.json").unlink(), "is not finished; run"),
         "unreadable": (lambda cache: (cache / "cache.json").write_text("{"), "cannot be read"),
-        "other source": (lambda cache: edit(cache, source_fingerprint="x"), "was made of another checkpoint; run"),
-        "other dtype": (lambda cache: edit(cache, dtype="bfloat16"), "holds bfloat16; run .* --overwrite"),
-        "lost shard": (lambda cache: (cache / "model.safetensors").unlink(), "no safetensors files"),
+        "other source": (
+            lambda cache: edit(cache, source_fingerprint="x"),
+            "was made of another checkpoint; run",
+        ),
+        "other dtype": (
+            lambda cache: edit(cache, dtype="bfloat16"),
+            "holds bfloat16; run .* --overwrite",
+        ),
+        "lost shard": (
+            lambda cache: (cache / "model.safetensors").unlink(),
+            "no safetensors files",
+        ),
     }.values(),
     ids=["absent", "unfinished", "unreadable", "other source", "other dtype", "lost shard"],
 )
-def test_a_cache_that_does_not_fit_says_why_and_what_to_run(source, cache, tmp_path, spoil, message):
+def test_a_cache_that_does_not_fit_says_why_and_what_to_run(
+    source, cache, tmp_path, spoil, message
+):
     copy = shutil.copytree(cache, tmp_path / "copy")
     spoil(copy)
     with pytest.raises(CheckpointError, match=message):
@@ -226,14 +262,18 @@ def test_bad_requests_are_refused_before_the_first_byte(source, cache, tmp_path,
         build_cache(source, source)
     with pytest.raises(ConversionError, match="differs in dtype"):
         build_cache(source, cache, "bfloat16")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 10**7, 10**6))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 10**7, 10**6)
+    )
     with pytest.raises(ConversionError, match="nothing was written"):
         build_cache(source, tmp_path / "small")
     assert not list((tmp_path / "small").glob("*.safetensors*"))
 
 
 def test_nan_codes_and_bad_scales_stop_the_build_with_their_name(tmp_path):
-    for number, suffix in enumerate(("self_attn.k_proj.weight", "self_attn.k_proj.weight_scale_inv")):
+    for number, suffix in enumerate(
+        ("self_attn.k_proj.weight", "self_attn.k_proj.weight_scale_inv")
+    ):
         directory = write_tiny(tmp_path / str(number))
         entry = Checkpoint(directory).entry(f"model.layers.0.{suffix}")
         with (directory / entry.shard).open("r+b") as file:
@@ -244,7 +284,14 @@ def test_nan_codes_and_bad_scales_stop_the_build_with_their_name(tmp_path):
 
 
 def test_the_command_builds_checks_and_says_so(source, tmp_path):
-    command = [sys.executable, "-m", "neuron_minimax.cli", "cache", str(source), str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        "-m",
+        "neuron_minimax",
+        "cache",
+        str(source),
+        str(tmp_path / "cache"),
+    ]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     again = subprocess.run([*command, "--check"], capture_output=True, text=True, check=True)
     assert "GB written" in first.stdout

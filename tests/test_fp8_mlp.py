@@ -1,4 +1,6 @@
-"""The expert MLPs, eager and as an operator of graphs, against float64 sums over one number at a time."""
+"""The expert MLPs, eager and as an operator of graphs, against float64 sums over one number at a
+time.
+"""
 
 from functools import partial
 from typing import Any
@@ -7,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_minimax.checkpoint import fp8 as numpy_fp8
-from neuron_minimax.kernels import fp8, operators
-from neuron_minimax.kernels.codes import compiled, exponential
-from neuron_minimax.kernels.fp8_mlp import expert_mlp
-from neuron_minimax.kernels.panels import expand_rows
-from neuron_minimax.kernels.tiles import NARROW_STRIP
-from neuron_minimax.kernels.vectors import HAS_PAIRS
+from neuron_minimax import fp8 as numpy_fp8
+from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.kernels import reference
+from neuron_minimax.kernels.cpu import operators
+from neuron_minimax.kernels.cpu.jit import compiled, exponential
+from neuron_minimax.kernels.cpu.microkernels import NARROW_STRIP
+from neuron_minimax.kernels.cpu.packing import expand_rows
+from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
+from neuron_minimax.kernels.reference import ExpertWeights, expert_mlp
 
 BLOCK = 128
+# Products of bfloat16 numbers as float32, and as pairs, where the machine can.
+PATHS = [False, True] if HAS_PAIRS else [False]
 FLOAT32_ERROR = 1.2e-6  # relative to the largest number: twice the largest that is found here
 
 
@@ -36,29 +42,38 @@ IMPLEMENTATIONS = {
 
 
 def grid(size: int) -> int:
-    return -(-size // BLOCK)
+    return ceil_div(size, BLOCK)
 
 
 def weights(experts: int, hidden: int, intermediate: int, seed: int = 0, scale: float = 1e-2):
-    """Random codes without NaN, every other value included, and scales within a factor of two of `scale`."""
+    """Random codes without NaN, every other value included, and scales within a factor of two of
+    `scale`.
+    """
     generator = np.random.default_rng(seed)
     finite = np.array([code for code in range(256) if code & 0x7F != 0x7F], dtype=np.uint8)
     gate_up = generator.choice(finite, (experts, hidden, 2 * intermediate))
     down = generator.choice(finite, (experts, intermediate, hidden))
-    gate_up_scale = scale * generator.uniform(0.5, 1, (experts, grid(hidden), 2 * grid(intermediate)))
+    gate_up_scale = scale * generator.uniform(
+        0.5, 1, (experts, grid(hidden), 2 * grid(intermediate))
+    )
     down_scale = scale * generator.uniform(0.5, 1, (experts, grid(intermediate), grid(hidden)))
     arrays = gate_up, gate_up_scale.astype(np.float32), down, down_scale.astype(np.float32)
-    return tuple(torch.from_numpy(array) for array in arrays)
+    return ExpertWeights(*(torch.from_numpy(array) for array in arrays))
 
 
 def routing(tokens: int, experts: int, chosen: int, seed: int = 1):
     generator = torch.Generator().manual_seed(seed)
-    index = torch.stack([torch.randperm(experts, generator=generator)[:chosen] for _ in range(tokens)])
+    index = torch.stack(
+        [torch.randperm(experts, generator=generator)[:chosen] for _ in range(tokens)]
+    )
     return index, torch.rand(tokens, chosen, generator=generator)
 
 
-def slow(hidden, index, affinity, gate_up, gate_up_scale, down, down_scale):
-    """The definition, in float64, one expert of one token at a time; scales looked up element by element."""
+def slow(hidden, index, affinity, weights):
+    """The definition, in float64, one expert of one token at a time; scales looked up element by
+    element.
+    """
+    gate_up, gate_up_scale, down, down_scale, _ = weights
     intermediate, width = down.shape[1:]
     column_block = [i // BLOCK for i in range(intermediate)]
     columns = column_block + [grid(intermediate) + block for block in column_block]
@@ -68,8 +83,14 @@ def slow(hidden, index, affinity, gate_up, gate_up_scale, down, down_scale):
         for place, expert in enumerate(experts):
             if not 0 <= expert < len(down):
                 continue
-            first = numpy_fp8.DECODED[gate_up[expert].numpy()] * gate_up_scale[expert].numpy()[rows][:, columns]
-            second = numpy_fp8.DECODED[down[expert].numpy()] * down_scale[expert].numpy()[column_block][:, rows]
+            first = (
+                numpy_fp8.DECODED[gate_up[expert].numpy()]
+                * gate_up_scale[expert].numpy()[rows][:, columns]
+            )
+            second = (
+                numpy_fp8.DECODED[down[expert].numpy()]
+                * down_scale[expert].numpy()[column_block][:, rows]
+            )
             gate, up = np.split(hidden[token].double().numpy() @ first.astype(np.float64), 2)
             product = (gate * (1 + np.tanh(gate / 2)) / 2 * up) @ second.astype(np.float64)
             out[token] += float(affinity[token, place]) * product
@@ -91,19 +112,19 @@ def test_every_implementation_computes_the_definition(implementation, tokens, hi
     index[0, 1] = -1
     index[-1, :2] = index[-1, 2]  # chosen more than once, in places that are not the first
     activations = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2))
-    found = implementation(activations, index, affinity, *stacked)
-    assert error(found, slow(activations, index, affinity, *stacked)) < FLOAT32_ERROR
+    found = implementation(activations, index, affinity, stacked)
+    assert error(found, slow(activations, index, affinity, stacked)) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_extreme_scales_neither_underflow_nor_overflow(scale):
-    gate_up, gate_up_scale, down, down_scale = weights(4, 128, 128, scale=scale)
+    stacked = weights(4, 128, 128, scale=scale)
+    stacked = stacked._replace(down_scale=stacked.down_scale / scale)
     index, affinity = routing(3, 4, 2)
     activations = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)) / scale
-    down_scale = down_scale / scale
     for implementation in IMPLEMENTATIONS.values():
-        found = implementation(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
-        wanted = slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)
+        found = implementation(activations, index, affinity, stacked)
+        wanted = slow(activations, index, affinity, stacked)
         assert error(found, wanted) < FLOAT32_ERROR
 
 
@@ -112,9 +133,9 @@ def test_masked_tokens_and_experts_that_repeat_are_counted_right():
     index = torch.tensor([[-1, -1], [2, 2], [4, 0], [2, 0]])
     affinity = torch.rand(4, 2, generator=torch.Generator().manual_seed(3))
     activations = torch.randn(4, 128, generator=torch.Generator().manual_seed(2))
-    wanted = slow(activations, index, affinity, *stacked)
+    wanted = slow(activations, index, affinity, stacked)
     for implementation in IMPLEMENTATIONS.values():
-        found = implementation(activations, index, affinity, *stacked)
+        found = implementation(activations, index, affinity, stacked)
         assert error(found, wanted) < FLOAT32_ERROR
         assert not found[0].any()
 
@@ -127,13 +148,20 @@ def test_bf16_activations_round_where_the_interface_says():
     for token in range(5):
         for place, expert in enumerate(index[token].tolist()):
             first, second = (
-                fp8.dequantize(codes[expert], scale[expert], (BLOCK, BLOCK), parts).bfloat16().double()
-                for codes, scale, parts in ((stacked[0], stacked[1], 2), (stacked[2], stacked[3], 1))
+                reference.dequantize(codes[expert], scale[expert], (BLOCK, BLOCK), parts)
+                .bfloat16()
+                .double()
+                for codes, scale, parts in (
+                    (stacked[0], stacked[1], 2),
+                    (stacked[2], stacked[3], 1),
+                )
             )
             gate, up = (activations[token].double() @ first).bfloat16().chunk(2)
             inner = torch.nn.functional.silu(gate) * up
-            wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[token, place].double()
-    found = expert_mlp(activations, index, affinity, *stacked)
+            wanted[token] += (inner.double() @ second).bfloat16().double() * affinity[
+                token, place
+            ].double()
+    found = expert_mlp(activations, index, affinity, stacked)
     assert found.dtype == torch.bfloat16
     # One rounding to 8 bits of mantissa at the end, and rare last-bit differences before it.
     assert error(found, wanted.numpy()) < 2**-8
@@ -143,26 +171,31 @@ def test_experts_with_few_tokens_round_bf16_once():
     stacked = weights(4, 256, 128)
     index, affinity = routing(5, 4, 2)
     activations = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = operators.expert_mlp(activations, index, affinity, *stacked)
-    assert torch.equal(found, operators.expert_mlp(activations.float(), index, affinity, *stacked).bfloat16())
+    found = operators.expert_mlp(activations, index, affinity, stacked)
+    assert torch.equal(
+        found, operators.expert_mlp(activations.float(), index, affinity, stacked).bfloat16()
+    )
 
 
+@pytest.mark.parametrize("pairs", PATHS)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (129, 70)])
-def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermediate):
-    """Weights as they are, sums in float32, silu(gate) * up rounded where pairs are multiplied, then the sum over k."""
+def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermediate, pairs):
+    """Weights as they are, sums in float32, silu(gate) * up rounded where pairs are multiplied,
+    then the sum over k.
+    """
     stacked = weights(3, hidden, intermediate)
     index, affinity = routing(60, 3, 2)
     activations = torch.randn(60, hidden, generator=torch.Generator().manual_seed(2)).bfloat16()
-    first = fp8.dequantize(stacked[0], stacked[1], (BLOCK, BLOCK), parts=2).double()
-    second = fp8.dequantize(stacked[2], stacked[3], (BLOCK, BLOCK)).double()
+    first = reference.dequantize(stacked[0], stacked[1], (BLOCK, BLOCK), parts=2).double()
+    second = reference.dequantize(stacked[2], stacked[3], (BLOCK, BLOCK)).double()
     wanted = torch.zeros(60, hidden, dtype=torch.float64)
     for token in range(60):
         for place, expert in enumerate(index[token].tolist()):
             gate, up = (activations[token].double() @ first[expert]).chunk(2)
             inner = torch.nn.functional.silu(gate) * up
-            inner = inner.float().bfloat16().double() if HAS_PAIRS else inner
+            inner = inner.float().bfloat16().double() if pairs else inner
             wanted[token] += inner @ second[expert] * affinity[token, place].double()
-    found = operators.expert_mlp(activations, index, affinity, *stacked)
+    found = operators.expert_mlp(activations, index, affinity, stacked, pairs)
     assert error(found, wanted.numpy()) < 2**-8  # the result's own rounding
 
 
@@ -171,19 +204,30 @@ def expanded(codes_RW, panel):
     expand_rows((codes_RW, 0, codes_RW.shape[1]), len(panel) // NARROW_STRIP, panel)
 
 
-def test_panels_hold_every_code_exactly():
-    codes = (3 * np.arange(256)[:, None] + 7 * np.arange(NARROW_STRIP) + 1).astype(np.uint8).view(np.int8)
-    wanted = fp8.decode(torch.from_numpy(codes.view(np.uint8).copy())).numpy()
-    floats = np.empty(256 * NARROW_STRIP, np.float32)
-    expanded(codes, floats)
-    found = floats.reshape(256, NARROW_STRIP) * np.float32(fp8.HALF_REBIAS) * np.float32(fp8.HALF_REBIAS)
-    assert np.array_equal(found, wanted)
-    if HAS_PAIRS:
-        pairs = np.empty(128 * NARROW_STRIP, np.int32)
-        expanded(codes, pairs)
-        lower, upper = (pairs << 16).view(np.float32), (pairs & -(2**16)).view(np.float32)
+@pytest.mark.parametrize("pairs", PATHS)
+def test_panels_hold_every_code_exactly(pairs):
+    codes = (
+        (3 * np.arange(256)[:, None] + 7 * np.arange(NARROW_STRIP) + 1)
+        .astype(np.uint8)
+        .view(np.int8)
+    )
+    wanted = reference.decode(torch.from_numpy(codes.view(np.uint8).copy())).numpy()
+    if pairs:
+        words = np.empty(128 * NARROW_STRIP, np.int32)
+        expanded(codes, words)
+        lower = (words << 16).view(np.float32)
+        upper = (words & -(2**16)).view(np.float32)
         found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1)
         assert np.array_equal(found.reshape(256, NARROW_STRIP), wanted)
+        return
+    floats = np.empty(256 * NARROW_STRIP, np.float32)
+    expanded(codes, floats)
+    found = (
+        floats.reshape(256, NARROW_STRIP)
+        * np.float32(reference.HALF_REBIAS)
+        * np.float32(reference.HALF_REBIAS)
+    )
+    assert np.array_equal(found, wanted)
 
 
 def test_the_exponential_is_within_a_ten_millionth():
@@ -198,44 +242,58 @@ def test_the_exponential_is_within_a_ten_millionth():
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_experts_are_multiplied_as_they_are(tokens, dtype):
-    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
-    first = fp8.dequantize(gate_up, gate_up_scale, (BLOCK, BLOCK), parts=2)
-    second = fp8.dequantize(down, down_scale, (BLOCK, BLOCK))
+    stacked = weights(4, 192, 64)
+    first = reference.dequantize(stacked.gate_up, stacked.gate_up_scale, (BLOCK, BLOCK), parts=2)
+    second = reference.dequantize(stacked.down, stacked.down_scale, (BLOCK, BLOCK))
+    dense = ExpertWeights(first, None, second, None)
     index, affinity = routing(tokens, 4, 2)
     activations = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found = operators.expert_mlp(activations.float(), index, affinity, first, None, second, None)
-    wanted = slow(activations.float(), index, affinity, gate_up, gate_up_scale, down, down_scale)
+    found = operators.expert_mlp(activations.float(), index, affinity, dense)
+    wanted = slow(activations.float(), index, affinity, stacked)
     assert error(found, wanted) < FLOAT32_ERROR
     # Float32 weights lose nothing beside bfloat16 activations.
-    assert torch.equal(operators.expert_mlp(activations, index, affinity, first, None, second, None), found.to(dtype))
-    rounded = first.bfloat16(), second.bfloat16()
-    found = operators.expert_mlp(activations, index, affinity, rounded[0], None, rounded[1], None)
-    wanted = expert_mlp(activations.float(), index, affinity, rounded[0].float(), None, rounded[1].float(), None)
+    assert torch.equal(
+        operators.expert_mlp(activations, index, affinity, dense),
+        found.to(dtype),
+    )
+    rounded = ExpertWeights(first.bfloat16(), None, second.bfloat16(), None)
+    widened = ExpertWeights(rounded.gate_up.float(), None, rounded.down.float(), None)
+    found = operators.expert_mlp(activations, index, affinity, rounded)
+    wanted = expert_mlp(activations.float(), index, affinity, widened)
     assert error(found, wanted.numpy()) < (FLOAT32_ERROR if dtype == torch.float32 else 2**-8)
 
 
 def test_chosen_experts_may_be_any_integers_and_rows_have_to_fit():
-    stacked, (index, affinity) = weights(4, 192, 64), routing(5, 4, 2)
+    stacked = weights(4, 192, 64)
+    (index, affinity) = routing(5, 4, 2)
     activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
-    wanted = operators.expert_mlp(activations, index, affinity, *stacked)
-    assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, *stacked), wanted)
+    wanted = operators.expert_mlp(activations, index, affinity, stacked)
+    assert torch.equal(operators.expert_mlp(activations, index.int(), affinity, stacked), wanted)
     with pytest.raises(RuntimeError, match="invalid for input of size 10"):
-        operators.linear(torch.zeros(2, 5), torch.zeros(8, 4, dtype=torch.uint8), torch.ones(1, 1), (BLOCK, BLOCK))
+        operators.linear(
+            torch.zeros(2, 5),
+            torch.zeros(8, 4, dtype=torch.uint8),
+            torch.ones(1, 1),
+            (BLOCK, BLOCK),
+        )
 
 
 def test_experts_of_which_one_weight_is_kept_dense_are_left_to_torch():
-    gate_up, gate_up_scale, down, down_scale = weights(4, 192, 64)
+    stacked = weights(4, 192, 64)
     index, affinity = routing(5, 4, 2)
     activations = torch.randn(5, 192, generator=torch.Generator().manual_seed(2))
-    dense = fp8.dequantize(down, down_scale, (BLOCK, BLOCK))
-    found = operators.expert_mlp(activations, index, affinity, gate_up, gate_up_scale, dense, None)
-    assert error(found, slow(activations, index, affinity, gate_up, gate_up_scale, down, down_scale)) < FLOAT32_ERROR
+    dense = reference.dequantize(stacked.down, stacked.down_scale, (BLOCK, BLOCK))
+    mixed = stacked._replace(down=dense, down_scale=None)
+    found = operators.expert_mlp(activations, index, affinity, mixed)
+    assert error(found, slow(activations, index, affinity, stacked)) < FLOAT32_ERROR
 
 
 def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
-    assert torch.equal(fp8.decode(codes), codes.view(torch.float8_e4m3fn).float())
-    assert torch.equal(fp8.decode(codes.view(torch.float8_e4m3fn)), codes.view(torch.float8_e4m3fn).float())
+    assert torch.equal(reference.decode(codes), codes.view(torch.float8_e4m3fn).float())
+    assert torch.equal(
+        reference.decode(codes.view(torch.float8_e4m3fn)), codes.view(torch.float8_e4m3fn).float()
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,9 +302,13 @@ def test_decoding_by_bit_pattern_equals_the_cast_for_every_code():
 def test_dequantization_equals_the_byte_table(shape, block):
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 0x7F, shape, dtype=np.uint8)
-    scale = generator.uniform(1e-3, 1, [-(-size // step) for size, step in zip(shape, block, strict=True)])
+    scale = generator.uniform(
+        1e-3, 1, [ceil_div(size, step) for size, step in zip(shape, block, strict=True)]
+    )
     wanted = numpy_fp8.dequantize(codes, scale.astype(np.float32), block)
-    found = fp8.dequantize(torch.from_numpy(codes), torch.from_numpy(scale.astype(np.float32)), block)
+    found = reference.dequantize(
+        torch.from_numpy(codes), torch.from_numpy(scale.astype(np.float32)), block
+    )
     assert np.array_equal(found.numpy(), wanted)
 
 
@@ -257,7 +319,7 @@ def test_a_linear_layer_equals_the_product_with_the_expanded_weight(dtype, rows,
     generator = np.random.default_rng(0)
     codes = torch.from_numpy(generator.integers(0, 0x7F, (301, 257), dtype=np.uint8))
     scale = torch.from_numpy(generator.uniform(1e-3, 1e-2, (3, 3)).astype(np.float32))
-    weight = fp8.dequantize(codes, scale, (128, 128))
+    weight = reference.dequantize(codes, scale, (128, 128))
     hidden = torch.randn(rows, 257, generator=torch.Generator().manual_seed(0)).to(dtype)
     arguments = (weight.bfloat16(), None) if dense else (codes, scale)
     wanted = hidden.double() @ (weight.bfloat16() if dense else weight).double().T
@@ -276,19 +338,33 @@ def test_a_weight_without_a_scale_that_needs_one_is_refused(rows, dtype):
 @pytest.mark.parametrize("rows", [1, 80])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32])
 def test_a_weight_with_a_scale_that_is_not_fp8_is_refused(rows, dtype):
-    with pytest.raises(TypeError, match=r"a weight \[8, 4\] in .* has a scale; expected float8_e4m3fn or uint8"):
-        operators.linear(torch.zeros(rows, 4), torch.zeros(8, 4, dtype=dtype), torch.ones(1, 1), (BLOCK, BLOCK))
+    with pytest.raises(
+        TypeError, match=r"a weight \[8, 4\] in .* has a scale; expected float8_e4m3fn or uint8"
+    ):
+        operators.linear(
+            torch.zeros(rows, 4), torch.zeros(8, 4, dtype=dtype), torch.ones(1, 1), (BLOCK, BLOCK)
+        )
 
 
 def test_scales_that_are_not_one_per_block_are_refused():
-    with pytest.raises(ValueError, match=r"scale has shape \[1, 1\]; expected \[2, 1\] beside \[130, 4\]"):
-        operators.linear(torch.zeros(1, 4), torch.zeros(130, 4, dtype=torch.uint8), torch.ones(1, 1), (BLOCK, BLOCK))
+    with pytest.raises(
+        ValueError, match=r"scale has shape \[1, 1\]; expected \[2, 1\] beside \[130, 4\]"
+    ):
+        operators.linear(
+            torch.zeros(1, 4),
+            torch.zeros(130, 4, dtype=torch.uint8),
+            torch.ones(1, 1),
+            (BLOCK, BLOCK),
+        )
 
 
 def test_a_shape_that_does_not_belong_is_named():
-    gate_up, gate_up_scale, down, down_scale = weights(4, 256, 128)
+    stacked = weights(4, 256, 128)
+    narrow = stacked._replace(gate_up_scale=stacked.gate_up_scale[..., :1])
     index, affinity = routing(2, 4, 2)
-    with pytest.raises(ValueError, match=r"gate_up_scale has shape \[4, 2, 1\]; expected \[4, 2, 2\]"):
-        expert_mlp(torch.randn(2, 256), index, affinity, gate_up, gate_up_scale[..., :1], down, down_scale)
+    with pytest.raises(
+        ValueError, match=r"gate_up_scale has shape \[4, 2, 1\]; expected \[4, 2, 2\]"
+    ):
+        expert_mlp(torch.randn(2, 256), index, affinity, narrow)
     with pytest.raises(ValueError, match="hidden_TH"):
-        expert_mlp(torch.randn(2, 128), index, affinity, gate_up, gate_up_scale, down, down_scale)
+        expert_mlp(torch.randn(2, 128), index, affinity, stacked)

@@ -1,4 +1,6 @@
-"""The NKI kernel, run by the NumPy interpreter (and by `nki.simulate` where it is installed), against float64."""
+"""The NKI kernel, run by the NumPy interpreter (and by `nki.simulate` where it is installed),
+against float64.
+"""
 
 from pathlib import Path
 
@@ -7,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuron_minimax.kernels import fp8_mlp
+from neuron_minimax.kernels import reference
 from tests import nki_interpreter
 
-KERNEL = Path(fp8_mlp.__file__).with_name("fp8_mlp_nki.py")
+KERNEL = Path(reference.__file__).parent / "nki" / "expert_mlp.py"
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).numpy()
 
 
@@ -22,7 +24,16 @@ def kernel():
 class Case:
     """Random weights within +-240, hidden states, choices; sizes are element counts."""
 
-    def __init__(self, tokens=3, top_k=2, experts=5, hidden=256, intermediate=128, dtype=torch.float32, seed=0):
+    def __init__(
+        self,
+        tokens=3,
+        top_k=2,
+        experts=5,
+        hidden=256,
+        intermediate=128,
+        dtype=torch.float32,
+        seed=0,
+    ):
         self.generator = torch.Generator().manual_seed(seed)
         self.hidden_TH = torch.randn(tokens, hidden, generator=self.generator).to(dtype)
         choices = [torch.randperm(experts, generator=self.generator)[:top_k] for _ in range(tokens)]
@@ -41,24 +52,39 @@ class Case:
         return torch.rand(shape, generator=self.generator) * 1e-3 + 1e-4
 
     def arguments(self):
-        weights = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return (self.hidden_TH, self.expert_index_TK, self.affinity_TK, *weights)
+        weights = reference.ExpertWeights(
+            self.gate_up, self.gate_up_scale, self.down, self.down_scale
+        )
+        return (self.hidden_TH, self.expert_index_TK, self.affinity_TK, weights)
 
 
 def slow_expert_mlp(case, rounded=torch.float64):
-    """One token, one choice at a time, in float64 NumPy; silu(gate) * up is rounded to `rounded`."""
+    """One token, one choice at a time, in float64 NumPy; silu(gate) * up is rounded to
+    `rounded`.
+    """
 
     def weight(codes, scale):
-        return E4M3[codes.view(torch.uint8).numpy()] * np.kron(scale.double().numpy(), np.ones((128, 128)))
+        return E4M3[codes.view(torch.uint8).numpy()] * np.kron(
+            scale.double().numpy(), np.ones((128, 128))
+        )
 
     out = np.zeros(case.hidden_TH.shape)
-    for token, (experts, affinities) in enumerate(zip(case.expert_index_TK, case.affinity_TK, strict=True)):
+    for token, (experts, affinities) in enumerate(
+        zip(case.expert_index_TK, case.affinity_TK, strict=True)
+    ):
         for expert, affinity in zip(experts.tolist(), affinities.tolist(), strict=True):
             if not 0 <= expert < len(case.down):
                 continue
             hidden = case.hidden_TH[token].double().numpy()
-            gate, up = np.split(hidden @ weight(case.gate_up[expert], case.gate_up_scale[expert]), 2)
-            product = torch.from_numpy(gate * np.exp(-np.logaddexp(0, -gate)) * up).to(rounded).double().numpy()
+            gate, up = np.split(
+                hidden @ weight(case.gate_up[expert], case.gate_up_scale[expert]), 2
+            )
+            product = (
+                torch.from_numpy(gate * np.exp(-np.logaddexp(0, -gate)) * up)
+                .to(rounded)
+                .double()
+                .numpy()
+            )
             out[token] += affinity * (product @ weight(case.down[expert], case.down_scale[expert]))
     return out
 
@@ -85,7 +111,9 @@ def test_the_float32_mode_equals_float64_within_1e_5(kernel, sizes):
 
 @pytest.mark.parametrize("tokens", [1, 20, 128])
 def test_bfloat16_activations_add_no_error_beyond_their_own_rounding(kernel, tokens):
-    """The kernel rounds silu(gate) * up once to bfloat16, as the reference does here; its output is float32."""
+    """The kernel rounds silu(gate) * up once to bfloat16, as the reference does here; its output is
+    float32.
+    """
     module, _ = kernel
     case = Case(tokens=tokens, hidden=384, intermediate=256, dtype=torch.bfloat16)
     plan = module.plan_visits(case.expert_index_TK, case.affinity_TK, len(case.down))
@@ -99,7 +127,10 @@ def test_the_kernel_agrees_with_the_torch_implementation_in_float64(kernel):
     case = Case(tokens=7, top_k=3)
     hidden, *others = case.arguments()
     assert (
-        relative_error(kernel[0].expert_mlp(hidden, *others), fp8_mlp.expert_mlp(hidden.double(), *others).numpy())
+        relative_error(
+            kernel[0].expert_mlp(hidden, *others),
+            reference.expert_mlp(hidden.double(), *others).numpy(),
+        )
         < 1e-5
     )
 
@@ -123,11 +154,15 @@ def test_experts_of_other_ranks_contribute_nothing_and_move_nothing(kernel):
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-def test_a_rank_that_holds_no_chosen_expert_returns_zeros_and_neither_moves_nor_multiplies_weights(kernel, cores):
+def test_a_rank_that_holds_no_chosen_expert_returns_zeros_and_neither_moves_nor_multiplies_weights(
+    kernel, cores
+):
     module, machine = kernel
     case = Case()
     case.expert_index_TK = torch.full_like(case.expert_index_TK, -1)
-    assert torch.equal(module.expert_mlp(*case.arguments(), cores=cores), torch.zeros_like(case.hidden_TH))
+    assert torch.equal(
+        module.expert_mlp(*case.arguments(), cores=cores), torch.zeros_like(case.hidden_TH)
+    )
     assert machine.counts["hbm_read_bytes"] == cores * overhead(case, visits=0)
     assert machine.counts["nc_matmul"] == 0
 
@@ -140,7 +175,8 @@ def test_only_experts_that_a_token_chose_pass_through_the_core(kernel):
         for expert in (0, 2, 5):
             case.gate_up.view(torch.uint8)[expert] = 0x7F
             case.down.view(torch.uint8)[expert] = 0x7F
-            case.gate_up_scale[expert], case.down_scale[expert] = torch.nan, torch.nan
+            case.gate_up_scale[expert] = torch.nan
+            case.down_scale[expert] = torch.nan
         out = kernel[0].expert_mlp(*case.arguments(), cores=cores)
         assert relative_error(out, slow_expert_mlp(case)) < 1e-5
 
@@ -157,22 +193,28 @@ def test_the_work_is_that_of_the_chosen_experts_whatever_the_number_of_choices(k
 def test_codes_may_come_as_bytes(kernel):
     case = Case()
     wanted = kernel[0].expert_mlp(*case.arguments())
-    case.gate_up, case.down = case.gate_up.view(torch.uint8), case.down.view(torch.uint8)
+    case.gate_up = case.gate_up.view(torch.uint8)
+    case.down = case.down.view(torch.uint8)
     assert torch.equal(kernel[0].expert_mlp(*case.arguments()), wanted)
 
 
 def test_extreme_scales_and_zero_blocks_keep_their_precision(kernel):
     case = Case(tokens=4, hidden=256, intermediate=256)
-    case.gate_up_scale[:, 0], case.gate_up_scale[:, 1] = 1e-6, 1e3
-    case.down_scale[:, :, 0], case.down_scale[:, :, 1] = 1e-6, 1e3
+    case.gate_up_scale[:, 0] = 1e-6
+    case.gate_up_scale[:, 1] = 1e3
+    case.down_scale[:, :, 0] = 1e-6
+    case.down_scale[:, :, 1] = 1e3
     case.gate_up.view(torch.uint8)[:, :128, 128:256] = 0
     case.down.view(torch.uint8)[:, 128:, :128] = 0x80
-    out, wanted = kernel[0].expert_mlp(*case.arguments()), slow_expert_mlp(case)
+    out = kernel[0].expert_mlp(*case.arguments())
+    wanted = slow_expert_mlp(case)
     for columns in (slice(0, 128), slice(128, 256)):
         assert relative_error(out[:, columns], wanted[:, columns]) < 1e-5
 
 
-@pytest.mark.parametrize("chosen", [[[0, 1, 2], [2, 3, 8]], [[0, 1, 2], [1, 2, 8]]], ids=["five", "four"])
+@pytest.mark.parametrize(
+    "chosen", [[[0, 1, 2], [2, 3, 8]], [[0, 1, 2], [1, 2, 8]]], ids=["five", "four"]
+)
 def test_two_cores_make_the_same_number_of_visits_and_sum_to_the_same_result(kernel, chosen):
     """Of five visits the first is made twice, the second time at affinity 0."""
     module, machine = kernel
@@ -181,7 +223,9 @@ def test_two_cores_make_the_same_number_of_visits_and_sum_to_the_same_result(ker
     shared = module.expert_mlp(*case.arguments(), cores=2)
     rounds = (len({*chosen[0], *chosen[1]}) + 1) // 2
     assert machine.trips == [rounds]
-    assert machine.counts["hbm_read_bytes"] == 2 * (overhead(case, visits=rounds) + rounds * expert_bytes(case))
+    assert machine.counts["hbm_read_bytes"] == 2 * (
+        overhead(case, visits=rounds) + rounds * expert_bytes(case)
+    )
     assert relative_error(shared, slow_expert_mlp(case)) < 1e-5
     alone = module.expert_mlp(*case.arguments())
     assert torch.allclose(alone, shared, rtol=1e-5, atol=1e-6 * alone.abs().max().item())
@@ -197,8 +241,11 @@ def test_what_the_kernel_does_not_take_is_refused_by_name(kernel):
     expert_mlp = kernel[0].expert_mlp
     with pytest.raises(ValueError, match="1 to 128 tokens"):
         expert_mlp(*Case(tokens=129, top_k=1).arguments())
-    ragged, dense, wrong = Case(), Case(), Case()
-    ragged.hidden_TH, ragged.gate_up = ragged.hidden_TH[:, :192], ragged.gate_up[:, :192]
+    ragged = Case()
+    dense = Case()
+    wrong = Case()
+    ragged.hidden_TH = ragged.hidden_TH[:, :192]
+    ragged.gate_up = ragged.gate_up[:, :192]
     ragged.down = ragged.down[..., :192]
     with pytest.raises(ValueError, match="multiples of 128"):
         expert_mlp(*ragged.arguments())
@@ -245,7 +292,8 @@ def test_the_plan_computes_in_int32_and_float32_only(kernel, experts):
             found.add(result.dtype)
             return result
 
-    index_TK, affinity_TK = torch.randint(-1, experts, (3, 8)), torch.rand(3, 8)
+    index_TK = torch.randint(-1, experts, (3, 8))
+    affinity_TK = torch.rand(3, 8)
     with Dtypes():
         kernel[0].plan_visits(index_TK, affinity_TK, experts, 2)
     assert found == {torch.int32, torch.bool, torch.float32}
@@ -263,42 +311,66 @@ def test_every_chosen_block_moves_once_and_ahead_of_its_products_at_the_real_siz
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 def test_128_tokens_fit_the_memories_at_the_real_size(kernel, dtype, tolerance):
-    """The tolerance in bfloat16 is for two roundings, of silu(gate) * up and of the result: 2^-9 each, at random."""
+    """The tolerance in bfloat16 is for two roundings, of silu(gate) * up and of the result: 2^-9
+    each, at random.
+    """
     case = Case(tokens=128, top_k=1, experts=2, hidden=3072, intermediate=1536, dtype=dtype)
     hidden, *others = case.arguments()
     out = kernel[0].expert_mlp(hidden, *others, cores=2)
-    assert relative_error(out, fp8_mlp.expert_mlp(hidden.double(), *others).numpy()) < tolerance
+    assert relative_error(out, reference.expert_mlp(hidden.double(), *others).numpy()) < tolerance
 
 
 def test_the_kernel_is_chosen_explicitly_and_only_where_it_can_run():
-    from neuron_minimax.backends.neuron.options import check
+    from neuron_minimax.backends.nxdi.options import check
     from neuron_minimax.config import ModelConfig
     from neuron_minimax.errors import BackendError
     from tests.full_size import published_config
 
     config = ModelConfig.from_dict(published_config())
-    given = {"instance": "trn2.48xlarge", "tp_degree": 64, "moe_tp_degree": 4, "moe_ep_degree": 16, "slots": 32}
+    given = {
+        "instance": "trn2.48xlarge",
+        "tp_degree": 64,
+        "moe_tp_degree": 4,
+        "moe_ep_degree": 16,
+        "slots": 32,
+    }
     assert check(config, given, force=True)["expert_kernel"] == "torch"
     assert check(config, given | {"expert_kernel": "nki"}, force=True)["expert_kernel"] == "nki"
     with pytest.raises(BackendError, match="expected one of torch, nki"):
         check(config, given | {"expert_kernel": "auto"}, force=True)
     with pytest.raises(BackendError, match="needs trn2 or later"):
-        check(config, given | {"expert_kernel": "nki", "instance": "inf2.48xlarge", "tp_degree": 24}, force=True)
+        check(
+            config,
+            given | {"expert_kernel": "nki", "instance": "inf2.48xlarge", "tp_degree": 24},
+            force=True,
+        )
 
 
 def test_nki_simulate_equals_float64_within_1e_5(monkeypatch):
-    nki = pytest.importorskip("nki", reason="the nki package (Neuron SDK 2.29 and later) is not installed")
+    nki = pytest.importorskip(
+        "nki", reason="the nki package (Neuron SDK 2.29 and later) is not installed"
+    )
     if not hasattr(nki, "simulate"):
-        pytest.skip("this nki package is the empty one of the public index; Neuron's comes from AWS's own index")
-    from neuron_minimax.kernels import fp8_mlp_nki
+        pytest.skip(
+            "this nki package is the empty one of the public index; Neuron's comes from AWS's own "
+            "index"
+        )
+    from neuron_minimax.kernels.nki import expert_mlp
 
     case = Case(tokens=4, top_k=2, experts=6, hidden=256, intermediate=256)
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
-    monkeypatch.setenv("NKI_PRECISE_FP", "1")  # FP8 as codes; else the simulator holds it as float32
-    plan = fp8_mlp_nki.plan_visits(case.expert_index_TK, case.affinity_TK, len(case.down))
-    weights = (case.gate_up.view(torch.uint8), case.gate_up_scale, case.down.view(torch.uint8), case.down_scale)
+    monkeypatch.setenv(
+        "NKI_PRECISE_FP", "1"
+    )  # FP8 as codes; else the simulator holds it as float32
+    plan = expert_mlp.plan_visits(case.expert_index_TK, case.affinity_TK, len(case.down))
+    weights = (
+        case.gate_up.view(torch.uint8),
+        case.gate_up_scale,
+        case.down.view(torch.uint8),
+        case.down_scale,
+    )
     arguments = [tensor.numpy() for tensor in (case.hidden_TH, *plan, *weights)]
-    simulated = torch.from_numpy(np.asarray(nki.simulate(fp8_mlp_nki.expert_mlp_kernel)(*arguments)))
+    simulated = torch.from_numpy(np.asarray(nki.simulate(expert_mlp.expert_mlp_kernel)(*arguments)))
     assert relative_error(simulated.sum(dim=0), slow_expert_mlp(case)) < 1e-5
 
 
@@ -309,9 +381,12 @@ def expert_bytes(case):
 
 
 def overhead(case, visits):
-    """HBM reads of one core beside its experts: hidden, the number of rounds, number and affinities of each visit.
+    """HBM reads of one core beside its experts: hidden, the number of rounds, number and affinities
+    of each visit.
 
     The list of visits is read one further than it is followed.
     """
     tokens = len(case.hidden_TH)
-    return case.hidden_TH.numel() * case.hidden_TH.element_size() + 4 + (visits + 1) * 4 * (1 + tokens)
+    return (
+        case.hidden_TH.numel() * case.hidden_TH.element_size() + 4 + (visits + 1) * 4 * (1 + tokens)
+    )

@@ -72,12 +72,20 @@ def test_against_shows_the_differences_without_changing_the_exit_code(good, tmp_
     [
         (["nowhere"], ["nowhere", "does not exist"]),
         (["GOOD", "--against", "nowhere"], ["nowhere", "does not exist"]),
-        (["GOOD", "--output", "no/such/directory/r.txt"], ["no/such/directory/r.txt", "cannot be written"]),
-        (["GOOD", "--html", "no/such/directory/r.html"], ["no/such/directory/r.html", "cannot be written"]),
+        (
+            ["GOOD", "--output", "no/such/directory/r.txt"],
+            ["no/such/directory/r.txt", "cannot be written"],
+        ),
+        (
+            ["GOOD", "--html", "no/such/directory/r.html"],
+            ["no/such/directory/r.html", "cannot be written"],
+        ),
     ],
 )
 def test_bad_input_is_one_message_on_standard_error(good, capsys, arguments, words):
-    code, _, err = run(capsys, *(good if argument == "GOOD" else argument for argument in arguments))
+    code, _, err = run(
+        capsys, *(good if argument == "GOOD" else argument for argument in arguments)
+    )
     assert code == 1
     assert err.startswith("error: ")
     assert "Traceback" not in err
@@ -85,10 +93,11 @@ def test_bad_input_is_one_message_on_standard_error(good, capsys, arguments, wor
 
 
 def test_inspection_never_loads_torch(good, tmp_path):
+    arguments = ["inspect", str(good), "--check-values", "--html", str(tmp_path / "p.html")]
     code = f"""
 import sys
 from neuron_minimax.cli import main
-assert main(["inspect", {str(good)!r}, "--check-values", "--html", {str(tmp_path / "p.html")!r}]) == 0
+assert main({arguments!r}) == 0
 assert not {{"torch", "transformers", "matplotlib"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

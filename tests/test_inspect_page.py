@@ -1,4 +1,6 @@
-"""The inspection page in a real browser: complete without network, legible wide and narrow, light and dark."""
+"""The inspection page in a real browser: complete without network, legible wide and narrow, light
+and dark.
+"""
 
 import base64
 import json
@@ -7,26 +9,32 @@ import zlib
 import numpy as np
 import pytest
 
-from neuron_minimax.explain import charts
-from neuron_minimax.explain.inspection import run_inspection
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.inspection import charts
+from neuron_minimax.inspection.precision import inspect
 from tests.faults import MOE, Fault, put
 from tests.webdriver import CHROMIUM, DRIVER, chromium
 
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"
+)
 DEAD = MOE + "experts.5.w2.weight"
 NAN = "model.layers.1.self_attn.o_proj.weight"
 
-# Lowest contrast of any text with what is behind it (WCAG 2.1), its text, and the smallest font size.
+# Lowest contrast of any text with what is behind it (WCAG 2.1), its text, and the smallest font
+# size.
 LEGIBILITY = """
 const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
 let worst = [99, ""], smallest = 99;
 for (const element of document.querySelectorAll("main *")) {
-  const text = [...element.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join("");
+  const texts = [...element.childNodes].filter(n => n.nodeType === 3);
+  const text = texts.map(n => n.data.trim()).join("");
   if (!text || element.closest("svg") || !element.getClientRects().length) continue;
   let behind = element;
-  while (behind && (rgb(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+  while (behind && (rgb(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0)
+    behind = behind.parentElement;
   const a = luminance(rgb(getComputedStyle(element).color));
   const b = luminance(rgb(getComputedStyle(behind ?? document.body).backgroundColor));
   const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -44,12 +52,19 @@ def page(tmp_path_factory):
 
     def spoil(tensors):
         put(DEAD, np.zeros_like)(tensors)
-        put(NAN, lambda codes: np.where(np.arange(codes.size).reshape(codes.shape) == 5, np.uint8(0x7F), codes))(
-            tensors
-        )
+        put(
+            NAN,
+            lambda codes: np.where(
+                np.arange(codes.size).reshape(codes.shape) == 5, np.uint8(0x7F), codes
+            ),
+        )(tensors)
 
     fault = Fault(title="two", subject="", words=(), tensors=spoil)
-    found = run_inspection(fault.write(directory / "<checkpoint> & co"), ["self_attn", "lm_head"], values=True)
+    found = inspect(
+        Checkpoint(fault.write(directory / "<checkpoint> & co")),
+        ["self_attn", "lm_head"],
+        check_values=True,
+    )
     path = directory / "page.html"
     path.write_text(found.render_page(), encoding="utf-8")
     return path
@@ -73,7 +88,9 @@ def test_the_page_is_legible_and_fits(page, open_browser, width, scheme):
     (contrast, text), smallest = browser.run(LEGIBILITY)
     assert contrast >= 4.5, text
     assert smallest >= 11
-    dark = browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 23)"
+    dark = (
+        browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 23)"
+    )
     assert dark == (scheme == "dark")
 
 
@@ -87,7 +104,8 @@ def test_the_page_loads_nothing_and_shows_findings_first(page, open_browser):
     assert browser.run("return document.querySelector('section h2').textContent") == "Findings"
     assert browser.run("return document.querySelector('h1').textContent") == "<checkpoint> & co"
     errors = browser.run(
-        "return [...document.querySelectorAll('section:first-of-type li.error')].map(e => e.innerText)"
+        "return [...document.querySelectorAll('section:first-of-type li.error')].map(e => "
+        "e.innerText)"
     )
     assert any("self_attn" in error for error in errors)
     assert any(NAN in error and "NaN" in error for error in errors)
@@ -99,8 +117,9 @@ def test_the_grid_has_a_coloured_cell_for_every_layer_of_every_kind(page, open_b
     browser = open_browser(1280, 900)
     browser.open(page.as_uri())
     cells = browser.run(
-        "return [...document.querySelectorAll('svg.cells rect')].map("
-        "r => [r.querySelector('title').textContent, getComputedStyle(r).fill, r.getBoundingClientRect().width])"
+        "return [...document.querySelectorAll('svg.cells rect')].map(r => "
+        "[r.querySelector('title').textContent, getComputedStyle(r).fill, "
+        "r.getBoundingClientRect().width])"
     )
     assert len(cells) == 13 * 2
     colours = {}
@@ -131,12 +150,14 @@ def test_every_section_is_there_and_bars_are_as_long_as_their_bytes(page, open_b
     ]
     bars = dict(
         browser.run(
-            "return [...document.querySelectorAll('.bar')].map(e => [e.querySelector('.name').textContent, "
+            "return [...document.querySelectorAll('.bar')].map(e => "
+            "[e.querySelector('.name').textContent, "
             "e.querySelector('i').getBoundingClientRect().width])"
         )
     )
     assert len(bars) == 16
-    experts, query = 16 * (128 * 256 + 2 * 4), 2 * (512 * 256 + 8 * 4)
+    experts = 16 * (128 * 256 + 2 * 4)
+    query = 2 * (512 * 256 + 8 * 4)
     assert bars["q_proj"] / bars["w1"] == pytest.approx(query / experts, rel=0.01)
 
 
@@ -158,11 +179,13 @@ def test_a_png_holds_exactly_its_pixels():
     rows = np.frombuffer(zlib.decompress(data[start : start + length]), np.uint8).reshape(5, 22)
     assert np.array_equal(rows[:, 1:].reshape(5, 7, 3), pixels)
     assert not rows[:, 0].any()
-    assert charts.heat_map(np.eye(3)).startswith("data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()[:4])
+    assert charts.heat_map(np.eye(3)).startswith(
+        "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()[:4]
+    )
 
 
 def test_a_page_without_values_says_nothing_of_them(tmp_path):
-    found = run_inspection(Fault(title="none", subject="", words=()).write(tmp_path / "c"))
+    found = inspect(Checkpoint(Fault(title="none", subject="", words=()).write(tmp_path / "c")))
     text = found.render_page()
     assert "Expert norms" not in text
     assert "Usable as it is" in text

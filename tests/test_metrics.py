@@ -6,21 +6,32 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from neuron_minimax.serving.metrics import PREFIX, Metrics
+from neuron_minimax.serving.engine_thread import PREFIX, Metrics
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def exported():
-    """(names of all samples, names of metrics, names of labels); each labelled metric is used once."""
+    """(names of all samples, names of metrics, names of labels); each labelled metric is used
+    once.
+    """
     metrics = Metrics()
     for metric in vars(metrics).values():
         if getattr(metric, "_labelnames", ()):
             metric.labels(*["x"] * len(metric._labelnames))
     families = list(text_string_to_metric_families(metrics.render().decode()))
-    samples = [sample for family in families for sample in family.samples if not sample.name.endswith("_created")]
+    samples = [
+        sample
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    ]
     names = {sample.name for sample in samples}
-    return names, {metric_of(name) for name in names}, {label for sample in samples for label in sample.labels}
+    return (
+        names,
+        {metric_of(name) for name in names},
+        {label for sample in samples for label in sample.labels},
+    )
 
 
 def metric_of(sample):
@@ -42,5 +53,7 @@ def test_the_documented_metrics_are_all_and_only_those_that_exist():
     _, metrics, _ = exported()
     section = (DOCS / "serving.md").read_text().partition("## Watching it")[2].partition("##")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    documented = {f"{PREFIX}_{name}" for row in rows for name in re.findall(r"`(\w+)", row.split("| ")[1])}
+    documented = {
+        f"{PREFIX}_{name}" for row in rows for name in re.findall(r"`(\w+)", row.split("| ")[1])
+    }
     assert documented == metrics

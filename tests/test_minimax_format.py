@@ -1,4 +1,6 @@
-"""MiniMax's output format: the streaming parser against the chat template and against itself on any split."""
+"""MiniMax's output format: the streaming parser against the chat template and against itself on any
+split.
+"""
 
 import itertools
 import json
@@ -9,9 +11,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import neuron_minimax
-from neuron_minimax.generation.argument_types import allowed_types, typed_value
-from neuron_minimax.generation.events import CallArguments, CallBegin, CallEnd, Content, Reasoning, ToolCall, collect
-from neuron_minimax.generation.minimax_format import MiniMaxParser, opens_reasoning, parse
+from neuron_minimax.generation.chat_formats.argument_types import (
+    TYPE_OF_PYTHON,
+    allowed_types,
+    parameter_schema,
+    typed_value,
+)
+from neuron_minimax.generation.chat_formats.minimax_m2 import (
+    MiniMaxM2Format,
+    MiniMaxM2Parser,
+    parse,
+)
+from neuron_minimax.generation.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Content,
+    Reasoning,
+    ToolCall,
+    collect,
+)
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -30,10 +49,14 @@ WEATHER = {
 }
 TOOL_LIST = [
     {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
 CALL = (
-    '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Oslo</parameter>\n</invoke>\n'
+    '<minimax:tool_call>\n<invoke name="weather">\n<parameter '
+    'name="city">Oslo</parameter>\n</invoke>\n'
     "</minimax:tool_call>"
 )
 
@@ -51,7 +74,9 @@ def joined(events):
     result = []
     for event in events:
         last = result[-1] if result else None
-        same = type(last) is type(event) and getattr(last, "index", None) == getattr(event, "index", None)
+        same = type(last) is type(event) and getattr(last, "index", None) == getattr(
+            event, "index", None
+        )
         if same and isinstance(event, Reasoning | Content):
             result[-1] = type(event)(last.text + event.text)
         elif same and isinstance(event, CallArguments):
@@ -62,7 +87,7 @@ def joined(events):
 
 
 def streamed(pieces, **options):
-    parser = MiniMaxParser(**options)
+    parser = MiniMaxM2Parser(**options)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return joined(events + parser.finish())
 
@@ -84,7 +109,9 @@ def test_reasoning_cut_off_stays_reasoning():
 
 
 def test_a_tool_call_is_found_before_the_reasoning_is_closed():
-    message = parse("Look it up.\n" + CALL + "\n</think>\n\nDone.", in_reasoning=True, tools=TOOL_LIST)
+    message = parse(
+        "Look it up.\n" + CALL + "\n</think>\n\nDone.", in_reasoning=True, tools=TOOL_LIST
+    )
     assert message.tool_calls == [ToolCall("weather", '{"city": "Oslo"}')]
     assert (message.reasoning, message.content) == ("Look it up.", "Done.")
 
@@ -92,10 +119,13 @@ def test_a_tool_call_is_found_before_the_reasoning_is_closed():
 def test_several_calls_of_one_turn_keep_their_order_and_types():
     text = (
         "Two things.\n<minimax:tool_call>\n"
-        '<invoke name="weather">\n<parameter name="city">Oslo "N"\n</parameter>\n<parameter name="days">3</parameter>\n'
+        '<invoke name="weather">\n<parameter name="city">Oslo "N"\n</parameter>\n<parameter '
+        'name="days">3</parameter>\n'
         '<parameter name="scale">null</parameter>\n<parameter name="wind">1.5</parameter>\n'
-        '<parameter name="wet">true</parameter>\n<parameter name="where">{"latitude": 59}</parameter>\n'
-        '<parameter name="tags">["a", "b"]</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>'
+        '<parameter name="wet">true</parameter>\n<parameter name="where">{"latitude": '
+        "59}</parameter>\n"
+        '<parameter name="tags">["a", "b"]</parameter>\n</invoke>\n<invoke '
+        'name="now">\n</invoke>\n</minimax:tool_call>'
     )
     message = parse(text, tools=TOOL_LIST)
     assert message.content == "Two things."
@@ -113,7 +143,7 @@ def test_several_calls_of_one_turn_keep_their_order_and_types():
 
 
 def test_the_name_arrives_before_the_arguments_and_a_string_arrives_in_pieces():
-    parser = MiniMaxParser(in_reasoning=False, tools=TOOL_LIST)
+    parser = MiniMaxM2Parser(in_reasoning=False, tools=TOOL_LIST)
     assert parser.feed('<minimax:tool_call>\n<invoke name="weather">') == [CallBegin(0, "weather")]
     first = parser.feed('\n<parameter name="city">San ')
     assert "".join(event.text for event in first) == '{"city": "San '
@@ -146,7 +176,9 @@ def test_tags_are_text_when_the_request_has_no_tools():
 
 def test_a_closing_tag_inside_a_value_is_part_of_the_value():
     text = CALL.replace("Oslo", "a </parameter> b </invoke> c")
-    assert json.loads(parse(text, tools=TOOL_LIST).tool_calls[0].arguments) == {"city": "a </parameter> b </invoke> c"}
+    assert json.loads(parse(text, tools=TOOL_LIST).tool_calls[0].arguments) == {
+        "city": "a </parameter> b </invoke> c"
+    }
 
 
 @pytest.mark.parametrize("length", range(len(CALL)))
@@ -187,9 +219,10 @@ FRAGMENTS = st.sampled_from(
 @given(
     st.one_of(
         st.lists(FRAGMENTS, max_size=25).map("".join),
-        st.tuples(st.lists(FRAGMENTS, max_size=6).map("".join), st.lists(FRAGMENTS, max_size=6).map("".join)).map(
-            lambda ends: ends[0] + CALL + ends[1]
-        ),
+        st.tuples(
+            st.lists(FRAGMENTS, max_size=6).map("".join),
+            st.lists(FRAGMENTS, max_size=6).map("".join),
+        ).map(lambda ends: ends[0] + CALL + ends[1]),
     ),
     st.lists(st.integers(0, 300), max_size=12),
     st.booleans(),
@@ -198,14 +231,22 @@ FRAGMENTS = st.sampled_from(
 @example(CALL, list(range(200)), False, True)
 @example('<minimax:tool_call><invoke name="now"></invoke>\nx', list(range(60)), False, True)
 @example("x\n</think>\n\n\n" + CALL + "\n", list(range(200)), True, True)
-def test_any_split_of_the_stream_gives_the_result_of_the_whole(text, cuts, in_reasoning, with_tools):
+def test_any_split_of_the_stream_gives_the_result_of_the_whole(
+    text, cuts, in_reasoning, with_tools
+):
     options = {"in_reasoning": in_reasoning, "tools": TOOL_LIST if with_tools else None}
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
-    assert streamed(pieces, **options) == streamed([text], **options) == streamed(list(text), **options)
+    assert (
+        streamed(pieces, **options)
+        == streamed([text], **options)
+        == streamed(list(text), **options)
+    )
 
 
-PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=30).filter(str.strip)
+PLAIN = st.text(
+    st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=30
+).filter(str.strip)
 VALUES = {
     "city": st.text(st.characters(codec="utf-8"), max_size=20),
     "days": st.integers(-(10**12), 10**12),
@@ -216,7 +257,10 @@ VALUES = {
     "tags": st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=3),
 }
 ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
-CALLS = st.lists(st.one_of(ARGUMENTS.map(lambda arguments: ("weather", arguments)), st.just(("now", {}))), max_size=3)
+CALLS = st.lists(
+    st.one_of(ARGUMENTS.map(lambda arguments: ("weather", arguments)), st.just(("now", {}))),
+    max_size=3,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -224,11 +268,14 @@ CALLS = st.lists(st.one_of(ARGUMENTS.map(lambda arguments: ("weather", arguments
 def test_what_the_chat_template_renders_parses_back(tokenizer, reasoning, content, calls):
     turn = {"role": "assistant", "content": content, "reasoning_content": reasoning}
     turn["tool_calls"] = [
-        {"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in calls
     ]
     prompt = [{"role": "user", "content": "?"}]
     before = tokenizer.hugging_face.apply_chat_template(prompt, tools=TOOL_LIST, tokenize=False)
-    whole = tokenizer.hugging_face.apply_chat_template([*prompt, turn], tools=TOOL_LIST, tokenize=False)
+    whole = tokenizer.hugging_face.apply_chat_template(
+        [*prompt, turn], tools=TOOL_LIST, tokenize=False
+    )
     output = whole[len(before) + len("]~b]ai\n") :].removesuffix("[e~[\n")
     message = parse(output, tools=TOOL_LIST)
     assert (message.reasoning, message.content) == (reasoning, content)
@@ -266,13 +313,66 @@ def test_arguments_are_typed_by_their_schema(schema, text, value):
     assert (typed, type(typed)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "schema"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, {"type": "integer"}),
+        ({"properties": {"b": {"type": "integer"}}}, {}),
+        ({"additionalProperties": {"type": "null"}}, {"type": "null"}),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "null"}}, {}),
+        ({"properties": {"b": {}}, "additionalProperties": {"type": "null"}}, {"type": "null"}),
+        ({"additionalProperties": False}, {}),
+        (
+            {"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"a": {"enum": [1]}}}}},
+            {"enum": [1]},
+        ),
+        ({"properties": ["a"]}, {}),
+        ("not a schema", {}),
+    ],
+)
+def test_the_schema_of_a_parameter_is_its_own_or_that_of_all_others(parameters, schema):
+    assert parameter_schema(parameters, "a") == schema
+
+
+KINDS = {
+    "boolean": st.booleans(),
+    "integer": st.integers(),
+    "number": st.floats(allow_nan=False, allow_infinity=False),
+    "null": st.none(),
+    "array": st.lists(st.integers() | st.text()),
+    "object": st.dictionaries(st.text(), st.booleans()),
+}
+TYPES = st.frozensets(st.sampled_from([*KINDS, "string"]))
+
+
+@given(st.data(), st.sampled_from([*KINDS]), TYPES)
+def test_json_of_an_allowed_type_is_read_as_that_value(data, kind, others):
+    value = data.draw(KINDS[kind])
+    typed = typed_value(json.dumps(value), others | {kind})
+    assert (typed, type(typed)) == (value, type(value))
+
+
+@given(st.text() | st.from_type(float).map(repr), TYPES)
+def test_text_that_spells_no_allowed_type_stays_as_it_is(text, types):
+    typed = typed_value(text, types)
+    kinds = {TYPE_OF_PYTHON[type(typed)]} | ({"number"} if type(typed) is int else set())
+    assert typed == text or kinds & types
+
+
 def test_events_join_to_a_message_without_the_calls_that_were_cut_off():
-    events = [CallBegin(0, "f"), CallArguments(0, "{"), CallEnd(0, False), Content("<invoke"), CallBegin(1, "g")]
+    events = [
+        CallBegin(0, "f"),
+        CallArguments(0, "{"),
+        CallEnd(0, False),
+        Content("<invoke"),
+        CallBegin(1, "g"),
+    ]
     message = collect([*events, CallArguments(1, "{}"), CallEnd(1, True)])
     assert (message.content, message.tool_calls) == ("<invoke", [ToolCall("g", "{}")])
 
 
 def test_the_prompt_tells_whether_the_output_starts_inside_the_reasoning(tokenizer):
     prompt = tokenizer.render_chat([{"role": "user", "content": "hi"}])
+    opens_reasoning = MiniMaxM2Format().opens_reasoning
     assert opens_reasoning(prompt)
     assert not opens_reasoning("<think>\nover\n</think>\n")

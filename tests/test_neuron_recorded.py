@@ -1,4 +1,6 @@
-"""Sharding as NxD does it, recorded in tests/data, against the planner's rules, the conversion, and a run by ranks."""
+"""Sharding as NxD does it, recorded in tests/data, against the planner's rules, the conversion, and
+a run by ranks.
+"""
 
 import json
 from pathlib import Path
@@ -9,15 +11,15 @@ import torch
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.run import convert
-from neuron_minimax.model.layers import Kernels
-from neuron_minimax.model.minimax import MiniMaxM2, load_model
+from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import rope_table
 from neuron_minimax.planner.memory import Deployment, rank_memory
-from neuron_minimax.planner.sharding import expert_shard, head_layout
+from neuron_minimax.planner.sharding import head_layout
 from tests import rank_simulation
 from tests.full_size import PUBLISHED_SIZES
-from tests.rank_simulation import Degrees
+from tests.opened import convert
+from tests.rank_simulation import Degrees, expert_shard
 from tests.tiny import tiny_config, write_tiny
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "nxd_slices.json").read_text())
@@ -52,19 +54,33 @@ def test_the_ranks_together_hold_the_whole_model_and_pair_queries_with_their_key
         keys_per_query = len(rank["q_proj"]) // len(rank["k_proj"])
         for place, head in enumerate(rank["q_proj"]):
             assert head is None or rank["k_proj"][place // keys_per_query] == head // 6
-    pieces = [(expert, block) for rank in recorded for expert in rank["experts"] for block in rank["gate_up_blocks"]]
+    pieces = [
+        (expert, block)
+        for rank in recorded
+        for expert in rank["experts"]
+        for block in rank["gate_up_blocks"]
+    ]
     assert sorted(pieces) == [(expert, block) for expert in range(256) for block in range(24)]
     assert len({tuple(rank["down_blocks"]) for rank in recorded}) == moe_tp
 
 
 @pytest.mark.parametrize("name", RECORDED["tiny"])
-def test_the_conversion_makes_exactly_the_tensors_that_nxdi_loads(name: str, tmp_path: Path) -> None:
+def test_the_conversion_makes_exactly_the_tensors_that_nxdi_loads(
+    name: str, tmp_path: Path
+) -> None:
     case = RECORDED["tiny"][name]
     tp, moe_tp, moe_ep = case["degrees"]
     convert(write_tiny(tmp_path / "source", **case["overrides"]), tmp_path / "converted")
     config = ModelConfig.from_dir(tmp_path / "converted")
-    stored = {entry.name: entry.shape for entry in TensorDirectory(tmp_path / "converted").entries.values()}
-    local = {key: shape for key, (_, shape) in case["rank 0"].items() if "rank_util" not in key and "spmd" not in key}
+    stored = {
+        entry.name: entry.shape
+        for entry in TensorDirectory(tmp_path / "converted").entries.values()
+    }
+    local = {
+        key: shape
+        for key, (_, shape) in case["rank 0"].items()
+        if "rank_util" not in key and "spmd" not in key
+    }
     assert stored.keys() == local.keys()
     layout = head_layout(config.num_attention_heads, config.num_key_value_heads, tp)
     placed_queries = len(layout.query_slots) / config.num_attention_heads
@@ -117,9 +133,13 @@ def test_the_planner_counts_the_bytes_that_nxdi_holds(name: str) -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, Degrees(2, 2, 1)),
     ],
 )
-def test_a_run_by_ranks_gives_the_logits_of_one_rank(overrides: dict, degrees: Degrees, tmp_path: Path) -> None:
-    convert(write_tiny(tmp_path / "source", intermediate_size=256, **overrides), tmp_path / "converted")
-    model = load_model(tmp_path / "converted")
+def test_a_run_by_ranks_gives_the_logits_of_one_rank(
+    overrides: dict, degrees: Degrees, tmp_path: Path
+) -> None:
+    convert(
+        write_tiny(tmp_path / "source", intermediate_size=256, **overrides), tmp_path / "converted"
+    )
+    model = Decoder.from_converted(tmp_path / "converted")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         alone = model(ids)[0]
@@ -136,11 +156,15 @@ def test_a_run_by_ranks_gives_the_logits_of_one_rank(overrides: dict, degrees: D
 
 @pytest.fixture(scope="module")
 def real_layer() -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """One layer of the published dimensions but for 16 experts and a small vocabulary; random codes and scales."""
+    """One layer of the published dimensions but for 16 experts and a small vocabulary; random codes
+    and scales.
+    """
     sizes = PUBLISHED_SIZES | {"num_hidden_layers": 1, "num_local_experts": 16, "vocab_size": 384}
     config = ModelConfig.from_dict(tiny_config(**sizes))
     generator = torch.Generator().manual_seed(0)
-    experts, hidden, inner = 16, config.hidden_size, config.intermediate_size
+    experts = 16
+    hidden = config.hidden_size
+    inner = config.intermediate_size
 
     def weight(name: str, *shape: int) -> dict[str, torch.Tensor]:
         codes = torch.randint(0, 0x70, shape, generator=generator, dtype=torch.uint8)
@@ -152,7 +176,8 @@ def real_layer() -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    attention, moe = "layers.0.self_attn.", "layers.0.block_sparse_moe."
+    attention = "layers.0.self_attn."
+    moe = "layers.0.block_sparse_moe."
     state: dict[str, Any] = {
         **weight(attention + "qkv_proj.q_proj", config.query_size, hidden),
         **weight(attention + "qkv_proj.k_proj", config.key_value_size, hidden),
@@ -177,15 +202,15 @@ def test_a_layer_of_the_real_dimensions_is_the_same_by_ranks(
     degrees: Degrees, real_layer: tuple[ModelConfig, dict[str, torch.Tensor]]
 ) -> None:
     config, state = real_layer
-    model = MiniMaxM2(config, state)
+    model = Decoder(config, state)
     layer = model.layers[0]
     hidden = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(3)[None]
     rope = rope_table(config, positions, torch.float32)
-    kernels = Kernels()
+    step = Step(positions_BT=positions, rope=rope)
     with torch.no_grad():
-        attended = layer.self_attn(hidden[None], positions, rope, None, None, 0, kernels)[0]
-        mixed = layer.block_sparse_moe(hidden[None], None, kernels)[0][0]
+        attended = layer.self_attn(hidden[None], step)[0]
+        mixed = layer.block_sparse_moe(hidden[None], step)[0][0]
         by_ranks = rank_simulation.attention(layer.state_dict(), config, hidden, degrees.tp)
         experts_by_ranks = rank_simulation.experts(layer.state_dict(), config, hidden, degrees)
     for whole, parts in ((attended, by_ranks), (mixed, experts_by_ranks)):

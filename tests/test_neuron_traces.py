@@ -1,7 +1,9 @@
-"""What a real tracer recorded of the Neuron class at the published size, against the plan and the conversion.
+"""What a real tracer recorded of the Neuron class at the published size, against the plan and the
+conversion.
 
-tests/data/neuron_traces.json holds one layer of each documented deployment as graphs that torch_xla made of the class
-on NxDI and NxD, rank 0 (tests/neuron/tracing.py). Nothing of Neuron is needed here.
+tests/data/neuron_traces.json holds one layer of each documented deployment as graphs that torch_xla
+made of the class on NxDI and NxD, rank 0 (tests/neuron/tracing.py). Nothing of Neuron is needed
+here.
 """
 
 import json
@@ -10,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from neuron_minimax.backends.neuron.options import FLOAT32_NAMES
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.plan import plan as plan_conversion
+from neuron_minimax.convert.binding import bind_rules
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS, unrolled_products
 from neuron_minimax.planner.instances import instance
 from neuron_minimax.planner.memory import rank_memory
-from neuron_minimax.planner.report import deployment_case
+from neuron_minimax.planner.report import DeploymentSettings, deployment_case
 from neuron_minimax.planner.sdks import sdk_for
 from tests.full_size import published_config
 from tests.neuron.tracing import CASES, CONTEXT_ENCODING, TRACES, Case, code_lines, sources_digest
@@ -49,15 +51,21 @@ def test_every_documented_compile_was_traced_from_the_code_as_it_is() -> None:
     assert RECORDED.keys() == CASES.keys()
     stale = [name for name, recorded in RECORDED.items() if recorded["sources"] != sources_digest()]
     assert not stale, (
-        f"the code that decides the Neuron graphs has changed since {', '.join(stale)} were traced: run "
-        "`make record-neuron` with the sources of each SDK (docs/neuron_proof.md), and look at what changed"
+        f"the code that decides the Neuron graphs has changed since {', '.join(stale)} were "
+        "traced: run `make record-neuron` with the sources of each SDK (docs/neuron_proof.md), and "
+        "look at what changed"
     )
 
 
 def test_the_digest_of_the_sources_does_not_see_what_changes_no_graph() -> None:
-    code = 'x = 1\ndef f():\n    return "# kept"\n'
-    noted = '"""A module."""\n\n# A comment.\nx = 1\ndef f():\n    """Says\n    what."""\n    return "# kept"\n'
-    assert code_lines(noted) == code_lines(code) == code.splitlines()
+    code = "x = 1\ndef f(a):\n    return f'# kept {a}'\n"
+    noted = (
+        '"""A module."""\n\n# A comment.\nx = 1\n\n\ndef f(\n    a,\n):\n    """Says\n'
+        '    what."""\n'
+        "    return f'# kept {a}'\n"
+    )
+    assert code_lines(noted) == code_lines(code)
+    assert code_lines(code) != code_lines(code.replace("# kept", "# lost"))
 
 
 def test_each_case_was_traced_with_the_sdk_of_its_instance() -> None:
@@ -69,7 +77,9 @@ def test_each_case_was_traced_with_the_sdk_of_its_instance() -> None:
 
 
 @each_graph
-def test_no_operation_runs_on_the_host_while_a_graph_is_traced(case: Case, graph: str, found: dict[str, Any]) -> None:
+def test_no_operation_runs_on_the_host_while_a_graph_is_traced(
+    case: Case, graph: str, found: dict[str, Any]
+) -> None:
     assert found["fallbacks"] == []
 
 
@@ -78,25 +88,31 @@ def test_every_weight_is_an_input_of_the_graph_in_the_dtype_of_the_conversion(
     case: Case, graph: str, found: dict[str, Any]
 ) -> None:
     assert set(found["unbound"]) <= UNREAD | (set() if is_context(graph) else UNREAD_IN_STEPS)
-    sources = {expected.name: (expected.dtype, expected.shape) for expected in schema.expected(CONFIG)}
-    outputs = plan_conversion(sources, CONFIG, Layout()).outputs
+    sources = {expected.name: expected.spec for expected in schema.expected(CONFIG)}
+    outputs = bind_rules(sources, CONFIG, Layout())
     dtypes = {"F8_E4M3": "float8_e4m3fn", "BF16": "bfloat16", "F32": "float32"}
     held = {
-        name: dtype for name, (dtype, _) in found["parameters"].items() if not re.search("rank|kv_mgr|local_", name)
+        name: dtype
+        for name, (dtype, _) in found["parameters"].items()
+        if not re.search("rank|kv_mgr|local_", name)
     }
     assert held == {output.name: dtypes[output.dtype] for output in outputs}
-    assert all(dtype == "float32" for name, dtype in held.items() if name.endswith(FLOAT32_NAMES))
+    kept = MINIMAX_M2.float32_endings
+    assert all(dtype == "float32" for name, dtype in held.items() if name.endswith(kept))
 
 
 @each_graph
 def test_nothing_else_enters_a_graph_but_its_inputs_and_nxdis_own_numbering(
     case: Case, graph: str, found: dict[str, Any]
 ) -> None:
-    # NxDI writes a prompt into the cache by places it numbers on the host (kvcache/utils.py); NxD's top-k over
-    # ranks adds where the vocabulary of each begins (operators/topk.py).
-    tp, length = case.degrees[0], tokens(case, graph)[1]
+    # NxDI writes a prompt into the cache by places it numbers on the host (kvcache/utils.py); NxD's
+    # top-k over ranks adds where the vocabulary of each begins (operators/topk.py).
+    tp = case.degrees[0]
+    length = tokens(case, graph)[1]
     places = rf"int32 \[1, [12], {length}\], (zeros|multiples of 1, 1 of each)"
-    starts = rf"int64 \[1\], zeros|int64 \[1, {256 * tp}\], multiples of {200064 // tp}, 256 of each"
+    starts = (
+        rf"int64 \[1\], zeros|int64 \[1, {256 * tp}\], multiples of {200064 // tp}, 256 of each"
+    )
     numbering = places if is_context(graph) else starts if case.overrides else "nothing"
     assert all(re.fullmatch(numbering, entered) for entered in found["foreign inputs"])
     assert found["inputs"]
@@ -107,20 +123,28 @@ def test_a_rank_holds_the_bytes_of_the_plan(case: Case, graph: str, found: dict[
     tp, moe_tp, moe_ep = case.degrees
     deployment = deployment_case(
         CONFIG,
-        instance=case.instance,
-        tp_degree=tp,
-        moe_tp_degree=moe_tp,
-        moe_ep_degree=moe_ep,
-        batch_size=case.batch,
-        seq_len=case.seq_len,
+        DeploymentSettings(
+            instance=case.instance,
+            tp_degree=tp,
+            moe_tp_degree=moe_tp,
+            moe_ep_degree=moe_ep,
+            batch_size=case.batch,
+            seq_len=case.seq_len,
+        ),
     ).deployment
     memory = rank_memory(CONFIG, deployment)
-    ranks = sum(4 * shape[-1] for name, (_, shape) in found["parameters"].items() if re.search("rank|local_", name))
+    ranks = sum(
+        4 * shape[-1]
+        for name, (_, shape) in found["parameters"].items()
+        if re.search("rank|local_", name)
+    )
     assert found["parameter bytes"] == memory.weights + memory.key_value_cache + ranks
 
 
 @each_graph
-def test_the_router_is_float32_from_the_gate_to_the_choice(case: Case, graph: str, found: dict[str, Any]) -> None:
+def test_the_router_is_float32_from_the_gate_to_the_choice(
+    case: Case, graph: str, found: dict[str, Any]
+) -> None:
     batch, length = tokens(case, graph)
     rows = batch * length
     assert found["router"] == [f"logistic f32[{rows}, 256]", f"sort f32[{rows}, 256]"]
@@ -131,14 +155,24 @@ def test_the_router_is_float32_from_the_gate_to_the_choice(case: Case, graph: st
 
 
 @each_graph
-def test_a_layer_needs_four_collectives_over_all_ranks(case: Case, graph: str, found: dict[str, Any]) -> None:
-    (tp, moe_tp, moe_ep), (batch, length) = case.degrees, tokens(case, graph)
+def test_a_layer_needs_four_collectives_over_all_ranks(
+    case: Case, graph: str, found: dict[str, Any]
+) -> None:
+    (tp, moe_tp, moe_ep) = case.degrees
+    (batch, length) = tokens(case, graph)
     everyone = f"over {tp} ranks (0, 1..) in 1 groups"
     norm = f"all-reduce f32[{batch}, {length}, 1] f32[] -> f32[{batch}, {length}, 1] {everyone}"
-    hidden = f"all-reduce bf16[{batch}, {length}, 3072] bf16[] -> bf16[{batch}, {length}, 3072] {everyone}"
+    hidden = (
+        f"all-reduce bf16[{batch}, {length}, 3072] bf16[] -> bf16[{batch}, {length}, 3072] "
+        f"{everyone}"
+    )
     layer = [collective for collective in found["collectives"] if "all-reduce" in collective]
     # Experts of a group of ranks tell each other which token has which place in their blocks.
-    places = [collective for collective in layer if f"over {moe_tp} ranks (0, 1..) in {moe_ep} groups" in collective]
+    places = [
+        collective
+        for collective in layer
+        if f"over {moe_tp} ranks (0, 1..) in {moe_ep} groups" in collective
+    ]
     assert sorted(set(layer) - set(places)) == sorted({norm, hidden})
     assert (layer.count(norm), layer.count(hidden)) == (2, 2)
     assert len(places) == int(is_context(graph) and moe_tp > 1)
@@ -149,20 +183,32 @@ def test_a_layer_needs_four_collectives_over_all_ranks(case: Case, graph: str, f
 def test_experts_are_unrolled_or_called_as_often_as_the_plan_says(
     case: Case, graph: str, found: dict[str, Any]
 ) -> None:
-    calls = {call: count for call, count in found["custom calls"].items() if "bwmm" in call or "blockwise_mm" in call}
-    blocks = sum(count for product, count in found["products"].items() if product.startswith("bf16[1, 1, 512, 3072]"))
+    calls = {
+        call: count
+        for call, count in found["custom calls"].items()
+        if "bwmm" in call or "blockwise_mm" in call
+    }
+    blocks = sum(
+        count
+        for product, count in found["products"].items()
+        if product.startswith("bf16[1, 1, 512, 3072]")
+    )
     if not is_context(graph):
-        kernels = [count for call, count in found["custom calls"].items() if "expert_mlp_kernel" in call]
+        kernels = [
+            count for call, count in found["custom calls"].items() if "expert_mlp_kernel" in call
+        ]
         assert kernels == ([1] if case.expert_kernel == "nki" else [])
         return
     tp, moe_tp, moe_ep = case.degrees
     deployment = deployment_case(
         CONFIG,
-        instance=case.instance,
-        tp_degree=tp,
-        moe_tp_degree=moe_tp,
-        moe_ep_degree=moe_ep,
-        context_lengths=(int(graph.split()[1]),),
+        DeploymentSettings(
+            instance=case.instance,
+            tp_degree=tp,
+            moe_tp_degree=moe_tp,
+            moe_ep_degree=moe_ep,
+            context_lengths=(int(graph.split()[1]),),
+        ),
     ).deployment
     way = BLOCKWISE_MATMULS[case.blockwise_matmul]
     planned = unrolled_products(way, CONFIG, deployment)
@@ -170,11 +216,18 @@ def test_experts_are_unrolled_or_called_as_often_as_the_plan_says(
 
 
 @each_graph
-def test_float64_counts_tokens_and_experts_only(case: Case, graph: str, found: dict[str, Any]) -> None:
-    """NxD counts in float64 which token goes where: two small products, and no number of a hidden state or a weight."""
+def test_float64_counts_tokens_and_experts_only(
+    case: Case, graph: str, found: dict[str, Any]
+) -> None:
+    """NxD counts in float64 which token goes where: two small products, and no number of a hidden
+    state or a weight.
+    """
     batch, length = tokens(case, graph)
     channels = CONFIG.intermediate_size // case.degrees[1]
-    widths = {CONFIG.head_dim, 2 * CONFIG.head_dim, CONFIG.hidden_size, channels, 2 * channels} - {batch * length, 256}
+    widths = {CONFIG.head_dim, 2 * CONFIG.head_dim, CONFIG.hidden_size, channels, 2 * channels} - {
+        batch * length,
+        256,
+    }
     for operation in found["float64"]:
         sizes = [int(size) for size in re.findall(r"\d+", operation.partition("[")[2])]
         assert not widths & set(sizes), operation

@@ -1,4 +1,6 @@
-"""Each limit that the interpreter enforces is broken once here, and each instruction is checked against plain NumPy."""
+"""Each limit that the interpreter enforces is broken once here, and each instruction is checked
+against plain NumPy.
+"""
 
 import textwrap
 from contextlib import nullcontext
@@ -29,11 +31,15 @@ def kernel(x):
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the body of a kernel with argument `x` and result `out`; returns the result and the machine."""
+    """Runs the body of a kernel with argument `x` and result `out`; returns the result and the
+    machine.
+    """
 
     def run_body(body, x=None):
         path = tmp_path / "kernel_under_test.py"
-        path.write_text(HEADER + textwrap.indent(textwrap.dedent(body), "    ") + "    return out\n")
+        path.write_text(
+            HEADER + textwrap.indent(textwrap.dedent(body), "    ") + "    return out\n"
+        )
         module, machine = nki_interpreter.load(path)
         return module.kernel(torch.ones(128, 128) if x is None else x), machine
 
@@ -42,27 +48,59 @@ def run(tmp_path):
 
 LIMITS = {
     "128 partitions": ("filled((129, 4), nl.float32)\n", "128 partitions, not 129"),
-    "SBUF of 24 MB": ("held = [filled((128, 16384), nl.float32) for _ in range(4)]\n", "196608 bytes per partition"),
-    "PSUM bank of 2 KB": ("filled((128, 513), nl.float32, buffer=nl.psum)\n", "2048 bytes per partition, not 2052"),
-    "8 PSUM banks": ("held = [filled((1, 1), nl.float32, buffer=nl.psum) for _ in range(9)]\n", "8 banks"),
+    "SBUF of 24 MB": (
+        "held = [filled((128, 16384), nl.float32) for _ in range(4)]\n",
+        "196608 bytes per partition",
+    ),
+    "PSUM bank of 2 KB": (
+        "filled((128, 513), nl.float32, buffer=nl.psum)\n",
+        "2048 bytes per partition, not 2052",
+    ),
+    "8 PSUM banks": (
+        "held = [filled((1, 1), nl.float32, buffer=nl.psum) for _ in range(9)]\n",
+        "8 banks",
+    ),
     "stationary of 128 columns": ("matmul((128, 129), (128, 4), (128, 4))\n", "stationary has 129"),
     "moving of 512 columns": ("matmul((128, 4), (128, 513), (4, 512))\n", "moving has 513"),
     "equal contraction": ("matmul((128, 4), (64, 4), (4, 4))\n", "different partition counts"),
     "result shape": ("matmul((128, 4), (128, 8), (8, 4))\n", "does not fit"),
-    "float32 on both sides": ("matmul((128, 4), (128, 4), (4, 4), nl.bfloat16, nl.float32)\n", "both are"),
-    "matmul dtypes": ("matmul((128, 4), (128, 4), (4, 4), nl.int32, nl.bfloat16)\n", "does not take int32"),
-    "matmul reads SBUF": ("matmul((128, 4), (128, 4), (4, 4), where=nl.psum)\n", "reads SBUF, not psum"),
-    "matmul writes PSUM": ("matmul((128, 4), (128, 4), (4, 4), into=nl.sbuf)\n", "writes to PSUM, not sbuf"),
-    "DMA reaches no PSUM": ("nisa.dma_copy(dst=out, src=filled((128, 128), nl.float32, buffer=nl.psum))\n", "not PSUM"),
+    "float32 on both sides": (
+        "matmul((128, 4), (128, 4), (4, 4), nl.bfloat16, nl.float32)\n",
+        "both are",
+    ),
+    "matmul dtypes": (
+        "matmul((128, 4), (128, 4), (4, 4), nl.int32, nl.bfloat16)\n",
+        "does not take int32",
+    ),
+    "matmul reads SBUF": (
+        "matmul((128, 4), (128, 4), (4, 4), where=nl.psum)\n",
+        "reads SBUF, not psum",
+    ),
+    "matmul writes PSUM": (
+        "matmul((128, 4), (128, 4), (4, 4), into=nl.sbuf)\n",
+        "writes to PSUM, not sbuf",
+    ),
+    "DMA reaches no PSUM": (
+        "nisa.dma_copy(dst=out, src=filled((128, 128), nl.float32, buffer=nl.psum))\n",
+        "not PSUM",
+    ),
     "DMA shapes": ("nisa.dma_copy(dst=out[0:64, :], src=x)\n", "between shapes"),
-    "DMA moves bytes": ("nisa.dma_copy(dst=nl.ndarray((128, 128), dtype=nl.bfloat16), src=x)\n", "moves bytes"),
-    "engines reach no HBM": ("nisa.tensor_copy(dst=filled((128, 128), nl.float32), src=x)\n", "not hbm"),
+    "DMA moves bytes": (
+        "nisa.dma_copy(dst=nl.ndarray((128, 128), dtype=nl.bfloat16), src=x)\n",
+        "moves bytes",
+    ),
+    "engines reach no HBM": (
+        "nisa.tensor_copy(dst=filled((128, 128), nl.float32), src=x)\n",
+        "not hbm",
+    ),
     "one operand from PSUM": (
-        "a = filled((4, 4), nl.float32, buffer=nl.psum)\nnisa.tensor_tensor(dst=a, data1=a, data2=a, op=nl.add)\n",
+        "a = filled((4, 4), nl.float32, buffer=nl.psum)\nnisa.tensor_tensor(dst=a, data1=a, "
+        "data2=a, op=nl.add)\n",
         "at most one operand from PSUM",
     ),
     "use of unwritten memory": (
-        "nisa.tensor_copy(dst=nl.ndarray((4, 4), dtype=nl.float32), src=nl.ndarray((4, 4), dtype=nl.float32))\n",
+        "nisa.tensor_copy(dst=nl.ndarray((4, 4), dtype=nl.float32), src=nl.ndarray((4, 4), "
+        "dtype=nl.float32))\n",
         "use of unwritten sbuf",
     ),
     "an unwritten result": ("", "use of unwritten shared_hbm"),
@@ -88,7 +126,10 @@ LIMITS = {
         "a = filled((64, 4), nl.float32)\nnisa.tensor_copy(dst=a[0:4, :], src=a[5:9, :])\n",
         "start at partition",
     ),
-    "access inside the tensor": ("filled((4, 8), nl.float32).ap(pattern=[[8, 4], [1, 9]])\n", "leaves its tensor"),
+    "access inside the tensor": (
+        "filled((4, 8), nl.float32).ap(pattern=[[8, 4], [1, 9]])\n",
+        "leaves its tensor",
+    ),
     "index inside the tensor": ("x[0:129, :]\n", "outside a dimension of 128"),
     "dynamic index in range": ("load_row(4)\n", "index out of range"),
     "what a skipped load leaves": (
@@ -109,7 +150,10 @@ LIMITS = {
         "    a.append(0)\n",
         "this pass differs from the first",
     ),
-    "a loaded register": ("for _ in nl.dynamic_range(nisa.register_alloc()):\n    pass\n", "nothing was loaded"),
+    "a loaded register": (
+        "for _ in nl.dynamic_range(nisa.register_alloc()):\n    pass\n",
+        "nothing was loaded",
+    ),
     "an integer register": (
         "nisa.register_load(nisa.register_alloc(), filled((1, 1), nl.float32))\n",
         "takes one integer",
@@ -134,7 +178,8 @@ def matmul(stationary, moving, result, dtype=nl.float32, other=None, where=nl.sb
     value = 1 if dtype == nl.int32 else 1.0
     left = filled(stationary, dtype, value, where)
     right = filled(moving, other or dtype, 1.0 if other else value, nl.sbuf)
-    nisa.nc_matmul(dst=nl.ndarray(result, dtype=nl.float32, buffer=into), stationary=left, moving=right)
+    sums = nl.ndarray(result, dtype=nl.float32, buffer=into)
+    nisa.nc_matmul(dst=sums, stationary=left, moving=right)
 
 def transpose(shape, result, dtype=nl.float32, other=None):
     target = nl.ndarray(result, dtype=other or dtype, buffer=nl.psum)
@@ -143,7 +188,8 @@ def transpose(shape, result, dtype=nl.float32, other=None):
 def load_row(row, mode=nisa.oob_mode.error):
     index = filled((1, 1), nl.int32, row)
     tile = filled((1, 128), nl.float32, 7.0)
-    nisa.dma_copy(dst=tile, src=x.ap(pattern=[[128, 1], [1, 128]], scalar_offset=index), oob_mode=mode)
+    chosen = x.ap(pattern=[[128, 1], [1, 128]], scalar_offset=index)
+    nisa.dma_copy(dst=tile, src=chosen, oob_mode=mode)
     return tile
 
 """
@@ -158,7 +204,10 @@ def test_a_program_beyond_the_limit_is_refused(run, body, message):
 
 def test_a_dynamic_index_out_of_range_may_be_skipped_and_moves_nothing(run):
     x = torch.arange(4.0)[:, None].repeat(1, 128)
-    body = "for r in range(4):\n    nisa.dma_copy(dst=out[r : r + 1, :], src=load_row({}, nisa.oob_mode.skip))\n"
+    body = (
+        "for r in range(4):\n    nisa.dma_copy(dst=out[r : r + 1, :], src=load_row({}, "
+        "nisa.oob_mode.skip))\n"
+    )
     loaded, machine = run(HELPERS + body.format("3 - r"), x)
     assert torch.equal(loaded, x.flip(0))
     assert machine.counts["hbm_read_bytes"] == 4 * 128 * 4
@@ -173,7 +222,9 @@ def test_the_cores_of_a_launch_make_the_same_number_of_passes(run, tmp_path):
         path = tmp_path / "launched.py"
         path.write_text(HEADER + textwrap.indent(body.format(passes), "    ") + "    return out\n")
         module, _ = nki_interpreter.load(path)
-        with pytest.raises(HardwareError, match="disagree on the passes") if fails else nullcontext():
+        with (
+            pytest.raises(HardwareError, match="disagree on the passes") if fails else nullcontext()
+        ):
             module.kernel[2](torch.ones(2, 2))
 
 
@@ -247,9 +298,12 @@ def test_elementwise_instructions_equal_numpy(run):
     column = nl.ndarray((128, 1), dtype=nl.float32)
     nisa.tensor_reduce(dst=column, op=nl.add, data=tile, axis=1, negate=True)
     twice = {'op1': nl.multiply, 'operand1': 2.0}
-    nisa.tensor_scalar(dst=tile, data=tile, op0=nl.subtract, operand0=column, reverse0=True, **twice)
+    nisa.tensor_scalar(
+        dst=tile, data=tile, op0=nl.subtract, operand0=column, reverse0=True, **twice
+    )
     nisa.activation(dst=tile, op=nl.silu, data=tile, scale=0.5, bias=column)
-    nisa.tensor_tensor(dst=tile, data1=tile, data2=tile.ap(pattern=[[128, 128], [0, 64], [1, 2]]), op=nl.multiply)
+    other = tile.ap(pattern=[[128, 128], [0, 64], [1, 2]])
+    nisa.tensor_tensor(dst=tile, data1=tile, data2=other, op=nl.multiply)
     nisa.dma_copy(dst=out, src=tile)
     """
     column = -x.sum(dim=1, keepdim=True)

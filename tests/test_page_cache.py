@@ -1,4 +1,6 @@
-"""Streams larger than half of memory leave no pages behind, and smaller ones stay; mincore(2) is the witness."""
+"""Streams larger than half of memory leave no pages behind, and smaller ones stay; mincore(2) is
+the witness.
+"""
 
 import ctypes
 import mmap
@@ -7,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.checkpoint import page_cache, parallel
-from neuron_minimax.checkpoint.fp32_cache import build_cache
-from neuron_minimax.checkpoint.page_cache import available_memory, too_large_to_keep
+from neuron_minimax.checkpoint import streaming
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.values import check_values
-from neuron_minimax.convert.run import convert
-from neuron_minimax.convert.verify import verify
+from neuron_minimax.checkpoint.streaming import available_memory, too_large_to_keep
+from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.inspection.values import check_values
+from tests.opened import build_cache, convert
+from tests.opened import verify_conversion as verify
 from tests.tiny import write_tiny
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -25,7 +27,7 @@ def cached_share(directory: Path) -> float:
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
-        states = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        states = (ctypes.c_ubyte * ceil_div(len(mapped), mmap.PAGESIZE))()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         assert LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), states) == 0
         resident += sum(state & 1 for state in states)
@@ -41,7 +43,9 @@ def read_all(directory: Path) -> None:
 
 
 def require_kept(directory: Path, witness: Path) -> None:
-    """Skips when somebody else drops pages meanwhile, as a host does that wants its memory back: the witness's too."""
+    """Skips when somebody else drops pages meanwhile, as a host does that wants its memory back:
+    the witness's too.
+    """
     share = cached_share(directory)
     if share < 1 and cached_share(witness) < 1:
         pytest.skip("something else on this machine drops pages")
@@ -66,8 +70,8 @@ def source(tmp_path, monkeypatch):
     """A few megabytes, streamed by several processes and dropped every 64 KiB."""
     directory = write_tiny(tmp_path / "source", num_hidden_layers=3)
     read_all(directory)
-    monkeypatch.setattr(parallel, "PARALLEL_FROM", 0)
-    monkeypatch.setattr(page_cache, "WINDOW", 1 << 16)
+    monkeypatch.setattr(streaming, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(streaming, "WINDOW", 1 << 16)
     return directory
 
 
@@ -80,16 +84,19 @@ def witness(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(source, witness, tmp_path, monkeypatch, command):
+def test_a_stream_that_fits_stays_and_one_that_does_not_is_dropped(
+    source, witness, tmp_path, monkeypatch, command
+):
     if cached_share(source) < 1:
         pytest.skip("this file system keeps no pages")
     COMMANDS[command](source, tmp_path / "fits")
     require_kept(source, witness)
-    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
     COMMANDS[command](source, tmp_path / "larger")
     assert cached_share(source) < 0.2
     if command != "values":
-        (small,), (large,) = (tmp_path / "fits").iterdir(), (tmp_path / "larger").iterdir()
+        (small,) = (tmp_path / "fits").iterdir()
+        (large,) = (tmp_path / "larger").iterdir()
         require_kept(small, witness)
         assert cached_share(large) < 0.2
 
@@ -98,7 +105,7 @@ def test_verifying_what_is_larger_than_memory_drops_both_sides(source, tmp_path,
     convert(source, tmp_path / "out")
     if cached_share(source) < 1:
         pytest.skip("this file system keeps no pages")
-    monkeypatch.setattr(page_cache, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
     assert verify(source, tmp_path / "out").equal
     assert cached_share(source) < 0.2
     assert cached_share(tmp_path / "out") < 0.2

@@ -9,11 +9,12 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from neuron_minimax.checkpoint.parallel import PARALLEL_FROM, in_processes
 from neuron_minimax.checkpoint.records import joined_crc32
+from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
 
 
@@ -24,13 +25,18 @@ def work(number):
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_results_come_in_order_and_from_other_processes(at_once):
-    results = list(in_processes([partial(work, number) for number in range(50)], PARALLEL_FROM, at_once))
+    results = list(
+        in_processes([partial(work, number) for number in range(50)], PARALLEL_FROM, at_once)
+    )
     assert [number for number, _ in results] == list(range(50))
     assert os.getpid() not in {process for _, process in results}
 
 
 def test_few_bytes_are_streamed_in_the_callers_process():
-    assert list(in_processes([partial(work, 0), partial(work, 1)], 1000)) == [(0, os.getpid()), (1, os.getpid())]
+    assert list(in_processes([partial(work, 0), partial(work, 1)], 1000)) == [
+        (0, os.getpid()),
+        (1, os.getpid()),
+    ]
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -39,7 +45,9 @@ def test_an_error_is_raised_in_its_turn_with_the_place_where_it_happened(at_once
         raise CheckpointError("model.norm.weight is bad")
 
     more = [partial(work, number) for number in range(4, 12)]
-    results = in_processes([partial(work, 0), partial(work, 1), fail, fail, *more], PARALLEL_FROM, at_once)
+    results = in_processes(
+        [partial(work, 0), partial(work, 1), fail, fail, *more], PARALLEL_FROM, at_once
+    )
     assert [next(results)[0] for _ in range(2)] == [0, 1]
     with pytest.raises(CheckpointError, match=r"norm\.weight is bad") as raised:
         next(results)
@@ -47,7 +55,11 @@ def test_an_error_is_raised_in_its_turn_with_the_place_where_it_happened(at_once
 
 
 def test_a_killed_process_is_an_error_and_not_a_hang():
-    tasks = [partial(work, 0), lambda: os.kill(os.getpid(), signal.SIGKILL), *[partial(work, n) for n in range(9)]]
+    tasks = [
+        partial(work, 0),
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        *[partial(work, n) for n in range(9)],
+    ]
     with pytest.raises(NeuronMiniMaxError, match="ended from outside"):
         list(in_processes(tasks, PARALLEL_FROM))
 
@@ -62,7 +74,7 @@ def test_leaving_early_ends_the_processes():
 
 ORPHANS = """
 import os, signal, sys, time
-from neuron_minimax.checkpoint.parallel import PARALLEL_FROM, in_processes
+from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 def work():
     time.sleep(0.05)
     return os.getpid()
@@ -90,7 +102,13 @@ def test_processes_of_a_killed_caller_end_with_their_task(at_once):
     pytest.fail(f"process {orphan} still runs")
 
 
-@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (7, 0), (1, 1), (12345, 678), (3, 1 << 20)])
-def test_digests_of_two_stretches_join_into_that_of_both(sizes):
-    first, second = (np.random.default_rng(size).bytes(size) for size in sizes)
-    assert joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+@given(st.lists(st.binary(max_size=300)), st.integers(0, 1 << 16))
+@example([], 0)
+@example([b""], 0)
+@example([b"a", b"", b"b"], 1 << 20)
+def test_digests_of_stretches_join_into_that_of_all(pieces, zeros):
+    pieces = [*pieces, bytes(zeros), b"end"]
+    joined = 0
+    for piece in pieces:
+        joined = joined_crc32(joined, zlib.crc32(piece), len(piece))
+    assert joined == zlib.crc32(b"".join(pieces))

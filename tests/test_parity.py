@@ -1,4 +1,6 @@
-"""The eager model over converted FP8 checkpoints against transformers in float32 on the exactly dequantized weights."""
+"""The eager model over converted FP8 checkpoints against transformers in float32 on the exactly
+dequantized weights.
+"""
 
 from pathlib import Path
 
@@ -6,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert
-from neuron_minimax.model.minimax import load_model
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
+from neuron_minimax.model.decoder import Decoder
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 STEPS = 16
@@ -47,14 +49,19 @@ CASES = {
 
 def make(directory: Path, layout: Layout | None = None, shards: int = 1, **overrides):
     """(model over the converted FP8 checkpoint, transformers over the same weights dequantized)."""
-    convert(write_tiny(directory / "fp8", shards=shards, **overrides), directory / "converted", layout)
+    convert(
+        write_tiny(directory / "fp8", shards=shards, **overrides), directory / "converted", layout
+    )
     dense = write_tiny(directory / "dense", dense=True, use_mtp=False, **overrides)
-    return load_model(directory / "converted"), load_oracle(dense)
+    return Decoder.from_converted(directory / "converted"), load_oracle(dense)
 
 
 def load_oracle(dense: Path):
-    # Its grouped matrix products refuse odd sizes and add up in another order; the plain loop does neither.
-    return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, experts_implementation="eager").float()
+    # Its grouped matrix products refuse odd sizes and add up in another order; the plain loop does
+    # neither.
+    return AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, experts_implementation="eager"
+    ).float()
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
@@ -86,7 +93,8 @@ def test_prefill_and_greedy_steps_equal_transformers(pair):
     )
     reference = oracle(wanted[:, :-1]).logits
     logits, cache = model(torch.tensor([prompt]), use_cache=True)
-    seen, tokens = [logits], []
+    seen = [logits]
+    tokens = []
     for _ in range(STEPS):
         tokens.append(int(seen[-1][0, -1].argmax()))
         logits, cache = model(torch.tensor([tokens[-1:]]), cache)
@@ -97,7 +105,7 @@ def test_prefill_and_greedy_steps_equal_transformers(pair):
 
 @torch.no_grad()
 def test_attention_in_bf16_equals_transformers_with_the_same_weights_rounded(tmp_path):
-    model, oracle = make(tmp_path, Layout(attention="bf16"))
+    model, oracle = make(tmp_path, Layout(attention=AttentionPrecision.BF16))
     for layer in oracle.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weight = getattr(layer.self_attn, name).weight
@@ -130,7 +138,8 @@ def test_incremental_decoding_equals_the_full_pass_however_it_is_cut(pair):
     ids = torch.tensor(prompts(37, 37))
     full, none = model(ids)
     assert none is None
-    cache, parts = None, []
+    cache = None
+    parts = []
     for piece in ids.split([5, 1, 1, 20, 10], dim=1):
         logits, cache = model(piece, cache, use_cache=True)
         parts.append(logits)
@@ -141,7 +150,8 @@ def test_incremental_decoding_equals_the_full_pass_however_it_is_cut(pair):
 def test_the_cache_grows_past_its_first_capacity_without_a_change(aligned):
     model, oracle = aligned
     ids = torch.tensor(prompts(300))
-    cache, parts = None, []
+    cache = None
+    parts = []
     for piece in ids.split([250, 20, 30], dim=1):
         logits, cache = model(piece, cache, use_cache=True)
         parts.append(logits)
@@ -151,18 +161,21 @@ def test_the_cache_grows_past_its_first_capacity_without_a_change(aligned):
 
 @torch.no_grad()
 def test_bf16_compute_equals_transformers_with_the_same_casts(tmp_path):
-    # Every expert is chosen: else a last bit decides between two of them, and nothing can be compared.
+    # Every expert is chosen: else a last bit decides between two of them, and nothing can be
+    # compared.
     everyone = {"num_local_experts": 4, "num_experts_per_tok": 4}
     _, oracle = make(tmp_path, **everyone)
-    low = load_model(tmp_path / "converted", compute=torch.bfloat16)
+    low = Decoder.from_converted(tmp_path / "converted", compute=torch.bfloat16)
     exact = oracle(ids := torch.tensor(prompts(40, 40))).logits
     routers = [layer.block_sparse_moe.router for layer in low.layers]
     oracle.bfloat16().set_experts_implementation("batched_mm")
     for layer, router in zip(oracle.model.layers, routers, strict=True):
         layer.mlp.gate.weight = torch.nn.Parameter(router.linear_router.weight)
         layer.mlp.e_score_correction_bias = router.e_score_correction_bias
-    mine, theirs = low(ids)[0].float(), oracle(ids).logits.float()
-    # Measured, of logits of rms 1: 0.009 between the two, which add up in different orders; 0.011 and 0.012 to float32.
+    mine = low(ids)[0].float()
+    theirs = oracle(ids).logits.float()
+    # Measured, of logits of rms 1: 0.009 between the two, which add up in different orders; 0.011
+    # and 0.012 to float32.
     assert rms(mine - theirs) < 0.011
     assert rms(mine - exact) < 1.1 * rms(theirs - exact)
 
@@ -176,4 +189,6 @@ def test_dense_checkpoints_give_the_logits_of_their_fp8_twins(aligned, tmp_path)
     model, _ = aligned
     convert(write_tiny(tmp_path / "dense", dense=True), tmp_path / "converted")
     ids = torch.tensor(prompts(30))
-    assert (load_model(tmp_path / "converted")(ids)[0] - model(ids)[0]).abs().max() < TOLERANCE
+    assert (
+        Decoder.from_converted(tmp_path / "converted")(ids)[0] - model(ids)[0]
+    ).abs().max() < TOLERANCE

@@ -2,35 +2,35 @@
 
 import itertools
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neuron_minimax.generation.chat_formats.minimax_m2 import MiniMaxM2Parser
 from neuron_minimax.generation.events import Content, collect
-from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.pipeline import Pipeline, StopStrings
-from tests.tiny_tokenizer import write_tokenizer
+from neuron_minimax.generation.reader import AnswerReader, StopStrings
 
 TOOL_LIST = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-CALL = '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">END</parameter>\n</invoke>\n</minimax:tool_call>'
+CALL = (
+    '<minimax:tool_call>\n<invoke name="f">\n<parameter '
+    'name="a">END</parameter>\n</invoke>\n</minimax:tool_call>'
+)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def run(tokenizer, text, **options):
-    """Push the tokens of `text` until the pipeline stops; returns the message and the text not read."""
-    pipeline = Pipeline(tokenizer, **options)
-    events, ids = [], tokenizer.encode(text)
+def run(tokenizer, text, chat=None, **options):
+    """Push the tokens of `text` until the reader stops; returns the message and the text not
+    read.
+    """
+    parser = MiniMaxM2Parser(**chat) if chat else None
+    reader = AnswerReader(tokenizer, parser, **options)
+    events = []
+    ids = tokenizer.encode(text)
     read = 0
     for read, token in enumerate(ids, start=1):  # noqa: B007
-        events += pipeline.push(token)
-        if pipeline.stopped:
+        events += reader.push(token)
+        if reader.stopped:
             break
-    events += pipeline.finish()
-    return collect(events), tokenizer.decode(ids[read:]), pipeline
+    events += reader.finish()
+    return collect(events), tokenizer.decode(ids[read:]), reader
 
 
 @settings(max_examples=300, deadline=None)
@@ -41,7 +41,8 @@ def run(tokenizer, text, **options):
 )
 def test_text_is_cut_before_the_first_stop_string_however_it_arrives(text, stops, cuts):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    stopper, shown = StopStrings(stops), ""
+    stopper = StopStrings(stops)
+    shown = ""
     for start, end in itertools.pairwise(bounds):
         shown += stopper.push(text[start:end])
         assert not any(stop in shown for stop in stops)
@@ -56,44 +57,55 @@ def test_text_is_cut_before_the_first_stop_string_however_it_arrives(text, stops
 
 def test_what_cannot_become_a_stop_string_is_shown_at_once():
     stopper = StopStrings(["<end>"])
-    assert [stopper.push(piece) for piece in ("a", "<", "e", "x", "<en")] == ["a", "", "", "<ex", ""]
+    assert [stopper.push(piece) for piece in ("a", "<", "e", "x", "<en")] == [
+        "a",
+        "",
+        "",
+        "<ex",
+        "",
+    ]
     assert stopper.finish() == "<en"
 
 
 def test_a_stop_string_ends_plain_text(tokenizer):
-    message, unread, pipeline = run(tokenizer, "one two three four", stops=[" three"])
-    assert (message.content, unread, pipeline.stopped) == ("one two", " four", True)
+    message, unread, reader = run(tokenizer, "one two three four", stops=[" three"])
+    assert (message.content, unread, reader.stopped) == ("one two", " four", True)
 
 
 def test_stop_strings_do_not_count_inside_the_reasoning(tokenizer):
     chat = {"in_reasoning": True, "tools": None}
-    message, _, pipeline = run(tokenizer, "so END it\n</think>\n\nThe END of it", stops=["END"], chat=chat)
+    message, _, reader = run(
+        tokenizer, "so END it\n</think>\n\nThe END of it", stops=["END"], chat=chat
+    )
     assert (message.reasoning, message.content) == ("so END it", "The ")
-    assert pipeline.stopped
-    assert not pipeline.in_reasoning
+    assert reader.stopped
+    assert not reader.in_reasoning
 
 
 def test_stop_strings_do_not_count_inside_a_call(tokenizer):
-    message, _, pipeline = run(
+    message, _, reader = run(
         tokenizer, "Go.\n" + CALL, stops=["END"], chat={"in_reasoning": False, "tools": TOOL_LIST}
     )
     assert [call.arguments for call in message.tool_calls] == ['{"a": "END"}']
-    assert not pipeline.stopped
+    assert not reader.stopped
 
 
 def test_a_second_call_is_not_awaited_when_only_one_is_allowed(tokenizer):
     two = CALL.replace("</invoke>\n", '</invoke>\n<invoke name="f">\n</invoke>\n')
     chat = {"in_reasoning": False, "tools": TOOL_LIST}
     both, _, _ = run(tokenizer, two, chat=chat)
-    one, unread, pipeline = run(tokenizer, two, chat=chat, one_call=True)
+    one, unread, reader = run(tokenizer, two, chat=chat, one_call=True)
     assert len(both.tool_calls) == 2
     assert one.tool_calls == both.tool_calls[:1]
-    assert pipeline.stopped
+    assert reader.stopped
     assert "</minimax:tool_call>" in unread
 
 
 def test_an_unfinished_character_and_a_half_tag_are_shown_at_the_end(tokenizer):
-    pipeline = Pipeline(tokenizer, chat={"in_reasoning": False, "tools": TOOL_LIST})
+    reader = AnswerReader(tokenizer, MiniMaxM2Parser(in_reasoning=False, tools=TOOL_LIST))
     ids = tokenizer.encode("a <minimax:tool_cal") + tokenizer.encode("é")[:1]
-    events = [event for token in ids for event in pipeline.push(token)] + pipeline.finish()
-    assert "".join(event.text for event in events if isinstance(event, Content)) == "a <minimax:tool_cal\ufffd"
+    events = [event for token in ids for event in reader.push(token)] + reader.finish()
+    assert (
+        "".join(event.text for event in events if isinstance(event, Content))
+        == "a <minimax:tool_cal\ufffd"
+    )

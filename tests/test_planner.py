@@ -1,4 +1,6 @@
-"""The planner: known fits and failures, the three worked examples of the documentation, and every rule both ways."""
+"""The planner: known fits and failures, the three worked examples of the documentation, and every
+rule both ways.
+"""
 
 import json
 import subprocess
@@ -15,8 +17,19 @@ from neuron_minimax.planner import instances
 from neuron_minimax.planner.blockwise import token_blocks
 from neuron_minimax.planner.instances import GIB, instance
 from neuron_minimax.planner.lint import REFUSE, WARN, Case, lint
-from neuron_minimax.planner.memory import Deployment, cache_bytes_per_token, checkpoint_bytes, rank_memory
-from neuron_minimax.planner.report import deployment_case, fits, plan, plan_deployment
+from neuron_minimax.planner.memory import (
+    Deployment,
+    cache_bytes_per_token,
+    checkpoint_bytes,
+    rank_memory,
+)
+from neuron_minimax.planner.report import (
+    DeploymentSettings,
+    deployment_case,
+    fits,
+    plan_case,
+    plan_deployment,
+)
 from tests.full_size import published_config
 
 TRN3 = "trn3 Gen1 server (1/4 of Gen1)"
@@ -33,7 +46,9 @@ def deployment(**changes: Any) -> Deployment:
 
 
 def case(instance_name: str = "trn2.48xlarge", **changes: Any) -> Case:
-    return Case(config=PUBLISHED, deployment=deployment(**changes), instance=instance(instance_name))
+    return Case(
+        config=PUBLISHED, deployment=deployment(**changes), instance=instance(instance_name)
+    )
 
 
 def refusals(case: Case) -> set[str]:
@@ -42,7 +57,9 @@ def refusals(case: Case) -> set[str]:
 
 def known_cases() -> list[Any]:
     cases = instances.data()["known_cases"]
-    return [pytest.param(known, id=f"{known['model']} {number}") for number, known in enumerate(cases)]
+    return [
+        pytest.param(known, id=f"{known['model']} {number}") for number, known in enumerate(cases)
+    ]
 
 
 @pytest.mark.parametrize("known", known_cases())
@@ -51,11 +68,15 @@ def test_known_fits_and_failures_come_out_right(known: dict[str, Any]) -> None:
     if "plan" in known:  # this model: every number is computed
         options = dict(known["plan"])
         fp8 = options.pop("precision") == "fp8"
-        planned = deployment(**options, context_length=options["seq_len"], fp8_attention=fp8, fp8_experts=fp8)
+        planned = deployment(
+            **options, context_length=options["seq_len"], fp8_attention=fp8, fp8_experts=fp8
+        )
         need = rank_memory(PUBLISHED, planned).total
         assert fits(need, machine.memory_per_core) == known["fits"]
     else:  # another model: what its report states per rank, under the same rule
-        found = fits(known["per_rank_gib"] * GIB, machine.memory_per_core, instances.scratch_bytes())
+        found = fits(
+            known["per_rank_gib"] * GIB, machine.memory_per_core, instances.scratch_bytes()
+        )
         assert found == known["fits"]
 
 
@@ -67,8 +88,13 @@ def test_there_are_thirteen_known_cases_three_of_them_this_model() -> None:
 def test_sizes_of_the_published_model_are_those_of_its_checkpoint() -> None:
     assert cache_bytes_per_token(PUBLISHED, 8) == cache_bytes_per_token(PUBLISHED, 64) == 31744
     assert cache_bytes_per_token(PUBLISHED, 1) == 253952
-    assert checkpoint_bytes(PUBLISHED) == 230_121_630_720  # 230.0 GB and 0.1 GB for the router being float32
-    whole = rank_memory(PUBLISHED, deployment(tp_degree=1, moe_ep_degree=1, batch_size=1, seq_len=1, context_length=1))
+    assert (
+        checkpoint_bytes(PUBLISHED) == 230_121_630_720
+    )  # 230.0 GB and 0.1 GB for the router being float32
+    whole = rank_memory(
+        PUBLISHED,
+        deployment(tp_degree=1, moe_ep_degree=1, batch_size=1, seq_len=1, context_length=1),
+    )
     assert whole.weights == checkpoint_bytes(PUBLISHED)
 
 
@@ -84,7 +110,7 @@ def test_sizes_of_the_published_model_are_those_of_its_checkpoint() -> None:
 def test_the_worked_examples_of_the_documentation(
     name: str, changes: dict[str, int], refused: set[str], gib_needed: float
 ) -> None:
-    planned = plan_deployment(case(name, **changes))
+    planned = plan_case(case(name, **changes))
     assert refusals(case(name, **changes)) == refused
     assert planned.fits
     assert planned.refused == bool(refused)
@@ -95,14 +121,24 @@ def test_the_worked_examples_of_the_documentation(
     ("rule", "bad", "good"),
     [
         ("R1", {"moe_ep_degree": 32}, {}),
-        ("R1", {"tp_degree": 24, "moe_ep_degree": 24}, {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8}),
-        ("R2", {"moe_tp_degree": 64, "moe_ep_degree": 1}, {"moe_tp_degree": 4, "moe_ep_degree": 16}),
+        (
+            "R1",
+            {"tp_degree": 24, "moe_ep_degree": 24},
+            {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8},
+        ),
+        (
+            "R2",
+            {"moe_tp_degree": 64, "moe_ep_degree": 1},
+            {"moe_tp_degree": 4, "moe_ep_degree": 16},
+        ),
         ("R3", {"batch_size": 31}, {"batch_size": 32}),
         ("R4", {"smallest_context": 63}, {"smallest_context": 64}),
         ("R6", {"tp_degree": 128, "moe_ep_degree": 128}, {}),
     ],
 )  # fmt: skip
-def test_each_rule_refuses_what_cannot_work_and_nothing_else(rule: str, bad: dict, good: dict) -> None:
+def test_each_rule_refuses_what_cannot_work_and_nothing_else(
+    rule: str, bad: dict, good: dict
+) -> None:
     assert rule in refusals(case(**bad))
     assert rule not in refusals(case(**good))
     finding = next(finding for finding in lint(case(**bad)) if finding.rule == rule)
@@ -114,7 +150,8 @@ def test_moe_tp_degrees_with_whole_blocks_are_the_divisors_of_twelve() -> None:
     accepted = [
         degree
         for degree in range(1, 65)
-        if "R2" not in refusals(case(moe_tp_degree=degree)) and PUBLISHED.intermediate_size % degree == 0
+        if "R2" not in refusals(case(moe_tp_degree=degree))
+        and PUBLISHED.intermediate_size % degree == 0
     ]
     assert accepted == [1, 2, 3, 4, 6, 12]
 
@@ -122,13 +159,6 @@ def test_moe_tp_degrees_with_whole_blocks_are_the_divisors_of_twelve() -> None:
 def test_batches_below_32_are_fine_without_expert_parallelism() -> None:
     alone = case(tp_degree=12, moe_tp_degree=12, moe_ep_degree=1, batch_size=1)
     assert not refusals(alone) & {"R1", "R2", "R3", "R4"}
-
-
-def test_outer_expert_parallelism_is_refused_with_the_setting_to_use() -> None:
-    outer = replace(case(), ep_degree=2)
-    finding = next(finding for finding in lint(outer) if finding.rule == "R6")
-    assert finding.severity == REFUSE
-    assert "moe_ep_degree" in finding.fix
 
 
 def test_ocp_codes_are_refused_below_trn3_and_unproven_there() -> None:
@@ -144,12 +174,17 @@ def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it
     assert "R14" in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
     assert "R14" in refusals(replace(case("trn1.32xlarge"), deployment=kernel))
     assert "R14" not in refusals(replace(case(), deployment=kernel))
-    assert any("simulator only" in finding.message for finding in lint(replace(case(), deployment=kernel)))
+    assert any(
+        "simulator only" in finding.message for finding in lint(replace(case(), deployment=kernel))
+    )
     assert "R3" not in refusals(replace(case(), deployment=replace(kernel, batch_size=1)))
     for changes in ({"batch_size": 129}, {"fp8_experts": False}):
         assert "R14" in refusals(replace(case(), deployment=replace(kernel, **changes)))
     assert "R14" not in refusals(replace(case(), deployment=replace(kernel, batch_size=128)))
-    assert not any(finding.rule == "R14" for finding in lint(replace(case(), deployment=deployment(fp8_experts=False))))
+    assert not any(
+        finding.rule == "R14"
+        for finding in lint(replace(case(), deployment=deployment(fp8_experts=False)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,9 +193,21 @@ def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it
         ("trn2.48xlarge", {"blockwise_matmul": "shard_on_intermediate"}, False),
         ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block"}, False),
         ("trn1.32xlarge", {"blockwise_matmul": "shard_on_block"}, True),
-        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_intermediate", "moe_tp_degree": 4, "moe_ep_degree": 16}, True),
-        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 4, "moe_ep_degree": 16}, False),
-        ("trn2.48xlarge", {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 32, "moe_ep_degree": 2}, True),
+        (
+            "trn2.48xlarge",
+            {"blockwise_matmul": "shard_on_intermediate", "moe_tp_degree": 4, "moe_ep_degree": 16},
+            True,
+        ),
+        (
+            "trn2.48xlarge",
+            {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 4, "moe_ep_degree": 16},
+            False,
+        ),
+        (
+            "trn2.48xlarge",
+            {"blockwise_matmul": "shard_on_block", "moe_tp_degree": 32, "moe_ep_degree": 2},
+            True,
+        ),
     ],
 )
 def test_kernels_of_context_encoding_are_refused_where_they_cannot_work(
@@ -172,28 +219,33 @@ def test_kernels_of_context_encoding_are_refused_where_they_cannot_work(
 
 def test_an_unknown_way_through_the_blocks_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published_config()))
-    with pytest.raises(ConfigError, match=r"blockwise_matmul is 'ping'; expected one of torch, shard_on_inter"):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
+    with pytest.raises(
+        ConfigError, match=r"blockwise_matmul is 'ping'; expected one of torch, shard_on_inter"
+    ):
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, blockwise_matmul="ping")
     with pytest.raises(ConfigError, match=r"expert_kernel is 'cuda'; expected one of torch, nki"):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, expert_kernel="cuda")
 
 
 @pytest.mark.parametrize("buckets", [(0,), (1,), (256, 128), (4096,)])
-def test_buckets_that_a_compile_refuses_are_refused_by_the_plan(buckets: tuple[int, ...], tmp_path: Path) -> None:
+def test_buckets_that_a_compile_refuses_are_refused_by_the_plan(
+    buckets: tuple[int, ...], tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published_config()))
     with pytest.raises(ConfigError, match=r"buckets .*expected ascending lengths from 2 to 1024"):
-        plan(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
+        plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
 
 
 def test_a_sequence_ends_where_the_models_positions_end(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(published_config() | {"max_position_embeddings": 512}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(published_config() | {"max_position_embeddings": 512})
+    )
     settings: dict[str, Any] = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 32}
-    assert plan(tmp_path, **settings).deployment.seq_len == 512
-    assert any(finding.rule == "R15" for finding in plan(tmp_path, seq_len=513, **settings).findings)
-
-
-def test_the_dense_mlp_kernel_is_refused() -> None:
-    assert "R10" in refusals(replace(case(), quantized_mlp_kernel=True))
+    assert plan_deployment(tmp_path, **settings).deployment.seq_len == 512
+    assert any(
+        finding.rule == "R15"
+        for finding in plan_deployment(tmp_path, seq_len=513, **settings).findings
+    )
 
 
 def test_shards_beyond_the_hosts_memory_are_warned_about() -> None:
@@ -224,22 +276,27 @@ def test_unrolled_blocks_are_counted_for_each_way() -> None:
     assert any("47 blocks" in finding.message for finding in lint(trn1))
     kernel = case(blockwise_matmul="shard_on_intermediate")
     assert not any(finding.rule == "R8" for finding in lint(kernel))
-    planned = plan_deployment(case())
+    planned = plan_case(case())
     assert planned.unrolled == {"torch": 19 * 62, "shard_on_intermediate": 62, "shard_on_block": 62}
     assert "torch 1178 (chosen), shard_on_intermediate 62" in planned.render()
     assert planned.to_json()["unrolled_expert_products"]["torch"] == 1178
 
 
 def test_the_largest_batch_and_longest_sequence_are_the_last_that_fit() -> None:
-    planned = plan_deployment(case())
-    for name, limit in (("batch_size", planned.largest_batch), ("seq_len", planned.longest_sequence)):
-        at, beyond = (plan_deployment(case(**{name: size})) for size in (limit, limit + 1))
+    planned = plan_case(case())
+    for name, limit in (
+        ("batch_size", planned.largest_batch),
+        ("seq_len", planned.longest_sequence),
+    ):
+        at, beyond = (plan_case(case(**{name: size})) for size in (limit, limit + 1))
         assert at.fits
         assert not beyond.fits
 
 
 def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
-    planned = plan_deployment(case("inf2.48xlarge", tp_degree=24, moe_tp_degree=3, moe_ep_degree=8, batch_size=256))
+    planned = plan_case(
+        case("inf2.48xlarge", tp_degree=24, moe_tp_degree=3, moe_ep_degree=8, batch_size=256)
+    )
     assert planned.refused
     assert "trn2.48xlarge" in planned.fitting_instances
     assert "inf2.48xlarge" not in planned.fitting_instances
@@ -249,13 +306,25 @@ def test_what_does_not_fit_is_refused_and_told_what_would() -> None:
 def test_a_case_reads_precision_from_the_converted_config(tmp_path: Path) -> None:
     raw = published_config() | {"neuron_minimax": {"attention": "bf16", "fp8_range": "ocp"}}
     settings: dict[str, Any] = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 32}
-    found = deployment_case(ModelConfig.from_dict(raw), **settings)
-    assert (found.deployment.fp8_attention, found.deployment.fp8_experts, found.fp8_max) == (False, True, 448)
+    found = deployment_case(ModelConfig.from_dict(raw), DeploymentSettings(**settings))
+    assert (found.deployment.fp8_attention, found.deployment.fp8_experts, found.fp8_max) == (
+        False,
+        True,
+        448,
+    )
     assert found.deployment.moe_ep_degree == 64
-    fp8, bf16 = (rank_memory(PUBLISHED, replace(found.deployment, fp8_attention=fp8)) for fp8 in (True, False))
+    fp8, bf16 = (
+        rank_memory(PUBLISHED, replace(found.deployment, fp8_attention=fp8))
+        for fp8 in (True, False)
+    )
     assert bf16.attention > 1.9 * fp8.attention
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert json.loads(json.dumps(plan(tmp_path, **settings).to_json()))["bytes_per_rank"]["weights"] == bf16.weights
+    assert (
+        json.loads(json.dumps(plan_deployment(tmp_path, **settings).to_json()))["bytes_per_rank"][
+            "weights"
+        ]
+        == bf16.weights
+    )
 
 
 def test_an_unknown_instance_is_an_error_with_the_known_ones() -> None:

@@ -1,10 +1,11 @@
-"""The precision report: what it says of good checkpoints, of lists of modules, of values, and of two checkpoints."""
+"""The precision report: what it says of good checkpoints, of lists of modules, of values, and of
+two checkpoints.
+"""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -12,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from neuron_minimax.checkpoint.compare import compare
-from neuron_minimax.checkpoint.modules import Framework, Module, judge, modules_of, needed, reaches
-from neuron_minimax.checkpoint.precision import inspect
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.values import check_values
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.rules import module_of
-from neuron_minimax.convert.run import convert, plan_conversion
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
-from tests.full_size import write_sparse
+from neuron_minimax.families import module_of
+from neuron_minimax.families.minimax_m2 import MINIMAX_M2
+from neuron_minimax.inspection.compare import compare
+from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed, reaches
+from neuron_minimax.inspection.values import check_values
+from tests.opened import convert, inspect
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_tiny
 
 RAGGED = {"hidden_size": 320, "intermediate_size": 192, "head_dim": 96, "rotary_dim": 48}
@@ -45,7 +46,11 @@ def test_a_published_checkpoint_is_usable_and_counted_by_dtype_and_kind(tiny):
     assert sum(row.bytes + row.scale_bytes for row in report.kinds) == report.bytes
     stored = [path.stat().st_size for path in tiny.glob("*.safetensors")]
     assert report.bytes < sum(stored) < report.bytes + 100_000
-    assert all(row.precision == "FP8 with scales" for row in report.kinds if row.group in ("attention", "experts"))
+    assert all(
+        row.precision == "FP8 with scales"
+        for row in report.kinds
+        if row.group in ("attention", "experts")
+    )
     assert all(row.precision == "F32" for row in report.kinds if row.group == "router")
 
 
@@ -55,23 +60,45 @@ def test_a_ragged_checkpoint_has_partial_blocks_and_is_usable(tmp_path):
     assert rows["w1"].scale_shapes == ((2, 3),)
 
 
+def module_at(path):
+    return Module(path=path, weights=1, fp8=0, renamed=MINIMAX_M2.transformers_names)
+
+
 def test_transformers_agrees_on_what_an_entry_reaches():
     paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 11)]
-    paths += ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.mlp.experts", "model.layers.11.mlp.gate"]
-    entries = ["gate", "lm_head", "self_attn", "q_proj", "model.layers.1", "model.layers.*.self_attn", "experts", "mlp"]
+    paths += [
+        "lm_head",
+        "model.layers.1.mlp.gate",
+        "model.layers.1.mlp.experts",
+        "model.layers.11.mlp.gate",
+    ]
+    entries = [
+        "gate",
+        "lm_head",
+        "self_attn",
+        "q_proj",
+        "model.layers.1",
+        "model.layers.*.self_attn",
+        "experts",
+        "mlp",
+    ]
     entries += ["model.layers.1.mlp", "head", "e_score_correction_bias", "model"]
     for entry in entries:
         for path in paths:
-            assert reaches(Framework.HUGGING_FACE, entry, path) != should_convert_module(path, [entry]), (entry, path)
-    assert reaches(Framework.HUGGING_FACE, "block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate")
+            assert reaches(Framework.HUGGING_FACE, entry, module_at(path)) != should_convert_module(
+                path, [entry]
+            ), (entry, path)
+    gate = module_at("model.layers.1.block_sparse_moe.gate")
+    assert reaches(Framework.HUGGING_FACE, "block_sparse_moe.gate", gate)
 
 
 def test_nxdi_finds_gate_inside_gate_up_proj():
-    assert reaches(Framework.NXDI, "gate", "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+    gate_up = module_at("layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+    assert reaches(Framework.NXDI, "gate", gate_up)
 
 
 def test_the_module_paths_are_those_the_conversion_writes(tiny):
-    conversion, _ = plan_conversion(Checkpoint(tiny), Layout())
+    conversion = plan_conversion(Checkpoint(tiny), Layout())
     written = {module_of(output.name) for output in conversion.outputs if len(output.shape) > 1}
     checkpoint = Checkpoint(tiny)
     modules = modules_of(checkpoint.entries, checkpoint.config)
@@ -93,7 +120,10 @@ def test_listing_self_attn_is_an_error_that_counts_its_weights(tiny):
     assert not report.usable
     (finding,) = errors(report)
     assert finding.subject == "self_attn"
-    assert all(word in finding.message for word in ("8 weights", "FP8 with scales", "AssertionError", "gqa.py:134"))
+    assert all(
+        word in finding.message
+        for word in ("8 weights", "FP8 with scales", "AssertionError", "gqa.py:134")
+    )
 
 
 def test_a_given_list_without_lm_head_is_an_error(tiny):
@@ -104,14 +134,17 @@ def test_a_given_list_without_lm_head_is_an_error(tiny):
 
 def test_the_needed_list_is_the_one_a_conversion_writes_and_judged_right(tiny):
     report = inspect(tiny)
-    conversion, _ = plan_conversion(Checkpoint(tiny), Layout())
+    conversion = plan_conversion(Checkpoint(tiny), Layout())
     assert report.needed["NxDI"] == conversion.modules_to_not_convert
     assert report.needed["Hugging Face"] == ("gate", "lm_head")
     assert inspect(tiny, report.needed["NxDI"]).usable
 
 
 def test_a_needed_entry_reaches_one_layer_and_not_its_namesakes():
-    modules = [Module(path=f"layers.{n}.self_attn.o_proj.o_proj", weights=1, fp8=int(n != 1)) for n in range(12)]
+    modules = [
+        Module(path=f"layers.{n}.self_attn.o_proj.o_proj", weights=1, fp8=int(n != 1))
+        for n in range(12)
+    ]
     entries = needed(Framework.NXDI, modules)
     assert entries == ("layers.1.self_attn",)
     assert [verdict.verdict for verdict in judge(Framework.NXDI, entries, modules)] == ["right"]
@@ -123,7 +156,9 @@ def test_a_list_that_is_no_list_of_names_is_refused(tmp_path, listed):
     raw = json.loads((directory / "config.json").read_text())
     raw["quantization_config"]["modules_to_not_convert"] = listed
     (directory / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"modules_to_not_convert.*expected a list of module names"):
+    with pytest.raises(
+        ConfigError, match=r"modules_to_not_convert.*expected a list of module names"
+    ):
         inspect(directory)
 
 
@@ -140,7 +175,9 @@ def test_a_missing_quantization_config_is_a_warning_since_the_tensors_decide(tmp
     (directory / "config.json").write_text(json.dumps(raw))
     report = inspect(directory)
     assert report.usable
-    assert any("quantization_config" in f.message and "silently" in f.message for f in report.findings)
+    assert any(
+        "quantization_config" in f.message and "silently" in f.message for f in report.findings
+    )
 
 
 def test_multi_token_prediction_tensors_are_reported_and_tolerated(tmp_path):
@@ -172,9 +209,17 @@ def test_no_checkpoint_at_all_is_an_error(tmp_path):
 
 
 def test_the_json_report_has_the_documented_keys_and_no_nan(tiny):
-    values = json.loads(json.dumps(inspect(tiny, ["lm_head"], check_values=True).to_json(), allow_nan=False))
+    values = json.loads(
+        json.dumps(inspect(tiny, ["lm_head"], check_values=True).to_json(), allow_nan=False)
+    )
     text = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
-    for place in (values, values["kinds"][0], values["findings"][0], values["values"], values["values"]["scales"][0]):
+    for place in (
+        values,
+        values["kinds"][0],
+        values["findings"][0],
+        values["values"],
+        values["values"]["scales"][0],
+    ):
         for key in place:
             assert f"`{key}`" in text, key
 
@@ -190,31 +235,81 @@ def test_value_statistics_equal_a_slow_computation(tmp_path):
     values = check_values(Checkpoint(directory))
     assert values.convention == "multiplier"
     assert values.codes == sum(codes.size for codes, _ in stored.values())
-    scales = np.concatenate([scale.ravel() for name, (_, scale) in stored.items() if ".w2." in name])
+    scales = np.concatenate(
+        [scale.ravel() for name, (_, scale) in stored.items() if ".w2." in name]
+    )
     row = next(row for row in values.scales if row.kind == "w2")
     assert (row.blocks, row.minimum, row.maximum) == (scales.size, scales.min(), scales.max())
     assert row.median == np.median(scales.astype(np.float64))
-    sampled = [codes[sampled_rows(name, len(codes))].ravel() for name, (codes, _) in stored.items()]
-    assert values.histogram == tuple(np.bincount(np.concatenate(sampled), minlength=256))
 
 
-def sampled_rows(name, rows):
-    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's name."""
-    blocks = range(0, rows, 128)
-    return [first + (crc32(name.encode()) + 37 * i) % min(128, rows - first) for i, first in enumerate(blocks)]
+def test_one_row_of_each_block_goes_into_the_histogram_and_not_always_the_same(tmp_path):
+    directory = write_tiny(tmp_path / "c", **RAGGED)
+    stored = rewrite_codes(directory, number_in_block)
+    histogram = np.array(check_values(Checkpoint(directory)).histogram)
+    assert histogram.sum() == sum(codes[::128].size for codes, _ in stored.values())
+    everything = np.bincount(np.concatenate([codes.ravel() for codes, _ in stored.values()]))
+    assert (histogram[: everything.size] <= everything).all()
+    assert not histogram[everything.size :].any()
+    # Of 128 places in a block; chosen evenly, this many blocks would meet half of them.
+    assert np.count_nonzero(histogram) > 32
 
 
-def norm_of_samples(name, weight):
-    """The squared norm of a weight whose blocks had their sampled row in each row."""
-    blocks = zip(range(0, len(weight), 128), sampled_rows(name, len(weight)), strict=True)
-    return sum(np.sum(weight[row] ** 2) * len(weight[first : first + 128]) for first, row in blocks)
+def test_where_the_rows_of_a_block_are_alike_one_of_them_tells_all(tmp_path):
+    directory = write_tiny(tmp_path / "c", **RAGGED)
+    stored = rewrite_codes(directory, first_of_block)
+    values = check_values(Checkpoint(directory))
+    rows = np.concatenate([codes[::128].ravel() for codes, _ in stored.values()])
+    assert values.histogram == tuple(np.bincount(rows, minlength=256))
+    for layer in range(2):
+        for expert in range(8):
+            wanted = np.sqrt(sum(map(squared_norm, expert_of(stored, layer, expert))))
+            assert values.expert_norms[layer][expert] == pytest.approx(wanted, rel=1e-6)
+
+
+def number_in_block(codes):
+    """Codes that are their row's place in its block of 128; the last two share a finite one."""
+    places = (np.arange(len(codes)) % 128).clip(max=126)
+    return np.broadcast_to(places[:, None], codes.shape).astype(np.uint8)
+
+
+def first_of_block(codes):
+    """Each row as the first of its block of 128."""
+    return codes[np.arange(len(codes)) // 128 * 128]
+
+
+def rewrite_codes(directory, change):
+    """Put change(codes) in place of the codes of every FP8 weight; return what is stored then."""
+    checkpoint = Checkpoint(directory)
+    for name, (codes, _) in load_codes(directory).items():
+        entry = checkpoint.entry(name)
+        with (directory / entry.shard).open("r+b") as file:
+            file.seek(entry.start)
+            file.write(change(codes).tobytes())
+    return load_codes(directory)
+
+
+def expert_of(stored, layer, expert):
+    """The codes and scales of an expert's three weights."""
+    start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+    return [stored[f"{start}{name}.weight"] for name in ("w1", "w2", "w3")]
+
+
+def squared_norm(weight):
+    """The squared Frobenius norm of a weight, from its codes and scales."""
+    return np.sum(dequantized(*weight) ** 2)
 
 
 def load_codes(directory):
-    """Codes (uint8) and scales of every FP8 weight of a single-file checkpoint, read by the safetensors library."""
+    """Codes (uint8) and scales of every FP8 weight of a single-file checkpoint, read by the
+    safetensors library.
+    """
     tensors = load_file(directory / "model.safetensors")
     fp8_names = [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]
-    return {n: (tensors[n].view(torch.uint8).numpy(), tensors[n + "_scale_inv"].numpy()) for n in fp8_names}
+    return {
+        n: (tensors[n].view(torch.uint8).numpy(), tensors[n + "_scale_inv"].numpy())
+        for n in fp8_names
+    }
 
 
 def dequantized(codes, scales):
@@ -234,21 +329,19 @@ def test_a_router_bias_that_is_no_number_is_null(tmp_path):
     assert None not in bias[1]
 
 
-def test_expert_norms_are_those_of_samples_and_near_those_of_the_dequantized_weights(tmp_path):
+def test_expert_norms_are_near_those_of_the_dequantized_weights(tmp_path):
     directory = write_tiny(tmp_path / "c", **RAGGED)
     values = check_values(Checkpoint(directory))
     stored = load_codes(directory)
     for layer in range(2):
         for expert in range(8):
-            start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-            weights = {f"{start}{w}.weight": dequantized(*stored[f"{start}{w}.weight"]) for w in ("w1", "w2", "w3")}
-            found = values.expert_norms[layer][expert]
-            assert found == pytest.approx(np.sqrt(sum(norm_of_samples(*each) for each in weights.items())), rel=1e-6)
-            assert found == pytest.approx(np.sqrt(sum(np.sum(weight**2) for weight in weights.values())), rel=0.1)
+            wanted = np.sqrt(sum(map(squared_norm, expert_of(stored, layer, expert))))
+            assert values.expert_norms[layer][expert] == pytest.approx(wanted, rel=0.1)
 
 
 def test_two_equal_checkpoints_compare_equal_and_one_changed_byte_is_named(tmp_path):
-    first, second = write_tiny(tmp_path / "a", shards=1), write_tiny(tmp_path / "b", shards=2)
+    first = write_tiny(tmp_path / "a", shards=1)
+    second = write_tiny(tmp_path / "b", shards=2)
     assert compare(Checkpoint(first), Checkpoint(second), values=True).equal
     name = "model.layers.1.self_attn.o_proj.weight"
     changed = Checkpoint(second)
@@ -272,10 +365,11 @@ def test_a_comparison_names_other_shapes_dtypes_and_names(tmp_path):
     assert ("vocab_size", 160, 176) in found.config_fields
 
 
-# The high-water mark of this program alone: getrusage would count the parent's pages from before exec.
+# The high-water mark of this program alone: getrusage would count the parent's pages from before
+# exec.
 MEASURED = """
 import re, sys
-from neuron_minimax.checkpoint.precision import inspect
+from tests.opened import inspect
 report = inspect(sys.argv[1])
 assert "torch" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
@@ -283,10 +377,9 @@ print(report.tensors, report.parameters, report.usable, peak)
 """
 
 
-def test_the_full_size_layout_is_inspected_without_torch_in_under_500_megabytes(tmp_path):
-    directory = write_sparse(tmp_path / "full")
+def test_the_full_size_layout_is_inspected_without_torch_in_under_500_megabytes(full_size):
     output = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(directory)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURED, str(full_size)], check=True, capture_output=True, text=True
     ).stdout
     tensors, parameters, usable, kilobytes = output.split()
     assert (tensors, parameters, usable) == ("96103", "228689764864", "True")

@@ -1,4 +1,6 @@
-"""Reading checkpoints: the safetensors library is the oracle for contents, and every broken file is named."""
+"""Reading checkpoints: the safetensors library is the oracle for contents, and every broken file is
+named.
+"""
 
 import json
 import os
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
 from neuron_minimax.errors import CheckpointError
+from neuron_minimax.fp8 import ceil_div
 from tests.tiny import write_tiny
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -57,8 +60,14 @@ def test_every_tensor_reads_as_the_safetensors_library_reads_it(tmp_path, shards
     directory = write_tiny(tmp_path / "c", shards=shards)
     checkpoint = Checkpoint(directory)
     checkpoint.require_usable()
-    oracle = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
-    assert set(oracle) == set(checkpoint.entries) == {t.name for t in schema.expected(checkpoint.config)}
+    oracle = {
+        name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()
+    }
+    assert (
+        set(oracle)
+        == set(checkpoint.entries)
+        == {t.name for t in schema.expected(checkpoint.config)}
+    )
     for name, expected in oracle.items():
         found = checkpoint.tensor(name)
         assert found.dtype == expected.dtype
@@ -83,10 +92,13 @@ def test_there_are_no_strips_of_nothing(tmp_path):
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(broken):
     checkpoint = Checkpoint(broken)
     entry = max(
-        (one for one in checkpoint.entries.values() if one.shard == shard(broken).name), key=lambda one: one.end
+        (one for one in checkpoint.entries.values() if one.shard == shard(broken).name),
+        key=lambda one: one.end,
     )
     os.truncate(shard(broken), entry.end - 1)
-    with pytest.raises(CheckpointError, match=rf"{entry.shard} ends within {entry.name}.*download it again"):
+    with pytest.raises(
+        CheckpointError, match=rf"{entry.shard} ends within {entry.name}.*download it again"
+    ):
         list(checkpoint.strips(entry.name, 64))
 
 
@@ -98,7 +110,9 @@ def test_reading_does_not_change_files_even_when_a_tensor_is_written_to(made):
 
 def test_a_missing_shard_is_named(broken):
     shard(broken).unlink()
-    assert any(shard(broken).name in message and "is missing" in message for message in messages(broken))
+    assert any(
+        shard(broken).name in message and "is missing" in message for message in messages(broken)
+    )
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1, -1000])
@@ -120,13 +134,18 @@ def test_a_header_that_lies_about_a_length_is_refused(broken):
         header[Q_PROJ]["shape"][0] += 128
 
     rewrite_header(shard(broken, 1), stretch)
-    assert any(Q_PROJ in message and "its header gives it" in message for message in messages(broken))
+    assert any(
+        Q_PROJ in message and "its header gives it" in message for message in messages(broken)
+    )
 
 
 def test_overlapping_tensors_are_refused(broken):
     def overlap(header):
-        names = sorted((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
-        one, two = header[names[0]]["data_offsets"], header[names[1]]["data_offsets"]
+        names = sorted(
+            (n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"]
+        )
+        one = header[names[0]]["data_offsets"]
+        two = header[names[1]]["data_offsets"]
         header[names[1]]["data_offsets"] = [one[1] - 2, one[1] - 2 + two[1] - two[0]]
 
     rewrite_header(shard(broken), overlap)
@@ -142,7 +161,9 @@ def test_an_unknown_dtype_and_a_broken_header_are_named(broken):
 
 
 def test_a_tensor_that_only_the_index_knows_is_named(broken):
-    edit_index(broken, lambda weight_map: weight_map.update({"model.ghost.weight": shard(broken).name}))
+    edit_index(
+        broken, lambda weight_map: weight_map.update({"model.ghost.weight": shard(broken).name})
+    )
     assert any("model.ghost.weight is listed" in message for message in messages(broken))
 
 
@@ -197,12 +218,18 @@ BIAS = "model.layers.0.block_sparse_moe.e_score_correction_bias"
     ("change", "words"),
     [
         (lambda t: t.pop(NORM), [NORM, "is missing"]),
-        (lambda t: t.pop(Q_PROJ + "_scale_inv"), [Q_PROJ + "_scale_inv", "is missing", "raw codes"]),
+        (
+            lambda t: t.pop(Q_PROJ + "_scale_inv"),
+            [Q_PROJ + "_scale_inv", "is missing", "raw codes"],
+        ),
         (lambda t: t.pop(Q_PROJ), [Q_PROJ, "is missing"]),
         (lambda t: t.update({NORM: t[NORM][:-1].clone()}), [NORM, "[255]", "[256]"]),
         (lambda t: t.update({NORM: t[NORM].half()}), [NORM, "F16", "BF16 or F32"]),
         (lambda t: t.update({BIAS: t[BIAS].bfloat16()}), [BIAS, "BF16", "F32", "flips experts"]),
-        (lambda t: t.update({Q_PROJ: t[Q_PROJ].bfloat16()}), [Q_PROJ + "_scale_inv", "BF16", "F8_E4M3"]),
+        (
+            lambda t: t.update({Q_PROJ: t[Q_PROJ].bfloat16()}),
+            [Q_PROJ + "_scale_inv", "BF16", "F8_E4M3"],
+        ),
         (
             lambda t: t.update({Q_PROJ + "_scale_inv": t[Q_PROJ + "_scale_inv"].T.contiguous()}),
             [Q_PROJ + "_scale_inv", "[2, 4]", "[4, 2]"],
@@ -211,7 +238,10 @@ BIAS = "model.layers.0.block_sparse_moe.e_score_correction_bias"
             lambda t: t.update({Q_PROJ + "_scale_inv": torch.ones(1, 1)}),
             [Q_PROJ + "_scale_inv", "[1, 1]", "[4, 2]"],
         ),
-        (lambda t: t.update({"model.surprise.weight": torch.ones(3)}), ["model.surprise.weight", "no weight of this"]),
+        (
+            lambda t: t.update({"model.surprise.weight": torch.ones(3)}),
+            ["model.surprise.weight", "no weight of this"],
+        ),
     ],
 )
 def test_a_tensor_that_config_does_not_imply_is_named(tmp_path, change, words):
@@ -238,5 +268,5 @@ def test_the_fingerprint_follows_contents_and_not_times(made, broken):
 def test_sampled_scales_belong_to_the_sampled_rows(made):
     checkpoint = Checkpoint(made)
     for name, codes, scales in checkpoint.sample_scales(most=10):
-        assert scales.shape == (1, -(-codes.shape[1] // 128))
+        assert scales.shape == (1, ceil_div(codes.shape[1], 128))
         np.testing.assert_array_equal(codes, checkpoint.array(name)[:128])

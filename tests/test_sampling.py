@@ -14,7 +14,13 @@ from transformers import (
 )
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.sampling import GREEDY, Sampler, SamplingOptions, distinct_ratio, log_probabilities
+from neuron_minimax.generation.sampling import (
+    GREEDY,
+    Sampler,
+    SamplingParams,
+    distinct_ratio,
+    log_probabilities,
+)
 
 VOCAB = 1500  # more than the head that is sorted first
 
@@ -26,19 +32,21 @@ def random_logits(seed):
 @pytest.mark.parametrize(
     "options",
     [
-        SamplingOptions(),
-        SamplingOptions(temperature=0.3),
-        SamplingOptions(top_k=7),
-        SamplingOptions(top_p=0.8),
-        SamplingOptions(temperature=8.0, top_p=0.99),
-        SamplingOptions(min_p=0.1),
-        SamplingOptions(temperature=1.7, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3),
-        SamplingOptions(temperature=0.5, top_p=0.01, repetition_penalty=0.5),
+        SamplingParams(),
+        SamplingParams(temperature=0.3),
+        SamplingParams(top_k=7),
+        SamplingParams(top_p=0.8),
+        SamplingParams(temperature=8.0, top_p=0.99),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=1.7, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3),
+        SamplingParams(temperature=0.5, top_p=0.01, repetition_penalty=0.5),
     ],
 )
 def test_candidates_and_their_probabilities_are_those_of_transformers(options):
     prompt = [1, 2, 3, 250]
-    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty)])
+    warpers = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty)]
+    )
     warpers.append(TemperatureLogitsWarper(options.temperature))
     if options.top_k:
         warpers.append(TopKLogitsWarper(options.top_k))
@@ -54,11 +62,15 @@ def test_candidates_and_their_probabilities_are_those_of_transformers(options):
 
 
 def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answer_only():
-    options = SamplingOptions(temperature=0.0, presence_penalty=0.75, frequency_penalty=0.5)
-    sampler, counts = Sampler(options, prompt_ids=[0, 1, 2]), Counter()
+    options = SamplingParams(temperature=0.0, presence_penalty=0.75, frequency_penalty=0.5)
+    sampler = Sampler(options, prompt_ids=[0, 1, 2])
+    counts = Counter()
     logits = random_logits(5)
     for _ in range(30):
-        scores = [float(logits[token]) - (0.75 + 0.5 * counts[token] if counts[token] else 0) for token in range(VOCAB)]
+        scores = [
+            float(logits[token]) - (0.75 + 0.5 * counts[token] if counts[token] else 0)
+            for token in range(VOCAB)
+        ]
         wanted = scores.index(max(scores))
         assert sampler.choose(logits) == wanted
         counts[wanted] += 1
@@ -66,8 +78,9 @@ def test_presence_and_frequency_penalties_are_subtracted_for_tokens_of_the_answe
 
 
 def test_the_repetition_penalty_covers_prompt_and_answer():
-    said, logits = [3, 700], random_logits(6)
-    sampler = Sampler(SamplingOptions(temperature=0.0, repetition_penalty=3.0), said)
+    said = [3, 700]
+    logits = random_logits(6)
+    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=3.0), said)
     processor = RepetitionPenaltyLogitsProcessor(penalty=3.0)
     for _ in range(20):
         wanted = int(processor(torch.tensor([said]), logits[None].clone()).argmax())
@@ -83,7 +96,7 @@ def test_greedy_takes_the_first_of_the_largest_logits():
 
 def test_draws_follow_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    sampler = Sampler(SamplingOptions(seed=1))
+    sampler = Sampler(SamplingParams(seed=1))
     drawn = Counter(sampler.choose(logits) for _ in range(4000))
     for token, share in enumerate((0.5, 0.3, 0.15, 0.05)):
         assert abs(drawn[token] / 4000 - share) < 0.03  # more than three standard deviations
@@ -91,7 +104,7 @@ def test_draws_follow_the_distribution():
 
 def test_a_seed_fixes_the_tokens_and_another_seed_changes_them():
     def run(seed):
-        sampler = Sampler(SamplingOptions(seed=seed))
+        sampler = Sampler(SamplingParams(seed=seed))
         return [sampler.choose(random_logits(step)) for step in range(30)]
 
     assert run(7) == run(7)
@@ -101,7 +114,7 @@ def test_a_seed_fixes_the_tokens_and_another_seed_changes_them():
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[3, 4]] = torch.tensor([0.0, -2.0])
-    sampler = Sampler(SamplingOptions(temperature=5.0, seed=0, repetition_penalty=2.0))
+    sampler = Sampler(SamplingParams(temperature=5.0, seed=0, repetition_penalty=2.0))
     assert {sampler.choose(logits) for _ in range(100)} == {3, 4}
 
 
@@ -140,7 +153,7 @@ def test_broken_logits_are_an_error(value):
 )
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(GenerationError, match=name):
-        SamplingOptions(**{name: value})
+        SamplingParams(**{name: value})
 
 
 def test_repetition_lowers_the_ratio_of_distinct_tokens():

@@ -14,10 +14,10 @@ import httpx
 import pytest
 import uvicorn
 
-from neuron_minimax.serving.server import _bind
+from neuron_minimax.serving.server import listen
 from tests.tiny_traced import write_traced
 
-COMMAND = [sys.executable, "-m", "neuron_minimax.cli", "serve"]
+COMMAND = [sys.executable, "-m", "neuron_minimax", "serve"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def traced(tmp_path_factory):
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_it_serves_until_sigterm_which_lets_a_running_answer_finish(traced):
@@ -36,12 +38,21 @@ def test_it_serves_until_sigterm_which_lets_a_running_answer_finish(traced):
         rest = []
         reader = threading.Thread(target=lambda: rest.extend(process.stderr))
         reader.start()
-        while httpx.get(f"{url}/health/live").status_code == 200 and httpx.get(f"{url}/health").status_code == 503:
+        while (
+            httpx.get(f"{url}/health/live").status_code == 200
+            and httpx.get(f"{url}/health").status_code == 503
+        ):
             time.sleep(0.05)
-        body = {"messages": [{"role": "user", "content": "secret words"}], "max_tokens": 300, "ignore": None}
+        body = {
+            "messages": [{"role": "user", "content": "secret words"}],
+            "max_tokens": 300,
+            "ignore": None,
+        }
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 400
         del body["ignore"]
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60
+        ) as response:
             events = response.iter_lines()
             next(events)
             process.send_signal(signal.SIGTERM)
@@ -50,7 +61,10 @@ def test_it_serves_until_sigterm_which_lets_a_running_answer_finish(traced):
             assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 503
             data = [line for line in events if line]
         assert data[-1] == "data: [DONE]"
-        assert json.loads(data[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
+        assert json.loads(data[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in (
+            "length",
+            "stop",
+        )
         assert process.wait(30) == 0
         reader.join()
     finally:
@@ -82,14 +96,18 @@ def test_a_directory_that_cannot_be_served_is_one_message_and_exit_code_1(tmp_pa
 
 
 def test_what_is_written_is_sent_at_once():
-    """Without TCP_NODELAY each answer on a connection that is kept open waits up to 40 ms for an acknowledgement."""
+    """Without TCP_NODELAY each answer on a connection that is kept open waits up to 40 ms for an
+    acknowledgement.
+    """
 
     async def option():
         found = asyncio.get_running_loop().create_future()
-        listener = _bind(uvicorn.Config(None, host="127.0.0.1", port=0))
+        listener = listen(uvicorn.Config(None, host="127.0.0.1", port=0))
 
         def connected(_, writer):
-            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            found.set_result(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
             writer.close()
 
         async with await asyncio.start_server(connected, sock=listener):

@@ -1,4 +1,6 @@
-"""The embedded demo model behind the server: it answers in words, with reasoning apart, to the official client."""
+"""The embedded demo model behind the server: it answers in words, with reasoning apart, to the
+official client.
+"""
 
 import json
 
@@ -6,7 +8,7 @@ import openai
 import pytest
 
 from neuron_minimax.backends import load
-from neuron_minimax.serving.demo import demo_model
+from neuron_minimax.serving.server import demo_model
 from tests.served import MODEL, ask, open_client, serving
 
 
@@ -54,9 +56,18 @@ def test_the_demo_model_calls_a_tool_and_answers_from_its_result(client):
     first = client.chat.completions.create(messages=messages, **options).choices[0]
     assert first.finish_reason == "tool_calls"
     (call,) = first.message.tool_calls
-    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        "get_weather",
+        {"city": "Paris"},
+    )
     messages.append(first.message.model_dump(exclude_none=True))
-    messages.append({"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "condition": "sunny"}'})
+    messages.append(
+        {
+            "role": "tool",
+            "tool_call_id": call.id,
+            "content": '{"temperature": 21, "condition": "sunny"}',
+        }
+    )
     second = client.chat.completions.create(messages=messages, **options).choices[0]
     assert second.finish_reason == "stop"
     assert "21" in second.message.content

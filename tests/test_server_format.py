@@ -1,4 +1,6 @@
-"""Reasoning, tools, JSON and stop strings through the server, as the official openai client sees them."""
+"""Reasoning, tools, JSON and stop strings through the server, as the official openai client sees
+them.
+"""
 
 import json
 
@@ -35,8 +37,8 @@ def weather_script(prompt):
 
 
 @pytest.fixture(scope="module")
-def weather(tmp_path_factory):
-    backend = ScriptedBackend(write_tokenizer(tmp_path_factory.mktemp("tokenizer")), weather_script)
+def weather(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend) as served:
         yield open_client(served), backend
 
@@ -44,9 +46,14 @@ def weather(tmp_path_factory):
 def test_a_round_trip_through_tools_with_reasoning_kept_in_the_prompt(weather):
     client, backend = weather
     messages = [{"role": "user", "content": "Weather?"}]
-    first = client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER_TOOL]).choices[0]
+    first = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER_TOOL]
+    ).choices[0]
     assert first.finish_reason == "tool_calls"
-    assert (first.message.reasoning_content, first.message.content) == ("I should look.", "Looking.")
+    assert (first.message.reasoning_content, first.message.content) == (
+        "I should look.",
+        "Looking.",
+    )
     calls = first.message.tool_calls
     assert [json.loads(call.function.arguments) for call in calls] == [
         {"city": "Oslo", "days": 2},
@@ -55,19 +62,34 @@ def test_a_round_trip_through_tools_with_reasoning_kept_in_the_prompt(weather):
     assert len({call.id for call in calls}) == 2
     messages.append(first.message.model_dump(exclude_none=True))
     messages += [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in calls]
-    second = client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER_TOOL]).choices[0]
-    assert (second.message.reasoning_content, second.message.content) == ("They say sunny.", "It is sunny.")
+    second = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER_TOOL]
+    ).choices[0]
+    assert (second.message.reasoning_content, second.message.content) == (
+        "They say sunny.",
+        "It is sunny.",
+    )
     prompt = backend.tokenizer.spell(max(backend.held, key=len))
     assert "<think>\nI should look.\n</think>" in prompt
-    assert '<parameter name="city">São Paulo</parameter>\n<parameter name="days">2</parameter>' in prompt
+    assert (
+        '<parameter name="city">São Paulo</parameter>\n<parameter name="days">2</parameter>'
+        in prompt
+    )
 
 
 def test_a_streamed_call_brings_its_name_first_and_then_its_arguments_in_pieces(weather):
     client, _ = weather
     stream = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Weather?"}], tools=[WEATHER_TOOL], stream=True
+        model=MODEL,
+        messages=[{"role": "user", "content": "Weather?"}],
+        tools=[WEATHER_TOOL],
+        stream=True,
     )
-    names, arguments, reasoning, content, reasons = {}, {}, "", "", []
+    names = {}
+    arguments = {}
+    reasoning = ""
+    content = ""
+    reasons = []
     for chunk in stream:
         delta = chunk.choices[0].delta
         reasoning += getattr(delta, "reasoning_content", None) or ""
@@ -95,14 +117,19 @@ def test_a_call_cut_off_by_the_limit_ends_as_text_with_reason_length(weather, st
     script = weather_script("").partition("São")[0]
     limit = len(backend.tokenizer.encode(script))
     options = {"model": MODEL, "tools": [WEATHER_TOOL], "max_tokens": limit, "stream": stream}
-    response = client.chat.completions.create(messages=[{"role": "user", "content": "Weather?"}], **options)
+    response = client.chat.completions.create(
+        messages=[{"role": "user", "content": "Weather?"}], **options
+    )
     if stream:
         chunks = list(response)
         content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         reason = chunks[-1].choices[0].finish_reason
     else:
-        content, reason = response.choices[0].message.content, response.choices[0].finish_reason
-        assert [call.function.name for call in response.choices[0].message.tool_calls] == ["get_weather"]
+        content = response.choices[0].message.content
+        reason = response.choices[0].finish_reason
+        assert [call.function.name for call in response.choices[0].message.tool_calls] == [
+            "get_weather"
+        ]
     assert reason == "length"
     assert content == 'Looking.<invoke name="get_weather">\n<parameter name="city">'
 
@@ -110,10 +137,15 @@ def test_a_call_cut_off_by_the_limit_ends_as_text_with_reason_length(weather, st
 def test_tool_choice_none_leaves_tags_as_text_and_one_call_can_be_the_limit(weather):
     client, backend = weather
     messages = [{"role": "user", "content": "Weather?"}]
-    none = client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER_TOOL], tool_choice="none")
+    none = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER_TOOL], tool_choice="none"
+    )
     assert none.choices[0].message.tool_calls is None
     assert "<minimax:tool_call>" in none.choices[0].message.content
-    assert "get_weather" not in backend.tokenizer.spell(max(backend.held, key=len)).partition("]~b]user")[0]
+    assert (
+        "get_weather"
+        not in backend.tokenizer.spell(max(backend.held, key=len)).partition("]~b]user")[0]
+    )
     one = client.chat.completions.create(
         model=MODEL, messages=messages, tools=[WEATHER_TOOL], parallel_tool_calls=False
     )
@@ -123,9 +155,14 @@ def test_tool_choice_none_leaves_tags_as_text_and_one_call_can_be_the_limit(weat
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_forced_call_is_made_whatever_the_model_wants_to_say(tmp_path, choice):
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "Hm.\n</think>\n\nI will not call anything.")
+    backend = ScriptedBackend(
+        write_tokenizer(tmp_path), lambda prompt: "Hm.\n</think>\n\nI will not call anything."
+    )
     numbers = {name: {"type": "integer", "maximum": 9} for name in "ab"}
-    add = {"name": "add", "parameters": {"type": "object", "properties": numbers, "required": ["a", "b"]}}
+    add = {
+        "name": "add",
+        "parameters": {"type": "object", "properties": numbers, "required": ["a", "b"]},
+    }
     tools = (
         [WEATHER_TOOL, {"type": "function", "function": add}]
         if choice != "required"
@@ -134,7 +171,12 @@ def test_a_forced_call_is_made_whatever_the_model_wants_to_say(tmp_path, choice)
     with serving(backend) as served:
         client = open_client(served)
         response = ask(
-            client, tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=300, temperature=1
+            client,
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_tokens=300,
+            temperature=1,
         )
     (call,) = response.choices[0].message.tool_calls
     assert call.function.name == "add"
@@ -154,18 +196,25 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(weather):
 
 
 def test_reasoning_can_be_left_in_the_content_with_its_tags(tmp_path):
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "Why not.\n</think>\n\nYes.")
+    backend = ScriptedBackend(
+        write_tokenizer(tmp_path), lambda prompt: "Why not.\n</think>\n\nYes."
+    )
     with serving(backend, split_reasoning=False) as served:
         client = open_client(served)
         whole = ask(client, max_tokens=50).choices[0].message
         assert whole.content == "<think>\nWhy not.\n</think>\n\nYes."
         assert not hasattr(whole, "reasoning_content")
-        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, max_tokens=50, stream=True))
+        streamed = "".join(
+            chunk.choices[0].delta.content or ""
+            for chunk in ask(client, max_tokens=50, stream=True)
+        )
         assert streamed == whole.content
 
 
 def test_an_answer_that_can_only_be_json_is_json(tmp_path):
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "Hm.\n</think>\n\nnot json at all")
+    backend = ScriptedBackend(
+        write_tokenizer(tmp_path), lambda prompt: "Hm.\n</think>\n\nnot json at all"
+    )
     schema = {
         "type": "object",
         "properties": {"ok": {"type": "boolean"}, "size": {"enum": [1, 2]}},
@@ -176,7 +225,9 @@ def test_an_answer_that_can_only_be_json_is_json(tmp_path):
         client = open_client(served)
         json_schema = {"name": "answer", "schema": schema, "strict": True}
         choice = ask(
-            client, max_tokens=100, response_format={"type": "json_schema", "json_schema": json_schema}
+            client,
+            max_tokens=100,
+            response_format={"type": "json_schema", "json_schema": json_schema},
         ).choices[0]
         assert choice.message.reasoning_content == "Hm."
         found = json.loads(choice.message.content)

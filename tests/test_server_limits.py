@@ -10,13 +10,12 @@ import openai
 import pytest
 
 from tests.served import ScriptedBackend, ask, open_client, serving
-from tests.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture
-def slow(tmp_path):
+def slow(tokenizer_directory):
     """One slot, a few milliseconds per token, an answer of some hundred tokens."""
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "word " * 300, slots=1)
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
     backend.before_call = lambda: time.sleep(0.005)
     with serving(backend, max_waiting=1) as served:
         yield served, open_client(served)
@@ -30,13 +29,17 @@ def wait_until(condition, seconds=20):
 
 
 def running(served):
-    return sum(slot.job is not None for slot in served.service.model.engine._slots)
+    return served.service.model.engine.occupied
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_slot(slow, stream):
     served, _ = slow
-    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1000, "stream": stream}
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 1000,
+        "stream": stream,
+    }
     address = ("127.0.0.1", served.port)
     with socket.create_connection(address) as connection:
         payload = json.dumps(body).encode()
@@ -57,7 +60,10 @@ def test_a_full_queue_answers_429_with_retry_after(slow):
     served, client = slow
     with ask(client, max_tokens=1000, stream=True):
         wait_until(lambda: running(served) == 1)
-        with ask(client, max_tokens=1000, stream=True), pytest.raises(openai.RateLimitError) as refused:
+        with (
+            ask(client, max_tokens=1000, stream=True),
+            pytest.raises(openai.RateLimitError) as refused,
+        ):
             ask(client)
         assert refused.value.response.headers["retry-after"] == "1"
 
@@ -78,8 +84,8 @@ def test_a_draining_server_finishes_what_runs_and_answers_503_to_the_rest(slow):
     drained.join()
 
 
-def test_a_request_past_its_deadline_is_504_or_an_error_in_the_stream(tmp_path):
-    backend = ScriptedBackend(write_tokenizer(tmp_path), lambda prompt: "word " * 300)
+def test_a_request_past_its_deadline_is_504_or_an_error_in_the_stream(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300)
     backend.before_call = lambda: time.sleep(0.01)
     with serving(backend, request_timeout=0.2) as served:
         client = open_client(served)

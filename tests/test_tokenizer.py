@@ -1,4 +1,6 @@
-"""The tokenizer of a checkpoint: its chat template, stop tokens and streaming, against the tokenizers library."""
+"""The tokenizer of a checkpoint: its chat template, stop tokens and streaming, against the
+tokenizers library.
+"""
 
 import json
 
@@ -8,8 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.sampling import GREEDY, SamplingOptions
-from neuron_minimax.generation.tokenizer import StreamDecoder, TextTokenizer, read_stop_tokens
+from neuron_minimax.families import FAMILIES
+from neuron_minimax.generation.chat_formats import CHAT_FORMATS
+from neuron_minimax.generation.reader import StreamDecoder
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
+from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
 from tests.tiny_tokenizer import write_tokenizer
 
 TEXTS = ["Hello, wörld! 12345", "雪 🙂‍↔️ \n\n tabs\t", "<think>\nreason\n</think>\n\nanswer"]
@@ -18,7 +23,9 @@ TEXTS = ["Hello, wörld! 12345", "雪 🙂‍↔️ \n\n tabs\t", "<think>\nreas
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    (directory / "config.json").write_text(json.dumps({"model_type": "minimax_m2", "eos_token_id": None}))
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "minimax_m2", "eos_token_id": None})
+    )
     return directory
 
 
@@ -63,6 +70,10 @@ def test_messages_that_the_template_refuses_are_an_error_with_its_words(tokenize
         tokenizer.render_chat([{"role": "user", "content": "a"}, {"role": "clown", "content": "b"}])
 
 
+def test_every_family_has_a_chat_format():
+    assert {family.chat_format for family in FAMILIES.values()} <= CHAT_FORMATS.keys()
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 375), max_size=40))
 def test_streamed_pieces_join_to_the_text_of_all_tokens(tokenizer, ids):
@@ -82,7 +93,9 @@ def test_no_half_character_is_ever_shown(tokenizer, text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
-    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    assert (
+        b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,9 @@ def test_the_bytes_of_the_tokens_join_to_the_bytes_of_the_text(tokenizer, text):
         ({"eos_token_id": [5, 999]}, {}, 7, 300, (5,)),
     ],
 )
-def test_stop_tokens_come_from_the_first_file_that_names_any(tmp_path, generation, config, fallback, size, stops):
+def test_stop_tokens_come_from_the_first_file_that_names_any(
+    tmp_path, generation, config, fallback, size, stops
+):
     for name, contents in (("generation_config.json", generation), ("config.json", config)):
         if contents is not None:
             (tmp_path / name).write_text(json.dumps(contents))
@@ -114,8 +129,8 @@ def test_without_any_eos_the_end_of_turn_stops_and_pads(tokenizer):
 @pytest.mark.parametrize(
     ("contents", "options"),
     [
-        (None, SamplingOptions(temperature=1.0, top_p=0.95, top_k=40)),
-        ({"temperature": 0.6, "top_k": 20}, SamplingOptions(temperature=0.6, top_p=0.95, top_k=20)),
+        (None, SamplingParams(temperature=1.0, top_p=0.95, top_k=40)),
+        ({"temperature": 0.6, "top_k": 20}, SamplingParams(temperature=0.6, top_p=0.95, top_k=20)),
         ({"do_sample": False, "temperature": 0.6}, GREEDY),
     ],
 )
@@ -131,9 +146,14 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     settings_path = tmp_path / "tokenizer_config.json"
     contents = json.loads(settings_path.read_text())
-    contents |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    contents |= {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     settings_path.write_text(json.dumps(contents))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}})
+    )
     with pytest.raises(GenerationError, match="cannot be loaded"):
         TextTokenizer.from_dir(tmp_path)
     assert not (tmp_path / "ran").exists()

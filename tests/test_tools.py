@@ -1,4 +1,6 @@
-"""The inspection tools: each is a parser and one call, writes its files, and exits with 1 on bad input."""
+"""The inspection tools: each is a parser and one call, writes its files, and exits with 1 on bad
+input.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -6,12 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from neuron_minimax.convert.run import convert
 from tests.faults import FAULTS
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 TOOLS = Path(__file__).parents[1] / "tools"
-NAMES = ("check_model_precision", "debug_get_state_dict", "explain_fp8_scales", "visualize_minimax_structure")
+NAMES = (
+    "check_model_precision",
+    "debug_get_state_dict",
+    "explain_fp8_scales",
+    "visualize_minimax_structure",
+)
 
 
 def tool(name):
@@ -62,7 +69,9 @@ def test_the_state_dict_walk_ends_in_a_verdict(checkpoint, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "FP8 scales converted: 56" in out
     assert out.endswith("Every stage is right.\n")
-    broken = next(fault for fault in FAULTS if fault.title == "an attention scale is missing").write(tmp_path / "b")
+    broken = next(
+        fault for fault in FAULTS if fault.title == "an attention scale is missing"
+    ).write(tmp_path / "b")
     assert tool("debug_get_state_dict").main([str(broken)]) == 1
     assert 'Stage "Shards" is wrong.' in capsys.readouterr().out
 
@@ -77,11 +86,23 @@ def test_the_state_dict_walk_compares_a_converted_directory(checkpoint, tmp_path
 
 @pytest.mark.parametrize("with_checkpoint", [True, False])
 def test_the_fp8_guide_is_written_in_three_forms(checkpoint, with_checkpoint, capsys):
-    arguments = [str(checkpoint), "--tensor", "model.layers.1.self_attn.o_proj.weight"] if with_checkpoint else []
+    arguments = (
+        [str(checkpoint), "--tensor", "model.layers.1.self_attn.o_proj.weight"]
+        if with_checkpoint
+        else []
+    )
     assert tool("explain_fp8_scales").main([*arguments, "--block", "1", "1"]) == 0
     out = capsys.readouterr().out
-    guide, page = Path("fp8_visual_guide.md").read_text(), Path("fp8_visual_guide.html").read_text()
-    for title in ("1. Codes", "2. The scale", "3. Dequantized", "4. The same bytes", "5. Halving", "6. What each way"):
+    guide = Path("fp8_visual_guide.md").read_text()
+    page = Path("fp8_visual_guide.html").read_text()
+    for title in (
+        "1. Codes",
+        "2. The scale",
+        "3. Dequantized",
+        "4. The same bytes",
+        "5. Halving",
+        "6. What each way",
+    ):
         assert title in out
         assert f"## {title}" in guide
         assert f"<h2>{title}" in page

@@ -1,4 +1,6 @@
-"""The demo's conversations: the split, the answers, the masks of what is learned, and the sources of rows."""
+"""The demo's conversations: the split, the answers, the masks of what is learned, and the sources
+of rows.
+"""
 
 import contextlib
 import io
@@ -9,12 +11,20 @@ from collections import Counter
 
 import pytest
 
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.training.data import KINDS, Conversation, demo_conversation, held_out, is_held_out
+from neuron_minimax.training.data import (
+    KINDS,
+    Conversation,
+    DemoSource,
+    JsonLines,
+    demo_conversation,
+    held_out,
+    is_held_out,
+)
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.questions import GENERATORS, Question
-from neuron_minimax.training.sources import DemoSource, JsonLines
-from neuron_minimax.training.tokenizer import DEMO, load_tokenizer
+from neuron_minimax.training.tokenizer import load_tokenizer
 from neuron_minimax.training.world import COUNTRIES
 
 TRAINED = 6000
@@ -40,12 +50,16 @@ def drawn(kind: str, count: int = 300) -> list[Question]:
 
 
 def test_no_key_of_a_training_conversation_is_held_out(trained: list[Conversation]) -> None:
-    greetings = {c.key for c in trained if c.kind == "small talk"}  # fixed phrases, never asked as a test
+    greetings = {
+        c.key for c in trained if c.kind == "small talk"
+    }  # fixed phrases, never asked as a test
     assert len(greetings) < 10
     assert not [key for c in trained for key in c.keys if is_held_out(key) and key not in greetings]
 
 
-def test_no_held_out_question_is_asked_in_training_in_the_same_words(trained: list[Conversation]) -> None:
+def test_no_held_out_question_is_asked_in_training_in_the_same_words(
+    trained: list[Conversation],
+) -> None:
     trained_texts = {text for conversation in trained for text in asked(conversation)}
     single = [c for c in held_out(500, 2026) if c.kind not in ("chat", "tool answer")]
     assert len(single) > 400
@@ -65,7 +79,9 @@ def test_no_held_out_follow_up_is_trained_after_the_same_turn(trained: list[Conv
 
 def test_no_sum_of_a_held_out_pair_is_trained_in_either_order(trained: list[Conversation]) -> None:
     def pairs(conversations: list[Conversation]) -> set[tuple[int, ...]]:
-        replies = [m["content"] for c in conversations for m in c.messages if m["role"] == "assistant"]
+        replies = [
+            m["content"] for c in conversations for m in c.messages if m["role"] == "assistant"
+        ]
         found = (re.fullmatch(r"(\d+) \+ (\d+) = \d+\.", reply) for reply in replies)
         return {tuple(sorted(map(int, match.groups()))) for match in found if match}
 
@@ -75,7 +91,9 @@ def test_no_sum_of_a_held_out_pair_is_trained_in_either_order(trained: list[Conv
 
 
 def test_a_focus_makes_half_of_the_conversations_of_its_kinds_and_none_of_them_held_out() -> None:
-    conversations = [demo_conversation(0, index, focus=("python", "tool answer")) for index in range(1000)]
+    conversations = [
+        demo_conversation(0, index, focus=("python", "tool answer")) for index in range(1000)
+    ]
     focused = [c for c in conversations if c.kind in ("python", "tool answer")]
     assert 470 < len(focused) < 600
     assert not any(is_held_out(key) for c in focused for key in c.keys)
@@ -130,16 +148,19 @@ def test_sorted_and_reversed_lists_are_right() -> None:
 
 
 def test_comparisons_are_right() -> None:
-    for question in drawn("compare"):
-        if "list" in question.text:
-            lists = [[int(n) for n in re.findall(r"\d", part)] for part in question.text.split(" or ")]
-            measure = max if "maximum" in question.text else len
-            winner = "first" if measure(lists[0]) > measure(lists[1]) else "second"
-            assert question.answer.startswith(f"The {winner} list")
-        else:
-            numbers = [int(n) for n in re.findall(r"\d+", question.text)]
-            best = max(numbers) if "larger" in question.text else min(numbers)
-            assert question.answer.startswith(f"{best} is ")
+    questions = drawn("compare")
+    of_lists = [question for question in questions if "list" in question.text]
+    of_numbers = [question for question in questions if "list" not in question.text]
+    assert min(len(of_lists), len(of_numbers)) > 50
+    for question in of_lists:
+        lists = [[int(n) for n in re.findall(r"\d", part)] for part in question.text.split(" or ")]
+        measure = max if "maximum" in question.text else len
+        winner = "first" if measure(lists[0]) > measure(lists[1]) else "second"
+        assert question.answer.startswith(f"The {winner} list")
+    for question in of_numbers:
+        numbers = [int(n) for n in re.findall(r"\d+", question.text)]
+        best = max(numbers) if "larger" in question.text else min(numbers)
+        assert question.answer.startswith(f"{best} is ")
 
 
 def test_letter_counts_are_right() -> None:
@@ -151,39 +172,48 @@ def test_letter_counts_are_right() -> None:
 
 
 def test_python_one_liners_run_and_print_what_was_asked() -> None:
+    checked = set()
     for question in drawn("python"):
         if "random" in question.answer:
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(question.answer)
-        output, task = printed.getvalue().strip(), question.key
+        output = printed.getvalue().strip()
+        task = question.key
         number = int((re.findall(r"\d+", task) or ["0"])[0])
         word = (re.findall(r"the word (\w+)", task) or [""])[0]
-        if "squares" in task:
-            assert output == str([x**2 for x in range(number)])
-        elif "the sum of" in task:
-            assert int(output) == number * (number - 1) // 2
-        elif "backwards" in task:
-            assert output == "".join(reversed(word))
-        elif "length" in task:
-            assert int(output) == len(word)
-        elif "capital letters" in task:
-            assert output.lower() == word
-            assert output.isupper()
-        else:
-            assert output
+        assert output
+        wanted = {
+            "squares": str([x**2 for x in range(number)]),
+            "the sum of": str(number * (number - 1) // 2),
+            "backwards": "".join(reversed(word)),
+            "length": str(len(word)),
+            "capital letters": word.upper(),
+        }
+        for phrase in [phrase for phrase in wanted if phrase in task]:
+            assert output == wanted[phrase]
+            checked.add(phrase)
+    assert checked == {"squares", "the sum of", "backwards", "length", "capital letters"}
 
 
 def test_tool_calls_name_an_offered_tool_with_arguments_of_its_schema() -> None:
     types = {"string": str, "integer": int}
-    for conversation in held_out(260, 5):
-        for call in conversation.reply.get("tool_calls", ()):
-            schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in conversation.tools}
+    conversations = [c for c in held_out(260, 5) if c.reply.get("tool_calls")]
+    assert len(conversations) == 20
+    for conversation in conversations:
+        for call in conversation.reply["tool_calls"]:
+            schemas = {
+                tool["function"]["name"]: tool["function"]["parameters"]
+                for tool in conversation.tools
+            }
             properties = schemas[call["function"]["name"]]["properties"]
             arguments = call["function"]["arguments"]
             assert list(arguments) == list(properties)
-            assert all(isinstance(value, types[properties[name]["type"]]) for name, value in arguments.items())
+            assert all(
+                isinstance(value, types[properties[name]["type"]])
+                for name, value in arguments.items()
+            )
             request = conversation.messages[0]["content"]
             assert all(str(value) in request for value in arguments.values())
 
@@ -192,10 +222,14 @@ def test_the_assistants_replies_and_nothing_else_are_learned(encoder: Encoder) -
     conversation = held_out(26, 3)[12]
     assert conversation.kind == "tool answer"
     example = encoder({"messages": conversation.messages, "tools": conversation.tools})
-    learned = [token for token, is_learned in zip(example.ids, example.learned, strict=True) if is_learned]
+    learned = [
+        token for token, is_learned in zip(example.ids, example.learned, strict=True) if is_learned
+    ]
     call, reply = (message for message in conversation.messages if message["role"] == "assistant")
     name, arguments = (call["tool_calls"][0]["function"][key] for key in ("name", "arguments"))
-    values = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments.items())
+    values = "".join(
+        f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments.items()
+    )
     assert encoder.tokenizer.decode(learned) == (
         f"{call['reasoning_content']}\n</think>\n\n"
         f'<minimax:tool_call>\n<invoke name="{name}">\n{values}</invoke>\n</minimax:tool_call>[e~['
@@ -207,7 +241,9 @@ def test_earlier_replies_without_reasoning_are_context_only(encoder: Encoder) ->
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     last = {"role": "assistant", "content": "Yes.", "reasoning_content": "agree"}
     example = encoder({"messages": [*turns, {"role": "user", "content": "Well?"}, last]})
-    learned = [token for token, is_learned in zip(example.ids, example.learned, strict=True) if is_learned]
+    learned = [
+        token for token, is_learned in zip(example.ids, example.learned, strict=True) if is_learned
+    ]
     assert encoder.tokenizer.decode(learned) == "agree\n</think>\n\nYes.[e~["
 
 
@@ -223,7 +259,9 @@ def test_micro_batches_hold_every_token_once_within_the_limit(encoder: Encoder) 
     examples = [encoder(DemoSource(1).row(index)) for index in range(40)] + [encoder({"text": ""})]
     batches = list(micro_batches(examples, 600))
     assert all(batch.ids_BT.numel() <= 600 or len(batch.ids_BT) == 1 for batch in batches)
-    rows = [row[real].tolist() for b in batches for row, real in zip(b.ids_BT, b.real_BT, strict=True)]
+    rows = [
+        row[real].tolist() for b in batches for row, real in zip(b.ids_BT, b.real_BT, strict=True)
+    ]
     assert sorted(rows) == sorted(example.ids for example in examples if example.ids)
     assert not any(bool((batch.learned_BT & ~batch.real_BT).any()) for batch in batches)
 
@@ -239,7 +277,8 @@ def test_json_lines_give_every_row_once_per_epoch_in_a_new_order(tmp_path) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{", "line 2 is not JSON"), ('{"prompt": "x"}', "line 2 has neither"), ("[]", "line 2 has")]
+    ("line", "message"),
+    [("{", "line 2 is not JSON"), ('{"prompt": "x"}', "line 2 has neither"), ("[]", "line 2 has")],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path, line: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"

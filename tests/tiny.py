@@ -1,4 +1,6 @@
-"""Tiny MiniMax-M2 checkpoints in the published format, made on the spot: random weights of trained size."""
+"""Tiny MiniMax-M2 checkpoints in the published format, made on the spot: random weights of trained
+size.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8, schema
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.writer import write_checkpoint
 from neuron_minimax.config import ModelConfig
 
@@ -54,14 +57,21 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def tiny_tensors(config: ModelConfig, seed: int = 0, dense: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, dtype, stored array) of every tensor; `dense`: the same weights dequantized to float32."""
+def tiny_tensors(
+    config: ModelConfig, seed: int = 0, dense: bool = False
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name, dtype, stored array) of every tensor; `dense`: the same weights dequantized to
+    float32.
+    """
     generator = np.random.default_rng(seed)
     for wanted in schema.expected(config):
         if wanted.is_scale:
             continue
-        shape, kind = wanted.shape, wanted.weight.kind
-        if kind == "e_score_correction_bias":  # of the size and spread that published checkpoints have
+        shape = wanted.shape
+        kind = wanted.weight.kind
+        if (
+            kind == "e_score_correction_bias"
+        ):  # of the size and spread that published checkpoints have
             values = 7.0 + generator.normal(0, 0.5, shape)
         elif wanted.weight.module_group == "norm":
             values = 1.0 + 0.1 * generator.normal(size=shape)
@@ -84,8 +94,12 @@ def tiny_tensors(config: ModelConfig, seed: int = 0, dense: bool = False) -> Ite
             yield wanted.name, "BF16", bfloat16(values)
 
 
-def write_tiny(directory: Path, seed: int = 0, shards: int = 1, dense: bool = False, **overrides: Any) -> Path:
-    """Write a tiny checkpoint; `dense` writes the float32 twin (no quantization_config) for use as an oracle."""
+def write_tiny(
+    directory: Path, seed: int = 0, shards: int = 1, dense: bool = False, **overrides: Any
+) -> Path:
+    """Write a tiny checkpoint; `dense` writes the float32 twin (no quantization_config) for use as
+    an oracle.
+    """
     raw = tiny_config(**overrides)
     config = ModelConfig.from_dict(raw)
     if dense:

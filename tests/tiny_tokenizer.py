@@ -1,4 +1,6 @@
-"""A small byte-level tokenizer with MiniMax's special tokens and chat format, made on the spot for tests."""
+"""A small byte-level tokenizer with MiniMax's special tokens and chat format, made on the spot for
+tests.
+"""
 
 import json
 from pathlib import Path
@@ -9,10 +11,13 @@ CONTROL = ["]!p~[", "]!d~[", "]~b]", "[e~[", "]~!b["]
 MARKERS = ["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"]
 CORPUS = [
     "The weather in Paris is sunny, and the weather in Oslo is not.",
-    'You may call one or more tools. <invoke name="get_weather"> <parameter name="city">Paris</parameter> </invoke>',
-    '{"type": "function", "name": "add", "parameters": {"a": 1, "b": 2}} one two three four five six seven',
+    'You may call one or more tools. <invoke name="get_weather"> <parameter '
+    'name="city">Paris</parameter> </invoke>',
+    '{"type": "function", "name": "add", "parameters": {"a": 1, "b": 2}} one two three four five '
+    "six seven",
 ]
-# MiniMax-M2's way of splitting words before the byte-pair merges: digits in groups of three, letters, punctuation.
+# MiniMax-M2's way of splitting words before the byte-pair merges: digits in groups of three,
+# letters, punctuation.
 SPLIT = r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = """\
 {%- macro text(content) -%}
@@ -20,9 +25,11 @@ TEMPLATE = """\
 {%- for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif -%}
 {%- endmacro -%}
 {%- set first_is_system = messages[0].role == 'system' -%}
-{{- ']~!b[]~b]system\\n' ~ (text(messages[0].content) if first_is_system else 'You are a helpful assistant.') -}}
+{{- ']~!b[]~b]system\\n' -}}
+{{- text(messages[0].content) if first_is_system else 'You are a helpful assistant.' -}}
 {%- if tools -%}
-{{- '\\n\\n# Tools\\nYou may call one or more tools. Here are the tools in JSONSchema format:\\n\\n<tools>\\n' -}}
+{{- '\\n\\n# Tools\\nYou may call one or more tools. ' -}}
+{{- 'Here are the tools in JSONSchema format:\\n\\n<tools>\\n' -}}
 {%- for tool in tools %}{{ '<tool>' ~ (tool.function | tojson) ~ '</tool>\\n' }}{% endfor -%}
 {{- '</tools>' -}}
 {%- endif -%}
@@ -62,7 +69,9 @@ TEMPLATE = """\
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 384) -> Path:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; it has at most `vocab_size` tokens."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; it has at most
+    `vocab_size` tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,11 +86,18 @@ def write_tokenizer(directory: Path, vocab_size: int = 384) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "]~!b[", "eos_token": "[e~[", "model_max_length": 4096}
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "]~!b[",
+        "eos_token": "[e~[",
+        "model_max_length": 4096,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     return directory

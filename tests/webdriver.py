@@ -1,4 +1,6 @@
-"""A few lines of the W3C WebDriver protocol: enough to drive headless Chromium through chromedriver."""
+"""A few lines of the W3C WebDriver protocol: enough to drive headless Chromium through
+chromedriver.
+"""
 
 import shutil
 import socket
@@ -10,7 +12,8 @@ from typing import Any
 
 import httpx
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004", "Shift": "\ue008", "Space": " "}
 
@@ -19,10 +22,17 @@ class Browser:
     """One browser session."""
 
     def __init__(self, driver_url: str, width: int, height: int) -> None:
-        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"]
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            f"--window-size={width},{height}",
+        ]
         options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": arguments}}
         self._http = httpx.Client(base_url=driver_url, timeout=60)
-        made = self._http.post("/session", json={"capabilities": {"alwaysMatch": options}}).json()["value"]
+        made = self._http.post("/session", json={"capabilities": {"alwaysMatch": options}}).json()[
+            "value"
+        ]
         self._session = f"/session/{made['sessionId']}"
 
     def _call(self, path: str, **body: Any) -> Any:
@@ -62,7 +72,9 @@ class Browser:
         """Wait until the JavaScript expression is true, and return it."""
         end = time.monotonic() + seconds
         while not (value := self.run(f"return {condition}")):
-            assert time.monotonic() < end, f"never true: {condition}\n{self.run('return document.body.innerText')}"
+            assert time.monotonic() < end, (
+                f"never true: {condition}\n{self.run('return document.body.innerText')}"
+            )
             time.sleep(0.02)
         return value
 
@@ -76,8 +88,11 @@ def chromium() -> Iterator[Callable[[int, int], Browser]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url, browsers = f"http://127.0.0.1:{port}", []
+    driver = subprocess.Popen(
+        [str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    browsers = []
 
     def open_browser(width: int = 1000, height: int = 800) -> Browser:
         browsers.append(Browser(url, width, height))

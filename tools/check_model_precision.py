@@ -1,4 +1,6 @@
-"""Write the precision report of a checkpoint to a file and print it: `neuron-minimax inspect` with a default file."""
+"""Print the precision report of a checkpoint and write it to a file: `neuron-minimax inspect` with
+a default file.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ DEFAULT_OUTPUT = "model_precision_report.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Takes the arguments of `neuron-minimax inspect`; exits as it does."""
+    """Take the arguments of `neuron-minimax inspect` and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.partition("=")[0] == "--output" for argument in arguments):
         arguments += ["--output", DEFAULT_OUTPUT]

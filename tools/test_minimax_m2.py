@@ -1,29 +1,38 @@
 """Run prompts through a MiniMax-M2 checkpoint on the CPU and analyse which experts fire."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from neuron_minimax.cli.bars import token_bar
-from neuron_minimax.errors import NeuronMiniMaxError
-from neuron_minimax.experts.command import DEMO, analyse_checkpoint
+import neuron_minimax as nm
+from neuron_minimax.cli.app import exit_code, token_bar
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="checkpoint directory (default: the demo model)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=nm.DEMO,
+        help="checkpoint directory (default: the demo model)",
+    )
     parser.add_argument("--prompt", nargs="+", default=["Who are you?"], metavar="TEXT_OR_FILE")
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--no_sample", action="store_true", help="greedy")
-    parser.add_argument("--cache_dir", type=Path, help="dequantized cache; used when it is there and good")
+    parser.add_argument(
+        "--cache_dir", type=Path, help="dequantized cache; used when it is there and good"
+    )
     parser.add_argument("--dump_cache", action="store_true", help="build the cache first")
     parser.add_argument("--dump_only", action="store_true", help="build the cache and exit")
     parser.add_argument("--output_dir", type=Path, default=Path("experts"))
-    parser.add_argument("--disable_structured_output", action="store_true", help="plots and report only")
+    parser.add_argument(
+        "--disable_structured_output", action="store_true", help="plots and report only"
+    )
     parser.add_argument("--output_format", choices=("json", "jsonl", "parquet"), default="json")
-    parser.add_argument("--enable_expert_similarity", action="store_true", help="compare expert weights")
+    parser.add_argument(
+        "--enable_expert_similarity", action="store_true", help="compare expert weights"
+    )
     parser.add_argument("--n_jobs", type=int, help="threads for the similarity")
     arguments = parser.parse_args(argv)
     if (arguments.dump_cache or arguments.dump_only) and arguments.cache_dir is None:
@@ -31,16 +40,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def request_of(arguments: argparse.Namespace) -> "nm.ExpertsRequest":
+    return nm.ExpertsRequest(
+        output=arguments.output_dir,
+        prompts=arguments.prompt,
+        max_new_tokens=arguments.max_tokens,
+        sampling={
+            "temperature": 0.0 if arguments.no_sample else arguments.temperature,
+            "top_p": arguments.top_p,
+        },
+        options=nm.ReportOptions(
+            structured=not arguments.disable_structured_output,
+            record_format=arguments.output_format,
+            expert_similarity=arguments.enable_expert_similarity,
+            jobs=arguments.n_jobs,
+        ),
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
+
+    def run() -> int:
         with token_bar() as progress:
-            lines = analyse_checkpoint(**vars(arguments), progress=progress)
-    except NeuronMiniMaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
-    return 0
+            lines = nm.analyse_checkpoint(
+                request_of(arguments),
+                arguments.checkpoint,
+                progress,
+                cache_dir=arguments.cache_dir,
+                dump_cache=arguments.dump_cache,
+                dump_only=arguments.dump_only,
+            )
+        print("\n".join(lines))
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,54 @@
-"""What generation and serving see of a compiled model: fixed batch slots, each with its own key/value cache."""
+"""The interface of a compiled model: fixed batch slots, each with its own key/value cache."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
 
+if TYPE_CHECKING:
+    import torch
+
+
+def check_buckets(buckets: tuple[int, ...], seq_len: int) -> None:
+    """Raise BackendError unless context-encoding lengths ascend from 1 to `seq_len` at most."""
+    ascending = tuple(sorted(set(buckets)))
+    if not buckets or buckets != ascending or buckets[0] < 1 or buckets[-1] > seq_len:
+        raise BackendError(
+            f"buckets {list(buckets)}: expected ascending lengths from 1 to seq_len {seq_len}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What one compiled model can do. Lengths are token counts."""
+    """The limits and abilities of one compiled model; lengths in tokens.
 
-    slots: int  # sequences that can be alive at the same time
-    seq_len: int  # positions per slot, prompt and answer together
-    buckets: tuple[int, ...]  # context-encoding lengths, ascending; a prompt is padded to the smallest that holds it
+    slots                 sequences that can be alive at the same time
+    seq_len               positions per slot, prompt and answer together
+    buckets               context-encoding lengths, ascending; a prompt is padded to the smallest
+                          that holds it
+    chunked_encoding      encode may continue a slot (start > 0), and prompts longer than the last
+                          bucket are split
+    all_position_logits   encode(all_positions=True) is allowed
+    """
+
+    slots: int
+    seq_len: int
+    buckets: tuple[int, ...]
     vocab_size: int
-    chunked_encoding: bool  # encode may continue a slot (start > 0), and prompts longer than the last bucket are split
-    all_position_logits: bool  # encode(all_positions=True) is allowed
+    chunked_encoding: bool
+    all_position_logits: bool
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.seq_len < 1 or not self.buckets or self.buckets != tuple(sorted(set(self.buckets))):
+        if self.slots < 1 or self.seq_len < 1:
             raise BackendError(
-                f"slots {self.slots}, seq_len {self.seq_len}, buckets {self.buckets} cannot be compiled; "
-                "expected positive sizes and ascending buckets"
+                f"slots {self.slots}, seq_len {self.seq_len} cannot be compiled; expected positive "
+                "sizes"
             )
-        if self.buckets[0] < 1 or self.buckets[-1] > self.seq_len:
-            raise BackendError(f"buckets {self.buckets} must lie between 1 and seq_len {self.seq_len}")
+        check_buckets(self.buckets, self.seq_len)
 
     @property
     def longest_prompt(self) -> int:
@@ -44,19 +63,24 @@ class Capabilities:
 class Backend(ABC):
     """A loaded model with `capabilities.slots` independent sequences.
 
-    A slot's cache belongs to the caller: `encode(slot, ids, 0)` starts a sequence and overwrites what was there;
-    `step` appends one token to every active slot. All logits are float32 on the CPU. One thread at a time.
+    A slot's cache belongs to the caller: `encode(slot, ids, 0)` starts a sequence and overwrites
+    what was there; `step` appends one token to every active slot. All logits are float32 on the
+    CPU. One thread at a time. `model_directory` holds config.json, generation_config.json and the
+    tokenizer files of the compiled model.
     """
 
     config: ModelConfig
     capabilities: Capabilities
-    model_directory: Path  # config.json, generation_config.json and tokenizer files of the compiled model
+    model_directory: Path
 
-    def encode(self, slot: int, ids: Sequence[int], start: int = 0, *, all_positions: bool = False) -> torch.Tensor:
+    def encode(
+        self, slot: int, ids: Sequence[int], start: int = 0, *, all_positions: bool = False
+    ) -> "torch.Tensor":
         """Run tokens `ids` of one slot at positions start, start + 1, ...
 
-        Returns the logits [V] of the last position, or [T,V] with `all_positions`. With `start > 0` the slot must
-        already hold `start` tokens. Raises BackendError when the slot, a token or a length is out of range.
+        Returns the logits [V] of the last position, or [T,V] with `all_positions`. With `start > 0`
+        the slot must already hold `start` tokens. Raises BackendError when the slot, a token or a
+        length is out of range.
         """
         can = self.capabilities
         self._check_slot(slot)
@@ -67,29 +91,46 @@ class Backend(ABC):
         largest = can.buckets[-1]
         chunks = [tokens[offset : offset + largest] for offset in range(0, len(tokens), largest)]
         logits = [
-            self._encode(slot, chunk, start + number * largest, all_positions) for number, chunk in enumerate(chunks)
+            self._encode(slot, chunk, start + number * largest, all_positions)
+            for number, chunk in enumerate(chunks)
         ]
-        return torch.cat(logits) if all_positions else logits[-1]
+        if not all_positions:
+            return logits[-1]
+        import torch  # here, so that options are checked without it
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """Append one token to each active slot: `tokens` [S] int64, `positions` [S] int64 (the number of tokens the
-        slot already holds), `active` [S] bool. Returns logits [S,V]; rows of inactive slots mean nothing, and their
-        caches are left as they are. Raises BackendError when a shape, token or position is out of range.
+        return torch.cat(logits)
+
+    def step(
+        self, tokens: "torch.Tensor", positions: "torch.Tensor", active: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """Append one token to each active slot: `tokens` [S] int64, `positions` [S] int64 (the
+        number of tokens the slot already holds), `active` [S] bool. Returns logits [S,V]; rows of
+        inactive slots mean nothing, and their caches are left as they are. Raises BackendError when
+        a shape, token or position is out of range.
         """
         can = self.capabilities
         for name, values in (("tokens", tokens), ("positions", positions), ("active", active)):
             if values.shape != (can.slots,):
-                raise BackendError(f"step: {name} has shape {list(values.shape)}; expected [{can.slots}], one per slot")
+                raise BackendError(
+                    f"step: {name} has shape {list(values.shape)}; expected [{can.slots}], one per "
+                    "slot"
+                )
         used = active.tolist()
-        limits = (("token", tokens, can.vocab_size, "vocab_size"), ("position", positions, can.seq_len, "seq_len"))
+        limits = (
+            ("token", tokens, can.vocab_size, "vocab_size"),
+            ("position", positions, can.seq_len, "seq_len"),
+        )
         for name, values, limit, limit_name in limits:
             for slot, value in enumerate(values.tolist()):
                 if used[slot] and not 0 <= value < limit:
                     raise BackendError(
-                        f"step: slot {slot} has {name} {value}; expected 0 to {limit - 1} ({limit_name})"
+                        f"step: slot {slot} has {name} {value}; expected 0 to {limit - 1} "
+                        f"({limit_name})"
                     )
-        if not all(used):  # compiled graphs check no index: what an inactive slot is given must not reach them
-            tokens, positions = torch.where(active, tokens, 0), torch.where(active, positions, 0)
+        if not all(used):
+            # Compiled graphs check no index: what an inactive slot is given must not reach them.
+            tokens = tokens.masked_fill(~active, 0)
+            positions = positions.masked_fill(~active, 0)
         return self._step(tokens, positions, active)
 
     @abstractmethod
@@ -97,17 +138,20 @@ class Backend(ABC):
         """Forget what the slot holds."""
 
     @abstractmethod
-    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> "torch.Tensor":
         """`encode` for checked arguments and at most the last bucket's number of tokens."""
 
     @abstractmethod
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: "torch.Tensor", positions: "torch.Tensor", active: "torch.Tensor"
+    ) -> "torch.Tensor":
         """`step` for checked arguments; inactive slots have token and position 0."""
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.capabilities.slots:
             raise BackendError(
-                f"slot {slot} does not exist; this model was compiled for {self.capabilities.slots} slots"
+                f"slot {slot} does not exist; this model was compiled for "
+                f"{self.capabilities.slots} slots"
             )
 
     def _check_prompt(self, ids: list[int], start: int) -> None:
@@ -115,17 +159,23 @@ class Backend(ABC):
         if not ids:
             raise BackendError("the prompt is empty; expected at least one token")
         if start < 0 or (start > 0 and not can.chunked_encoding):
-            raise BackendError(f"encode starts at position {start}, but this compiled model starts prompts at 0 only")
+            raise BackendError(
+                f"encode starts at position {start}, but this compiled model starts prompts at 0 "
+                "only"
+            )
         if start + len(ids) > can.seq_len:
             raise BackendError(
-                f"the prompt ends at position {start + len(ids)}, but the model is compiled for seq_len {can.seq_len}; "
-                "shorten it or compile with a larger --seq-len"
+                f"the prompt ends at position {start + len(ids)}, but the model is compiled for "
+                f"seq_len {can.seq_len}; shorten it or compile with a larger --seq-len"
             )
         if len(ids) > can.longest_prompt:
             raise BackendError(
-                f"the prompt has {len(ids)} tokens, but the largest bucket is {can.buckets[-1]} and this model cannot "
-                "encode in chunks; shorten it or compile with a larger bucket"
+                f"the prompt has {len(ids)} tokens, but the largest bucket is {can.buckets[-1]} "
+                "and this model cannot encode in chunks; shorten it or compile with a larger bucket"
             )
         for token in ids:
             if not 0 <= token < can.vocab_size:
-                raise BackendError(f"token {token} is outside of the vocabulary; expected 0 to {can.vocab_size - 1}")
+                raise BackendError(
+                    f"token {token} is outside of the vocabulary; expected 0 to "
+                    f"{can.vocab_size - 1}"
+                )

@@ -1,1 +1,3 @@
-"""Checkpoints on disk: the table of weights, headers, FP8 bytes, reports, and streaming new ones."""
+"""Checkpoints on disk: the table of weights, headers, FP8 bytes, reports, and streaming new
+ones.
+"""

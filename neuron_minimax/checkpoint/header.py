@@ -1,7 +1,8 @@
-"""One safetensors file's header, checked against the file's length without reading its data.
+"""One safetensors file's header, checked against the file's length without reading its data, and
+what it says of a tensor.
 
-The format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data
-(https://github.com/huggingface/safetensors#format).
+The format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}},
+then the data (https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,20 +51,63 @@ TORCH_DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: dtype as safetensors spells it, shape, shard file name, absolute byte range in it."""
+# Decimal units, as disks and the model card count.
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+
+
+def size_text(nbytes: int, digits: int = 1, unit: str = "") -> str:
+    """Bytes in a unit, or else in the largest that gives one or more."""
+    unit = unit or next((name for name, size in UNITS.items() if nbytes >= size), "B")
+    return f"{nbytes / UNITS[unit]:,.{digits}f} {unit}" if unit in UNITS else f"{nbytes} B"
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's name, its dtype as safetensors spells it, and its shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    shard: str
-    start: int
-    end: int
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+    @property
+    def form(self) -> str:
+        """Dtype and shape as reports and messages show them."""
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class HasSpec:
+    """Read access to the fields of the `spec` that a class embeds."""
+
+    spec: TensorSpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+
+@dataclass(frozen=True)
+class TensorEntry(HasSpec):
+    """A stored tensor's place: its shard's file name, and the absolute byte range in it."""
+
+    spec: TensorSpec
+    shard: str
+    start: int
+    end: int
 
 
 def read_header(path: Path) -> Iterator[TensorEntry]:
@@ -77,30 +121,45 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise CheckpointError(
-                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is empty, truncated or no "
-                    "safetensors file: download it again"
+                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is "
+                    "empty, truncated or no safetensors file: download it again"
                 )
             header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, though the index lists it; download it") from None
+        raise CheckpointError(
+            f"{path} is missing, though the index lists it; download it"
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path} has a header that is not JSON ({error}); download it again") from None
+        raise CheckpointError(
+            f"{path} has a header that is not JSON ({error}); download it again"
+        ) from None
     header.pop("__metadata__", None)
-    position = base = 8 + length
+    base = 8 + length
+    position = base
     try:
         ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         for name, fields in ordered:
-            yield (entry := _entry(path, name, fields, base))
+            entry = _entry(path, name, fields, base)
+            yield entry
             if entry.start != position:
-                what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-                raise CheckpointError(f"{path}: {name} {what} (starts at {entry.start}, expected {position})")
+                what = (
+                    "overlaps the tensor before it"
+                    if entry.start < position
+                    else "leaves a gap before it"
+                )
+                raise CheckpointError(
+                    f"{path}: {name} {what} (starts at {entry.start}, expected {position})"
+                )
             position = entry.end
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed header entry ({error!r}); download it again") from None
+        raise CheckpointError(
+            f"{path} has a malformed header entry ({error!r}); download it again"
+        ) from None
     if position != size:
         state = "truncated" if size < position else "longer than its tensors"
         raise CheckpointError(
-            f"{path} is {state}: its header describes {position} bytes, the file has {size}; download it again"
+            f"{path} is {state}: its header describes {position} bytes, the file has {size}; "
+            "download it again"
         )
 
 
@@ -113,12 +172,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, fields: Mapping[str, Any], base: int) -> TensorEntry:
-    dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    dtype = fields["dtype"]
+    shape = tuple(fields["shape"])
+    (begin, end) = fields["data_offsets"]
     if dtype not in STORED_DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}")
-    needed = prod(shape) * STORED_DTYPES[dtype].itemsize
+        raise CheckpointError(
+            f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}"
+        )
+    spec = TensorSpec(name, dtype, shape)
+    needed = spec.nbytes
     if begin < 0 or min(shape, default=0) < 0 or end - begin != needed:
         raise CheckpointError(
-            f"{path}: {name} is {dtype} {list(shape)}, {needed} bytes, but its header gives it {end - begin} bytes"
+            f"{path}: {name} is {spec.form}, {needed} bytes, but its header gives it "
+            f"{end - begin} bytes"
         )
-    return TensorEntry(name, dtype, shape, path.name, base + begin, base + end)
+    return TensorEntry(spec, path.name, base + begin, base + end)

@@ -1,7 +1,8 @@
-"""Output directories that resume: locked, journaled shard by shard, and whole only when their manifest is there.
+"""Output directories that resume: locked, journaled shard by shard, and whole only when their
+manifest is there.
 
-A directory under construction holds `.unfinished/` with the identity of the run and one journal per finished shard;
-the manifest appears last, so a directory with a manifest is whole.
+A directory under construction holds `.unfinished/` with the identity of the run and one journal per
+finished shard; the manifest appears last, so a directory with a manifest is whole.
 """
 
 import fcntl
@@ -12,37 +13,54 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.page_cache import Trail
-from neuron_minimax.checkpoint.parallel import in_processes
+from neuron_minimax import __version__
+from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
-from neuron_minimax.checkpoint.records import TensorRecord, damaged_tensors, read_records, records_as_json
-from neuron_minimax.checkpoint.stream import ShardStream, StreamedShard
-from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, sync_directory, write_index, write_json
+from neuron_minimax.checkpoint.records import (
+    TensorRecord,
+    damaged_tensors,
+    read_records,
+    records_as_json,
+)
+from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
+from neuron_minimax.checkpoint.writer import (
+    PARTIAL_SUFFIX,
+    ShardStream,
+    StreamedShard,
+    sync_directory,
+    write_index,
+    write_json,
+)
 from neuron_minimax.errors import ConversionError
 
 UNFINISHED = ".unfinished"
-LOCK_ATTEMPTS, LOCK_PAUSE = 20, 0.05  # and seconds
+# Who wrote an output is recorded, never compared. Earlier versions had it in the identity.
+MADE_BY = "made_by"
+# and seconds
+LOCK_ATTEMPTS = 20
+LOCK_PAUSE = 0.05
 
 
 class OutputDirectory:
     """A directory that is being filled by one run, or was finished by an earlier one.
 
-    `identity` says what would be made (source fingerprint and options). Used as a context manager it holds a lock:
-    a second run is refused. Raises ConversionError when the directory holds another output, unless `overwrite`.
+    `identity` says what would be made: source fingerprint, options and format version. Used as a
+    context manager it holds a lock: a second run is refused. Raises ConversionError when the
+    directory holds another output, unless `overwrite`.
     """
 
-    def __init__(self, path: Path, manifest_name: str, identity: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, manifest_name: str, identity: Mapping[str, Any], overwrite: bool = False
+    ) -> None:
         self.path = path
         self.manifest_path = path / manifest_name
-        self.identity = json.loads(json.dumps(identity))  # as it reads back from a file
+        self.identity = comparable(json.loads(json.dumps(identity)))  # as it reads back from a file
         self.overwrite = overwrite
         self.unfinished = path / UNFINISHED
         self.reused_shards = 0
@@ -52,7 +70,9 @@ class OutputDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ConversionError(f"{self.path} cannot be used ({error.strerror}); choose another directory") from None
+            raise ConversionError(
+                f"{self.path} cannot be used ({error.strerror}); choose another directory"
+            ) from None
         try:
             self._lock()
             self._claim()
@@ -62,22 +82,29 @@ class OutputDirectory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         os.close(self._descriptor)  # releases the lock
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run has made exactly this output."""
+        """True when an earlier run has made exactly this output."""
         return self.manifest_path.exists()
 
     def write_shards(
-        self, shards: Sequence[StreamedShard], source: TensorDirectory, progress: Callable[[int], None]
+        self,
+        shards: Sequence[StreamedShard],
+        source: TensorDirectory,
+        progress: Callable[[int], None],
     ) -> dict[str, TensorRecord]:
-        """Write the shards that are not there yet, after re-reading those that are; `progress` gets bytes done.
+        """Write the shards that are not there yet, after re-reading those that are; `progress` gets
+        bytes done.
 
-        Raises ConversionError before the first byte when the disk is too small; a CheckpointError from a piece stops
-        the run and leaves finished shards for the next one.
+        Raises ConversionError before the first byte when the disk is too small; a CheckpointError
+        from a piece stops the run and leaves finished shards for the next one.
         """
         records: dict[str, TensorRecord] = {}
         missing = []
@@ -95,33 +122,54 @@ class OutputDirectory:
         return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
 
     def finish(
-        self, config: Mapping[str, Any], records: Mapping[str, TensorRecord], manifest: Mapping[str, Any]
+        self,
+        config: Mapping[str, Any],
+        records: Mapping[str, TensorRecord],
+        manifest: Mapping[str, Any],
     ) -> None:
-        """Write index and config, then the manifest, whose presence says that the directory is whole."""
-        sizes = (prod(record.shape) * STORED_DTYPES[record.dtype].itemsize for record in records.values())
+        """Write index and config, then the manifest, whose presence says that the directory is
+        whole.
+        """
         if len({record.shard for record in records.values()}) > 1:
-            write_index(self.path, {name: record.shard for name, record in records.items()}, sum(sizes))
+            weight_map = {name: record.shard for name, record in records.items()}
+            write_index(self.path, weight_map, sum(record.nbytes for record in records.values()))
         write_json(self.path / "config.json", dict(config))
-        write_json(self.manifest_path, {"identity": self.identity, **manifest, "tensors": records_as_json(records)})
+        write_json(
+            self.manifest_path,
+            {
+                "identity": self.identity,
+                MADE_BY: f"neuron-minimax {__version__}",
+                **manifest,
+                "tensors": records_as_json(records),
+            },
+        )
         shutil.rmtree(self.unfinished)
         sync_directory(self.path)
 
     def _lock(self) -> None:
-        """Hold the directory; processes of a killed run may do so until their last piece, which is waited for."""
+        """Hold the directory; processes of a killed run may do so until their last piece, which is
+        waited for.
+        """
         for _ in range(LOCK_ATTEMPTS):
             try:
                 return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 time.sleep(LOCK_PAUSE)
-        raise ConversionError(f"{self.path} is being written by another run; wait for it or stop it")
+        raise ConversionError(
+            f"{self.path} is being written by another run; wait for it or stop it"
+        )
 
     def _claim(self) -> None:
         stale = self._stale_reason()
         if stale and not self.overwrite:
-            raise ConversionError(f"{self.path} {stale}; choose another directory, or pass --overwrite to replace it")
+            raise ConversionError(
+                f"{self.path} {stale}; choose another directory, or pass --overwrite to replace it"
+            )
         if stale:
             self._clear()
-        if not self.finished:
+        if self.finished:  # of a run that ended between its manifest and its last line
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        else:
             self.unfinished.mkdir(exist_ok=True)
             write_json(self.unfinished / "identity.json", self.identity)
 
@@ -130,17 +178,23 @@ class OutputDirectory:
             if path.exists():
                 try:
                     found = json.loads(path.read_text(encoding="utf-8"))
-                    found = found["identity"] if path == self.manifest_path else found
-                except (ValueError, KeyError, TypeError):
+                    found = comparable(found["identity"] if path == self.manifest_path else found)
+                except (ValueError, KeyError, TypeError, AttributeError):
                     return f"holds a {path.name} that cannot be read"
-                changed = sorted(key for key in self.identity | found if self.identity.get(key) != found.get(key))
+                changed = sorted(
+                    key for key in self.identity | found if self.identity.get(key) != found.get(key)
+                )
                 state = "finished" if path == self.manifest_path else "unfinished"
-                return f"holds the {state} output of another run (differs in {', '.join(changed)})" if changed else None
+                return (
+                    f"holds the {state} output of another run (differs in {', '.join(changed)})"
+                    if changed
+                    else None
+                )
         others = [path for path in self.path.iterdir() if path != self.unfinished]
         if others:
             raise ConversionError(
-                f"{self.path} is not empty (it holds {others[0].name}) and was not made by this command; "
-                "choose a new or empty directory"
+                f"{self.path} is not empty (it holds {others[0].name}) and was not made by this "
+                "command; choose a new or empty directory"
             )
         return None
 
@@ -156,8 +210,9 @@ class OutputDirectory:
         needed += needed // 100 + (16 << 20)  # headers, journals, the file system's own share
         if free < needed:
             raise ConversionError(
-                f"{self.path} needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
-                "nothing was written: free some space or choose another disk"
+                f"{self.path} needs {size_text(needed, 2, 'GB')} more and its disk has "
+                f"{size_text(free, 2, 'GB')} free; nothing was written: free some space or choose "
+                "another disk"
             )
 
     def _trusted(self, shard: StreamedShard) -> dict[str, TensorRecord] | None:
@@ -169,17 +224,22 @@ class OutputDirectory:
             records = read_records(json.loads(journal.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError):
             return None
-        good = not damaged_tensors(self.path, records, shard.name)
-        return records if good and set(records) == {tensor.name for tensor in shard.tensors} else None
+        if set(records) != {tensor.name for tensor in shard.tensors}:
+            return None
+        stored = TensorDirectory(self.path, shards=[shard.name])
+        return None if damaged_tensors(stored, records) else records
 
     def _write(
-        self, shards: Sequence[StreamedShard], source: TensorDirectory, progress: Callable[[int], None]
+        self,
+        shards: Sequence[StreamedShard],
+        source: TensorDirectory,
+        progress: Callable[[int], None],
     ) -> dict[str, TensorRecord]:
         for path in self.path.glob("*" + PARTIAL_SUFFIX):
             path.unlink()
         nbytes = sum(shard.nbytes for shard in shards)
-        trail = Trail((source,), max(nbytes, source.nbytes))
-        streams = [ShardStream(shard, self.path, trail) for shard in shards]
+        dropper = PageDropper((source,), max(nbytes, source.nbytes))
+        streams = [ShardStream(shard, self.path, dropper) for shard in shards]
         memory = np.empty(max(stream.largest_piece for stream in streams), np.uint8)
         tasks = [task for stream in streams for task in stream.tasks(memory)]
         records: dict[str, TensorRecord] = {}
@@ -189,17 +249,17 @@ class OutputDirectory:
                 with self._named_disk_errors(stream):
                     found = stream.collect(results, syncer, progress)
                 records |= found
-                if finishing is not None:  # one shard is synced while the next is computed, not more
+                if finishing is not None:  # one shard is synced while the next is computed
                     finishing.result()
                 finishing = syncer.submit(self._finish_shard, stream, found)
             if finishing is not None:
                 finishing.result()
-        trail.finish()
+        dropper.finish()
         return records
 
     def _finish_shard(self, stream: ShardStream, records: Mapping[str, TensorRecord]) -> None:
         with self._named_disk_errors(stream):
-            stream.writer.finish(stream.trail.drops)
+            stream.writer.finish(stream.dropper.drops)
             write_json(self.unfinished / f"{stream.shard.name}.json", records_as_json(records))
 
     @contextmanager
@@ -208,13 +268,20 @@ class OutputDirectory:
             yield
         except OSError as error:
             raise ConversionError(
-                f"{stream.writer.path} cannot be written ({error.strerror}); finished shards are kept: "
-                "mend it and run again"
+                f"{stream.writer.path} cannot be written ({error.strerror}); finished shards are "
+                "kept: mend it and run again"
             ) from None
 
 
+def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an identity that decide whether two outputs are the same."""
+    return {name: value for name, value in identity.items() if name != MADE_BY}
+
+
 def reopen(output: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:
-    """Turn a finished directory back into an unfinished one, so that the next write redoes only its damaged shards."""
+    """Turn a finished directory back into an unfinished one, so that the next write redoes only its
+    damaged shards.
+    """
     output.unfinished.mkdir(exist_ok=True)
     for shard in {record.shard for record in records.values()}:
         journal = {name: record for name, record in records.items() if record.shard == shard}

@@ -1,48 +1,49 @@
-"""Checkpoint directories: every header checked without reading data, tensors as zero-copy views of the mapped files."""
+"""Checkpoint directories: every header checked without reading data, tensors as zero-copy views of
+the mapped files, block scales as the factors that they mean.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8, schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorEntry, read_header
-from neuron_minimax.checkpoint.page_cache import drop_pages
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import header, schema
+from neuron_minimax.checkpoint.header import (
+    STORED_DTYPES,
+    TORCH_DTYPES,
+    TensorEntry,
+    TensorSpec,
+    size_text,
+)
+from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.checkpoint.schema import Problem
+from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import CheckpointError
+from neuron_minimax.errors import CheckpointError, ScaleConventionError
+from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ScaleEvidence, ceil_div
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DENSE_DTYPES = ("BF16", "F32")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a checkpoint: the file or tensor it concerns, and the sentence that says it."""
-
-    subject: str
-    message: str
-    kind: str
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class TensorDirectory:
     """The tensors of every safetensors file that a directory's index names (or of its single file).
 
-    Headers are read when it is made; what is wrong with files is collected in `problems`, not raised, so that an
-    inspection can list all of it. `require_usable` raises. Given `shards`, just these files are read, without an index.
+    Headers are read when it is made; what is wrong with files is collected in `problems`, not
+    raised, so that an inspection can list all of it. `require_usable` raises. Given `shards`, just
+    these files are read, without an index.
 
-    Raises CheckpointError when there is nothing to read: no directory, no safetensors files, a broken index.
+    Raises CheckpointError when there is nothing to read: no directory, no safetensors files, a
+    broken index.
     """
 
     def __init__(self, directory: str | Path, shards: Sequence[str] = ()) -> None:
@@ -55,24 +56,30 @@ class TensorDirectory:
         for shard in self.shards:
             self._read_shard(shard, weight_map)
         for name, shard in weight_map.items():
-            if name not in self.entries and not any(problem.subject == shard for problem in self.problems):
+            if name not in self.entries and not any(
+                problem.subject == shard for problem in self.problems
+            ):
                 self._problem(
-                    name, f"{name} is listed in {INDEX_NAME} as part of {shard}, but is not in that file", "index"
+                    name,
+                    f"{name} is listed in {INDEX_NAME} as part of {shard}, but is not in that file",
+                    "index",
                 )
 
     def array(self, name: str) -> np.ndarray:
-        """The stored elements, zero-copy: uint8 codes for FP8, uint16 for BF16, else the dtype's own."""
+        """The stored elements, zero-copy: uint8 codes for FP8, uint16 for BF16, else the dtype's
+        own.
+        """
         entry = self.entry(name)
         # A plain view: every operation on a memmap costs Python time.
         raw = np.asarray(self._map(entry.shard))[entry.start : entry.end]
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def strips(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """So many rows (along the first dimension) at a time, as `array` has them, each time in the same memory. Of a
-        tensor without a dimension or an element there are none.
+        """Yield so many rows (along the first dimension) at a time, as `array` has them, each time
+        in the same memory. A tensor without a dimension or an element has none.
 
-        Read, not mapped: of what is looked at once, mapping each page takes longer than copying it. Raises
-        CheckpointError when the file has become shorter.
+        Read, not mapped: of what is looked at once, mapping each page takes longer than copying it.
+        Raises CheckpointError when the file has become shorter.
         """
         entry = self.entry(name)
         if not entry.shape or not entry.nbytes:
@@ -85,7 +92,9 @@ class TensorDirectory:
                 while left:
                     count = file.readinto(left)
                     if not count:
-                        raise CheckpointError(f"{entry.shard} ends within {name}; it has changed: download it again")
+                        raise CheckpointError(
+                            f"{entry.shard} ends within {name}; it has changed: download it again"
+                        )
                     left = left[count:]
                 yield strip[: entry.shape[0] - first]
 
@@ -110,8 +119,8 @@ class TensorDirectory:
         """Let go of the mapped files; arrays that are still in use keep theirs."""
         self._maps.clear()
 
-    def forget(self) -> None:
-        """Drop the files' pages from the page cache, as far as no array of any process has them mapped."""
+    def drop_pages(self) -> None:
+        """Drop the files' pages from the page cache, where no array of any process maps them."""
         self.unmap()
         for shard in self.shards:
             with open(self.directory / shard, "rb") as file:
@@ -119,7 +128,9 @@ class TensorDirectory:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, every header entry, and three 64 KiB samples of each shard's data."""
+        """SHA-256 over config.json, every header entry, and three 64 KiB samples of each shard's
+        data.
+        """
         digest = hashlib.sha256()
         config = self.directory / "config.json"
         digest.update(config.read_bytes() if config.exists() else b"")
@@ -137,7 +148,11 @@ class TensorDirectory:
         if self.problems:
             shown = [str(problem) for problem in self.problems[:10]]
             more = len(self.problems) - len(shown)
-            tail = [f"... and {more} more; `neuron-minimax inspect {self.directory}` lists all"] if more else []
+            tail = (
+                [f"... and {more} more; `neuron-minimax inspect {self.directory}` lists all"]
+                if more
+                else []
+            )
             raise CheckpointError("\n".join([*shown, *tail]))
 
     def _problem(self, subject: str, message: str, kind: str) -> None:
@@ -151,7 +166,9 @@ class TensorDirectory:
 
     def _weight_map(self) -> dict[str, str]:
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a directory; expected a checkpoint directory")
+            raise CheckpointError(
+                f"{self.directory} is not a directory; expected a checkpoint directory"
+            )
         path = self.directory / INDEX_NAME
         if not path.exists():
             return {}
@@ -160,118 +177,185 @@ class TensorDirectory:
             if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
                 raise ValueError("weight_map is empty or maps to something other than file names")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no usable index ({error!r}); download it again") from None
+            raise CheckpointError(
+                f"{path} is no usable index ({error!r}); download it again"
+            ) from None
         for shard in set(weight_map.values()):
             if Path(shard).name != shard:
-                raise CheckpointError(f"{path} names the shard {shard!r}; expected a file name in the same directory")
+                raise CheckpointError(
+                    f"{path} names the shard {shard!r}; expected a file name in the same directory"
+                )
         return weight_map
 
     def _single_file(self) -> str:
         files = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if len(files) == 1:
             return files[0]
-        found = f"{len(files)} safetensors files and no {INDEX_NAME}" if files else "no safetensors files"
-        raise CheckpointError(f"{self.directory} has {found}; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}")
+        found = (
+            f"{len(files)} safetensors files and no {INDEX_NAME}"
+            if files
+            else "no safetensors files"
+        )
+        raise CheckpointError(
+            f"{self.directory} has {found}; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}"
+        )
 
     def _read_shard(self, shard: str, weight_map: Mapping[str, str]) -> None:
         try:
-            entries = list(read_header(self.directory / shard))
+            entries = list(header.read_header(self.directory / shard))
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
         for entry in entries:
             other = self.entries.get(entry.name)
             if other is not None:
-                self._problem(entry.name, f"{entry.name} is in two shards, {other.shard} and {shard}", "duplicate")
+                self._problem(
+                    entry.name,
+                    f"{entry.name} is in two shards, {other.shard} and {shard}",
+                    "duplicate",
+                )
             elif weight_map and entry.name not in weight_map:
-                self._problem(entry.name, f"{entry.name} is in {shard}, but {INDEX_NAME} does not list it", "index")
+                self._problem(
+                    entry.name,
+                    f"{entry.name} is in {shard}, but {INDEX_NAME} does not list it",
+                    "index",
+                )
             if other is None or weight_map.get(entry.name) == shard:
                 self.entries[entry.name] = entry
 
 
-class Checkpoint(TensorDirectory):
-    """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for its config.
+class ScaledWeights:
+    """Weights whose FP8 codes have block scales, in files or in memory.
 
-    `problems` also holds what `check_against_schema` finds; `mtp_names` the tolerated multi-token-prediction tensors.
-    Raises ConfigError or CheckpointError when there is no such checkpoint at all.
+    What a stored `weight_scale_inv` means is decided here, once: `multipliers` gives the factors of
+    the codes, whatever is stored. A subclass sets the fields and gives `array`.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.config = ModelConfig.from_dir(directory)
-        super().__init__(directory)
-        self.mtp_names: list[str] = [name for name in self.entries if schema.is_mtp(name, self.config)]
-        self.problems += check_against_schema(self.entries, self.config, set(self.mtp_names))
+    title: str  # begins an error message
+    config: ModelConfig
+    convention_choice: ConventionChoice
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name."""
+        raise NotImplementedError
+
+    def array(self, name: str) -> np.ndarray:
+        """The stored elements; see TensorDirectory.array."""
+        raise NotImplementedError
 
     def is_fp8(self, name: str) -> bool:
-        """Read off the header, never off config.json."""
-        return self.entry(name).dtype == "F8_E4M3"
+        """Read off the tensor, never off config.json."""
+        return self.specs[name].dtype == "F8_E4M3"
 
     def sample_scales(self, most: int = 512) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(name, codes of the first block row, their scales [1, blocks]) of FP8 weights spread over the model."""
-        names = [name for name in self.entries if self.is_fp8(name) and schema.scale_name(name) in self.entries]
+        """(name, codes of the first block row, their scales [1, blocks]) of FP8 weights spread over
+        the model.
+        """
+        names = [
+            name
+            for name in self.specs
+            if self.is_fp8(name) and schema.scale_name(name) in self.specs
+        ]
         rows = self.config.weight_block_size[0]
-        for name in names[:: max(1, -(-len(names) // most))]:
+        for name in names[:: max(1, ceil_div(len(names), most))]:
             yield name, self.array(name)[:rows], self.array(schema.scale_name(name))[:1]
 
-    def scale_convention(self) -> tuple[fp8.ScaleConvention | None, fp8.ScaleEvidence]:
-        """What `weight_scale_inv` means in this checkpoint, with the evidence; None when it is mixed."""
+    @cached_property
+    def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:
+        """The meaning of `weight_scale_inv` that its values show, with the evidence; None when it
+        is mixed. Raises CheckpointError naming sampled scales that are not positive numbers.
+        """
         return fp8.decide_convention(self.sample_scales(), self.config.weight_block_size)
 
+    @cached_property
+    def convention(self) -> ScaleConvention:
+        """The meaning of `weight_scale_inv`: what the user chose, or else what its values show.
 
-def check_against_schema(
-    entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
-) -> Iterator[Problem]:
-    """Every way in which the entries differ from what the table expects for this config."""
-    known: set[str] = set()
-    for wanted in schema.expected(config):
-        known.add(wanted.name)
-        entry = entries.get(wanted.name)
-        if wanted.is_scale:
-            yield from _check_scale(entry, entries.get(wanted.name.removesuffix(schema.SCALE_SUFFIX)), wanted)
-        elif entry is None:
-            yield Problem(wanted.name, f"{wanted.name} is missing; config.json implies {list(wanted.shape)}", "missing")
-        else:
-            yield from _check_weight(entry, wanted)
-    for name, entry in entries.items():
-        if name not in known and name not in tolerated:
-            yield Problem(
-                name,
-                f"{name} in {entry.shard} is no weight of this model; check that config.json belongs to it",
-                "extra",
+        Raises ScaleConventionError when the evidence is mixed.
+        """
+        if self.convention_choice is not ConventionChoice.AUTO:
+            return ScaleConvention(self.convention_choice)
+        found, evidence = self.scale_reading
+        if found is None and any(spec.dtype == "F8_E4M3" for spec in self.specs.values()):
+            raise ScaleConventionError(
+                f"{self.title}: what weight_scale_inv means is unclear: {evidence.render()} "
+                f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors, or "
+                "say it: `neuron-minimax convert --scale-convention`"
             )
+        return found or ScaleConvention.MULTIPLIER
+
+    def multipliers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The float32 factors of an FP8 weight's codes, one for each block that these rows of the
+        weight touch.
+
+        Raises CheckpointError naming stored scales that are not positive finite numbers.
+        """
+        block_rows = self.config.weight_block_size[0]
+        start, stop, _ = rows.indices(self.specs[name].shape[0])
+        scale_name = schema.scale_name(name)
+        stored = self.array(scale_name)[start // block_rows : ceil_div(stop, block_rows)]
+        fp8.check_scales(scale_name, stored)
+        return np.float32(1) / stored if self.convention is ScaleConvention.RECIPROCAL else stored
 
 
-def _check_weight(entry: TensorEntry, wanted: schema.Expected) -> Iterator[Problem]:
-    where = f"{entry.name} in {entry.shard}"
-    if entry.shape != wanted.shape:
-        yield Problem(
-            entry.name,
-            f"{where} has shape {list(entry.shape)}, but config.json implies {list(wanted.shape)}; check that both "
-            "come from the same model",
-            "shape",
-        )
-    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
-    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
-    if entry.dtype not in allowed:
-        reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
-        yield Problem(entry.name, f"{where} is {entry.dtype}; expected {' or '.join(allowed)}{reason}", "dtype")
+class Checkpoint(TensorDirectory, ScaledWeights):
+    """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for
+    its config.
 
+    `problems` also holds what `schema.check_against_schema` finds; `mtp_names` the tolerated
+    multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
+    values do not. Raises ConfigError or CheckpointError without such a checkpoint.
+    """
 
-def _check_scale(scale: TensorEntry | None, weight: TensorEntry | None, wanted: schema.Expected) -> Iterator[Problem]:
-    fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
-    name = wanted.name
-    if scale is None:
-        if fp8_weight:
-            yield Problem(
-                name, f"{name} is missing, but its weight is FP8; without it the weight is raw codes", "scale"
-            )
-    elif not fp8_weight:
-        found = "missing" if weight is None else weight.dtype
-        yield Problem(name, f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3", "scale")
-    elif scale.shape != wanted.shape or scale.dtype != "F32":
-        yield Problem(
-            name,
-            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected F32 {list(wanted.shape)}, "
-            "one scale for each block of the weight",
-            "scale",
+    def __init__(
+        self,
+        directory: str | Path,
+        scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
+    ) -> None:
+        self.config = ModelConfig.from_dir(directory)
+        self.convention_choice = ConventionChoice(scale_convention)
+        super().__init__(directory)
+        self.title = str(self.directory)
+        self.mtp_names: list[str] = [
+            name for name in self.entries if schema.is_mtp(name, self.config)
+        ]
+        self.problems += schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
+
+    @classmethod
+    def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> Self:
+        """Open a checkpoint by its directory, or by its hub id `org/name[@revision]`.
+
+        `scale_convention` is auto, multiplier or reciprocal. Raises CheckpointError for another
+        one, and ConfigError or CheckpointError when the checkpoint does not exist.
+        """
+        try:
+            choice = ConventionChoice(scale_convention)
+        except ValueError:
+            raise CheckpointError(
+                f"scale_convention is {scale_convention!r}; expected one of "
+                f"{', '.join(ConventionChoice)}"
+            ) from None
+        return cls(local_directory(path), choice)
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: entry.spec for name, entry in self.entries.items()}
+
+    @property
+    def convention_record(self) -> dict[str, Any]:
+        """The convention as manifests hold it: what it is, who chose it, and the evidence."""
+        return {
+            "convention": str(self.convention),
+            "chosen_by": str(self.convention_choice),
+            "evidence": asdict(self.scale_reading[1]),
+        }
+
+    def __str__(self) -> str:
+        """The directory, and how much is in it."""
+        config = self.config
+        state = f"; {len(self.problems)} problems" if self.problems else ""
+        return (
+            f"{self.directory}: {len(self.entries):,} tensors, {size_text(self.nbytes)}, "
+            f"{config.num_hidden_layers} layers, {config.num_local_experts} experts{state}"
         )

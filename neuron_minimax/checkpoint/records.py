@@ -1,48 +1,65 @@
-"""What a manifest says of each written tensor, and whether the bytes on disk still agree."""
+"""Records of written tensors, as a manifest or a journal holds them, and their comparison with what
+is on disk.
+"""
 
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint.page_cache import Trail
-from neuron_minimax.checkpoint.parallel import WORKERS
+from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.checkpoint.streaming import WORKERS, PageDropper
 
 CHECK_PIECE = 8 << 20
 CRC_POLYNOMIAL = 0xEDB88320  # of crc32, lowest bit first
 
 
 @dataclass(frozen=True)
-class TensorRecord:
-    """What the manifest says of a written tensor: crc32 of its bytes, and codes rounded on the way."""
+class TensorRecord(HasSpec):
+    """A written tensor: its shard, the crc32 of its bytes, and how many codes were rounded."""
 
+    spec: TensorSpec
     shard: str
-    dtype: str
-    shape: tuple[int, ...]
     crc32: str
     rounded_codes: int = 0
 
 
 def records_as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, Any]]:
     """Records as a manifest or a journal holds them."""
-    return {name: asdict(record) for name, record in records.items()}
+    return {
+        name: {
+            "shard": record.shard,
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "crc32": record.crc32,
+            "rounded_codes": record.rounded_codes,
+        }
+        for name, record in records.items()
+    }
 
 
 def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
     """The inverse of records_as_json."""
-    return {name: TensorRecord(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in raw.items()}
+    return {
+        name: TensorRecord(
+            spec=TensorSpec(name, fields["dtype"], tuple(fields["shape"])),
+            shard=fields["shard"],
+            crc32=fields["crc32"],
+            rounded_codes=fields.get("rounded_codes", 0),
+        )
+        for name, fields in raw.items()
+    }
 
 
 def crc32_of(array: np.ndarray) -> str:
     """crc32 of an array's bytes, as manifests spell it."""
-    data, value = array.reshape(-1).view(np.uint8), 0
+    data = array.reshape(-1).view(np.uint8)
+    value = 0
     for start in range(0, data.size, CHECK_PIECE):
         value = zlib.crc32(data[start : start + CHECK_PIECE].data, value)
     return f"{value:08x}"
@@ -57,7 +74,9 @@ def joined_crc32(first: int, second: int, nbytes: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """Product of polynomials over GF(2) modulo that of crc32; the highest bit is the coefficient of x^0."""
+    """Product of polynomials over GF(2) modulo that of crc32; the highest bit is the coefficient of
+    x^0.
+    """
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -69,36 +88,33 @@ def _multiply(a: int, b: int) -> int:
 @cache
 def _shift(nbytes: int) -> int:
     """x^(8 * nbytes), by squaring."""
-    power, square = 1 << 31, 1 << 23  # x^0, x^8
+    # x^0, x^8
+    power = 1 << 31
+    square = 1 << 23
     while nbytes:
         power = _multiply(power, square) if nbytes & 1 else power
-        square, nbytes = _multiply(square, square), nbytes >> 1
+        square = _multiply(square, square)
+        nbytes = nbytes >> 1
     return power
 
 
 def damaged_tensors(
-    directory: Path,
+    stored: TensorDirectory,
     records: Mapping[str, TensorRecord],
-    shard: str | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[str]:
-    """Names whose stored bytes, dtype or shape are not what the records say; all are re-read, or those of one shard."""
-    wanted = {name: record for name, record in records.items() if shard in (None, record.shard)}
-    try:
-        stored = TensorDirectory(directory, shards=sorted({record.shard for record in wanted.values()}))
-    except NeuronMiniMaxError:
-        return list(wanted)
-
-    trail = Trail((stored,), stored.nbytes)
+    """Names whose stored bytes, dtype or shape are not what the records say; all are re-read."""
+    dropper = PageDropper((stored,), stored.nbytes)
 
     def is_damaged(name: str) -> bool:
-        record, entry = wanted[name], stored.entries.get(name)
-        if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
+        entry = stored.entries.get(name)
+        if entry is None or entry.spec != records[name].spec:
             return True
-        damaged = crc32_of(stored.array(name)) != record.crc32
+        damaged = crc32_of(stored.array(name)) != records[name].crc32
         progress(entry.nbytes)
-        trail.advance(entry.nbytes)
+        dropper.advance(entry.nbytes)
         return damaged
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        return [name for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True) if damaged]
+        found = zip(records, pool.map(is_damaged, records), strict=True)
+        return [name for name, damaged in found if damaged]

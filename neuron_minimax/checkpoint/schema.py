@@ -1,58 +1,28 @@
-"""The one table of MiniMax-M2's weights; reports, coverage checks, planners and tests are derived from it.
+"""The tensors that a config implies, from its family's table of weights, and what differs.
 
-Dimension symbols: V vocabulary, H hidden, I intermediate, Q query width, K key/value width, E experts.
-Source of the table: the headers of the published checkpoints.
+Reports, coverage checks, planners and tests are derived from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 
+from neuron_minimax.checkpoint.header import HasSpec, TensorEntry, TensorSpec
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.families.family import Weight
+from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
-# Declared by config.json (`num_mtp_modules`), in no published checkpoint; tolerated and reported where present.
-MTP_MARKERS = ("mtp", "nextn")
+DENSE_DTYPES = ("BF16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One row: a name template over layer `{l}` and expert `{e}`, its dimensions, and how it is published."""
+class Expected(HasSpec):
+    """One tensor that a checkpoint of a given config holds, its row, layer and expert."""
 
-    template: str
-    dimensions: tuple[str, ...]
-    published_dtype: str
-    kind: str
-    module_group: str
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the published checkpoint stores it as FP8 codes with block scales."""
-        return self.published_dtype == "F8_E4M3"
-
-    @property
-    def float32_only(self) -> bool:
-        """Routing needs float32: bias values are 4.7 to 9.5, where BF16 steps are 0.03 to 0.06 and flip experts."""
-        return self.published_dtype == "F32"
-
-    @property
-    def per_layer(self) -> bool:
-        return "{l}" in self.template
-
-    @property
-    def per_expert(self) -> bool:
-        return "{e}" in self.template
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """One tensor that a checkpoint of a given config holds: its name, row, shape, layer and expert."""
-
-    name: str
+    spec: TensorSpec
     weight: Weight
-    shape: tuple[int, ...]
-    dtype: str
     is_scale: bool = False
     layer: int | None = None
     expert: int | None = None
@@ -60,35 +30,6 @@ class Expected:
     @cached_property
     def elements(self) -> int:
         return prod(self.shape)
-
-
-def _row(template: str, dimensions: str, dtype: str, kind: str, group: str) -> Weight:
-    return Weight(template=template, dimensions=tuple(dimensions), published_dtype=dtype, kind=kind, module_group=group)
-
-
-LAYER = "model.layers.{l}."
-ATTENTION = LAYER + "self_attn."
-MOE = LAYER + "block_sparse_moe."
-EXPERT = MOE + "experts.{e}."
-
-WEIGHTS: tuple[Weight, ...] = (
-    _row("model.embed_tokens.weight", "VH", "BF16", "embed_tokens", "embedding"),
-    _row(LAYER + "input_layernorm.weight", "H", "BF16", "input_layernorm", "norm"),
-    _row(ATTENTION + "q_proj.weight", "QH", "F8_E4M3", "q_proj", "attention"),
-    _row(ATTENTION + "k_proj.weight", "KH", "F8_E4M3", "k_proj", "attention"),
-    _row(ATTENTION + "v_proj.weight", "KH", "F8_E4M3", "v_proj", "attention"),
-    _row(ATTENTION + "o_proj.weight", "HQ", "F8_E4M3", "o_proj", "attention"),
-    _row(ATTENTION + "q_norm.weight", "Q", "BF16", "q_norm", "norm"),
-    _row(ATTENTION + "k_norm.weight", "K", "BF16", "k_norm", "norm"),
-    _row(LAYER + "post_attention_layernorm.weight", "H", "BF16", "post_attention_layernorm", "norm"),
-    _row(MOE + "gate.weight", "EH", "F32", "gate", "router"),
-    _row(MOE + "e_score_correction_bias", "E", "F32", "e_score_correction_bias", "router"),
-    _row(EXPERT + "w1.weight", "IH", "F8_E4M3", "w1", "experts"),
-    _row(EXPERT + "w2.weight", "HI", "F8_E4M3", "w2", "experts"),
-    _row(EXPERT + "w3.weight", "IH", "F8_E4M3", "w3", "experts"),
-    _row("model.norm.weight", "H", "BF16", "norm", "norm"),
-    _row("lm_head.weight", "VH", "BF16", "lm_head", "head"),
-)
 
 
 def dimension_sizes(config: ModelConfig) -> dict[str, int]:
@@ -100,6 +41,7 @@ def dimension_sizes(config: ModelConfig) -> dict[str, int]:
         "Q": config.query_size,
         "K": config.key_value_size,
         "E": config.num_local_experts,
+        "D": config.head_dim,
     }
 
 
@@ -108,23 +50,20 @@ def shape_of(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
     return tuple(sizes[symbol] for symbol in weight.dimensions)
 
 
-def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a [rows, columns] weight: one per block, partial last blocks included."""
-    return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
-
-
 def expected(config: ModelConfig) -> Iterator[Expected]:
-    """Every tensor of the published format, scales included, in layer order: 96,103 for the real config."""
-    for weight in WEIGHTS:
+    """Every tensor of the published format, scales included, in layer order: 96,103 for the real
+    config.
+    """
+    for weight in config.family.weights:
         shape = shape_of(weight, config)
         grid = block_grid(shape, config.weight_block_size) if weight.quantized else ()
         for layer in range(config.num_hidden_layers) if weight.per_layer else (None,):
             for expert in range(config.num_local_experts) if weight.per_expert else (None,):
                 name = weight.template.format(l=layer, e=expert)
                 place = partial(Expected, weight=weight, layer=layer, expert=expert)
-                yield place(name=name, shape=shape, dtype=weight.published_dtype)
+                yield place(spec=TensorSpec(name, weight.published_dtype, shape))
                 if weight.quantized:
-                    yield place(name=scale_name(name), shape=grid, dtype="F32", is_scale=True)
+                    yield place(spec=TensorSpec(scale_name(name), "F32", grid), is_scale=True)
 
 
 def scale_name(weight_name: str) -> str:
@@ -132,14 +71,107 @@ def scale_name(weight_name: str) -> str:
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to the multi-token-prediction modules, which this project does not run: named so, or a
-    layer beyond the last where config.json declares such modules."""
+    """Return whether a tensor belongs to the multi-token-prediction modules, which this project
+    does not run: named so, or a layer beyond the last where config.json declares such modules.
+    """
     parts = name.split(".")
-    if any(part.startswith(MTP_MARKERS) for part in parts):
+    if any(part.startswith(config.family.ignored_markers) for part in parts):
         return True
     in_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
-    return in_layer and int(parts[2]) >= config.num_hidden_layers and bool(config.raw.get("num_mtp_modules"))
+    return (
+        in_layer
+        and int(parts[2]) >= config.num_hidden_layers
+        and bool(config.raw.get("num_mtp_modules"))
+    )
 
 
-def count_parameters(config: ModelConfig) -> int:
-    return sum(weight.elements for weight in expected(config) if not weight.is_scale)
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a checkpoint: the file or tensor it concerns, and the sentence that says
+    it.
+    """
+
+    subject: str
+    message: str
+    kind: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def check_against_schema(
+    entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
+) -> Iterator[Problem]:
+    """Yield every way in which the entries differ from what the table expects for this config."""
+    known: set[str] = set()
+    for wanted in expected(config):
+        known.add(wanted.name)
+        entry = entries.get(wanted.name)
+        if wanted.is_scale:
+            yield from _check_scale(
+                entry, entries.get(wanted.name.removesuffix(SCALE_SUFFIX)), wanted
+            )
+        elif entry is None:
+            yield Problem(
+                wanted.name,
+                f"{wanted.name} is missing; config.json implies {list(wanted.shape)}",
+                "missing",
+            )
+        else:
+            yield from _check_weight(entry, wanted)
+    for name, entry in entries.items():
+        if name not in known and name not in tolerated:
+            yield Problem(
+                name,
+                f"{name} in {entry.shard} is no weight of this model; check that config.json "
+                "belongs to it",
+                "extra",
+            )
+
+
+def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
+    where = f"{entry.name} in {entry.shard}"
+    if entry.shape != wanted.shape:
+        yield Problem(
+            entry.name,
+            f"{where} has shape {list(entry.shape)}, but config.json implies {list(wanted.shape)}; "
+            "check that both come from the same model",
+            "shape",
+        )
+    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
+    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
+    if entry.dtype not in allowed:
+        reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
+        yield Problem(
+            entry.name,
+            f"{where} is {entry.dtype}; expected {' or '.join(allowed)}{reason}",
+            "dtype",
+        )
+
+
+def _check_scale(
+    scale: TensorEntry | None, weight: TensorEntry | None, wanted: Expected
+) -> Iterator[Problem]:
+    fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
+    name = wanted.name
+    if scale is None:
+        if fp8_weight:
+            yield Problem(
+                name,
+                f"{name} is missing, but its weight is FP8; without it the weight is raw codes",
+                "scale",
+            )
+    elif not fp8_weight:
+        found = "missing" if weight is None else weight.dtype
+        yield Problem(
+            name,
+            f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
+            "scale",
+        )
+    elif scale.shape != wanted.shape or scale.dtype != "F32":
+        yield Problem(
+            name,
+            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected F32 "
+            f"{list(wanted.shape)}, one scale for each block of the weight",
+            "scale",
+        )

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app
-from neuron_minimax.cli.bars import progress_bar
+import neuron_minimax as nm
+from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app, progress_bar
 
 
 def _split(names: str | None) -> list[str] | None:
@@ -18,21 +18,36 @@ def _split(names: str | None) -> list[str] | None:
 def inspect(
     checkpoint: CheckpointDir,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    output: Annotated[Path | None, typer.Option(help="write the report to this file as well")] = None,
-    html: Annotated[Path | None, typer.Option(help="write the report as one self-contained page")] = None,
-    check_values: Annotated[bool, typer.Option("--check-values", help="also read every weight and scale")] = False,
-    against: Annotated[Path | None, typer.Option(metavar="CKPT2", help="compare with this checkpoint")] = None,
-    modules_to_not_convert: Annotated[str | None, typer.Option(metavar="A,B", help="judge this list")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write the report to this file as well")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write the report as one self-contained page")
+    ] = None,
+    check_values: Annotated[
+        bool, typer.Option("--check-values", help="also read every weight and scale")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="CKPT2", help="compare with this checkpoint")
+    ] = None,
+    modules_to_not_convert: Annotated[
+        str | None, typer.Option(metavar="A,B", help="judge this list")
+    ] = None,
 ) -> None:
-    """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint cannot be used."""
-    from neuron_minimax.explain.inspection import run_inspection, write_text
-
-    found = run_inspection(checkpoint, _split(modules_to_not_convert), check_values, against, progress_bar)
+    """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint
+    cannot be used.
+    """
+    found = nm.Checkpoint.open(checkpoint).inspect(
+        values=check_values,
+        against=against,
+        modules_to_not_convert=_split(modules_to_not_convert),
+        bar=progress_bar,
+    )
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
-        write_text(output, text.rstrip() + "\n")
+        nm.write_text(output, text.rstrip() + "\n")
     if html is not None:
-        write_text(html, found.render_page())
+        nm.write_text(html, found.render_page())
     print(text.rstrip())
     raise typer.Exit(0 if found.usable else 1)
 
@@ -42,55 +57,51 @@ def convert(
     checkpoint: CheckpointDir,
     out: ConvertedDir,
     attention: Annotated[str, typer.Option(help="fp8 (exact) or bf16")] = "fp8",
-    fp8_range: Annotated[str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")] = "neuron",
+    fp8_range: Annotated[
+        str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")
+    ] = "neuron",
     scale_convention: Annotated[str, typer.Option(help="auto, multiplier or reciprocal")] = "auto",
-    keep_in_bf16: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the space it needs")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another output in OUT")] = False,
+    keep_in_bf16: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and the space it needs")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace another output in OUT")
+    ] = False,
 ) -> None:
     """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
-    from neuron_minimax.checkpoint.reader import Checkpoint
-    from neuron_minimax.convert.plan import Layout
-    from neuron_minimax.convert.run import convert as run_conversion
-    from neuron_minimax.convert.run import plan_conversion
-
-    layout = Layout(
-        attention=attention,  # type: ignore[arg-type]
-        fp8_range=fp8_range,  # type: ignore[arg-type]
-        scale_convention=scale_convention,  # type: ignore[arg-type]
-        keep_in_bf16=tuple(keep_in_bf16 or ()),
+    layout = nm.Layout.from_options(
+        {"attention": attention, "fp8_range": fp8_range, "keep_in_bf16": keep_in_bf16 or ()}
     )
-    plan, _ = plan_conversion(Checkpoint(checkpoint), layout)
+    plan = nm.plan_conversion(nm.Checkpoint.open(checkpoint, scale_convention), layout)
     if dry_run:
         print(plan.render())
         print(f"space needed: {plan.nbytes / 1e9:.3f} GB")
         return
     with progress_bar("converting", plan.nbytes) as advance:
-        result = run_conversion(checkpoint, out, layout, overwrite=overwrite, progress=advance)
-        if result.was_finished:
-            advance(plan.nbytes)
-    print(result.render(out))
+        converted = plan.write(out, overwrite=overwrite, progress=advance)
+    print(converted.render())
 
 
 @app.command()
 def verify(
     checkpoint: CheckpointDir,
     out: ConvertedDir,
-    logits: Annotated[bool, typer.Option("--logits", help="also run both through the eager model")] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="also run both through the eager model")
+    ] = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
-    from neuron_minimax.checkpoint.reader import TensorDirectory
-    from neuron_minimax.convert.verify import verify as verify_conversion
-
-    total = sum(entry.nbytes for entry in TensorDirectory(out).entries.values())
-    with progress_bar("verifying", 2 * total) as advance:
-        verification = verify_conversion(checkpoint, out, advance)
+    converted = nm.Converted.open(out)
+    source = nm.Checkpoint.open(checkpoint)
+    with progress_bar("verifying", 2 * converted.nbytes) as advance:
+        verification = nm.verify(source, converted, advance)
     print(verification.render())
     good = verification.equal
     if logits and good:
-        from neuron_minimax.model.comparison import compare_logits
-
-        comparison = compare_logits(checkpoint, out)
+        comparison = nm.compare_logits(source, converted)
         print(comparison.render())
         good = comparison.agrees
     raise typer.Exit(0 if good else 1)
@@ -104,13 +115,14 @@ def cache(
     check: Annotated[
         bool, typer.Option("--check", help="re-read a finished cache and rebuild what is damaged")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")
+    ] = False,
 ) -> None:
-    """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and resumes by itself."""
-    from neuron_minimax.checkpoint.fp32_cache import build_cache, cache_bytes
-
-    with progress_bar("dequantizing", cache_bytes(checkpoint, dtype)) as advance:
-        result = build_cache(checkpoint, cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
-        if result.was_finished:
-            advance(result.nbytes)
-    print(result.render(cache_dir))
+    """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and
+    resumes by itself.
+    """
+    source = nm.Checkpoint.open(checkpoint)
+    with progress_bar("dequantizing", source.cache_bytes(dtype)) as advance:
+        result = source.cache(cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
+    print(result.render())

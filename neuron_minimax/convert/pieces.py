@@ -1,112 +1,154 @@
-"""The elements of an output, piece by piece; a conversion to disk and one in memory both go through here."""
+"""The elements of a converted tensor, piece by piece, for a conversion to disk and one in memory
+alike.
 
-from collections.abc import Iterator
+R rows and C columns of a source weight. Codes are uint8, BF16 is uint16, scales are float32.
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint import dense, fp8
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
+from neuron_minimax import fp8
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.stream import Piece
-from neuron_minimax.convert import ops
-from neuron_minimax.convert.ops import Treatment
-from neuron_minimax.convert.plan import ConversionPlan, Output
+from neuron_minimax.checkpoint.reader import ScaledWeights
+from neuron_minimax.checkpoint.schema import SCALE_SUFFIX
+from neuron_minimax.checkpoint.writer import Piece
+from neuron_minimax.convert.binding import ConvertedTensor, Transform, piece_shape
+from neuron_minimax.families.family import Operation
+from neuron_minimax.fp8 import bfloat16
 
 PIECE_BYTES = 4 << 20
-STRIP_ROWS = 64  # of a weight with 3072 columns 192 KiB, which stay in the second-level cache from check to target
+# Of a weight with 3072 columns 192 KiB, which stay in the second-level cache from check to target
+STRIP_ROWS = 64
+DOUBLED = (Transform.SCALE_DOUBLED, Transform.SCALE_INVERTED_DOUBLED)
 
 
-class ArraySource(Protocol):
-    """Anything that gives stored elements by name: a checkpoint directory, or a state dict in memory."""
-
-    def array(self, name: str) -> np.ndarray: ...
-
-
-def pieces(conversion: ConversionPlan, output: Output, source: ArraySource) -> Iterator[Piece]:
-    """Computations of the output's elements in order: one per expert, or row ranges of whole blocks for a copy."""
-    if output.rule.per_expert:
-        for group in range(len(output.groups)):
-            fill = partial(_fill, conversion, output, source, group, slice(None))
-            yield Piece(output.nbytes // len(output.groups), fill)
+def pieces(tensor: ConvertedTensor, source: ScaledWeights) -> Iterator[Piece]:
+    """Computations of a tensor's elements in order: one per expert, or row ranges of whole blocks
+    for a copy.
+    """
+    if tensor.rule.per_expert:
+        for group in range(len(tensor.groups)):
+            fill = partial(_fill, tensor, source, group, slice(None))
+            yield Piece(tensor.nbytes // len(tensor.groups), fill)
         return
-    rows, block = output.shape[0], conversion.config.weight_block_size[0]
-    whole = output.is_scale or len(output.shape) < 2
-    step = rows if whole else max(1, PIECE_BYTES * rows // output.nbytes // block) * block
+    rows = tensor.shape[0]
+    block = source.config.weight_block_size[0]
+    whole = tensor.is_scale or len(tensor.shape) < 2
+    step = rows if whole else max(1, PIECE_BYTES * rows // tensor.nbytes // block) * block
     for start in range(0, rows, step):
         taken = slice(start, min(start + step, rows))
-        fill = partial(_fill, conversion, output, source, 0, taken)
-        yield Piece(output.nbytes // rows * (taken.stop - taken.start), fill)
+        fill = partial(_fill, tensor, source, 0, taken)
+        yield Piece(tensor.nbytes // rows * (taken.stop - taken.start), fill)
 
 
 def _fill(
-    conversion: ConversionPlan, output: Output, source: ArraySource, group: int, rows: slice, memory: np.ndarray
+    tensor: ConvertedTensor, source: ScaledWeights, group: int, rows: slice, memory: np.ndarray
 ) -> int:
-    return convert_piece(conversion, output, source, group, rows, memory)[1]
+    return convert_piece(tensor, source, group, rows, memory)[1]
 
 
 def convert_piece(
-    conversion: ConversionPlan,
-    output: Output,
-    source: ArraySource,
+    tensor: ConvertedTensor,
+    source: ScaledWeights,
     group: int,
     rows: slice,
     memory: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """The elements of one expert, or of a range of rows, and how many of their codes halving rounded.
+    """The elements of one expert, or of a range of rows, and how many of their codes halving
+    rounded.
 
-    They are put into `memory` (uint8, of their size) when it is given. Values are checked on the way: CheckpointError
-    names the tensor with NaN codes, bad scales or NaN elements.
+    They are put into `memory` (uint8, of their size) when it is given. Values are checked on the
+    way: CheckpointError names the tensor with NaN codes, bad scales or NaN elements.
     """
-    operation, names = output.rule.operation, output.groups[group]
-    sources = [source.array(name)[rows] for name in names]
-    shape, dtype = ops.piece_shape(operation, [stored.shape for stored in sources]), STORED_DTYPES[output.dtype]
+    operation = tensor.rule.operation
+    names = tensor.groups[group]
+    sources = [_elements(tensor, source, name, rows) for name in names]
+    shape = piece_shape(operation, [elements.shape for elements in sources])
+    dtype = STORED_DTYPES[tensor.dtype]
     piece = np.empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
-    before = rounded = 0
-    strips = np.empty((2, STRIP_ROWS, max(stored.shape[-1] for stored in sources)), np.uint8)
-    for index, (name, stored) in enumerate(zip(names, sources, strict=True)):
-        if output.treatment is Treatment.DEQUANTIZE:
-            stored = _dequantized(conversion, name, stored, output.scale_groups[group][index], source, rows)
-        elif output.is_scale:
-            stored = _treated_scales(name, stored, output.treatment)
-        elif output.dtype != "F8_E4M3":
-            dense.check_finite(name, stored)
-            stored = dense.round_to_bfloat16(stored) if output.treatment is Treatment.ROUND else stored
-        if output.dtype == "F8_E4M3" and output.treatment is not Treatment.HALVE:
-            fp8.check_codes(name, stored)
-        for row in range(0, len(stored), STRIP_ROWS):
-            strip = stored[row : row + STRIP_ROWS]
-            if output.treatment is Treatment.HALVE:
+    before = 0
+    rounded = 0
+    strips = np.empty((2, STRIP_ROWS, max(elements.shape[-1] for elements in sources)), np.uint8)
+    for name, elements in zip(names, sources, strict=True):
+        for row in range(0, len(elements), STRIP_ROWS):
+            strip = elements[row : row + STRIP_ROWS]
+            if tensor.transform is Transform.HALVE:
                 halved, spare = strips[:, : len(strip), : strip.shape[1]]
                 count, nan = fp8.halve_into(halved, strip, spare)
                 if nan:
-                    fp8.check_codes(name, stored)
+                    fp8.check_codes(name, elements)
                 rounded += count
                 strip = halved
-            ops.place(operation, piece, before + row, strip)
-        before += len(stored)
+            place(operation, piece, before + row, strip)
+        before += len(elements)
     return piece, rounded
 
 
-def _treated_scales(name: str, scales: np.ndarray, treatment: Treatment) -> np.ndarray:
-    fp8.check_scales(name, scales)
-    treated = ops.treat_scales(scales, treatment)
-    fp8.check_scales(f"{name} ({treatment})", treated)
-    return treated
+def _elements(tensor: ConvertedTensor, source: ScaledWeights, name: str, rows: slice) -> np.ndarray:
+    """Rows of a source as they are stored in the converted tensor, but for halving."""
+    if tensor.is_scale:
+        return _scales(tensor, source, name)[rows]
+    stored = source.array(name)[rows]
+    match tensor.transform:
+        case Transform.DEQUANTIZE:
+            fp8.check_codes(name, stored)
+            block = source.config.weight_block_size
+            # The product is float32, the rounding the only one.
+            return bfloat16.round_to_bfloat16(
+                fp8.dequantize(stored, source.multipliers(name, rows), block)
+            )
+        case Transform.ROUND:
+            bfloat16.check_finite(name, stored)
+            return bfloat16.round_to_bfloat16(stored)
+        case Transform.KEEP if tensor.dtype == "F8_E4M3":
+            fp8.check_codes(name, stored)
+        case Transform.KEEP:
+            bfloat16.check_finite(name, stored)
+    return stored
 
 
-def _dequantized(
-    conversion: ConversionPlan, name: str, codes: np.ndarray, scale_name: str, source: ArraySource, rows: slice
-) -> np.ndarray:
-    """BF16 of code * scale; the product is float32, the rounding the only one."""
-    block = conversion.config.weight_block_size
-    scales = source.array(scale_name)
-    if rows.start:
-        scales = scales[rows.start // block[0] :]
-    scales = scales[: -(-codes.shape[0] // block[0])]
-    fp8.check_codes(name, codes)
-    fp8.check_scales(scale_name, scales)
-    if conversion.convention is ScaleConvention.RECIPROCAL:
-        scales = np.float32(1) / scales
-    return dense.round_to_bfloat16(fp8.dequantize(codes, scales, block))
+def _scales(tensor: ConvertedTensor, source: ScaledWeights, name: str) -> np.ndarray:
+    """Neuron's multipliers: doubling is exact, inverting rounds once."""
+    scales = source.multipliers(name.removesuffix(SCALE_SUFFIX))
+    scales = scales * np.float32(2) if tensor.transform in DOUBLED else scales
+    fp8.check_scales(f"{name} ({tensor.transform})", scales)
+    return scales
+
+
+def place(operation: Operation, piece: np.ndarray, start: int, strip: np.ndarray) -> None:
+    """Put rows of a source into its piece, `start` being the number of source rows before them."""
+    end = start + len(strip)
+    if operation is Operation.COPY:
+        piece[start:end] = strip
+    elif strip.dtype == np.uint8 and start % 4 == end % 4 == piece.shape[1] % 4 == 0:
+        # Four rows of bytes travel as one row of 32-bit words: a quarter as many elements to
+        # transpose.
+        piece.view("<u4")[:, start // 4 : end // 4] = _pack_rows(_pack_rows(strip)).T
+    else:
+        piece[:, start:end] = strip.T
+
+
+def _pack_rows(rows: np.ndarray) -> np.ndarray:
+    """Return pairs of rows [2R, C] as rows [R, C] of elements twice as wide, the first row in the
+    lower half.
+    """
+    width = rows.itemsize
+    pairs = rows.reshape(-1, 2, rows.shape[1])
+    packed = pairs[:, 1].astype(f"<u{2 * width}")
+    packed <<= 8 * width
+    packed |= pairs[:, 0]
+    return packed
+
+
+def take_apart(operation: Operation, piece: Any, row_counts: Sequence[int]) -> list[Any]:
+    """The inverse of `place`, for numpy arrays and torch tensors alike: one expert's [C, sum of R]
+    back into its [R, C] sources, as views.
+    """
+    if operation is Operation.COPY:
+        return [piece]
+    ends = list(accumulate(row_counts))
+    return [piece[:, end - rows : end].T for rows, end in zip(row_counts, ends, strict=True)]

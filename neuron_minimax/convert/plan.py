@@ -1,133 +1,131 @@
-"""The conversion as data: the rules bound to one checkpoint, refused unless every source is used exactly once."""
+"""A conversion as data: its plan, the run that writes it, and the directory that it leaves.
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from math import prod
+A checkpoint is streamed into a directory that resumes (checkpoint/output.py); `conversion.json`
+says what every tensor was made of.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
-from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.modules import Framework, Module, needed
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.kept_modules import check_module_names, kept_in_bf16
-from neuron_minimax.convert.ops import SCALE_TREATMENTS, Treatment, arranged_shape
-from neuron_minimax.convert.rules import RULES, Rule, ScalePolicy, module_of, target_scale_name
+from neuron_minimax.checkpoint.header import size_text
+from neuron_minimax.checkpoint.output import OutputDirectory
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.records import TensorRecord, read_records
+from neuron_minimax.checkpoint.writer import StreamedShard, StreamedTensor, copy_companions
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
+from neuron_minimax.convert.binding import ConvertedTensor, bind_rules, unquantized_modules
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.fp8 import ScaleConvention
 
-# (dtype as safetensors spells it, shape) by name.
-Sources = Mapping[str, tuple[str, tuple[int, ...]]]
-# Source names of each piece of an output: one group per expert when stacked.
-Groups = tuple[tuple[str, ...], ...]
-SCHEMA = {weight.template: weight for weight in schema.WEIGHTS}
-FLOAT32_ONLY = {weight.template for weight in schema.WEIGHTS if weight.float32_only}
-
-
-class AttentionPrecision(StrEnum):
-    FP8 = "fp8"
-    BF16 = "bf16"
-
-
-class FP8Range(StrEnum):
-    """Largest code: 240, which every Neuron chip reads, or OCP's 448, native from trn3 on."""
-
-    NEURON = "neuron"
-    OCP = "ocp"
-
-
-class ConventionChoice(StrEnum):
-    AUTO = "auto"
-    MULTIPLIER = "multiplier"
-    RECIPROCAL = "reciprocal"
+CONVERSION_NAME = "conversion.json"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What the user chooses about a conversion. `tp_degree` adds the rank tensors, for a state dict in memory only."""
+class Converted:
+    """A finished converted directory and its manifest; `reused_shards` and `was_finished` say how
+    the run went that gave it.
+    """
 
-    attention: AttentionPrecision = AttentionPrecision.FP8
-    fp8_range: FP8Range = FP8Range.NEURON
-    scale_convention: ConventionChoice = ConventionChoice.AUTO
-    keep_in_bf16: tuple[str, ...] = ()
-    tp_degree: int | None = None
-
-    def __post_init__(self) -> None:
-        # Options also come as plain strings, from a command line or a manifest.
-        for name, choice in (
-            ("attention", AttentionPrecision),
-            ("fp8_range", FP8Range),
-            ("scale_convention", ConventionChoice),
-        ):
-            try:
-                object.__setattr__(self, name, choice(getattr(self, name)))
-            except ValueError:
-                found, allowed = getattr(self, name), ", ".join(choice)
-                raise ConversionError(f"{name} is {found!r}; expected one of {allowed}") from None
-        object.__setattr__(self, "keep_in_bf16", tuple(self.keep_in_bf16))
+    directory: Path
+    manifest: Mapping[str, Any]
+    reused_shards: int = 0
+    was_finished: bool = False
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "Layout":
-        """The layout that a manifest's options describe."""
-        return cls(**{name: options[name] for name in ("attention", "fp8_range", "scale_convention", "keep_in_bf16")})
+    def open(cls, directory: str | Path) -> "Converted":
+        """Raises ConversionError without a finished conversion; headers are read later."""
+        return cls(directory=Path(directory), manifest=read_manifest(directory))
 
-    @property
-    def bf16_modules(self) -> tuple[str, ...]:
-        return (*self.keep_in_bf16, *(("self_attn",) if self.attention is AttentionPrecision.BF16 else ()))
+    @cached_property
+    def tensors(self) -> TensorDirectory:
+        """The stored tensors; their headers are read when they are first asked for.
 
-    def as_options(self) -> dict[str, Any]:
-        """What a manifest records: the options that change stored bytes."""
-        return {
-            "attention": str(self.attention),
-            "fp8_range": str(self.fp8_range),
-            "keep_in_bf16": list(self.keep_in_bf16),
-        }
+        Raises CheckpointError when files are not what the index says.
+        """
+        tensors = TensorDirectory(self.directory)
+        tensors.require_usable()
+        return tensors
 
+    @cached_property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dir(self.directory)
 
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """One tensor of the result. `groups` holds the source names of each piece, one group per expert when stacked;
-    `scale_groups` the scales that dequantizing needs."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    rule: Rule
-    layer: int | None
-    groups: Groups
-    treatment: Treatment
-    scale_groups: Groups = ()
-
-    @property
-    def is_scale(self) -> bool:
-        return self.treatment in SCALE_TREATMENTS.values()
+    @cached_property
+    def records(self) -> Mapping[str, TensorRecord]:
+        """The manifest's record of every tensor."""
+        return read_records(self.manifest["tensors"])
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+        return sum(record.nbytes for record in self.records.values())
 
     @property
-    def source_templates(self) -> list[str]:
-        """The sources with the layer filled in; experts stay `{e}`."""
-        named = [source.replace("{l}", str(self.layer)) for source in self.rule.sources]
-        return [schema.scale_name(name) for name in named] if self.is_scale else named
+    def layout(self) -> Layout:
+        """The options that it was made with."""
+        return Layout.from_options(self.manifest["identity"]["options"])
+
+    @property
+    def convention(self) -> ScaleConvention:
+        """The meaning that its source's scales were taken to have."""
+        return ScaleConvention(self.manifest["identity"]["options"]["scale_convention"])
+
+    @property
+    def rounded_codes(self) -> int:
+        return int(self.manifest["rounded_codes"])
+
+    def require_source(self, source: Checkpoint) -> None:
+        """Raise ConversionError when the directory was made of another checkpoint."""
+        if source.fingerprint != self.manifest["identity"]["source_fingerprint"]:
+            raise ConversionError(
+                f"{self.directory} was not made of {source.directory} (its manifest names another "
+                "source fingerprint); verify it against its own source, or convert again"
+            )
+
+    def render(self) -> str:
+        """The course of the run, and the number of converted scales."""
+        lines = [f"{self.directory} is up to date"] if self.was_finished else []
+        if self.reused_shards:
+            lines.append(f"resumed: {self.reused_shards} finished shards were checked and kept")
+        lines.append(f"FP8 scales converted: {self.manifest['scales_converted']}")
+        left_out = self.manifest["left_out"]
+        if left_out:
+            lines.append(
+                f"left out: {len(left_out)} multi-token-prediction tensors, which are not run"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.render()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """Every output of a conversion, in order, and what of the source is left out on purpose."""
+    """Every tensor of a conversion, in order, and what of the source is left out on purpose."""
 
-    config: ModelConfig
+    source: Checkpoint
     layout: Layout
-    convention: ScaleConvention
-    outputs: tuple[Output, ...]
+    outputs: tuple[ConvertedTensor, ...]
     left_out: tuple[str, ...] = ()
-    modules_to_not_convert: tuple[str, ...] = field(default=())
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    @cached_property
+    def modules_to_not_convert(self) -> tuple[str, ...]:
+        """NxDI's list of what is not FP8."""
+        return unquantized_modules(self.outputs)
 
     @property
     def scale_count(self) -> int:
-        """How many `weight_scale_inv` tensors are converted: 47,864 for the real model."""
+        """The number of `weight_scale_inv` tensors that are converted."""
         return sum(
             len(group)
             for output in self.outputs
@@ -140,134 +138,149 @@ class ConversionPlan:
 
     def render(self) -> str:
         """A table with one row per kind of output."""
-        rows: dict[tuple[str, ...], list[Output]] = {}
+        rows: dict[tuple[str, ...], list[ConvertedTensor]] = {}
         for output in self.outputs:
-            name = output.name if output.layer is None else output.name.replace(f".{output.layer}.", ".N.", 1)
-            key = (name, output.dtype, str(list(output.shape)), str(output.treatment))
+            name = (
+                output.name
+                if output.layer is None
+                else output.name.replace(f".{output.layer}.", ".N.", 1)
+            )
+            key = (name, output.dtype, str(list(output.shape)), str(output.transform))
             rows.setdefault(key, []).append(output)
         width = max(len(key[0]) for key in rows)
         lines = [
             f"{name:{width}}  {dtype:8} {shape:20} x {len(outputs):<4} "
-            f"{sum(output.nbytes for output in outputs) / 1e9:9.3f} GB  {what}"
+            f"{size_text(sum(output.nbytes for output in outputs), 3, 'GB'):>12}  {what}"
             for (name, dtype, shape, what), outputs in rows.items()
         ]
-        tail = [f"left out: {len(self.left_out)} multi-token-prediction tensors"] if self.left_out else []
-        return "\n".join([*lines, f"{len(self.outputs)} tensors, {self.nbytes / 1e9:.3f} GB", *tail])
+        lines.append(f"{len(self.outputs)} tensors, {size_text(self.nbytes, 3, 'GB')}")
+        if self.left_out:
+            lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors")
+        return "\n".join(lines)
 
+    def __str__(self) -> str:
+        return self.render()
 
-def plan(
-    sources: Sources,
-    config: ModelConfig,
-    layout: Layout,
-    convention: ScaleConvention = ScaleConvention.MULTIPLIER,
-    tolerated: Sequence[str] = (),
-) -> ConversionPlan:
-    """Bind the rules to a checkpoint's tensors.
+    def write(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> Converted:
+        """Stream the checkpoint into a directory; an interrupted run is resumed by the next one.
 
-    Raises ConversionError naming the tensors when a source is missing, unused or used twice, when experts of one layer
-    differ in dtype, or when a module named in the layout does not exist.
-    """
-    check_module_names(layout.keep_in_bf16, config)
-    outputs = tuple(
-        output
-        for layer in (None, *range(config.num_hidden_layers))
-        for rule in RULES
-        if rule.per_layer == (layer is not None)
-        for output in _bind(rule, layer, sources, config, layout, convention)
-    )
-    used = Counter(name for output in outputs for group in (*output.groups, *output.scale_groups) for name in group)
-    unused = [name for name in sources if name not in used and name not in tolerated]
-    twice = [name for name, count in used.items() if count > 1]
-    for names, what in ((unused, "used by no rule"), (twice, "used twice")):
-        if names:
-            raise ConversionError(
-                f"{len(names)} tensors are {what}, the first {names[0]}; nothing may be dropped silently"
+        `progress` is called with the bytes of each piece written, in all `nbytes`. Raises
+        CheckpointError or ConversionError naming what is wrong; the directory then has no manifest,
+        and what was finished is kept for the next run.
+        """
+        path = Path(directory)
+        if path.resolve() == self.source.directory.resolve():
+            raise ConversionError(f"{path} is the source itself; choose another output directory")
+        options = self.layout.as_options() | {"scale_convention": str(self.source.convention)}
+        identity = {
+            "source_fingerprint": self.source.fingerprint,
+            "options": options,
+            "format_version": FORMAT_VERSION,
+        }
+        with OutputDirectory(path, CONVERSION_NAME, identity, overwrite) as output:
+            if output.finished:
+                progress(self.nbytes)
+                return replace(Converted.open(path), was_finished=True)
+            records = output.write_shards(list(self._shards()), self.source, progress)
+            copy_companions(self.source.directory, path)
+            output.finish(self.converted_config(), records, self._manifest(records))
+        return replace(Converted.open(path), reused_shards=output.reused_shards)
+
+    def converted_config(self) -> dict[str, Any]:
+        """The output's config.json: the source's, with the quantization that its tensors have."""
+        raw = self.config.raw
+        config = {key: value for key, value in raw.items() if key != "quantization_config"}
+        if any(output.dtype == "F8_E4M3" for output in self.outputs):
+            config["quantization_config"] = dict(raw.get("quantization_config") or {}) | {
+                "quant_method": "fp8",
+                "weight_block_size": list(self.config.weight_block_size),
+                "modules_to_not_convert": list(self.modules_to_not_convert),
+            }
+        config[CONVERTED_SECTION] = {
+            "format_version": FORMAT_VERSION,
+            **self.layout.as_options(),
+        }
+        return config
+
+    def _shards(self) -> Iterator[StreamedShard]:
+        """Yield one shard for the tensors outside the layers, then one per layer."""
+        layers = (None, *range(self.config.num_hidden_layers))
+        for number, layer in enumerate(layers, start=1):
+            tensors = tuple(
+                StreamedTensor(output.spec, list(pieces(output, self.source)))
+                for output in self.outputs
+                if output.layer == layer
             )
+            yield StreamedShard(f"model-{number:05d}-of-{len(layers):05d}.safetensors", tensors)
+
+    def _manifest(self, records: Mapping[str, TensorRecord]) -> dict[str, Any]:
+        return {
+            "scale_convention": self.source.convention_record,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "scales_converted": self.scale_count,
+            "left_out": list(self.left_out),
+            "experts": self.config.num_local_experts,
+            "rounded_codes": sum(record.rounded_codes for record in records.values()),
+            "operations": {
+                output.name: {
+                    "sources": output.source_templates,
+                    "operation": str(output.rule.operation),
+                    "treatment": str(output.transform),
+                }
+                for output in self.outputs
+            },
+        }
+
+
+def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> ConversionPlan:
+    """The plan for an opened checkpoint.
+
+    Raises CheckpointError when the checkpoint is unusable or its scale convention is mixed,
+    ConversionError when its tensors do not fit the rules or the layout names no module.
+    """
+    checkpoint.require_usable()
+    layout = layout or Layout()
+    outputs = bind_rules(
+        checkpoint.specs,
+        checkpoint.config,
+        layout,
+        checkpoint.convention,
+        tolerated=checkpoint.mtp_names,
+    )
     return ConversionPlan(
-        config=config,
+        source=checkpoint,
         layout=layout,
-        convention=convention,
         outputs=outputs,
-        left_out=tuple(name for name in tolerated if name in sources),
-        modules_to_not_convert=unquantized_modules(outputs),
+        left_out=tuple(checkpoint.mtp_names),
     )
 
 
-def _bind(
-    rule: Rule, layer: int | None, sources: Sources, config: ModelConfig, layout: Layout, convention: ScaleConvention
-) -> Iterator[Output]:
-    experts = range(config.num_local_experts) if rule.per_expert else (None,)
-    groups = tuple(tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts)
-    target = rule.target.format(l=layer)
-    dtype = _common_dtype(target, groups, sources)
-    if rule.sources[0] in FLOAT32_ONLY and dtype != "F32":
-        raise ConversionError(f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts")
-    _check_shapes(rule, groups, sources, config)
-    to_bf16 = rule.sources[0] not in FLOAT32_ONLY and kept_in_bf16(rule, layer, groups, layout.bf16_modules)
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """conversion.json of a finished converted directory.
 
-    def output(name: str, dtype: str, treatment: Treatment, groups: Groups, scale_groups: Groups = ()) -> Output:
-        shapes = [sources[source][1] for source in groups[0]]
-        return Output(
-            name=name,
-            dtype=dtype,
-            shape=arranged_shape(rule.operation, shapes, len(groups)),
-            rule=rule,
-            layer=layer,
-            groups=groups,
-            treatment=treatment,
-            scale_groups=scale_groups,
-        )
-
-    if dtype != "F8_E4M3":
-        rounded = to_bf16 and dtype == "F32"
-        yield output(target, "BF16" if rounded else dtype, Treatment.ROUND if rounded else Treatment.KEEP, groups)
-        return
-    if rule.scale is not ScalePolicy.BLOCK:
-        raise ConversionError(f"{groups[0][0]} is FP8, but {target} has no place for block scales")
-    scale_groups = tuple(tuple(schema.scale_name(name) for name in group) for group in groups)
-    _common_dtype(target_scale_name(target), scale_groups, sources)
-    if to_bf16:
-        yield output(target, "BF16", Treatment.DEQUANTIZE, groups, scale_groups)
-        return
-    halved = layout.fp8_range is FP8Range.NEURON
-    yield output(target, dtype, Treatment.HALVE if halved else Treatment.KEEP, groups)
-    yield output(target_scale_name(target), "F32", SCALE_TREATMENTS[convention, halved], scale_groups)
-
-
-def _check_shapes(rule: Rule, groups: Groups, sources: Sources, config: ModelConfig) -> None:
-    """Raise ConversionError for a weight whose shape config.json does not imply, or FP8 scales that miss its blocks."""
-    for group in groups:
-        for template, name in zip(rule.sources, group, strict=True):
-            shape = schema.shape_of(SCHEMA[template], config)
-            wanted = {name: shape}
-            if len(shape) == 2:
-                wanted[schema.scale_name(name)] = schema.block_grid(shape, config.weight_block_size)
-            for tensor, expected in wanted.items():
-                if tensor in sources and tuple(sources[tensor][1]) != expected:
-                    found = list(sources[tensor][1])
-                    raise ConversionError(f"{tensor} has shape {found}; config.json implies {list(expected)}")
-
-
-def _common_dtype(target: str, groups: Groups, sources: Sources) -> str:
-    names = [name for group in groups for name in group]
-    missing = [name for name in names if name not in sources]
-    if missing:
-        raise ConversionError(f"{target} lacks {len(missing)} of its {len(names)} sources, the first {missing[0]}")
-    dtypes = Counter(sources[name][0] for name in names)
-    if len(dtypes) > 1:
-        rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
-        odd = next(name for name in names if sources[name][0] == rarest)
-        found = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+    Raises ConversionError when there is none: the directory is not a converted checkpoint, or an
+    unfinished one.
+    """
+    path = Path(directory) / CONVERSION_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["identity"]["format_version"] != FORMAT_VERSION:
+            raise ConversionError(
+                f"{path} has another format version; run `neuron-minimax convert` again"
+            )
+        return manifest
+    except FileNotFoundError:
         raise ConversionError(
-            f"{target} is made of weights of different dtypes ({found}; {odd} is {rarest}); expected one"
-        )
-    return next(iter(dtypes))
-
-
-def unquantized_modules(outputs: Sequence[Output]) -> tuple[str, ...]:
-    """`modules_to_not_convert` for NxDI: entries that reach every matrix that is not FP8, and no other."""
-    matrices = [output for output in outputs if not output.is_scale and len(output.shape) > 1]
-    modules = [
-        Module(path=module_of(output.name), weights=1, fp8=int(output.dtype == "F8_E4M3")) for output in matrices
-    ]
-    return needed(Framework.NXDI, modules)
+            f"{directory} has no {CONVERSION_NAME}: it is no converted checkpoint, or its "
+            "conversion did not finish; run `neuron-minimax convert CKPT OUT` (again, to resume)"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{path} cannot be read ({error!r}); convert again with --overwrite"
+        ) from None

@@ -1,112 +1,133 @@
-"""State dicts in memory: Hugging Face to Neuron by the conversion's own rules, and back by their inverse."""
+"""State dicts in memory: Hugging Face to Neuron by the conversion's own rules, and back by their
+inverse.
+"""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neuron_minimax.checkpoint import fp8, schema
-from neuron_minimax.checkpoint.fp8 import ScaleConvention
-from neuron_minimax.checkpoint.header import TORCH_DTYPES
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import TORCH_DTYPES, TensorSpec
+from neuron_minimax.checkpoint.reader import ScaledWeights
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.ops import take_apart
-from neuron_minimax.convert.pieces import pieces
-from neuron_minimax.convert.plan import ConventionChoice, Layout, Sources, plan
-from neuron_minimax.convert.rules import RANK_TENSORS, RULES, target_scale_name
+from neuron_minimax.convert.binding import bind_rules
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.pieces import pieces, take_apart
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.families import Role, target_scale_name
+from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ceil_div
 
 if TYPE_CHECKING:
     import torch
 
+STORED_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_DTYPES.items()}
 
-class _StateDict:
-    """A torch state dict seen as stored arrays, zero-copy."""
 
-    def __init__(self, tensors: Mapping[str, "torch.Tensor"]) -> None:
+class StateDict(ScaledWeights):
+    """A torch state dict in memory, seen as stored arrays, zero-copy."""
+
+    title = "the state dict"
+
+    def __init__(
+        self,
+        tensors: Mapping[str, "torch.Tensor"],
+        config: ModelConfig,
+        scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
+    ) -> None:
         self.tensors = tensors
-        self.dtypes = {f"torch.{torch_name}": name for name, torch_name in TORCH_DTYPES.items()}
+        self.config = config
+        self.convention_choice = ConventionChoice(scale_convention)
 
-    def sources(self) -> Sources:
-        return {name: (self.dtypes[str(t.dtype)], tuple(t.shape)) for name, t in self.tensors.items()}
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {
+            name: TensorSpec(name, STORED_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        }
 
     def array(self, name: str) -> np.ndarray:
         import torch
 
         tensor = self.tensors[name].detach().contiguous()
-        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(self.dtypes[str(tensor.dtype)])
+        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(self.specs[name].dtype)
         return (tensor if same_bytes is None else tensor.view(same_bytes)).numpy()
 
 
 def convert_hf_to_neuron_state_dict(
-    state_dict: Mapping[str, "torch.Tensor"], config: ModelConfig, layout: Layout | None = None
+    state_dict: Mapping[str, "torch.Tensor"],
+    config: ModelConfig,
+    layout: Layout | None = None,
+    scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
 ) -> dict[str, "torch.Tensor"]:
-    """The converted tensors of a Hugging Face state dict in memory, by the same rules as `convert`.
+    """The converted tensors of a Hugging Face state dict in memory, by the rules of a conversion.
 
-    Names may come with or without the leading `model.` (NxDI strips it). With `layout.tp_degree` the int32 rank
-    tensors [tp_degree] are added. Raises ConversionError naming missing, unused or unscaled tensors.
+    Names may come with or without the leading `model.` (NxDI strips it). With `layout.tp_degree`
+    the int32 rank tensors [tp_degree] are added. Raises ConversionError naming missing, unused or
+    unscaled tensors.
     """
     import torch
 
     layout = layout or Layout()
-    if "embed_tokens.weight" in state_dict:
-        state_dict = {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in state_dict.items()}
-    source = _StateDict(state_dict)
+    embedding = config.family.weight_of(Role.EMBEDDING).template
+    if embedding.removeprefix("model.") in state_dict:
+        head = f"{config.family.head_module}."
+        state_dict = {
+            name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
+        }
+    source = StateDict(state_dict, config, scale_convention)
     tolerated = [name for name in state_dict if schema.is_mtp(name, config)]
-    sources = source.sources()
-    conversion = plan(sources, config, layout, _convention_in_memory(source, sources, config, layout), tolerated)
     converted: dict[str, torch.Tensor] = {}
-    for output in conversion.outputs:
-        memory, filled = np.empty(output.nbytes, np.uint8), 0
-        for piece in pieces(conversion, output, source):
+    for output in bind_rules(source.specs, config, layout, source.convention, tolerated):
+        memory = np.empty(output.nbytes, np.uint8)
+        filled = 0
+        for piece in pieces(output, source):
             piece.fill(memory[filled : filled + piece.nbytes])
             filled += piece.nbytes
         elements = torch.from_numpy(memory).view(getattr(torch, TORCH_DTYPES[output.dtype]))
         converted[output.name] = elements.view(output.shape)
     if layout.tp_degree is not None:
-        for template in RANK_TENSORS:
-            for layer in range(config.num_hidden_layers) if "{l}" in template else (None,):
-                converted[template.format(l=layer)] = torch.arange(layout.tp_degree, dtype=torch.int32)
+        for name in config.family.rank_names(config.num_hidden_layers):
+            converted[name] = torch.arange(layout.tp_degree, dtype=torch.int32)
     return converted
 
 
-def _convention_in_memory(source: _StateDict, sources: Sources, config: ModelConfig, layout: Layout) -> ScaleConvention:
-    if layout.scale_convention is not ConventionChoice.AUTO:
-        return ScaleConvention(layout.scale_convention)
-    names = [name for name, (dtype, _) in sources.items() if dtype == "F8_E4M3" and schema.scale_name(name) in sources]
-    rows = config.weight_block_size[0]
-    samples = (
-        (n, source.array(n)[:rows], source.array(schema.scale_name(n))[:1]) for n in names[:: len(names) // 512 + 1]
-    )
-    convention, evidence = fp8.decide_convention(samples, config.weight_block_size)
-    if names and convention is None:
-        raise ConversionError(f"what weight_scale_inv means is unclear: {evidence.render()}; set scale_convention")
-    return convention or ScaleConvention.MULTIPLIER
+def neuron_to_hf_state_dict(
+    state_dict: Mapping[str, "torch.Tensor"], config: ModelConfig
+) -> dict[str, "torch.Tensor"]:
+    """The Hugging Face names and shapes of a state dict in Neuron layout: the rules read backwards,
+    as views.
 
-
-def neuron_to_hf_state_dict(state_dict: Mapping[str, "torch.Tensor"], config: ModelConfig) -> dict[str, "torch.Tensor"]:
-    """The Hugging Face names and shapes of a state dict in Neuron layout: the rules read backwards, as views.
-
-    Codes and scales keep their values: a `.scale` comes back as `weight_scale_inv`, the multiplier of its codes.
-    Raises ConversionError naming a tensor that is missing or belongs to no rule.
+    Codes and scales keep their values: a `.scale` comes back as `weight_scale_inv`, the multiplier
+    of its codes. Raises ConversionError naming a tensor that is missing or belongs to no rule.
     """
-    sizes = {weight.template: schema.shape_of(weight, config) for weight in schema.WEIGHTS}
+    sizes = {weight.template: schema.shape_of(weight, config) for weight in config.family.weights}
     published: dict[str, torch.Tensor] = {}
     unused = set(state_dict)
-    for rule in RULES:
+    for rule in config.family.rules:
         rows = [sizes[source][0] for source in rule.sources]
         for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
             target = rule.target.format(l=layer)
             if target not in state_dict:
-                raise ConversionError(f"the state dict has no {target}; expected every weight of the model")
+                raise ConversionError(
+                    f"the state dict has no {target}; expected every weight of the model"
+                )
             for name in (target, target_scale_name(target)):
                 if name not in state_dict:
                     continue
                 unused.discard(name)
                 scaled = name != target
-                counts = [-(-count // config.weight_block_size[0]) for count in rows] if scaled else rows
+                counts = (
+                    [ceil_div(count, config.weight_block_size[0]) for count in rows]
+                    if scaled
+                    else rows
+                )
                 for expert in range(config.num_local_experts) if rule.per_expert else (None,):
                     piece = state_dict[name] if expert is None else state_dict[name][expert]
-                    for source, part in zip(rule.sources, take_apart(rule.operation, piece, counts), strict=True):
+                    for source, part in zip(
+                        rule.sources, take_apart(rule.operation, piece, counts), strict=True
+                    ):
                         source_name = source.format(l=layer, e=expert)
                         published[schema.scale_name(source_name) if scaled else source_name] = part
     if unused:

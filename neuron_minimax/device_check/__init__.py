@@ -1,3 +1,1 @@
-"""What a new Neuron instance computes, held against the CPU: a few one-layer models first, then
-the first tokens.
-"""
+"""Hold a new Neuron instance against the CPU: one-layer models first, then the first tokens."""

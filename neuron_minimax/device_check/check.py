@@ -2,7 +2,6 @@
 against the CPU.
 """
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.backends.compiled import BACKENDS
-from neuron_minimax.backends.manifest import fingerprint, read_manifest
-from neuron_minimax.backends.neuron.supervise import run_supervised
+from neuron_minimax.backends.directory import fingerprint, options_module, read_manifest
+from neuron_minimax.backends.nxdi.supervise import run_supervised
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check import reference, router, schedule, tokens
-from neuron_minimax.device_check.probes import TARGETS, Layer, Probe, write_probe
+from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault, Reference
 from neuron_minimax.device_check.run import read_logits, write_prompts, write_rounds
 from neuron_minimax.device_check.schedule import Limits, Round
@@ -32,7 +30,8 @@ from neuron_minimax.device_check.verdicts import (
     judge_logits,
 )
 from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
-from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.families import Role
+from neuron_minimax.model.decoder import Decoder
 
 RUN_SECONDS = 1800.0
 LOG_NAME = "run.log"
@@ -44,8 +43,9 @@ Run = Callable[[Path, Path, Path], None]
 
 
 class Device(Protocol):
-    """What runs models, each in a process of its own; raises BackendError when that fails,
-    crashes or hangs.
+    """Runs models, each in a process of its own.
+
+    Raises BackendError when one fails, crashes or hangs.
     """
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
@@ -71,7 +71,9 @@ class CompiledDevice:
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
         traced = self.work / "traced" / probe.name
-        compile_model(probe, traced, backend=self.backend, options=self.options, progress=self.progress)
+        compile_model(
+            probe, traced, backend=self.backend, options=self.options, progress=self.progress
+        )
         self.run(traced, asked, logits)
 
     def run(self, traced: Path, asked: Path, logits: Path) -> None:
@@ -87,7 +89,7 @@ class CompiledDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is checked. `compute` is the device's dtype, in which the CPU computes too."""
+    """The shapes to check; `compute` is the device's dtype, in which the CPU computes too."""
 
     layer: int
     slots: int
@@ -106,7 +108,7 @@ class Check:
     name: str
     probe: Probe
     rounds: Callable[[Limits], list[Round]]
-    faults: Callable[[MiniMaxM2, int], list[Fault]] = lambda model, tp_degree: []
+    faults: Callable[[Decoder, int], list[Fault]] = lambda model, tp_degree: []
     if_wrong: str = ""
     next_step: str = ""
     needs: tuple[str, ...] = field(default=())  # checks of parts that this one contains
@@ -119,7 +121,8 @@ CHECKS = (
         probe=Probe.ATTENTION,
         rounds=schedule.value_rounds,
         faults=lambda model, tp_degree: reference.value_faults(model),
-        if_wrong="no known fault explains it: the shards of the value or output projection, or the sum over ranks",
+        if_wrong="no known fault explains it: the shards of the value or output projection, or "
+        "the sum over ranks",
         next_step="repeat with --tp-degree 1; then look at the head layout (planner/sharding.py)",
     ),
     Check(
@@ -127,10 +130,11 @@ CHECKS = (
         probe=Probe.ATTENTION,
         rounds=schedule.attention_rounds,
         faults=reference.attention_faults,
-        if_wrong="no known fault explains it: mask, cache writes, positions, or the query and key projections",
+        if_wrong="no known fault explains it: mask, cache writes, positions, or the query and "
+        "key projections",
         next_step=(
-            "where context encoding is right and token generation wrong, look at the cache and the norm of one token; "
-            "where both are, at the reduction of the norm over ranks and at RoPE"
+            "where context encoding is right and token generation wrong, look at the cache and the "
+            "norm of one token; where both are, at the reduction of the norm over ranks and at RoPE"
         ),
         needs=("value and output projection",),
     ),
@@ -140,8 +144,8 @@ CHECKS = (
         rounds=schedule.layer_rounds,
         faults=lambda model, tp_degree: reference.expert_faults(model),
         if_wrong=(
-            "router and attention are right, so what is left is the experts: their weights, block scales, the two "
-            "halves of gate_up_proj, or the expert kernel"
+            "router and attention are right, so what is left is the experts: their weights, block "
+            "scales, the two halves of {gate_up}, or the expert kernel"
         ),
         next_step="repeat with --expert-kernel torch, then with another --moe-tp-degree",
         needs=(router.CHECK, "value and output projection", "QK norm"),
@@ -166,13 +170,14 @@ def check_device(
     BackendError for options that cannot work or packages that are missing, and what `run_checks`
     raises.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r} does not exist; expected {' or '.join(BACKENDS)}")
-    module = importlib.import_module(BACKENDS[backend])
+    module = options_module(backend)
     resolved = module.check_options(ModelConfig.from_dir(converted), options)
     module.environment()
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(converted):
-        raise BackendError(f"{traced} was compiled from another directory than {converted}; give the one it came from")
+        raise BackendError(
+            f"{traced} was compiled from another directory than {converted}; give the one it came "
+            "from"
+        )
     request = Request(
         layer=layer,
         slots=resolved["slots"],
@@ -210,9 +215,12 @@ def run_checks(
         buckets=request.buckets,
         vocabulary=layer.vocabulary,
     )
-    if work.resolve().is_relative_to(converted.resolve()) or converted.resolve().is_relative_to(work.resolve()):
+    if work.resolve().is_relative_to(converted.resolve()) or converted.resolve().is_relative_to(
+        work.resolve()
+    ):
         raise ConversionError(
-            f"{work} and the converted directory {converted} lie in each other; choose another work directory"
+            f"{work} and the converted directory {converted} lie in each other; choose another "
+            "work directory"
         )
     prompts = [] if full_model is None else tokens.read_prompts(full_model / "model")
     verdicts: list[Verdict] = []
@@ -231,7 +239,10 @@ def run_checks(
             found_PTV = _ask(device.run, full_model, answer, tokens.CHECK)
             verdict = _first_tokens(converted, prompts, request.compute, found_PTV)
         verdicts.append(verdict)
-    title = f"layer {request.layer} of {converted}: {request.slots} slots, tp {request.tp_degree}, {request.compute}"
+    title = (
+        f"layer {request.layer} of {converted}: {request.slots} slots, tp {request.tp_degree}, "
+        f"{request.compute}"
+    )
     return Report(title=title, verdicts=tuple(verdicts))
 
 
@@ -245,7 +256,11 @@ def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Ve
     """The verdict of a check that holds parts which have failed, or were not checked; None when
     all are right.
     """
-    missing = [verdict.check for verdict in verdicts if verdict.check in needs and verdict.status is not Status.PASS]
+    missing = [
+        verdict.check
+        for verdict in verdicts
+        if verdict.check in needs and verdict.status is not Status.PASS
+    ]
     if not missing:
         return None
     return Verdict(
@@ -256,7 +271,9 @@ def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Ve
     )
 
 
-def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, device: Device, work: Path) -> Verdict:
+def _run_check(
+    check: Check, layer: Layer, limits: Limits, request: Request, device: Device, work: Path
+) -> Verdict:
     probe = work / f"{check.probe}-layer{layer.number}"
     write_probe(layer, check.probe, probe)
     rounds = check.rounds(limits)
@@ -273,12 +290,20 @@ def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, dev
         experts = layer.config.num_local_experts
         read_NE = (logits_NV[:, :experts], found_NV[:, :experts])
         return router.judge_router(case, rows, read_NE, found_NV)
-    float32_NV = logits_NV if request.compute == "float32" else Reference(probe, limits, "float32").run(rounds)[0]
+    float32_NV = (
+        logits_NV
+        if request.compute == "float32"
+        else Reference(probe, limits, "float32").run(rounds)[0]
+    )
     everything = check.probe is Probe.LAYER
-    compared_N = ~case.choice().near_tie_N if everything else torch.ones(len(rows), dtype=torch.bool)
+    compared_N = (
+        ~case.choice().near_tie_N if everything else torch.ones(len(rows), dtype=torch.bool)
+    )
 
     def with_fault(fault: Fault, *, only_steps: bool) -> torch.Tensor:
-        return Reference(probe, limits, request.compute, fault, only_steps=only_steps).run(rounds)[0]
+        return Reference(probe, limits, request.compute, fault, only_steps=only_steps).run(rounds)[
+            0
+        ]
 
     faults = [
         KnownFault(
@@ -296,7 +321,7 @@ def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, dev
         compute=request.compute,
         compared_N=compared_N,
         faults=faults,
-        if_wrong=check.if_wrong,
+        if_wrong=check.if_wrong.format(gate_up=layer.config.family.module_name(Role.EXPERT_GATE)),
         next_step=check.next_step,
     )
     return judge_logits(expectation, found_NV)
@@ -304,10 +329,11 @@ def _run_check(check: Check, layer: Layer, limits: Limits, request: Request, dev
 
 def _router_case(layer: Layer, inputs_NH: torch.Tensor) -> router.RouterCase:
     gate, bias = (
-        layer.tensors.tensor(TARGETS[kind].target.format(l=layer.number)).float()
-        for kind in ("gate", "e_score_correction_bias")
+        layer.tensors.tensor(layer.name_of(role)).float()
+        for role in (Role.ROUTER, Role.ROUTER_BIAS)
     )
     return router.RouterCase(
+        bias_name=layer.config.family.weight_of(Role.ROUTER_BIAS).kind,
         gate_EH=gate,
         bias_E=bias,
         inputs_NH=inputs_NH,
@@ -328,7 +354,8 @@ def _ask(run: Run, model: Path, answer: Path, name: str) -> torch.Tensor | Verdi
             status=Status.FAIL,
             finding="the device gave no logits",
             meaning=str(error),
-            next_step=f"read the log in {answer} or in the compile's graphs directory, mend it and run again: "
+            next_step=f"read the log in {answer} or in the compile's graphs directory, mend it "
+            "and run again: "
             "what is compiled is not compiled again",
         )
 

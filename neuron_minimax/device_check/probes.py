@@ -17,20 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax import __version__
-from neuron_minimax.backends.manifest import fingerprint
-from neuron_minimax.checkpoint import dense, fp8
-from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.modules import Framework, Module, needed
+from neuron_minimax import fp8
+from neuron_minimax.backends.directory import fingerprint
+from neuron_minimax.checkpoint.header import STORED_DTYPES, HasSpec, TensorSpec
 from neuron_minimax.checkpoint.output import OutputDirectory
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.checkpoint.stream import Piece, StreamedShard, StreamedTensor
+from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.pieces import PIECE_BYTES
-from neuron_minimax.convert.plan import SCHEMA
-from neuron_minimax.convert.rules import RULES, Rule, module_of, target_scale_name
-from neuron_minimax.convert.run import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from neuron_minimax.convert.plan import CONVERSION_NAME, FORMAT_VERSION, read_manifest
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.families import Role, module_of, target_scale_name
+from neuron_minimax.fp8 import bfloat16, ceil_div
+from neuron_minimax.inspection.modules import Framework, Module, needed
 
 # Most tokens of a probe. A layer computes the same for any vocabulary, and 200,064 tokens would add
 # 2.4 GB to each probe; 6144 is a multiple of every tp degree, so that no rank's share of the head
@@ -44,9 +43,6 @@ EXPERT_OUTPUT = 16.0
 PER_LAYER_FIELDS = ("attn_type_list",)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# The conversion's rules by the kind of their first source in the table of weights.
-TARGETS: dict[str, Rule] = {SCHEMA[rule.sources[0]].kind: rule for rule in RULES}
-
 
 class Probe(StrEnum):
     ROUTER = "router"
@@ -55,14 +51,12 @@ class Probe(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """One tensor of a probe: its own name, that of the layer's tensor, and how both are stored."""
+class Target(HasSpec):
+    """One tensor of a probe, and the name of the layer's tensor, which is stored alike."""
 
-    kind: str
-    name: str
+    role: Role  # of the first weight that it is made of
+    spec: TensorSpec
     source: str
-    dtype: str
-    shape: tuple[int, ...]
     is_scale: bool
 
     def encode(self, values: np.ndarray) -> np.ndarray:
@@ -72,7 +66,7 @@ class Target:
         if self.dtype == "F8_E4M3":
             return fp8.encode(values)
         if self.dtype == "BF16":
-            return np.ascontiguousarray(dense.round_to_bfloat16(values))
+            return np.ascontiguousarray(bfloat16.round_to_bfloat16(values))
         return values.astype(STORED_DTYPES[self.dtype])
 
 
@@ -83,8 +77,8 @@ Change = Callable[[Target], Content]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCode:
-    """How an expert shows that it was chosen: it writes one channel of the residual stream, the
-    same amount whichever expert it is. Its input is channel `constant`, which every token's
+    """The mark of a chosen expert: it writes one channel of the residual stream, the same amount
+    whichever expert it is. Its input is channel `constant`, which every token's
     embedding holds alike.
     """
 
@@ -97,27 +91,31 @@ class ExpertCode:
 class Layer:
     """One layer of a converted directory, and the tokens that its probes have.
 
-    Raises ConversionError when the directory is no finished conversion, or has no such layer.
+    Raises ConversionError when the directory is not a finished conversion, or has no such layer.
     """
 
     def __init__(self, converted: Path, number: int) -> None:
-        self.converted, self.number = converted, number
+        self.converted = converted
+        self.number = number
         self.manifest = read_manifest(converted)
         self.config = ModelConfig.from_dir(converted)
         self.tensors = TensorDirectory(converted)
         self.tensors.require_usable()
         if not 0 <= number < self.config.num_hidden_layers:
-            raise ConversionError(f"--layer {number}: {converted} has layers 0 to {self.config.num_hidden_layers - 1}")
+            raise ConversionError(
+                f"--layer {number}: {converted} has layers 0 to {self.config.num_hidden_layers - 1}"
+            )
         if self.config.num_local_experts >= self.config.hidden_size:
             raise ConversionError(
-                f"{self.config.num_local_experts} experts do not fit into {self.config.hidden_size} channels, one for "
-                "each; the router cannot be checked this way"
+                f"{self.config.num_local_experts} experts do not fit into "
+                f"{self.config.hidden_size} channels, one for each; the router cannot be checked "
+                "this way"
             )
         self.vocabulary = min(self.config.vocab_size, MOST_TOKENS)
         if self.vocabulary < self.config.num_local_experts:
             raise ConversionError(
-                f"a vocabulary of {self.vocabulary} tokens has no logit for each of {self.config.num_local_experts} "
-                "experts; the router cannot be checked this way"
+                f"a vocabulary of {self.vocabulary} tokens has no logit for each of "
+                f"{self.config.num_local_experts} experts; the router cannot be checked this way"
             )
 
     @cached_property
@@ -125,13 +123,15 @@ class Layer:
         """Which tokens of the vocabulary the probe's are, [V], spread over all of it."""
         return np.arange(self.vocabulary) * self.config.vocab_size // self.vocabulary
 
-    def stored(self, kind: str) -> np.ndarray:
-        """The stored elements of the weight of one kind."""
-        return self.tensors.array(TARGETS[kind].target.format(l=self.number))
+    def name_of(self, role: Role) -> str:
+        """The converted name of this layer's weight of one role."""
+        return self.config.family.rule_of(role).target.format(l=self.number)
 
     def targets(self) -> Iterator[Target]:
         """Every tensor of a probe, by the conversion's rules."""
-        for kind, rule in TARGETS.items():
+        family = self.config.family
+        for rule in family.rules:
+            weight = family.weight(rule.sources[0])
             for is_scale, template in (
                 (False, rule.target),
                 (True, target_scale_name(rule.target)),
@@ -140,17 +140,10 @@ class Layer:
                 if is_scale and source not in self.tensors.entries:
                     continue
                 entry = self.tensors.entry(source)
-                cut = SCHEMA[rule.sources[0]].dimensions[0] == "V"
+                cut = weight.dimensions[0] == "V"
                 shape = (self.vocabulary, *entry.shape[1:]) if cut else entry.shape
-                name = template.format(l=0)
-                yield Target(
-                    kind=kind,
-                    name=name,
-                    source=source,
-                    dtype=entry.dtype,
-                    shape=shape,
-                    is_scale=is_scale,
-                )
+                spec = TensorSpec(template.format(l=0), entry.dtype, shape)
+                yield Target(role=weight.role, spec=spec, source=source, is_scale=is_scale)
 
     def probe_config(self) -> dict[str, Any]:
         """config.json of a probe: one layer, fewer tokens, else the converted directory's."""
@@ -160,13 +153,17 @@ class Layer:
             if raw.get(field):
                 raw[field] = raw[field][self.number : self.number + 1]
         if self.config.declares_fp8:
-            matrices = [target for target in self.targets() if not target.is_scale and len(target.shape) > 1]
+            matrices = [
+                target for target in self.targets() if not target.is_scale and len(target.shape) > 1
+            ]
             modules = [
                 Module(path=module_of(target.name), weights=1, fp8=int(target.dtype == "F8_E4M3"))
                 for target in matrices
             ]
             listed = list(needed(Framework.NXDI, modules))
-            raw["quantization_config"] = raw["quantization_config"] | {"modules_to_not_convert": listed}
+            raw["quantization_config"] = raw["quantization_config"] | {
+                "modules_to_not_convert": listed
+            }
         return raw
 
     @cached_property
@@ -175,21 +172,25 @@ class Layer:
         experts is all zero.
         """
         config = self.config
-        norm = dense.to_float32(self.stored("post_attention_layernorm"))
+        norm = bfloat16.to_float32(self.tensors.array(self.name_of(Role.MLP_NORM)))
         constant = int(np.abs(norm).argmax())
         hidden = config.hidden_size
         value = CONSTANT / float(np.sqrt(1 + CONSTANT**2 / hidden)) * float(norm[constant])
         if value == 0:
-            raise ConversionError(f"layer {self.number} of {self.converted} has a norm of zeros before its experts")
+            raise ConversionError(
+                f"layer {self.number} of {self.converted} has a norm of zeros before its experts"
+            )
         gate_up = np.copysign(2.0 ** round(log2(4 / abs(value))), value)
         gate = gate_up * value
         # Every block of intermediate channels has a part, so that the share of every rank has one.
-        parts = -(-config.intermediate_size // config.weight_block_size[0])
+        parts = ceil_div(config.intermediate_size, config.weight_block_size[0])
         written = gate / (1 + np.exp(-gate)) * gate * parts
         others = np.delete(np.arange(hidden), constant)
         return ExpertCode(
             constant=constant,
-            channels=others[np.arange(config.num_local_experts) * len(others) // config.num_local_experts],
+            channels=others[
+                np.arange(config.num_local_experts) * len(others) // config.num_local_experts
+            ],
             gate_up=float(gate_up),
             down=2.0 ** round(log2(EXPERT_OUTPUT / written)),
         )
@@ -211,15 +212,14 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
     identity = dict(layer.manifest["identity"]) | {
         "source_fingerprint": fingerprint(layer.converted),
         "format_version": FORMAT_VERSION,
-        "made_by": f"neuron-minimax {__version__}",
         "probe": f"{probe} of layer {layer.number}",
     }
     changes = _changes(layer, probe)
     tensors = tuple(
-        StreamedTensor(target.name, target.dtype, target.shape, list(_pieces(layer, target, changes)))
+        StreamedTensor(target.spec, list(_pieces(layer, target, changes)))
         for target in layer.targets()
     )
-    with OutputDirectory(directory, MANIFEST_NAME, identity, overwrite=True) as output:
+    with OutputDirectory(directory, CONVERSION_NAME, identity, overwrite=True) as output:
         if output.finished:
             return
         shard = StreamedShard("model.safetensors", tensors)
@@ -227,8 +227,8 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
         output.finish(layer.probe_config(), records, {"probe": str(probe), "layer": layer.number})
 
 
-def _pieces(layer: Layer, target: Target, changes: Mapping[str, Change]) -> Iterator[Piece]:
-    content = changes.get(target.kind, partial(_copied, layer))(target)
+def _pieces(layer: Layer, target: Target, changes: Mapping[Role, Change]) -> Iterator[Piece]:
+    content = changes.get(target.role, partial(_copied, layer))(target)
     rows = target.shape[0]
     row_bytes = prod(target.shape[1:]) * STORED_DTYPES[target.dtype].itemsize
     step = max(1, PIECE_BYTES // row_bytes)
@@ -243,22 +243,22 @@ def _fill(content: Content, taken: slice, target: Target, memory: np.ndarray) ->
     return 0
 
 
-def _changes(layer: Layer, probe: Probe) -> dict[str, Change]:
-    """What a probe has in place of the layer's own, by kind of weight."""
+def _changes(layer: Layer, probe: Probe) -> dict[Role, Change]:
+    """The changes that a probe makes to the layer's own weights, by role."""
     if probe is Probe.LAYER:
-        return {"embed_tokens": partial(_cut, layer), "lm_head": partial(_cut, layer)}
+        return {Role.EMBEDDING: partial(_cut, layer), Role.HEAD: partial(_cut, layer)}
     read = layer.code.channels if probe is Probe.ROUTER else layer.attention_channels
-    shown: dict[str, Change] = {
-        "embed_tokens": partial(_masked_embedding, layer, read, probe is Probe.ROUTER),
-        "norm": _ones,
-        "lm_head": partial(_channel_head, read),
+    shown: dict[Role, Change] = {
+        Role.EMBEDDING: partial(_masked_embedding, layer, read, probe is Probe.ROUTER),
+        Role.FINAL_NORM: _ones,
+        Role.HEAD: partial(_channel_head, read),
     }
     if probe is Probe.ATTENTION:
-        return shown | {"w2": partial(_silent, layer)}
+        return shown | {Role.EXPERT_DOWN: partial(_silent, layer)}
     return shown | {
-        "o_proj": partial(_silent, layer),
-        "w1": partial(_coded_gate_up, layer),
-        "w2": partial(_coded_down, layer),
+        Role.OUTPUT: partial(_silent, layer),
+        Role.EXPERT_GATE: partial(_coded_gate_up, layer),
+        Role.EXPERT_DOWN: partial(_coded_down, layer),
     }
 
 
@@ -271,14 +271,18 @@ def _cut(layer: Layer, target: Target) -> Content:
 
 
 def _ones(target: Target) -> Content:
-    return lambda taken: target.encode(np.ones((taken.stop - taken.start, *target.shape[1:]), np.float32))
+    return lambda taken: target.encode(
+        np.ones((taken.stop - taken.start, *target.shape[1:]), np.float32)
+    )
 
 
 def _silent(layer: Layer, target: Target) -> Content:
     """Zero codes under the layer's own scales: the product is there and gives nothing."""
     if target.is_scale:
         return _copied(layer, target)
-    return lambda taken: np.zeros((taken.stop - taken.start, *target.shape[1:]), STORED_DTYPES[target.dtype])
+    return lambda taken: np.zeros(
+        (taken.stop - taken.start, *target.shape[1:]), STORED_DTYPES[target.dtype]
+    )
 
 
 def _masked_embedding(layer: Layer, read: np.ndarray, coded: bool, target: Target) -> Content:
@@ -288,7 +292,9 @@ def _masked_embedding(layer: Layer, read: np.ndarray, coded: bool, target: Targe
     """
 
     def content(taken: slice) -> np.ndarray:
-        rows = dense.to_float32(layer.tensors.array(target.source)[layer.token_rows[taken]]).copy()
+        rows = bfloat16.to_float32(
+            layer.tensors.array(target.source)[layer.token_rows[taken]]
+        ).copy()
         rows[:, read] = 0
         size = np.sqrt(np.square(rows).mean(axis=1, keepdims=True))
         rows = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
@@ -312,14 +318,16 @@ def _channel_head(read: np.ndarray, target: Target) -> Content:
 
 
 def _coded_gate_up(layer: Layer, target: Target) -> Content:
-    code, config = layer.code, layer.config
+    code = layer.code
+    config = layer.config
     first = np.arange(0, config.intermediate_size, config.weight_block_size[0])
     columns = np.concatenate([first, config.intermediate_size + first])  # gate, then up
     return _one_row(target, code.constant, columns, code.gate_up)
 
 
 def _coded_down(layer: Layer, target: Target) -> Content:
-    code, config = layer.code, layer.config
+    code = layer.code
+    config = layer.config
     rows = np.arange(0, config.intermediate_size, config.weight_block_size[0])
     if target.is_scale:
         return _scales(target, code.down)

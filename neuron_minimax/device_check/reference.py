@@ -10,20 +10,18 @@ batch, T tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_minimax.backends.cpu import CPUOptions
-from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.backends.cpu.backend import EagerBackend
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check.schedule import Limits, Round, run_rounds
-from neuron_minimax.kernels.fp8 import FP8_DTYPES, dequantize
-from neuron_minimax.kernels.fp8_mlp import BLOCK
-from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Weight
-from neuron_minimax.model.minimax import DecoderLayer, MiniMaxM2
+from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, dequantize
+from neuron_minimax.model.decoder import Decoder, DecoderLayer
+from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, StoredWeight
 from neuron_minimax.model.moe import Router, Routing
 from neuron_minimax.planner.sharding import head_layout
 
@@ -62,21 +60,23 @@ class ExpandedWeights:
         hidden_TH: torch.Tensor,
         expert_index_TK: torch.Tensor,
         affinity_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        gate_up_scale: torch.Tensor | None,
-        down: torch.Tensor,
-        down_scale: torch.Tensor | None,
-        block: tuple[int, int] = BLOCK,
+        weights: ExpertWeights,
     ) -> torch.Tensor:
         out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         for expert in expert_index_TK.unique().tolist():
             tokens, places = torch.where(expert_index_TK == expert)
-            scales = [None if scale is None else scale[expert] for scale in (gate_up_scale, down_scale)]
-            wide_H2I = self._expanded((id(gate_up), expert), gate_up[expert], scales[0], block, parts=2)
-            down_IH = self._expanded((id(down), expert), down[expert], scales[1], block)
-            gate_TI, up_TI = (hidden_TH[tokens].float() @ wide_H2I).to(self.compute).chunk(2, dim=-1)
+            gate_up, gate_up_scale, down, down_scale, block = weights.expert(expert)
+            wide_H2I = self._expanded(
+                (id(weights.gate_up), expert), gate_up, gate_up_scale, block, parts=2
+            )
+            down_IH = self._expanded((id(weights.down), expert), down, down_scale, block)
+            gate_TI, up_TI = (
+                (hidden_TH[tokens].float() @ wide_H2I).to(self.compute).chunk(2, dim=-1)
+            )
             product_TH = ((F.silu(gate_TI) * up_TI).float() @ down_IH).to(self.compute)
-            out_TH = out_TH.index_add(0, tokens, product_TH.float() * affinity_TK[tokens, places, None])
+            out_TH = out_TH.index_add(
+                0, tokens, product_TH.float() * affinity_TK[tokens, places, None]
+            )
         return out_TH.to(hidden_TH.dtype)
 
     def last_token_experts(
@@ -84,12 +84,13 @@ class ExpandedWeights:
         hidden_TH: torch.Tensor,
         expert_index_TK: torch.Tensor,
         affinity_TK: torch.Tensor,
-        *weights: Any,
-        **named: Any,
+        weights: ExpertWeights,
     ) -> torch.Tensor:
         out_TH = torch.zeros_like(hidden_TH)
         last = slice(-1, None)
-        out_TH[last] = self.expert_mlp(hidden_TH[last], expert_index_TK[last], affinity_TK[last], *weights, **named)
+        out_TH[last] = self.expert_mlp(
+            hidden_TH[last], expert_index_TK[last], affinity_TK[last], weights
+        )
         return out_TH
 
     def _expanded(
@@ -112,7 +113,7 @@ class Fault:
 
     name: str
     says: str  # completes "the device's logits are those of a model where ..."
-    apply: Callable[[MiniMaxM2], None]
+    apply: Callable[[Decoder], None]
 
 
 class Reference(EagerBackend):
@@ -149,20 +150,24 @@ class Reference(EagerBackend):
         self.weights = ExpandedWeights(self.model.compute)
         self.router_inputs: list[torch.Tensor] = []  # [tokens of a call, H]
         for model in {self.encoding_model, self.generation_model}:
-            moe = layer_of(model).block_sparse_moe
+            moe = layer_of(model).moe
             moe.router = RecordingRouter(self.config, moe.router, self.router_inputs)
 
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
         self.model = self.encoding_model
         return super()._encode(slot, ids, start, all_positions)
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
         self.model = self.generation_model
         return super()._step(tokens, positions, active)
 
-    def _run(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
-        """As the eager backend; no logits and no keys of one layer depend on what experts give
-        for earlier tokens.
+    def _run(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the eager backend's pass; no logits and no keys of one layer depend on what experts
+        give for earlier tokens.
         """
         kernels = self.weights.kernels(last_token=ids_BT.shape[1] > 1)
         filled = int(positions_BT.max()) + 1
@@ -172,7 +177,7 @@ class Reference(EagerBackend):
         return hidden_BTH
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden, self.weights.kernels(last_token=False)).float()
+        return self.model.logits(hidden, self.weights.kernels(last_token=False)).float()
 
     def run(self, rounds: Sequence[Round]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N,V] and what the router was given [N,H], in the order of `rows_of`."""
@@ -183,7 +188,9 @@ class Reference(EagerBackend):
         inputs = []
         for round_ in rounds:
             inputs += [next(calls)[-1] for _ in round_]
-            in_order = sorted(sequence.slot for sequence in round_)  # as a step gives the active slots to the model
+            in_order = sorted(
+                sequence.slot for sequence in round_
+            )  # as a step gives the active slots to the model
             for _ in round_[0].continuation:
                 call = next(calls)
                 inputs += [call[in_order.index(sequence.slot)] for sequence in round_]
@@ -195,7 +202,8 @@ class RecordingRouter(Router):
 
     def __init__(self, config: ModelConfig, router: Router, inputs: list[torch.Tensor]) -> None:
         super().__init__(config)
-        self.linear_router, self.inputs = router.linear_router, inputs
+        self.linear_router = router.linear_router
+        self.inputs = inputs
         self.e_score_correction_bias = router.e_score_correction_bias
 
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
@@ -210,7 +218,8 @@ class GroupedRMSNorm(RMSNorm):
 
     def __init__(self, norm: RMSNorm, shares: torch.Tensor) -> None:
         super().__init__(norm.weight.shape[0], norm.epsilon)
-        self.weight, self.shares = norm.weight, shares
+        self.weight = norm.weight
+        self.shares = shares
 
     def forward(self, projected_BTQ: torch.Tensor) -> torch.Tensor:
         by_head = projected_BTQ.float().unflatten(-1, (self.shares.shape[0], -1))
@@ -224,27 +233,31 @@ class RolledHeads(Linear):
 
     def __init__(self, projection: Linear, head_dim: int) -> None:
         super().__init__(projection.weight.shape[1], projection.weight.shape[0], projection.block)
-        self.weight, self.scale, self.head_dim = projection.weight, projection.scale, head_dim
+        self.weight = projection.weight
+        self.scale = projection.scale
+        self.head_dim = head_dim
 
     def forward(self, hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return super().forward(hidden, kernels).roll(self.head_dim, -1)
 
 
-def layer_of(model: MiniMaxM2) -> DecoderLayer:
+def layer_of(model: Decoder) -> DecoderLayer:
     """The one layer of a probe."""
     layer = model.layers[0]
     assert isinstance(layer, DecoderLayer)
     return layer
 
 
-def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
-    """What can go wrong with this model between the projections and the softmax."""
-    config, faults = model.config, []
+def attention_faults(model: Decoder, tp_degree: int) -> list[Fault]:
+    """Known faults between the projections and the softmax of this model."""
+    config = model.config
+    faults = []
     if tp_degree > 1:
         faults.append(
             Fault(
                 name="norm per rank",
-                says=f"each of the {tp_degree} ranks takes the QK norm over its own heads instead of the full width",
+                says=f"each of the {tp_degree} ranks takes the QK norm over its own heads "
+                "instead of the full width",
                 apply=lambda model: _group_norms(model, *_rank_shares(config, tp_degree)),
             )
         )
@@ -261,15 +274,16 @@ def attention_faults(model: MiniMaxM2, tp_degree: int) -> list[Fault]:
         faults.append(
             Fault(
                 name="RoPE over all channels",
-                says=f"RoPE rotates all {config.head_dim} channels of a head instead of the first {config.rotary_dim}",
+                says=f"RoPE rotates all {config.head_dim} channels of a head instead of the "
+                f"first {config.rotary_dim}",
                 apply=_rotate_all,
             )
         )
     return faults
 
 
-def value_faults(model: MiniMaxM2) -> list[Fault]:
-    """What can go wrong with this model in the value and output projections."""
+def value_faults(model: Decoder) -> list[Fault]:
+    """Known faults of the value and output projections of this model."""
     faults = []
     if model.config.num_key_value_heads > 1:
         faults.append(
@@ -290,8 +304,8 @@ def value_faults(model: MiniMaxM2) -> list[Fault]:
     return faults
 
 
-def expert_faults(model: MiniMaxM2) -> list[Fault]:
-    """What can go wrong with this model in the experts."""
+def expert_faults(model: Decoder) -> list[Fault]:
+    """Known faults of the experts of this model."""
     faults = [
         Fault(
             name="gate and up swapped",
@@ -299,7 +313,7 @@ def expert_faults(model: MiniMaxM2) -> list[Fault]:
             apply=_swap_gate_up,
         )
     ]
-    if layer_of(model).block_sparse_moe.expert_mlps.mlp_op.down_proj.scale is not None:
+    if layer_of(model).moe.expert_mlps.mlp_op.down_proj.scale is not None:
         faults.append(
             Fault(
                 name="experts without scales",
@@ -335,40 +349,40 @@ def _shares(ranks: Sequence[Sequence[int | None]], heads: int) -> torch.Tensor:
     return shares
 
 
-def _group_norms(model: MiniMaxM2, queries: torch.Tensor, keys: torch.Tensor) -> None:
+def _group_norms(model: Decoder, queries: torch.Tensor, keys: torch.Tensor) -> None:
     attention = layer_of(model).self_attn
     attention.q_norm = GroupedRMSNorm(attention.q_norm, queries)
     attention.k_norm = GroupedRMSNorm(attention.k_norm, keys)
 
 
-def _rotate_all(model: MiniMaxM2) -> None:
+def _rotate_all(model: Decoder) -> None:
     model.config = replace(model.config, rotary_dim=model.config.head_dim)
 
 
-def _roll_values(model: MiniMaxM2) -> None:
+def _roll_values(model: Decoder) -> None:
     projections = layer_of(model).self_attn.qkv_proj
     projections.v_proj = RolledHeads(projections.v_proj, model.config.head_dim)
 
 
-def _drop_attention_scales(model: MiniMaxM2) -> None:
+def _drop_attention_scales(model: Decoder) -> None:
     attention = layer_of(model).self_attn
     for weight in (attention.qkv_proj.v_proj, attention.o_proj.o_proj):
         _drop_scale(weight)
 
 
-def _drop_expert_scales(model: MiniMaxM2) -> None:
-    experts = layer_of(model).block_sparse_moe.expert_mlps.mlp_op
+def _drop_expert_scales(model: Decoder) -> None:
+    experts = layer_of(model).moe.expert_mlps.mlp_op
     for weight in (experts.gate_up_proj, experts.down_proj):
         _drop_scale(weight)
 
 
-def _drop_scale(module: Weight) -> None:
+def _drop_scale(module: StoredWeight) -> None:
     if module.scale is not None:
         module.scale = nn.Parameter(torch.ones_like(module.scale), requires_grad=False)
 
 
-def _swap_gate_up(model: MiniMaxM2) -> None:
-    gate_up = layer_of(model).block_sparse_moe.expert_mlps.mlp_op.gate_up_proj
+def _swap_gate_up(model: Decoder) -> None:
+    gate_up = layer_of(model).moe.expert_mlps.mlp_op.gate_up_proj
     weight = gate_up.weight
     bits = weight.view(torch.uint8) if weight.dtype in FP8_DTYPES else weight
     half = bits.shape[-1] // 2

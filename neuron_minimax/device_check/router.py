@@ -28,13 +28,14 @@ SHOWN = 1e-6
 EXPLAINED = 0.9
 # Standard deviations of a router logit under rounding of its inputs; and roundings of an affinity
 # on its way to a logit: itself, the expert's output, the sum, the norm, the head.
-DEVIATIONS, ROUNDINGS = 3, 8
+DEVIATIONS = 3
+ROUNDINGS = 8
 LEAST_AFFINITY = 1e-4  # relative; float32 sums in another order give less
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is chosen from scores: `chosen_NE` bool, and by how much rounding may move each
+    """The experts chosen from scores: `chosen_NE` bool, and by how much rounding may move each
     expert's `choice_NE`.
     """
 
@@ -57,7 +58,9 @@ class Choice:
     def near_tie_N(self) -> torch.Tensor:
         """[N]: whether the last chosen and the first left out may change places."""
         sure_N = torch.where(self.chosen_NE, self.choice_NE - self.margin_NE, torch.inf).amin(dim=1)
-        other_N = torch.where(self.chosen_NE, -torch.inf, self.choice_NE + self.margin_NE).amax(dim=1)
+        other_N = torch.where(self.chosen_NE, -torch.inf, self.choice_NE + self.margin_NE).amax(
+            dim=1
+        )
         return sure_N <= other_N
 
 
@@ -67,12 +70,15 @@ class RouterCase:
     the compute dtype.
     """
 
+    bias_name: str  # of the bias, as the checkpoint calls it
     gate_EH: torch.Tensor
     bias_E: torch.Tensor
     inputs_NH: torch.Tensor
     experts_per_token: int
 
-    def choice(self, *, gate_EH: torch.Tensor | None = None, bias_E: torch.Tensor | None = None) -> Choice:
+    def choice(
+        self, *, gate_EH: torch.Tensor | None = None, bias_E: torch.Tensor | None = None
+    ) -> Choice:
         """The choice with this gate and bias in place of the layer's own.
 
         The hidden state is rounded twice, after the norm and after its weight; the margin is what
@@ -100,24 +106,24 @@ class RouterCase:
         return scores_NE / scores_NE.sum(dim=1, keepdim=True)
 
     def known_faults(self) -> dict[str, Choice]:
-        """What each known fault would choose, by what it completes: "the choices are those ..."."""
-        short_gate_EH, short_bias_E = (
-            self.gate_EH.bfloat16().float(),
-            self.bias_E.bfloat16().float(),
-        )
-        summed_NE = (self.inputs_NH.float() @ short_gate_EH.T).sigmoid().bfloat16() + self.bias_E.bfloat16()
+        """The choice of each known fault, by what completes "the choices are those ..."."""
+        short_gate_EH = self.gate_EH.bfloat16().float()
+        short_bias_E = self.bias_E.bfloat16().float()
+        summed_NE = (
+            self.inputs_NH.float() @ short_gate_EH.T
+        ).sigmoid().bfloat16() + self.bias_E.bfloat16()
         in_bf16 = Choice(
             choice_NE=summed_NE.float(),
             margin_NE=torch.zeros_like(summed_NE, dtype=torch.float32),
             experts_per_token=self.experts_per_token,
         )
         return {
-            "without e_score_correction_bias: it is missing on the device": self.choice(
+            f"without {self.bias_name}: it is missing on the device": self.choice(
                 bias_E=torch.zeros_like(self.bias_E)
             ),
-            "with e_score_correction_bias rounded to BF16": self.choice(bias_E=short_bias_E),
+            f"with {self.bias_name} rounded to BF16": self.choice(bias_E=short_bias_E),
             "with the gate rounded to BF16": self.choice(gate_EH=short_gate_EH),
-            "with the gate and e_score_correction_bias rounded to BF16": self.choice(
+            f"with the gate and {self.bias_name} rounded to BF16": self.choice(
                 gate_EH=short_gate_EH, bias_E=short_bias_E
             ),
             "with scores and bias added in BF16": in_bf16,
@@ -163,7 +169,9 @@ def _why_blind(case: RouterCase, expected_NE: torch.Tensor) -> Verdict | None:
     """A failure of the tool when the probe does not show what it is made to show on the CPU."""
     own = case.choice()
     shown_NE = expected_NE > SHOWN * expected_NE.amax(dim=1, keepdim=True).clamp_min(1e-30)
-    if not own.allows(shown_NE).all() or bool((shown_NE.sum(dim=1) != case.experts_per_token).any()):
+    if not own.allows(shown_NE).all() or bool(
+        (shown_NE.sum(dim=1) != case.experts_per_token).any()
+    ):
         return tool_failure(
             CHECK,
             "the coded experts are not visible in the CPU's own logits",
@@ -181,21 +189,26 @@ def _why_blind(case: RouterCase, expected_NE: torch.Tensor) -> Verdict | None:
     if spread > 0 and bool(own.allows(without.chosen_NE).all()):
         return tool_failure(
             CHECK,
-            f"e_score_correction_bias (spread {spread:.3g}) changes no token's experts, so a lost one is not seen",
+            f"{case.bias_name} (spread {spread:.3g}) changes no token's experts, so a lost "
+            "one is not seen",
             "choose another layer with --layer",
         )
     return None
 
 
-def _wrong_experts(case: RouterCase, rows: Sequence[Row], shown_NE: torch.Tensor, wrong_N: torch.Tensor) -> Verdict:
+def _wrong_experts(
+    case: RouterCase, rows: Sequence[Row], shown_NE: torch.Tensor, wrong_N: torch.Tensor
+) -> Verdict:
     own_NE = case.choice().chosen_NE
-    count, total = int(wrong_N.sum()), len(wrong_N)
+    count = int(wrong_N.sum())
+    total = len(wrong_N)
     example = int(wrong_N.nonzero()[0])
     counts = shown_NE.sum(dim=1)
     finding = (
-        f"the device chose experts {_numbers(shown_NE[example] & ~own_NE[example])} where the CPU chose "
-        f"{_numbers(own_NE[example] & ~shown_NE[example])} in the first of {count} wrong tokens (of {total}; "
-        f"{_phases(rows, wrong_N)}); most often differing: {_most_often(shown_NE, own_NE, wrong_N)}"
+        f"the device chose experts {_numbers(shown_NE[example] & ~own_NE[example])} where the CPU "
+        f"chose {_numbers(own_NE[example] & ~shown_NE[example])} in the first of {count} wrong "
+        f"tokens (of {total}; {_phases(rows, wrong_N)}); most often differing: "
+        f"{_most_often(shown_NE, own_NE, wrong_N)}"
     )
     measured = Measurement(
         what="tokens with other experts than rounding allows",
@@ -210,18 +223,22 @@ def _wrong_experts(case: RouterCase, rows: Sequence[Row], shown_NE: torch.Tensor
             status=Status.FAIL,
             measured=measured,
             finding=f"{finding}; tokens show {odd} experts instead of {case.experts_per_token}",
-            meaning="outputs of experts are lost, doubled or of another sign: their shards, or the sum over ranks",
-            next_step="repeat with --moe-ep-degree 1 and with --moe-tp-degree 1 to see which of the two it is",
+            meaning="outputs of experts are lost, doubled or of another sign: their shards, or "
+            "the sum over ranks",
+            next_step="repeat with --moe-ep-degree 1 and with --moe-tp-degree 1 to see which of "
+            "the two it is",
         )
     cause = _cause(case, shown_NE, wrong_N)
     if cause is None:
-        meaning = "no known fault explains it: experts may be out of place (their order over the ranks)"
+        meaning = (
+            "no known fault explains it: experts may be out of place (their order over the ranks)"
+        )
         step = "compare the order of experts per rank; repeat with --moe-ep-degree 1"
     else:
         meaning = f"the choices are those {cause}"
         step = (
-            "look for the parameter in the compiled graph's inputs and its dtype after NxDI's layout transformation; "
-            "believe no later check before this one passes"
+            "look for the parameter in the compiled graph's inputs and its dtype after NxDI's "
+            "layout transformation; believe no later check before this one passes"
         )
     return Verdict(
         check=CHECK,
@@ -238,7 +255,8 @@ def _cause(case: RouterCase, shown_NE: torch.Tensor, wrong_N: torch.Tensor) -> s
     explains most.
     """
     explained = {
-        cause: float(choice.allows(shown_NE).float().mean()) * float(choice.allows(shown_NE)[wrong_N].float().mean())
+        cause: float(choice.allows(shown_NE).float().mean())
+        * float(choice.allows(shown_NE)[wrong_N].float().mean())
         for cause, choice in case.known_faults().items()
     }
     best = max(explained, key=lambda cause: explained[cause])
@@ -260,10 +278,13 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
         what="largest relative difference of an affinity",
         difference=largest,
         tolerance=tolerance,
-        source=f"{ROUNDINGS} steps of BF16" if tolerance > LEAST_AFFINITY else "the least for float32",
+        source=f"{ROUNDINGS} steps of BF16"
+        if tolerance > LEAST_AFFINITY
+        else "the least for float32",
     )
     if largest <= tolerance:
-        seen, experts = int(shown_NE.any(dim=0).sum()), shown_NE.shape[1]
+        seen = int(shown_NE.any(dim=0).sum())
+        experts = shown_NE.shape[1]
         chosen = f"{seen} of {experts} experts were chosen"
         finding = f"{len(same_N)} tokens have the CPU's experts and affinities ({chosen}){tail}"
         return Verdict(check=CHECK, status=Status.PASS, finding=finding, measured=measured)
@@ -275,10 +296,11 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
         status=Status.FAIL,
         measured=measured,
         finding=f"the experts are the CPU's, their affinities are not{tail}",
-        meaning="the affinities are those with e_score_correction_bias in them; it may only choose"
+        meaning=f"the affinities are those with {case.bias_name} in them; it may only choose"
         if is_biased
         else "affinities are normalised differently, or an expert's output is",
-        next_step="look at normalize_top_k_affinities and at the router's activation in the NeuronConfig",
+        next_step="look at normalize_top_k_affinities and at the router's activation in the "
+        "NeuronConfig",
     )
 
 
@@ -287,7 +309,7 @@ def _numbers(chosen_E: torch.Tensor) -> list[int]:
 
 
 def _phases(rows: Sequence[Row], wrong_N: torch.Tensor) -> str:
-    """How many tokens of each phase are wrong."""
+    """The numbers of wrong tokens in each phase, as text."""
     parts = []
     for phase in Phase:
         here_N = torch.tensor([row.phase is phase for row in rows])
@@ -298,5 +320,11 @@ def _phases(rows: Sequence[Row], wrong_N: torch.Tensor) -> str:
 
 def _most_often(shown_NE: torch.Tensor, own_NE: torch.Tensor, wrong_N: torch.Tensor) -> str:
     """The experts that are chosen or left out wrongly in most tokens."""
-    counts = Counter({expert: int(n) for expert, n in enumerate((shown_NE ^ own_NE)[wrong_N].sum(dim=0).tolist()) if n})
+    counts = Counter(
+        {
+            expert: int(n)
+            for expert, n in enumerate((shown_NE ^ own_NE)[wrong_N].sum(dim=0).tolist())
+            if n
+        }
+    )
     return ", ".join(f"{expert} ({count} tokens)" for expert, count in counts.most_common(4))

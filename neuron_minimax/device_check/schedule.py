@@ -1,5 +1,4 @@
-"""What a probe is asked: prompts in slots and tokens after them, the same for the device and the
-CPU.
+"""The questions to a probe: prompts in slots and tokens after them, the same for device and CPU.
 
 Shapes: N rows, one for each prompt and each step of each slot; V vocabulary.
 """
@@ -13,10 +12,13 @@ import torch
 
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.errors import BackendError
+from neuron_minimax.fp8 import ceil_div
 
 SEED = 0
 MOST_SLOTS = 8
-ROUTER_ROWS, VALUE_ROWS, LAYER_ROWS = 64, 32, 24
+ROUTER_ROWS = 64
+VALUE_ROWS = 32
+LAYER_ROWS = 24
 STEPS = 8
 
 
@@ -27,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the device's graphs are compiled for; lengths in tokens."""
+    """The sizes that the device's graphs are compiled for; lengths in tokens."""
 
     slots: int
     seq_len: int
@@ -37,8 +39,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.seq_len < 4 or self.buckets[-1] < 2:
             raise BackendError(
-                f"seq_len {self.seq_len} and buckets {list(self.buckets)} leave no room for a prompt of two tokens and "
-                "two steps; check with a larger --seq-len and --buckets"
+                f"seq_len {self.seq_len} and buckets {list(self.buckets)} leave no room for a "
+                "prompt of two tokens and two steps; check with a larger --seq-len and --buckets"
             )
 
 
@@ -57,7 +59,7 @@ Round = tuple[SlotTokens, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Where one row of logits comes from: which phase and slot, after how many tokens."""
+    """The origin of one row of logits: phase, slot, and the number of tokens before it."""
 
     phase: Phase
     slot: int
@@ -95,7 +97,8 @@ def run_rounds(backend: Backend, rounds: Sequence[Round]) -> torch.Tensor:
 
 def _step(slots: int, round_: Round, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, positions and the active slots, each [S]."""
-    tokens, positions = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.long)
+    tokens = torch.zeros(slots, dtype=torch.long)
+    positions = torch.zeros(slots, dtype=torch.long)
     active = torch.zeros(slots, dtype=torch.bool)
     for sequence in round_:
         tokens[sequence.slot] = sequence.continuation[step]
@@ -127,7 +130,9 @@ def attention_rounds(limits: Limits) -> list[Round]:
         lengths = [max(2, length) for length in (full, full // 2, full - 1, 5) if length <= longest]
         slots = _slots(limits, min(len(lengths), limits.slots), generator)
         sequences = zip(slots, lengths, strict=False)
-        rounds.append(tuple(_sequence(limits, generator, slot, length, steps) for slot, length in sequences))
+        rounds.append(
+            tuple(_sequence(limits, generator, slot, length, steps) for slot, length in sequences)
+        )
     return rounds
 
 
@@ -147,7 +152,7 @@ def _short_rounds(limits: Limits, prompts: int, longest: int, steps: int) -> lis
             _sequence(limits, generator, slot, generator.randint(1, longest), steps)
             for slot in _slots(limits, used, generator)
         )
-        for _ in range(-(-prompts // used))
+        for _ in range(ceil_div(prompts, used))
     ]
 
 
@@ -156,6 +161,8 @@ def _slots(limits: Limits, count: int, generator: random.Random) -> list[int]:
     return generator.sample(range(limits.slots), count)
 
 
-def _sequence(limits: Limits, generator: random.Random, slot: int, length: int, steps: int) -> SlotTokens:
+def _sequence(
+    limits: Limits, generator: random.Random, slot: int, length: int, steps: int
+) -> SlotTokens:
     tokens = tuple(generator.randrange(limits.vocabulary) for _ in range(length + steps))
     return SlotTokens(slot=slot, prompt=tokens[:length], continuation=tokens[length:])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from neuron_minimax.backends.cpu import CPUOptions
-from neuron_minimax.backends.eager import EagerBackend
+from neuron_minimax.backends.cpu.backend import EagerBackend
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.verdicts import (
     ROUNDING_ERRORS,
     Measurement,
@@ -40,13 +40,17 @@ def read_prompts(model: Path) -> list[list[int]]:
     return [tokenizer.encode(text) for text in TEXTS]
 
 
-def cpu_logits(model: Path, prompts: Sequence[Sequence[int]], answers_PT: torch.Tensor, compute: str) -> torch.Tensor:
+def cpu_logits(
+    model: Path, prompts: Sequence[Sequence[int]], answers_PT: torch.Tensor, compute: str
+) -> torch.Tensor:
     """Logits [P,T,V] of the eager model after each prompt and the device's tokens before: one
     pass per prompt.
     """
     count = answers_PT.shape[1]
     longest = max(len(prompt) for prompt in prompts) + count
-    options = CPUOptions(slots=1, seq_len=longest, buckets=(longest,), compute=compute, engine="eager")
+    options = CPUOptions(
+        slots=1, seq_len=longest, buckets=(longest,), compute=compute, engine="eager"
+    )
     backend = EagerBackend(model, options)
     found = []
     for prompt, answer in zip(prompts, answers_PT.tolist(), strict=True):
@@ -55,7 +59,9 @@ def cpu_logits(model: Path, prompts: Sequence[Sequence[int]], answers_PT: torch.
     return torch.stack(found)
 
 
-def judge_tokens(found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PTV: torch.Tensor) -> Verdict:
+def judge_tokens(
+    found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PTV: torch.Tensor
+) -> Verdict:
     """Every token of the device has to be the CPU's first choice, or so near to it that rounding
     may decide.
     """
@@ -71,8 +77,8 @@ def judge_tokens(found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PT
     if float(spread_PT.median()) <= tolerance:
         return tool_failure(
             CHECK,
-            f"the CPU's first choices stand out by {float(spread_PT.median()):.3g}, no more than rounding may move "
-            f"({tolerance:.3g}): any token would pass",
+            f"the CPU's first choices stand out by {float(spread_PT.median()):.3g}, no more than "
+            f"rounding may move ({tolerance:.3g}): any token would pass",
             "check a trained model",
         )
     measured = Measurement(
@@ -88,11 +94,14 @@ def judge_tokens(found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PT
         return Verdict(check=CHECK, status=Status.PASS, finding=finding, measured=measured)
     prompt, place = apart[0]
     finding = (
-        f"{equal} of {margin_PT.numel()} tokens are the CPU's; the first other one is token {place + 1} of prompt "
-        f"{prompt + 1}, behind the CPU's choice by {float(margin_PT[prompt, place]):.3g}"
+        f"{equal} of {margin_PT.numel()} tokens are the CPU's; the first other one is token "
+        f"{place + 1} of prompt {prompt + 1}, behind the CPU's choice by "
+        f"{float(margin_PT[prompt, place]):.3g}"
     )
     if float(margin_PT.max()) <= tolerance:
-        return Verdict(check=CHECK, status=Status.PASS, finding=f"{finding}: near-ties", measured=measured)
+        return Verdict(
+            check=CHECK, status=Status.PASS, finding=f"{finding}: near-ties", measured=measured
+        )
     in_steps = int((margin_PT[:, 1:] > tolerance).sum())
     in_prompts = int((margin_PT[:, 0] > tolerance).sum())
     where = "token generation" if not in_prompts else "context encoding"
@@ -101,7 +110,9 @@ def judge_tokens(found_PTV: torch.Tensor, expected_PTV: torch.Tensor, float32_PT
         status=Status.FAIL,
         finding=finding,
         measured=measured,
-        meaning=f"{where} of the full model goes wrong ({in_prompts} first tokens, {in_steps} later ones) where one "
+        meaning=f"{where} of the full model goes wrong ({in_prompts} first tokens, {in_steps} "
+        "later ones) where one "
         "layer is right: another layer, the embedding, the head, or the cache over many layers",
-        next_step="check more layers with --layer; compare the first token's logits by `generate --dump-logits`",
+        next_step="check more layers with --layer; compare the first token's logits by `generate "
+        "--dump-logits`",
     )

@@ -1,4 +1,4 @@
-"""What a check found: the verdict, and how logits are compared.
+"""Compare logits, and state the verdict of a check.
 
 Shapes: N rows, V vocabulary.
 """
@@ -64,7 +64,9 @@ class Verdict:
         indent = " " * 8
         first, *others = lines
         wrapped = [fill(first, 100, subsequent_indent=indent)]
-        wrapped += [fill(line, 100, initial_indent=indent, subsequent_indent=indent) for line in others]
+        wrapped += [
+            fill(line, 100, initial_indent=indent, subsequent_indent=indent) for line in others
+        ]
         return "\n".join(wrapped)
 
 
@@ -77,7 +79,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """True when something was checked and nothing failed."""
         statuses = [verdict.status for verdict in self.verdicts]
         return Status.PASS in statuses and Status.FAIL not in statuses
 
@@ -113,14 +115,16 @@ class KnownFault:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What the CPU says of one check. Rows that are not `compared_N` are left out, because
+    """The CPU's side of one check. Rows that are not `compared_N` are left out, because
     experts nearly tie there.
     """
 
     check: str
     rows: Sequence[Row]
     logits_NV: torch.Tensor
-    float32_NV: torch.Tensor  # the same in float32; equal to `logits_NV` when that is the compute dtype
+    float32_NV: (
+        torch.Tensor
+    )  # the same in float32; equal to `logits_NV` when that is the compute dtype
     compute: str
     compared_N: torch.Tensor
     faults: Sequence[KnownFault]
@@ -138,7 +142,10 @@ class Expectation:
     def tolerance_source(self) -> str:
         if self.tolerance == LEAST_TOLERANCE[self.compute]:
             return f"the least for {self.compute}"
-        return f"{ROUNDING_ERRORS} times what the CPU in {self.compute} differs from the CPU in float32"
+        return (
+            f"{ROUNDING_ERRORS} times what the CPU in {self.compute} differs from the CPU in "
+            "float32"
+        )
 
 
 def tool_failure(check: str, finding: str, next_step: str) -> Verdict:
@@ -147,12 +154,15 @@ def tool_failure(check: str, finding: str, next_step: str) -> Verdict:
         check=check,
         status=Status.FAIL,
         finding=finding,
-        meaning="the check itself cannot tell right from wrong here; this says nothing about the device",
+        meaning="the check itself cannot tell right from wrong here; this says nothing about the "
+        "device",
         next_step=next_step,
     )
 
 
-def unusable_logits(check: str, found_NV: torch.Tensor, expected_NV: torch.Tensor) -> Verdict | None:
+def unusable_logits(
+    check: str, found_NV: torch.Tensor, expected_NV: torch.Tensor
+) -> Verdict | None:
     """A failure when logits are of another shape, not finite, or all alike; None when they can
     be compared.
     """
@@ -170,15 +180,18 @@ def unusable_logits(check: str, found_NV: torch.Tensor, expected_NV: torch.Tenso
             check=check,
             status=Status.FAIL,
             finding=f"{bad} of {len(found_NV)} rows of logits hold NaN or infinity",
-            meaning="codes above 240 that the chip reads as infinity, or a padding that reaches a product",
-            next_step="see that the directory was converted with --fp8-range neuron, then look at graphs/compile.log",
+            meaning="codes above 240 that the chip reads as infinity, or a padding that reaches "
+            "a product",
+            next_step="see that the directory was converted with --fp8-range neuron, then look "
+            "at graphs/compile.log",
         )
     if len(found_NV) > 1 and bool((found_NV == found_NV[0]).all()):
         return Verdict(
             check=check,
             status=Status.FAIL,
             finding="the device's logits are the same for every prompt",
-            meaning="tokens do not reach the model: left padding, or weights that were never loaded",
+            meaning="tokens do not reach the model: left padding, or weights that were never "
+            "loaded",
             next_step="look at run.log for warnings of the loader",
         )
     return None
@@ -207,7 +220,9 @@ def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
     )
     if not wrong_N.any():
         finding = f"{compared} rows of logits equal the CPU's{tail}"
-        return Verdict(check=expectation.check, status=Status.PASS, finding=finding, measured=measured)
+        return Verdict(
+            check=expectation.check, status=Status.PASS, finding=finding, measured=measured
+        )
     where = _where(expectation, wrong_N)
     cause = _cause(expectation, found_NV, wrong_N)
     return Verdict(
@@ -215,7 +230,9 @@ def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
         status=Status.FAIL,
         finding=f"{where}{tail}",
         measured=measured,
-        meaning=f"the device's logits are those of a model where {cause}" if cause else expectation.if_wrong,
+        meaning=f"the device's logits are those of a model where {cause}"
+        if cause
+        else expectation.if_wrong,
         next_step=expectation.next_step,
     )
 
@@ -225,7 +242,8 @@ def _why_blind(expectation: Expectation) -> Verdict | None:
     if compared < expectation.minimum_rows:
         return tool_failure(
             expectation.check,
-            f"only {compared} rows of logits can be compared; expected at least {expectation.minimum_rows}",
+            f"only {compared} rows of logits can be compared; expected at least "
+            f"{expectation.minimum_rows}",
             "choose another layer with --layer, where fewer tokens have experts that nearly tie",
         )
     if bool((expectation.logits_NV == expectation.logits_NV[0]).all()):
@@ -239,8 +257,8 @@ def _why_blind(expectation: Expectation) -> Verdict | None:
         if float(error_N.max()) <= 2 * expectation.tolerance:
             return tool_failure(
                 expectation.check,
-                f"it would not see that {known.fault.says}: a relative difference of {float(error_N.max()):.3g}, "
-                f"with a tolerance of {expectation.tolerance:.3g}",
+                f"it would not see that {known.fault.says}: a relative difference of "
+                f"{float(error_N.max()):.3g}, with a tolerance of {expectation.tolerance:.3g}",
                 "choose another layer with --layer, or longer --buckets",
             )
     return None
@@ -250,7 +268,9 @@ def _where(expectation: Expectation, wrong_N: torch.Tensor) -> str:
     """Which phase is right and which wrong, in words."""
     counts = {}
     for phase in Phase:
-        here_N = torch.tensor([row.phase is phase for row in expectation.rows]) & expectation.compared_N
+        here_N = (
+            torch.tensor([row.phase is phase for row in expectation.rows]) & expectation.compared_N
+        )
         if here_N.any():
             counts[phase] = (int((wrong_N & here_N).sum()), int(here_N.sum()))
     parts = [

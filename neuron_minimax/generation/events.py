@@ -1,4 +1,4 @@
-"""What an assistant turn is made of: the events of a stream, and the whole message they join to."""
+"""The events of an assistant turn as it streams, and the whole message they join to."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The call is complete, or, when `complete` is false, was cut off: its source follows as text."""
+    """The call is complete, or, when `complete` is false, cut off: its source follows as text."""
 
     index: int
     complete: bool
@@ -68,8 +68,9 @@ class Message:
 
 
 def collect(events: Iterable[Event]) -> Message:
-    """Join the events of one turn; calls that were cut off are left out (their source is part of the text)."""
-    message, calls = Message(), {}
+    """Join the events of one turn; calls that were cut off are part of the text."""
+    message = Message()
+    calls = {}
     for event in events:
         match event:
             case Reasoning(text):

@@ -1,6 +1,7 @@
-"""Choosing the next token from one row of logits: greedy, temperature, top-k, top-p, min-p, penalties, seed.
+"""Choosing the next token from one row of logits.
 
-Shapes: V vocabulary. Order of operations, as in transformers: penalties, temperature, top-k, top-p, min-p.
+Shapes: V vocabulary, C candidates. The order of operations is that of transformers: penalties,
+temperature, top-k, top-p, min-p.
 """
 
 import math
@@ -25,12 +26,13 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How to choose a token; temperature 0 is greedy, top_k 0 keeps every token.
+class SamplingParams:
+    """The options of choosing a token; temperature 0 is greedy, top_k 0 keeps every token.
 
-    `repetition_penalty` divides positive and multiplies negative logits of every token of prompt and answer (CTRL,
-    arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted for tokens of the answer, once and
-    per occurrence (OpenAI's definition).
+    How long an answer may be is not among them: that depends on the prompt and the model.
+    `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
+    and answer (CTRL, arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted
+    for tokens of the answer, once and per occurrence (OpenAI's definition).
     """
 
     temperature: float = 1.0
@@ -45,36 +47,46 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, (low, high, closed) in RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+            ):
                 raise GenerationError(f"{name} is {value!r}; expected a number")
             if not (low <= value if closed else low < value) or value > high:
                 bound = "from" if closed else "above"
-                raise GenerationError(f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}")
+                raise GenerationError(
+                    f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
+                )
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
-            raise GenerationError(f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token")
-        if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
+            raise GenerationError(
+                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token"
+            )
+        if self.seed is not None and (
+            not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
+        ):
             raise GenerationError(f"seed is {self.seed!r}; expected a 64-bit integer")
 
 
-GREEDY = SamplingOptions(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; its random numbers depend on its seed alone, never on the batch."""
+    """Chooses the tokens of one sequence, whose random numbers depend on its seed alone."""
 
-    def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
-        self.options = options
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self.params = params
         self._prompt = prompt_ids
         self._mask: torch.Tensor | None = None
         self._counts: Counter[int] = Counter()
         self._random = torch.Generator()
-        if options.seed is None:
+        if params.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(options.seed)
+            self._random.manual_seed(params.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token for logits [V] (any float dtype; -inf forbids a token), recorded for the penalties.
+        """Choose a token from logits [V] (any float dtype; -inf forbids one) and remember it.
 
         Raises GenerationError when the logits hold NaN, or forbid every token.
         """
@@ -82,31 +94,34 @@ class Sampler:
         best = int(scores.argmax())
         if not math.isfinite(float(scores[best])):
             raise GenerationError(
-                f"the largest of {scores.numel()} logits is {float(scores[best])}; the model's output is broken, "
-                "run `neuron-minimax verify` on the converted checkpoint"
+                f"the largest of {scores.numel()} logits is {float(scores[best])}; the model's "
+                "output is broken, run `neuron-minimax verify` on the converted checkpoint"
             )
-        token = best if self.options.temperature == 0 else self._draw(scores)
+        token = best if self.params.temperature == 0 else self._draw(scores)
         self._counts[token] += 1
         return token
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidate tokens [C] and their probabilities [C] in float64."""
+        """Return the candidate tokens [C] and their probabilities [C] in float64."""
         return self._candidates(self._penalized(logits.detach().to("cpu", torch.float32)))
 
     def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
-        options = self.options
-        if options.repetition_penalty != 1.0:
-            divided, multiplied = scores / options.repetition_penalty, scores * options.repetition_penalty
-            scores = torch.where(self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores)
-        if self._counts and (options.presence_penalty or options.frequency_penalty):
+        params = self.params
+        if params.repetition_penalty != 1.0:
+            divided = scores / params.repetition_penalty
+            multiplied = scores * params.repetition_penalty
+            scores = torch.where(
+                self._seen(scores.numel()), torch.where(scores > 0, divided, multiplied), scores
+            )
+        if self._counts and (params.presence_penalty or params.frequency_penalty):
             index = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
-            penalty = options.presence_penalty + options.frequency_penalty * counts
+            penalty = params.presence_penalty + params.frequency_penalty * counts
             scores = scores.index_put((index,), scores[index] - penalty)
         return scores
 
     def _seen(self, vocab_size: int) -> torch.Tensor:
-        """Which tokens [V] the prompt and the answer have had."""
+        """Return the mask [V] of the tokens that the prompt and the answer have had."""
         if self._mask is None:
             self._mask = torch.zeros(vocab_size, dtype=torch.bool)
             self._mask[torch.tensor(self._prompt, dtype=torch.int64)] = True
@@ -114,20 +129,22 @@ class Sampler:
         return self._mask
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        options = self.options
-        weights = ((scores - scores.max()) / max(options.temperature, 1e-6)).exp()  # the largest is 1
-        if 0 < options.top_k < weights.numel():
-            weights, tokens = weights.topk(options.top_k)
+        params = self.params
+        scaled = (scores - scores.max()) / max(params.temperature, 1e-6)
+        weights = scaled.exp()  # the largest is 1
+        if 0 < params.top_k < weights.numel():
+            weights, tokens = weights.topk(params.top_k)
             total = weights.sum(dtype=torch.float64)
-        elif options.top_p < 1:
+        elif params.top_p < 1:
             total = weights.sum(dtype=torch.float64)
-            weights, tokens = _largest(weights, options.top_p * float(total))
+            weights, tokens = _largest(weights, params.top_p * float(total))
         else:
-            total, tokens = weights.sum(dtype=torch.float64), torch.arange(weights.numel())
-        keep = (weights >= options.min_p) & (weights > 0)
-        if options.top_p < 1:
+            total = weights.sum(dtype=torch.float64)
+            tokens = torch.arange(weights.numel())
+        keep = (weights >= params.min_p) & (weights > 0)
+        if params.top_p < 1:
             before = weights.cumsum(0, dtype=torch.float64) - weights
-            keep &= before < options.top_p * total
+            keep &= before < params.top_p * total
         kept = weights[keep].double()
         return tokens[keep], kept / kept.sum()
 
@@ -139,7 +156,10 @@ class Sampler:
 
 
 def _largest(weights: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest weights and their places, enough to reach `mass`; sorting a whole vocabulary takes 100 ms."""
+    """Return the largest weights and their places, enough to reach `mass`.
+
+    A few of them hold it nearly always; sorting a whole vocabulary is slow.
+    """
     if weights.numel() > HEAD:
         values, places = weights.topk(HEAD)
         if float(values.sum(dtype=torch.float64)) >= mass:
@@ -148,16 +168,22 @@ def _largest(weights: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Te
     return values, places
 
 
-def log_probabilities(logits: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Natural-log probability of `token` and of the `top` most probable tokens, from raw logits [V] (before penalties,
-    temperature and filters, as in vLLM)."""
+def log_probabilities(
+    logits: torch.Tensor, token: int, top: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """Return the natural-log probability of `token`, and the `top` likeliest tokens with theirs.
+
+    They are those of the raw logits [V], before penalties, temperature and filters, as in vLLM.
+    """
     values = logits.detach().to("cpu", torch.float32).log_softmax(0)
     best = values.topk(min(top, values.numel())) if top else None
-    pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    pairs = (
+        [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    )
     return float(values[token]), pairs
 
 
 def distinct_ratio(token_ids: Sequence[int], window: int = 50) -> float:
-    """Share of distinct tokens among the last `window`; a model that repeats itself falls towards 0."""
+    """Return the share of distinct tokens among the last `window`; repetition falls towards 0."""
     last = list(token_ids)[-window:]
     return len(set(last)) / len(last) if last else 1.0

@@ -1,14 +1,15 @@
-"""Grouped-query attention with norms over the full query and key width, in the Neuron layout.
+"""Grouped-query attention in the Neuron layout, with the query and key norms that a family has.
 
-Shapes: B batch, T tokens, H hidden, Q query width, N query heads, K key/value heads, D head_dim, C positions.
+Shapes: B batch, T tokens, H hidden, Q width of a projection, N query heads, K key/value heads, D
+head_dim, C positions.
 """
 
 import torch
 from torch import nn
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.model.kv_cache import KVCache
-from neuron_minimax.model.layers import Kernels, Linear, RMSNorm
+from neuron_minimax.families.family import QKNorm
+from neuron_minimax.model.layers import Linear, RMSNorm, Step
 from neuron_minimax.model.rope import rotate
 
 
@@ -17,10 +18,12 @@ class QKVProjection(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        hidden = config.hidden_size
         block = config.weight_block_size
-        self.q_proj = Linear(config.hidden_size, config.query_size, block)
-        self.k_proj = Linear(config.hidden_size, config.key_value_size, block)
-        self.v_proj = Linear(config.hidden_size, config.key_value_size, block)
+        biased = config.family.architecture.qkv_bias
+        self.q_proj = Linear(hidden, config.query_size, block, biased)
+        self.k_proj = Linear(hidden, config.key_value_size, block, biased)
+        self.v_proj = Linear(hidden, config.key_value_size, block, biased)
 
 
 class OutputProjection(nn.Module):
@@ -32,41 +35,54 @@ class OutputProjection(nn.Module):
 
 
 class Attention(nn.Module):
+    """Projections, the norms that `Architecture.qk_norm` names, RoPE, and causal attention."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.qk_norm = config.family.architecture.qk_norm
         self.qkv_proj = QKVProjection(config)
         self.o_proj = OutputProjection(config)
-        self.q_norm = RMSNorm(config.query_size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.key_value_size, config.rms_norm_eps)
+        if self.qk_norm is not QKNorm.NONE:
+            per_head = self.qk_norm is QKNorm.PER_HEAD
+            query_size = config.head_dim if per_head else config.query_size
+            key_size = config.head_dim if per_head else config.key_value_size
+            self.q_norm = RMSNorm(query_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(key_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        cache: KVCache | None,
-        rows_B: torch.Tensor | None,
-        filled: int,
-        kernels: Kernels,
-    ) -> torch.Tensor:
-        """[B,T,H] to [B,T,H]. With a cache, this call's keys and values are written first, then positions below
-        `filled` are read; each query sees the keys at positions up to its own.
+    def forward(self, hidden_BTH: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B,T,H] to [B,T,H]. With a cache, this call's keys and values are written first, then
+        positions below `step.filled` are read; each query sees the keys at positions up to its own.
         """
         project = self.qkv_proj
-        query_BTND = self._heads(self.q_norm(project.q_proj(hidden_BTH, kernels)))
-        key_BTKD = self._heads(self.k_norm(project.k_proj(hidden_BTH, kernels)))
-        value_BTKD = self._heads(project.v_proj(hidden_BTH, kernels))
-        query_BTND, key_BTKD = rotate(query_BTND, rope), rotate(key_BTKD, rope)
-        if cache is None:
-            key_BKCD, value_BKCD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
+        query_BTND, key_BTKD = self._normed_heads(
+            project.q_proj(hidden_BTH, step.kernels), project.k_proj(hidden_BTH, step.kernels)
+        )
+        value_BTKD = self._heads(project.v_proj(hidden_BTH, step.kernels))
+        query_BTND = rotate(query_BTND, step.rope)
+        key_BTKD = rotate(key_BTKD, step.rope)
+        if step.cache is None:
+            key_BKCD = key_BTKD.transpose(1, 2)
+            value_BKCD = value_BTKD.transpose(1, 2)
         else:
-            rows = torch.arange(hidden_BTH.shape[0]) if rows_B is None else rows_B
-            cache.write(self.layer, rows, positions_BT, key_BTKD, value_BTKD)
-            key_BKCD, value_BKCD = cache.read(self.layer, rows_B, filled)
-        attended_BTQ = kernels.attend(query_BTND, key_BKCD, value_BKCD, positions_BT)
-        return self.o_proj.o_proj(attended_BTQ, kernels)
+            rows_B = torch.arange(hidden_BTH.shape[0]) if step.rows_B is None else step.rows_B
+            step.cache.write(self.layer, rows_B, step.positions_BT, key_BTKD, value_BTKD)
+            key_BKCD, value_BKCD = step.cache.read(self.layer, step.rows_B, step.filled)
+        attended_BTQ = step.kernels.attend(query_BTND, key_BKCD, value_BKCD, step.positions_BT)
+        return self.o_proj.o_proj(attended_BTQ, step.kernels)
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim))
+    def _normed_heads(
+        self, query_BTQ: torch.Tensor, key_BTQ: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B,T,N,D] and keys [B,T,K,D], normed over the full width or over each head."""
+        if self.qk_norm is QKNorm.FULL_WIDTH:
+            return self._heads(self.q_norm(query_BTQ)), self._heads(self.k_norm(key_BTQ))
+        query_BTND = self._heads(query_BTQ)
+        key_BTKD = self._heads(key_BTQ)
+        if self.qk_norm is QKNorm.PER_HEAD:
+            return self.q_norm(query_BTND), self.k_norm(key_BTKD)
+        return query_BTND, key_BTKD
+
+    def _heads(self, projected_BTQ: torch.Tensor) -> torch.Tensor:
+        return projected_BTQ.unflatten(-1, (-1, self.head_dim))

@@ -1,23 +1,22 @@
 """The logits of a checkpoint and of its conversion, both through the eager model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.plan import ConventionChoice, FP8Range, Layout
-from neuron_minimax.convert.run import read_manifest
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
-from neuron_minimax.model.minimax import MiniMaxM2, load_model
+from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
+from neuron_minimax.convert.plan import Converted
+from neuron_minimax.model.decoder import Decoder
 
-# Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds all of its weights.
+# Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds
+# all of its weights.
 TOLERANCE = {"fp8": 1e-3, "bf16": 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitComparison:
-    """Largest absolute difference of the logits [T,V], relative to their standard deviation, and equal argmaxes."""
+    """Largest absolute difference of logits [T,V], by their standard deviation; equal argmaxes."""
 
     positions: int
     relative_error: float
@@ -30,25 +29,33 @@ class LogitComparison:
 
     def render(self) -> str:
         return (
-            f"logits of {self.positions} positions: largest difference {self.relative_error:.2e} of their standard "
-            f"deviation (allowed {self.tolerance:g}); the same token is first at {self.equal_choices}"
+            f"logits of {self.positions} positions: largest difference {self.relative_error:.2e} "
+            f"of their standard deviation (allowed {self.tolerance:g}); the same token is first at "
+            f"{self.equal_choices}"
         )
 
 
-def compare_logits(source_dir: str | Path, converted_dir: str | Path, positions: int = 64) -> LogitComparison:
-    """Run seeded random tokens through the source (its codes as they are) and through the converted directory."""
-    source = Checkpoint(source_dir)
-    options = read_manifest(converted_dir)["identity"]["options"]
-    layout = Layout(fp8_range=FP8Range.OCP, scale_convention=ConventionChoice(options["scale_convention"]))
-    tensors = {name: source.tensor(name) for name in source.entries}
-    original = MiniMaxM2(source.config, convert_hf_to_neuron_state_dict(tensors, source.config, layout))
+def compare_logits(
+    source: Checkpoint, converted: Converted, positions: int = 64
+) -> LogitComparison:
+    """Compare what the source (its codes as they are) and the converted directory give.
+
+    The tokens are random and seeded.
+    """
+    original = Decoder.from_checkpoint(
+        source, Layout(fp8_range=FP8Range.OCP), scale_convention=converted.convention
+    )
     positions = min(positions, source.config.max_position_embeddings)
-    tokens = torch.randint(source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
-        expected, found = original(tokens)[0], load_model(converted_dir)(tokens)[0]
+        expected = original(tokens)[0]
+        found = Decoder.from_converted(converted)(tokens)[0]
+    rounded = converted.layout.attention is AttentionPrecision.BF16 or converted.layout.keep_in_bf16
     return LogitComparison(
         positions=positions,
         relative_error=float((expected - found).abs().max() / expected.std()),
         equal_choices=int((expected.argmax(-1) == found.argmax(-1)).sum()),
-        tolerance=TOLERANCE["bf16" if options["attention"] == "bf16" or options["keep_in_bf16"] else "fp8"],
+        tolerance=TOLERANCE["bf16" if rounded else "fp8"],
     )

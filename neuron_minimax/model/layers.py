@@ -1,4 +1,7 @@
-"""The small layers: a linear layer over dense or FP8 weights, RMS norm, and how a model computes them."""
+"""The small layers, over dense or FP8 weights, and what one pass hands to every layer.
+
+Shapes: B batch, T tokens.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,65 +9,118 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.kernels.attention import AttentionKernel, attend
-from neuron_minimax.kernels.fp8 import FP8_DTYPES, linear
-from neuron_minimax.kernels.fp8_mlp import ExpertMLP, expert_mlp
+from neuron_minimax.fp8 import block_grid
+from neuron_minimax.kernels.reference import (
+    FP8_DTYPES,
+    AttentionKernel,
+    ExpertMLP,
+    attend,
+    expert_mlp,
+    linear,
+)
+from neuron_minimax.model.cache import KVCache
 
-LinearKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor]
+LinearKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """How products and attention run; what they compute is the same for all. The defaults are eager, differentiable."""
+    """The functions that run products and attention; kernels/reference.py says what they compute.
+
+    The defaults are eager and differentiable.
+    """
 
     linear: LinearKernel = linear
     attend: AttentionKernel = attend
     expert_mlp: ExpertMLP = expert_mlp
 
 
-class Weight(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The arguments that one pass of the decoder hands to every layer.
+
+    positions_BT   the position of each token
+    rope           cosine and sine at these positions (rope.py)
+    cache          where keys and values are written and read, if anywhere
+    rows_B         the cache slots of the batch rows; None: the batch is all slots, in order
+    filled         how many cache positions attention reads
+    real_BT        which tokens are not padding; None: all
+    """
+
+    positions_BT: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    cache: KVCache | None = None
+    rows_B: torch.Tensor | None = None
+    filled: int = 0
+    real_BT: torch.Tensor | None = None
+    kernels: Kernels = Kernels()
+
+
+class StoredWeight(nn.Module):
     """A weight in float32, bfloat16 or FP8 codes, and the block scales that FP8 needs (else None).
 
-    Made without storage; `assign` gives it tensors. `scale_shape` None means that FP8 is not expected here.
+    Made without storage; `assign` gives it tensors. `scale_shape` None means that FP8 is not
+    expected here; `biased` that a bias [first dimension] belongs to it.
     """
 
     scale: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, *shape: int, scale_shape: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, *shape: int, scale_shape: tuple[int, ...] | None = None, biased: bool = False
+    ) -> None:
         super().__init__()
         self.scale_shape = scale_shape
         self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
         self.register_parameter("scale", None)
+        bias = torch.empty(shape[0], device="meta")
+        self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if biased else None)
 
-    def assign(self, name: str, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Use these tensors, without a copy. Raises CheckpointError when they do not fit or FP8 lacks its scale."""
-        require_shape(f"{name}.weight", weight, tuple(self.weight.shape))
+    def assign(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Take this module's tensors out of `state`, without a copy.
+
+        Raises CheckpointError when one is missing or does not fit, or FP8 lacks its scale.
+        """
+        weight = take(state, f"{name}.weight", tuple(self.weight.shape))
+        scale = state.pop(f"{name}.scale", None)
+        if self.bias is not None:
+            bias = take(state, f"{name}.bias", tuple(self.bias.shape))
+            self.bias = nn.Parameter(bias, requires_grad=False)
         if weight.dtype in FP8_DTYPES:
             if scale is None or self.scale_shape is None:
                 problem = "no scale" if scale is None else "no place for a scale in this model"
-                raise CheckpointError(f"{name}.weight is FP8, but there is {problem}; convert the checkpoint again")
+                raise CheckpointError(
+                    f"{name}.weight is FP8, but there is {problem}; convert the checkpoint again"
+                )
             require_shape(f"{name}.scale", scale, self.scale_shape)
             self.scale = nn.Parameter(scale, requires_grad=False)
         elif scale is not None:
-            raise CheckpointError(f"{name}.scale belongs to a weight in {weight.dtype}; expected FP8: convert again")
+            raise CheckpointError(
+                f"{name}.scale belongs to a weight in {weight.dtype}; expected FP8: convert again"
+            )
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-class Linear(Weight):
-    """`x @ weight.T` with a weight [out, in]."""
+class Linear(StoredWeight):
+    """`x @ weight.T`, and a bias where there is one, with a weight [out, in]."""
 
-    def __init__(self, inputs: int, outputs: int, block: tuple[int, int]) -> None:
-        super().__init__(outputs, inputs, scale_shape=block_grid((outputs, inputs), block))
+    def __init__(
+        self, inputs: int, outputs: int, block: tuple[int, int], biased: bool = False
+    ) -> None:
+        grid = block_grid((outputs, inputs), block)
+        super().__init__(outputs, inputs, scale_shape=grid, biased=biased)
         self.block = block
 
     def forward(self, hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return kernels.linear(hidden, self.weight, self.scale, self.block)
+        product = kernels.linear(hidden, self.weight, self.scale, self.block)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
-class RMSNorm(Weight):
-    """Root-mean-square norm over the last dimension, in float32, rounded to the input's dtype before the weight."""
+class RMSNorm(StoredWeight):
+    """Root-mean-square norm over the last dimension, in float32, rounded before the weight."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__(size)
@@ -76,10 +132,21 @@ class RMSNorm(Weight):
         return self.weight.to(hidden.dtype) * normed.to(hidden.dtype)
 
 
+def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Take a tensor out of a state dict. Raises CheckpointError when it is missing or misshapen."""
+    tensor = state.pop(name, None)
+    if tensor is None:
+        raise CheckpointError(
+            f"{name} is missing from the state dict; convert the checkpoint again"
+        )
+    require_shape(name, tensor, shape)
+    return tensor
+
+
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError when a tensor of the state dict has another shape than the config implies."""
+    """Raise CheckpointError when a tensor has another shape than the config implies."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}; "
-            "check that both come from the same conversion"
+            f"{name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}; check "
+            "that both come from the same conversion"
         )

@@ -1,6 +1,7 @@
-"""The mixture of experts: sigmoid routing in float32 with a bias that only chooses, and the experts' MLP.
+"""A layer's MLP: dense, or a mixture of experts with the router that a family has.
 
-Shapes: B batch, T tokens (flattened over the batch), H hidden, I intermediate, E experts, K chosen per token.
+Shapes: B batch, T tokens (flattened over the batch), H hidden, I intermediate, E experts, K chosen
+per token.
 """
 
 from typing import NamedTuple
@@ -9,45 +10,67 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_minimax.checkpoint.schema import block_grid
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import CheckpointError
-from neuron_minimax.model.layers import Kernels, Weight, require_shape
+from neuron_minimax.families.family import RouterKind
+from neuron_minimax.fp8 import block_grid
+from neuron_minimax.kernels.reference import ExpertWeights
+from neuron_minimax.model.layers import Linear, Step, StoredWeight, take
 
 
 class Routing(NamedTuple):
-    """What one layer's router decided about T tokens; padding has index -1 and affinity as computed."""
+    """One layer's routing of T tokens; padding has index -1 and its affinity as computed.
 
-    scores_TE: torch.Tensor  # sigmoids without the bias, float32
-    expert_index_TK: torch.Tensor  # int64
-    affinity_TK: torch.Tensor  # float32, sums to 1 over K
+    scores_TE         float32: sigmoids without the bias, or the softmax
+    expert_index_TK   int64
+    affinity_TK       float32; sums to 1 over K where the config says so
+    """
+
+    scores_TE: torch.Tensor
+    expert_index_TK: torch.Tensor
+    affinity_TK: torch.Tensor
 
 
 class Router(nn.Module):
-    """Top-K of sigmoid + bias; affinities are the chosen sigmoids, without bias, divided by their sum."""
+    """Top-K of the scores, in float32; affinities are the scores of the chosen experts.
+
+    With sigmoid scores a bias is added to choose, and only to choose.
+    """
 
     e_score_correction_bias: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.kind = config.family.architecture.router
         self.experts_per_token = config.num_experts_per_tok
-        self.linear_router = Weight(config.num_local_experts, config.hidden_size)
-        # A buffer, not a parameter: training moves it by a rule of its own, without a gradient.
-        self.register_buffer("e_score_correction_bias", torch.empty(config.num_local_experts, device="meta"))
+        self.normalised = config.norm_topk_prob
+        self.linear_router = StoredWeight(config.num_local_experts, config.hidden_size)
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            # A buffer, not a parameter: training moves it by a rule of its own, without a gradient.
+            bias_E = torch.empty(config.num_local_experts, device="meta")
+            self.e_score_correction_bias = nn.Buffer(bias_E)
 
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
-        scores_TE = float32_linear(hidden_TH, self.linear_router.weight).sigmoid()
-        choice_TE = scores_TE + self.e_score_correction_bias
+        logits_TE = float32_linear(hidden_TH, self.linear_router.weight)
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            scores_TE = logits_TE.sigmoid()
+            choice_TE = scores_TE + self.e_score_correction_bias
+        else:
+            scores_TE = logits_TE.softmax(dim=-1)
+            choice_TE = scores_TE
         index_TK = choice_TE.topk(self.experts_per_token, dim=-1).indices
-        chosen_TK = scores_TE.gather(1, index_TK)
-        return Routing(scores_TE, index_TK, chosen_TK / chosen_TK.sum(dim=-1, keepdim=True))
+        affinity_TK = scores_TE.gather(1, index_TK)
+        if self.normalised:
+            affinity_TK = affinity_TK / affinity_TK.sum(dim=-1, keepdim=True)
+        return Routing(scores_TE, index_TK, affinity_TK)
 
-    def assign_bias(self, name: str, bias: torch.Tensor | None) -> None:
-        """Use this bias, widened to float32. Raises CheckpointError when it is missing or of another shape."""
-        if bias is None:
-            raise CheckpointError(f"{name}.e_score_correction_bias is missing; convert the checkpoint again")
-        require_shape(f"{name}.e_score_correction_bias", bias, tuple(self.e_score_correction_bias.shape))
-        self.e_score_correction_bias = bias.float()
+    def assign(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Take the bias out of `state`, widened to float32.
+
+        Raises CheckpointError when it is missing or of another shape.
+        """
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            ((buffer, empty),) = self.named_buffers(name, recurse=False)
+            self.e_score_correction_bias = take(state, buffer, tuple(empty.shape)).float()
 
 
 def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -59,18 +82,39 @@ def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Te
     return F.linear(hidden_TH.float(), weight_EH.float())
 
 
-class ExpertWeights(nn.Module):
-    """All experts' weights, stacked and transposed: [E,H,2I] (gate columns, then up columns) and [E,I,H]."""
+class StackedExperts(nn.Module):
+    """All experts' weights, stacked and transposed: [E,H,2I] (gate columns, then up columns) and
+    [E,I,H].
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, hidden, intermediate = config.num_local_experts, config.hidden_size, config.intermediate_size
-        intermediate_blocks, hidden_blocks = block_grid((intermediate, hidden), config.weight_block_size)
+        experts = config.num_local_experts
+        hidden = config.hidden_size
+        intermediate = config.intermediate_size
+        intermediate_blocks, hidden_blocks = block_grid(
+            (intermediate, hidden), config.weight_block_size
+        )
         gate_up_blocks = (experts, hidden_blocks, 2 * intermediate_blocks)
-        # The blocks of w2 [H,I] count its rows in the block's first size, those of w1 and w3 [I,H] in its second.
+        # The blocks of w2 [H,I] count its rows in the block's first size, those of w1 and w3 [I,H]
+        # in its second.
         down_rows, down_columns = block_grid((hidden, intermediate), config.weight_block_size)[::-1]
-        self.gate_up_proj = Weight(experts, hidden, 2 * intermediate, scale_shape=gate_up_blocks)
-        self.down_proj = Weight(experts, intermediate, hidden, scale_shape=(experts, down_rows, down_columns))
+        down_blocks = (experts, down_rows, down_columns)
+        # The stacked weights are transposed, and so are their blocks.
+        self.block = (config.weight_block_size[1], config.weight_block_size[0])
+        self.gate_up_proj = StoredWeight(
+            experts, hidden, 2 * intermediate, scale_shape=gate_up_blocks
+        )
+        self.down_proj = StoredWeight(experts, intermediate, hidden, scale_shape=down_blocks)
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(
+            gate_up=self.gate_up_proj.weight,
+            gate_up_scale=self.gate_up_proj.scale,
+            down=self.down_proj.weight,
+            down_scale=self.down_proj.scale,
+            block=self.block,
+        )
 
 
 class ExpertMLPs(nn.Module):
@@ -78,27 +122,52 @@ class ExpertMLPs(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mlp_op = ExpertWeights(config)
+        self.mlp_op = StackedExperts(config)
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU: down(silu(gate) * up)."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        block = config.weight_block_size
+        self.gate_proj = Linear(hidden, intermediate_size, block)
+        self.up_proj = Linear(hidden, intermediate_size, block)
+        self.down_proj = Linear(intermediate_size, hidden, block)
+
+    def forward(self, hidden_BTH: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B,T,H] to [B,T,H]."""
+        gate_BTI = F.silu(self.gate_proj(hidden_BTH, step.kernels))
+        up_BTI = self.up_proj(hidden_BTH, step.kernels)
+        return self.down_proj(gate_BTI * up_BTI, step.kernels)
 
 
 class SparseMoE(nn.Module):
+    """A router and its experts, and the expert that every token has where a family has one."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # The stacked weights are transposed, and so are their blocks.
-        self.block = (config.weight_block_size[1], config.weight_block_size[0])
         self.router = Router(config)
         self.expert_mlps = ExpertMLPs(config)
+        self.shared_experts: DenseMLP | None = None
+        if config.family.architecture.shared_expert:
+            self.shared_experts = DenseMLP(config, config.shared_intermediate_size)
 
-    def forward(
-        self, hidden_BTH: torch.Tensor, real_BT: torch.Tensor | None, kernels: Kernels
-    ) -> tuple[torch.Tensor, Routing]:
-        """[B,T,H] to [B,T,H] and the routing; tokens that are not real (padding) reach no expert."""
+    def forward(self, hidden_BTH: torch.Tensor, step: Step) -> tuple[torch.Tensor, Routing]:
+        """[B,T,H] to [B,T,H] and the routing; tokens that are padding reach no expert."""
         hidden_TH = hidden_BTH.flatten(0, 1)
         routing = self.router(hidden_TH)
-        if real_BT is not None:
-            index_TK = torch.where(real_BT.reshape(-1, 1), routing.expert_index_TK, -1)
+        if step.real_BT is not None:
+            index_TK = torch.where(step.real_BT.reshape(-1, 1), routing.expert_index_TK, -1)
             routing = routing._replace(expert_index_TK=index_TK)
-        gate_up, down = self.expert_mlps.mlp_op.gate_up_proj, self.expert_mlps.mlp_op.down_proj
-        weights = (gate_up.weight, gate_up.scale, down.weight, down.scale)
-        out_TH = kernels.expert_mlp(hidden_TH, routing.expert_index_TK, routing.affinity_TK, *weights, self.block)
-        return out_TH.view_as(hidden_BTH), routing
+        out_TH = step.kernels.expert_mlp(
+            hidden_TH,
+            routing.expert_index_TK,
+            routing.affinity_TK,
+            self.expert_mlps.mlp_op.weights(),
+        )
+        out_BTH = out_TH.view_as(hidden_BTH)
+        if self.shared_experts is not None:
+            out_BTH = out_BTH + self.shared_experts(hidden_BTH, step)
+        return out_BTH, routing

@@ -1,4 +1,5 @@
-"""Rotary position embedding: the angles of each RoPE type, and their application to the first channels of a head.
+"""Rotary position embedding: the angles of each RoPE type, and their application to the first
+channels of a head.
 
 Shapes: R rotary_dim, B batch, T tokens, N heads, D head_dim.
 """
@@ -13,31 +14,44 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 
 
-def _default(base: float, dim: int, scaling: Mapping[str, Any], limit: int) -> tuple[torch.Tensor, float]:
+def _default(
+    base: float, dim: int, scaling: Mapping[str, Any], limit: int
+) -> tuple[torch.Tensor, float]:
     return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), 1.0
 
 
-def _linear(base: float, dim: int, scaling: Mapping[str, Any], limit: int) -> tuple[torch.Tensor, float]:
+def _linear(
+    base: float, dim: int, scaling: Mapping[str, Any], limit: int
+) -> tuple[torch.Tensor, float]:
     frequencies, factor = _default(base, dim, scaling, limit)
     return frequencies / scaling["factor"], factor
 
 
-def _yarn(base: float, dim: int, scaling: Mapping[str, Any], limit: int) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071), section 3.2: slow channels interpolated, fast ones kept."""
+def _yarn(
+    base: float, dim: int, scaling: Mapping[str, Any], limit: int
+) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), section 3.2: slow channels interpolated, fast ones
+    kept.
+    """
     trained = scaling["original_max_position_embeddings"]
     factor = scaling.get("factor") or limit / trained
 
     def channel(rotations: float) -> float:
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
+    low = channel(scaling.get("beta_fast") or 32)
+    high = channel(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     if low == high:
         high += 0.001
     frequencies, _ = _default(base, dim, scaling, limit)
-    interpolated = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    interpolated = torch.clamp(
+        (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1
+    )
     mixed = frequencies / factor * interpolated + frequencies * (1 - interpolated)
     return mixed, _yarn_magnitude(factor, scaling)
 
@@ -49,11 +63,16 @@ def _yarn_magnitude(factor: float, scaling: Mapping[str, Any]) -> float:
     given = scaling.get("attention_factor")
     if given is not None:
         return float(given)
-    weight, weight_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    weight = scaling.get("mscale")
+    weight_all = scaling.get("mscale_all_dim")
     return magnitude(weight) / magnitude(weight_all) if weight and weight_all else magnitude(1)
 
 
-_TYPES: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {"default": _default, "linear": _linear, "yarn": _yarn}
+_TYPES: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "yarn": _yarn,
+}
 
 
 def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -64,11 +83,13 @@ def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     scaling = config.rope_scaling or {}
     rope_type = scaling.get("rope_type", "default")
     try:
-        return _TYPES[rope_type](config.rope_theta, config.rotary_dim, scaling, config.max_position_embeddings)
+        return _TYPES[rope_type](
+            config.rope_theta, config.rotary_dim, scaling, config.max_position_embeddings
+        )
     except KeyError as missing:
         raise ConfigError(
-            f"config.json: rope type {rope_type!r} lacks {missing.args[0]!r} in its rope parameters; "
-            "take the config.json of the checkpoint"
+            f"config.json: rope type {rope_type!r} lacks {missing.args[0]!r} in its rope "
+            "parameters; take the config.json of the checkpoint"
         ) from None
 
 
@@ -77,7 +98,9 @@ def rope_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [B,T,1,R] at given positions, computed in float32 and rounded to `dtype`."""
     per_pair, magnitude = frequencies(config)
-    angles_BTR = (positions_BT[..., None].float() * per_pair.to(positions_BT.device)).repeat(1, 1, 2)[:, :, None]
+    angles_BTR = (positions_BT[..., None].float() * per_pair.to(positions_BT.device)).repeat(
+        1, 1, 2
+    )[:, :, None]
     return (angles_BTR.cos() * magnitude).to(dtype), (angles_BTR.sin() * magnitude).to(dtype)
 
 
@@ -85,7 +108,8 @@ def rotate(heads_BTND: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) ->
     """Rotate the first R channels of every head, half against half; the other channels pass."""
     cosine, sine = rope
     rotary_dim = cosine.shape[-1]
-    turning, passing = heads_BTND[..., :rotary_dim], heads_BTND[..., rotary_dim:]
+    turning = heads_BTND[..., :rotary_dim]
+    passing = heads_BTND[..., rotary_dim:]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cosine + torch.cat((-second, first), dim=-1) * sine
     return torch.cat((turned, passing), dim=-1)

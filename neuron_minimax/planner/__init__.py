@@ -1,1 +1,1 @@
-"""What fits on an instance, and which settings cannot work, decided before anything is compiled; no torch here."""
+"""Decide what fits on an instance and which settings cannot work, before any compile; no torch."""

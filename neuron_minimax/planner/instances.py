@@ -24,17 +24,23 @@ class Instance:
     tp_degrees: tuple[int, ...]  # the ones NxDI documents; empty where it documents none
     nki_kernels: bool
     e4m3_max: int
-    sdk: str  # the newest Neuron SDK that supports NxDI models on this chip, of those this project has been run with
+    # The newest Neuron SDK that supports NxDI models on this chip, of those this project has been
+    # run with
+    sdk: str
 
 
 @cache
 def data() -> dict[str, Any]:
     """The parsed instances.json."""
-    return json.loads(resources.files("neuron_minimax.planner").joinpath("instances.json").read_text(encoding="utf-8"))
+    return json.loads(
+        resources.files("neuron_minimax.planner")
+        .joinpath("instances.json")
+        .read_text(encoding="utf-8")
+    )
 
 
 def scratch_bytes() -> int:
-    """What to leave free per core for activations and the graphs themselves; instances.json says why."""
+    """Bytes to leave free per core for activations and graphs; instances.json says why."""
     return data()["scratch_gib"] * GIB
 
 
@@ -43,7 +49,9 @@ def names() -> list[str]:
 
 
 def chip(family: str) -> dict[str, Any]:
-    """The chip of an instance family (trn1, inf2, trn2, trn3). Raises ConfigError for another one."""
+    """The chip of an instance family (trn1, inf2, trn2, trn3). Raises ConfigError for another
+    one.
+    """
     chips = {row["family"]: row for row in data()["chips"].values()}
     if family not in chips:
         raise ConfigError(f"no chip is known as {family!r}; expected one of {', '.join(chips)}")
@@ -60,7 +68,8 @@ def instance(name: str) -> Instance:
     known = data()["instances"]
     if name not in known:
         raise ConfigError(f"instance {name!r} is not known; expected one of {', '.join(known)}")
-    row, chip = known[name], data()["chips"][known[name]["chip"]]
+    row = known[name]
+    chip = data()["chips"][known[name]["chip"]]
     return Instance(
         name=name,
         family=chip["family"],

@@ -1,25 +1,33 @@
-"""What one rank holds, in bytes, from the table of weights and the sharding that each module really uses."""
+"""Count the bytes of one rank from the table of weights and the sharding of each module."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
+from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
+from neuron_minimax.families.family import Weight
+from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
 
-BF16_BYTES, FP8_BYTES, FLOAT32_BYTES = 2, 1, 4
+BF16_BYTES = 2
+FP8_BYTES = 1
+FLOAT32_BYTES = 4
 # Largest finite values of Neuron's own E4M3 and of OCP's E4M3FN.
-NEURON_E4M3_MAX, OCP_E4M3_MAX = 240, 448
-# How experts compute in token generation; the first is the default until the other has run on a device.
+NEURON_E4M3_MAX = 240
+OCP_E4M3_MAX = 448
+# How experts compute in token generation; the first is the default until the other has run on a
+# device.
 EXPERT_KERNELS = ("torch", "nki")
-KERNEL_TOKENS = 128  # most sequences that the NKI kernel takes at once: its tokens lie along the chip's 128 partitions
+# Most sequences that the NKI kernel takes at once: its tokens lie along the chip's 128 partitions
+KERNEL_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """How a model is put on ranks; lengths in tokens. FP8 weights come with float32 block scales."""
+    """A model's place on ranks; lengths in tokens. FP8 weights have float32 block scales."""
 
     tp_degree: int
     moe_tp_degree: int
@@ -58,8 +66,10 @@ class RankMemory:
 
 
 def largest_code(config: ModelConfig) -> int:
-    """Largest FP8 code of a checkpoint as it is loaded: 448 when converted with `--fp8-range ocp`, else 240."""
-    converted = config.raw.get("neuron_minimax") or {}
+    """Largest FP8 code of a checkpoint as it is loaded: 448 when converted with `--fp8-range ocp`,
+    else 240.
+    """
+    converted = config.raw.get(CONVERTED_SECTION) or {}
     return OCP_E4M3_MAX if converted.get("fp8_range") == "ocp" else NEURON_E4M3_MAX
 
 
@@ -67,7 +77,7 @@ def rank_memory(config: ModelConfig, deployment: Deployment) -> RankMemory:
     """Bytes of one rank; all ranks hold as much, padded heads included."""
     layers = config.num_hidden_layers
     parts = {"experts": 0, "attention": 0, "embedding_and_head": 0, "replicated": 0}
-    for weight in schema.WEIGHTS:
+    for weight in config.family.weights:
         group, shape = local_shape(weight, config, deployment)
         count = layers if weight.per_layer else 1
         parts[group] += count * weight_bytes(weight, shape, config, deployment)
@@ -85,18 +95,25 @@ def heads(config: ModelConfig, tp_degree: int) -> HeadLayout:
 
 
 def cache_bytes_per_token(config: ModelConfig, tp_degree: int) -> int:
-    """BF16 keys and values of one position on one rank: 31,744 for the real model from tp_degree 8 on."""
+    """BF16 keys and values of one position on one rank: 31,744 for the real model from tp_degree 8
+    on.
+    """
     width = heads(config, tp_degree).key_value_heads_per_rank * config.head_dim
     return 2 * config.num_hidden_layers * width * BF16_BYTES
 
 
-def local_shape(weight: schema.Weight, config: ModelConfig, deployment: Deployment) -> tuple[str, tuple[int, ...]]:
-    """Which part of RankMemory a weight belongs to, and the shape of a rank's share (all its experts, in front).
+def local_shape(
+    weight: Weight, config: ModelConfig, deployment: Deployment
+) -> tuple[str, tuple[int, ...]]:
+    """Which part of RankMemory a weight belongs to, and the shape of a rank's share (all its
+    experts, in front).
 
-    Attention is split by whole heads, the embedding along the hidden size, the head along the padded vocabulary,
-    experts by expert and intermediate channel; the rest, router included, is on every rank.
+    Attention is split by whole heads, the embedding along the hidden size, the head along the
+    padded vocabulary, experts by expert and intermediate channel; the rest, router included, is on
+    every rank.
     """
-    layout, tp = heads(config, deployment.tp_degree), deployment.tp_degree
+    layout = heads(config, deployment.tp_degree)
+    tp = deployment.tp_degree
     sizes = schema.dimension_sizes(config)
     split: Mapping[str, int] = {
         "Q": layout.query_heads_per_rank * config.head_dim,
@@ -109,23 +126,31 @@ def local_shape(weight: schema.Weight, config: ModelConfig, deployment: Deployme
     if weight.module_group == "embedding":
         return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
     if weight.module_group == "head":
-        return "embedding_and_head", (-(-sizes["V"] // tp), sizes["H"])
+        return "embedding_and_head", (ceil_div(sizes["V"], tp), sizes["H"])
     return ("attention" if set(weight.dimensions) & {"Q", "K"} else "replicated"), shape
 
 
-def weight_bytes(weight: schema.Weight, shape: tuple[int, ...], config: ModelConfig, deployment: Deployment) -> int:
-    """Bytes of a local shape: FP8 codes with their scales where the deployment keeps them, float32 routing, BF16."""
+def weight_bytes(
+    weight: Weight, shape: tuple[int, ...], config: ModelConfig, deployment: Deployment
+) -> int:
+    """Bytes of a local shape: FP8 codes with their scales where the deployment keeps them, float32
+    routing, BF16.
+    """
     if weight.float32_only:
         return FLOAT32_BYTES * prod(shape)
-    fp8 = weight.quantized and (deployment.fp8_experts if weight.per_expert else deployment.fp8_attention)
-    if not fp8:
+    kept_fp8 = weight.quantized and (
+        deployment.fp8_experts if weight.per_expert else deployment.fp8_attention
+    )
+    if not kept_fp8:
         return BF16_BYTES * prod(shape)
     *experts, rows, columns = shape
-    blocks = prod(schema.block_grid((rows, columns), config.weight_block_size))
+    blocks = prod(fp8.block_grid((rows, columns), config.weight_block_size))
     return FP8_BYTES * prod(shape) + FLOAT32_BYTES * prod(experts) * blocks
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of the published checkpoint, to a part in a thousand those of the converted directory."""
+    """Bytes of the published checkpoint, to a part in a thousand those of the converted
+    directory.
+    """
     width = {"BF16": BF16_BYTES, "F32": FLOAT32_BYTES, "F8_E4M3": FP8_BYTES}
     return sum(width[tensor.dtype] * tensor.elements for tensor in schema.expected(config))

@@ -1,15 +1,17 @@
-"""The `plan` command's answer: does a deployment fit an instance, why, what would, and what to expect of it."""
+"""The `plan` command's answer: does a deployment fit an instance, why, what would, and what to
+expect of it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
-from neuron_minimax.planner.lint import REFUSE, Case, Finding
+from neuron_minimax.planner.lint import REFUSE, Case, Objection
 from neuron_minimax.planner.memory import (
     EXPERT_KERNELS,
     Deployment,
@@ -26,23 +28,29 @@ COMPILE_MINUTES = (25, 90)
 
 
 def fits(per_rank: float, capacity: float, scratch: float = 0.0) -> bool:
-    """Whether a rank's need, with scratch left free, is within its core's memory; all in the same unit."""
+    """Return whether a rank's need, with scratch left free, is within its core's memory; all in the
+    same unit.
+    """
     return per_rank + scratch <= capacity
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentPlan:
-    """Memory of one rank against its core, findings, and which instances would fit instead where this one does not."""
+    """Memory of one rank against its core, findings, and which instances would fit instead where
+    this one does not.
+    """
 
     instance: Instance
     deployment: Deployment
     memory: RankMemory
-    findings: tuple[Finding, ...]
+    findings: tuple[Objection, ...]
     largest_batch: int
     longest_sequence: int
     fitting_instances: tuple[str, ...]
     converted_bytes: int
-    unrolled: Mapping[str, int]  # way of context encoding's expert products to how many of them its graph holds
+    unrolled: Mapping[
+        str, int
+    ]  # way of context encoding's expert products to how many of them its graph holds
 
     @property
     def fits(self) -> bool:
@@ -74,20 +82,26 @@ class DeploymentPlan:
         }
 
     def render(self) -> str:
-        deployment, memory, core = self.deployment, self.memory, self.instance.memory_per_core
+        deployment = self.deployment
+        memory = self.memory
+        core = self.instance.memory_per_core
         rows = (
             ("experts", memory.experts),
             ("attention, padded heads included", memory.attention),
             ("embedding and head", memory.embedding_and_head),
             ("on every rank (norms, router)", memory.replicated),
-            (f"KV cache, {deployment.batch_size} x {deployment.seq_len} tokens", memory.key_value_cache),
+            (
+                f"KV cache, {deployment.batch_size} x {deployment.seq_len} tokens",
+                memory.key_value_cache,
+            ),
             ("scratch to leave free", memory.scratch),
             ("needed", memory.total),
             (f"a core of {self.instance.name} has", core),
         )
         lines = [
-            f"{self.instance.name}: tp_degree {deployment.tp_degree} (moe_tp {deployment.moe_tp_degree}, moe_ep "
-            f"{deployment.moe_ep_degree}), {'fits' if self.fits else 'does NOT fit'}",
+            f"{self.instance.name}: tp_degree {deployment.tp_degree} (moe_tp "
+            f"{deployment.moe_tp_degree}, moe_ep {deployment.moe_ep_degree}), "
+            f"{'fits' if self.fits else 'does NOT fit'}",
             *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in rows),
         ]
         lines.append(
@@ -98,21 +112,28 @@ class DeploymentPlan:
             f"{name} {count}{' (chosen)' if name == deployment.blockwise_matmul else ''}"
             for name, count in self.unrolled.items()
         )
-        lines.append(f"  expert products in the graph of {deployment.context_length} tokens: {ways}")
-        if not self.fits:
-            lines.append(f"  would fit: {', '.join(self.fitting_instances) or 'none of the known instances'}")
         lines.append(
-            f"  disk: {self.converted_bytes / 1e9:.0f} GB converted + {self.sharded_bytes / 1e9:.0f} GB sharded; "
-            f"first compile reported as {COMPILE_MINUTES[0]} to {COMPILE_MINUTES[1]} minutes on trn2"
+            f"  expert products in the graph of {deployment.context_length} tokens: {ways}"
+        )
+        if not self.fits:
+            lines.append(
+                f"  would fit: {', '.join(self.fitting_instances) or 'none of the known instances'}"
+            )
+        lines.append(
+            f"  disk: {self.converted_bytes / 1e9:.0f} GB converted + "
+            f"{self.sharded_bytes / 1e9:.0f} GB sharded; first compile reported as "
+            f"{COMPILE_MINUTES[0]} to {COMPILE_MINUTES[1]} minutes on trn2"
         )
         lines += [f"  {finding}" for finding in self.findings]
         lines.append("refused" if self.refused else "accepted")
         return "\n".join(lines)
 
 
-def plan_deployment(case: Case) -> DeploymentPlan:
+def plan_case(case: Case) -> DeploymentPlan:
     """Memory, findings and alternatives of one case."""
-    config, deployment, instance = case.config, case.deployment, case.instance
+    config = case.config
+    deployment = case.deployment
+    instance = case.instance
     findings = tuple(lint.lint(case))
     memory = rank_memory(config, deployment)
     per_token = cache_bytes_per_token(config, deployment.tp_degree)
@@ -124,7 +145,9 @@ def plan_deployment(case: Case) -> DeploymentPlan:
         findings=findings,
         largest_batch=room // deployment.seq_len,
         longest_sequence=min(room // deployment.batch_size, config.max_position_embeddings),
-        fitting_instances=() if fits(memory.total, instance.memory_per_core) else tuple(_fitting(case)),
+        fitting_instances=()
+        if fits(memory.total, instance.memory_per_core)
+        else tuple(_fitting(case)),
         converted_bytes=checkpoint_bytes(config),
         unrolled={
             way.name: blockwise.unrolled_products(way, config, deployment)
@@ -135,7 +158,9 @@ def plan_deployment(case: Case) -> DeploymentPlan:
 
 
 def _fitting(case: Case) -> list[str]:
-    """Instances on which the same batch and length work, with all their cores and experts spread one way that does."""
+    """Instances on which the same batch and length work, with all their cores and experts spread
+    one way that does.
+    """
     found = []
     for name in instances.names():
         other = instances.instance(name)
@@ -162,53 +187,76 @@ def check_buckets(buckets: Sequence[int], seq_len: int) -> None:
     """Raise ConfigError unless context-encoding lengths ascend between 2 and `seq_len`."""
     ascending = sorted(set(buckets))
     if not buckets or list(buckets) != ascending or not 1 < buckets[0] <= buckets[-1] <= seq_len:
-        raise ConfigError(f"buckets {list(buckets)}: expected ascending lengths from 2 to {seq_len}")
+        raise ConfigError(
+            f"buckets {list(buckets)}: expected ascending lengths from 2 to {seq_len}"
+        )
 
 
-def deployment_case(
-    config: ModelConfig,
-    *,
-    instance: str,
-    tp_degree: int,
-    moe_tp_degree: int = 1,
-    moe_ep_degree: int | None = None,
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    context_lengths: Sequence[int] = (),
-    blockwise_matmul: str = blockwise.DEFAULT,
-    expert_kernel: str = EXPERT_KERNELS[0],
-) -> Case:
-    """A case for a model whose config.json says how its weights are stored, converted or as published.
+@dataclass(frozen=True, kw_only=True)
+class DeploymentSettings:
+    """The settings of a plan; lengths in tokens.
 
-    `moe_ep_degree` defaults to what is left of tp_degree, `seq_len` to 1024 or the model's positions, the
-    context-encoding buckets to one of `seq_len`. Raises ConfigError for an unknown name, a size below 1, or buckets
-    that do not lie between 2 and `seq_len` in ascending order.
+    `moe_ep_degree` defaults to what is left of tp_degree, `seq_len` to 1024 or the model's
+    positions, the context-encoding buckets to one of `seq_len`.
     """
-    seq_len = seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
-    sizes = {"tp_degree": tp_degree, "moe_tp_degree": moe_tp_degree, "batch_size": batch_size, "seq_len": seq_len}
+
+    instance: str
+    tp_degree: int
+    moe_tp_degree: int = 1
+    moe_ep_degree: int | None = None
+    batch_size: int = 1
+    seq_len: int | None = None
+    context_lengths: Sequence[int] = ()
+    blockwise_matmul: str = blockwise.DEFAULT
+    expert_kernel: str = EXPERT_KERNELS[0]
+
+
+def deployment_case(config: ModelConfig, settings: DeploymentSettings) -> Case:
+    """A case for a model whose config.json says how its weights are stored, converted or as
+    published.
+
+    Raises ConfigError for an unknown name, a size below 1, or buckets that do not lie between 2 and
+    `seq_len` in ascending order.
+    """
+    seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    sizes = {
+        "tp_degree": settings.tp_degree,
+        "moe_tp_degree": settings.moe_tp_degree,
+        "batch_size": settings.batch_size,
+        "seq_len": seq_len,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; expected at least 1")
-    if expert_kernel not in EXPERT_KERNELS:
-        raise ConfigError(f"expert_kernel is {expert_kernel!r}; expected one of {', '.join(EXPERT_KERNELS)}")
-    converted = config.raw.get("neuron_minimax") or {}
+    if settings.expert_kernel not in EXPERT_KERNELS:
+        raise ConfigError(
+            f"expert_kernel is {settings.expert_kernel!r}; expected one of "
+            f"{', '.join(EXPERT_KERNELS)}"
+        )
+    converted = config.raw.get(CONVERTED_SECTION) or {}
     fp8 = config.declares_fp8
-    buckets = tuple(context_lengths) or (seq_len,)
+    buckets = tuple(settings.context_lengths) or (seq_len,)
     check_buckets(buckets, seq_len)
     deployment = Deployment(
         **sizes,
-        moe_ep_degree=moe_ep_degree or max(1, tp_degree // moe_tp_degree),
+        moe_ep_degree=settings.moe_ep_degree
+        or max(1, settings.tp_degree // settings.moe_tp_degree),
         context_length=max(buckets),
         smallest_context=min(buckets),
         fp8_attention=fp8 and converted.get("attention", "fp8") == "fp8",
         fp8_experts=fp8,
-        blockwise_matmul=blockwise.blockwise_matmul(blockwise_matmul).name,
-        expert_kernel=expert_kernel,
+        blockwise_matmul=blockwise.blockwise_matmul(settings.blockwise_matmul).name,
+        expert_kernel=settings.expert_kernel,
     )
-    machine = instances.instance(instance)
-    return Case(config=config, deployment=deployment, instance=machine, fp8_max=largest_code(config))
+    machine = instances.instance(settings.instance)
+    return Case(
+        config=config, deployment=deployment, instance=machine, fp8_max=largest_code(config)
+    )
 
 
-def plan(directory: str | Path, **settings: Any) -> DeploymentPlan:
-    """The plan for a checkpoint or converted directory, from its config.json alone; see `deployment_case`."""
-    return plan_deployment(deployment_case(ModelConfig.from_dir(directory), **settings))
+def plan_deployment(directory: str | Path, **settings: Any) -> DeploymentPlan:
+    """The plan for a checkpoint or converted directory, from its config.json alone; `settings` are
+    those of DeploymentSettings.
+    """
+    asked = DeploymentSettings(**settings)
+    return plan_case(deployment_case(ModelConfig.from_dir(directory), asked))

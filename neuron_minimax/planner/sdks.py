@@ -1,21 +1,32 @@
-"""The Neuron SDK releases that the model class was written for: exact package versions, and versions known to be wrong.
+"""The Neuron SDK releases that the model class was written for: exact package versions, and
+versions known to be wrong.
 
-Source of the versions: aws-neuron-sdk, src/helperscripts/n2-manifest.json (tag v2.29.0 holds both releases). Wheels
-carry a local part after "+", which the manifest leaves out and a comparison ignores.
+Source of the versions: aws-neuron-sdk, src/helperscripts/n2-manifest.json (tag v2.29.0 holds both
+releases). Wheels carry a local part after "+", which the manifest leaves out and a comparison
+ignores.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from types import MappingProxyType
 
 from neuron_minimax.planner import instances
 
 INDEX = "https://pip.repos.neuron.amazonaws.com"
+# Distribution to import name, of the packages that the Neuron backend imports.
+PACKAGES = {
+    "torch-neuronx": "torch_neuronx",
+    "neuronx-distributed": "neuronx_distributed",
+    "neuronx-distributed-inference": "neuronx_distributed_inference",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDK:
-    """One release: its Python and Debian packages with their versions. instances.json says which chip it is for."""
+    """One release: its Python and Debian packages with their versions. instances.json says which
+    chip it is for.
+    """
 
     release: str
     python: Mapping[str, str]
@@ -85,8 +96,8 @@ KNOWN_FAULTS = (
     (
         "neuronx-cc",
         "2.26.",
-        "silently gave a wrong graph of another FP8 mixture of experts, seen with prompts of 200 tokens and more "
-        "(neuronx-distributed-inference PR 150)",
+        "silently gave a wrong graph of another FP8 mixture of experts, seen with prompts of 200 "
+        "tokens and more (neuronx-distributed-inference PR 150)",
     ),
 )
 
@@ -97,7 +108,9 @@ def sdk_for(family: str) -> SDK:
 
 
 def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
-    """One line for each package that is not installed in the release's version; none where nothing is installed."""
+    """One line for each package that is not installed in the release's version; none where nothing
+    is installed.
+    """
     if not installed:
         return []
     lines = []
@@ -105,6 +118,28 @@ def untested(sdk: SDK, installed: Mapping[str, str]) -> list[str]:
         found = installed.get(name, "missing")
         if found.split("+")[0] == tested:
             continue
-        faults = [what for package, start, what in KNOWN_FAULTS if package == name and found.startswith(start)]
+        faults = [
+            what
+            for package, start, what in KNOWN_FAULTS
+            if package == name and found.startswith(start)
+        ]
         lines.append(f"{name} {found} (tested: {tested})" + "".join(f": {what}" for what in faults))
     return lines
+
+
+def install_lines() -> str:
+    """The command for each family of instances."""
+    return "; ".join(
+        f"on {' and '.join(sdk.families)} run: {sdk.install_line}" for sdk in SDKS.values()
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the Neuron packages that are installed, as their metadata says."""
+    found = {}
+    for name in {name for sdk in SDKS.values() for name in sdk.python}:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,4 +1,4 @@
-"""Output that has to follow a grammar: JSON, JSON of a schema, or a tool call; the grammars run in llguidance."""
+"""Output that has to follow a grammar, run by llguidance: JSON of a schema, or a tool call."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,6 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.argument_types import allowed_types, parameter_schema
-from neuron_minimax.generation.minimax_format import END_TOOLS, TOOLS
 from neuron_minimax.generation.tokenizer import TextTokenizer
 
 ANY_OBJECT = {"type": "object"}
@@ -26,14 +24,16 @@ class Constraint:
         self._matcher = matcher
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [V] with -inf for every token that the grammar does not allow now."""
+        """Return logits [V] with -inf for every token that the grammar does not allow now."""
         bias = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         return logits.masked_fill(bias == 0, -torch.inf)
 
     def advance(self, token: int) -> None:
         """Take the chosen token. Raises GenerationError when the grammar library gives up."""
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise GenerationError(f"the output cannot follow its grammar: {self._matcher.get_error()}")
+            raise GenerationError(
+                f"the output cannot follow its grammar: {self._matcher.get_error()}"
+            )
 
 
 class Grammars:
@@ -41,34 +41,42 @@ class Grammars:
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:
         stops = list(tokenizer.stop_token_ids)
-        self._tokenizer = from_tokenizer(tokenizer.hugging_face, n_vocab=vocab_size, eos_token=stops)
+        self._tokenizer = from_tokenizer(
+            tokenizer.hugging_face, n_vocab=vocab_size, eos_token=stops
+        )
+        self._format = tokenizer.chat_format
         self._vocabulary = tokenizer.hugging_face.get_vocab()
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Grammar of one JSON value of `schema`. Raises GenerationError on what cannot be enforced."""
+        """Return the grammar of one JSON value of `schema`.
+
+        Raises GenerationError when the schema cannot be enforced.
+        """
         return self._checked(START + "value\nvalue: " + _json_rule(schema), "the JSON schema")
 
     def tool_calls(self, tools: Sequence[Mapping[str, Any]], several: bool = True) -> str:
-        """Grammar of a turn that calls at least one of `tools` (OpenAI's form), its required arguments given.
+        """Return the grammar of a turn that calls at least one of `tools` (OpenAI's form).
 
-        Raises GenerationError when a tool's schema cannot be enforced.
+        Every call gives the required arguments. Raises GenerationError when a tool's schema cannot
+        be enforced.
         """
-        rules = [f'{START}{self._literal(TOOLS)} "\\n" call{"+" if several else ""} {self._literal(END_TOOLS)}']
-        rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
-        rules.append('text[suffix="</parameter>"]: /(?s:.*)/')
-        for number, tool in enumerate(tools):
-            function = tool["function"]
-            rules += _call_rules(number, function["name"], function.get("parameters") or {})
-        return self._checked("\n".join(rules), "the tools' parameters")
+        rules = self._format.call_grammar(
+            tools, several=several, literal=self._literal, json_rule=_json_rule
+        )
+        return self._checked("\n".join([START + "calls", *rules]), "the tools' parameters")
 
     def constraint(self, grammar: str) -> Constraint:
-        """A fresh state of a grammar made here."""
+        """Return a fresh state of a grammar made here."""
         return Constraint(LLMatcher(self._tokenizer, grammar, log_level=0))
 
     def _literal(self, marker: str) -> str:
-        """How the grammar names a tag: as a special token where it is one, else as text."""
+        """Spell a tag for the grammar: as a special token where it is one, else as text."""
         token = self._vocabulary.get(marker)
-        return marker if token is not None and self._tokenizer.is_special_token(token) else json.dumps(marker)
+        return (
+            marker
+            if token is not None and self._tokenizer.is_special_token(token)
+            else json.dumps(marker)
+        )
 
     def _checked(self, grammar: str, what: str) -> str:
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
@@ -80,25 +88,3 @@ class Grammars:
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
-
-
-def _call_rules(number: int, name: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Rules of one tool's call: its parameters in the order of the schema, strings bare, the rest as JSON."""
-    required = parameters.get("required") or ()
-    parts, rules = [], []
-    for place, key in enumerate(parameters.get("properties") or {}):
-        schema = parameter_schema(parameters, key)
-        opening = json.dumps(f'<parameter name="{key}">', ensure_ascii=False)
-        if allowed_types(schema, parameters) <= {"string"} and "enum" not in schema and "const" not in schema:
-            part = f'{opening} text "\\n"'
-        elif allowed_types(schema, parameters) <= {"string"}:
-            values = [schema["const"]] if "const" in schema else schema["enum"]
-            choices = " | ".join(json.dumps(str(value), ensure_ascii=False) for value in values)
-            part = f'{opening} ({choices}) "</parameter>\\n"'
-        else:
-            definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
-            rules.append(f"value_{number}_{place}: {_json_rule({**definitions, **schema})}")
-            part = f'{opening} value_{number}_{place} "</parameter>\\n"'
-        parts.append(part if key in required else f"({part})?")
-    opening = json.dumps(f'<invoke name="{name}">\n', ensure_ascii=False)
-    return [f'call_{number}: {opening} {" ".join(parts)} "</invoke>\\n"', *rules]

@@ -1,19 +1,32 @@
-"""What clients may send, in OpenAI's format with vLLM's extensions; everything else is refused by name."""
+"""Requests in OpenAI's format with vLLM's extensions; everything else is refused by name.
+
+Chat messages and tools are brought here into the form that chat templates expect.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
-from neuron_minimax.generation.sampling import SamplingOptions
+from neuron_minimax.generation.sampling import SamplingParams
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_DEPTH = 32
@@ -33,10 +46,21 @@ class RequestError(NeuronMiniMaxError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param, self.code, self.retry_after = status, kind, param, code, retry_after
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 class _Strict(BaseModel):
@@ -116,7 +140,7 @@ class StreamOptions(_Strict):
 
 
 class _Sampled(_Strict):
-    """What chat and plain completions have in common; None means the checkpoint's own default."""
+    """The fields that chat and plain completions share; None: the checkpoint's own default."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -143,19 +167,23 @@ class _Sampled(_Strict):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
             raise RequestError(
-                f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
+                f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                param="stop",
             )
         return stops
 
-    def sampling(self, defaults: SamplingOptions, choice: int = 0) -> SamplingOptions:
-        """The options of choice number `choice`; each has a seed of its own. Raises RequestError by name."""
+    def sampling(self, defaults: SamplingParams, choice: int = 0) -> SamplingParams:
+        """Return the parameters of choice number `choice`; each has a seed of its own.
+
+        Raises RequestError that names the field.
+        """
         values = asdict(defaults)
         values |= {name: value for name in values if (value := getattr(self, name)) is not None}
         values["top_k"] = max(0, values["top_k"])  # vLLM's -1: all tokens
         if self.seed is not None:
             values["seed"] = self.seed + choice
         try:
-            return SamplingOptions(**values)
+            return SamplingParams(**values)
         except GenerationError as error:
             raise RequestError(str(error), param=str(error).split()[0]) from None
 
@@ -171,7 +199,11 @@ class ChatRequest(_Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return (
+            self.max_completion_tokens
+            if self.max_completion_tokens is not None
+            else self.max_tokens
+        )
 
     def top(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -222,7 +254,7 @@ def parse_request(model: type[Model], body: bytes) -> Model:
 
 
 def _named(error: ValidationError) -> RequestError:
-    """The first problem of a validation, in words; a field that does not exist is named as unsupported."""
+    """Return the first problem of a validation; an unknown field is named as unsupported."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = next((problem for problem in problems if problem["type"] == "extra_forbidden"), None)
     problem = unknown or problems[0]
@@ -245,3 +277,83 @@ def check_depth(value: Any, name: str, limit: int = MAX_SCHEMA_DEPTH) -> None:
         if not level:
             return
     raise RequestError(f"{name} is nested deeper than {limit} levels", param=name)
+
+
+def tool_objects(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """Return tools as plain objects, without what was not given; None without tools.
+
+    Raises RequestError when they are nested too deeply.
+    """
+    if not tools:
+        return None
+    objects = [tool.model_dump(exclude_none=True) for tool in tools]
+    check_depth(objects, "tools")
+    return objects
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages for a chat template: content as text, arguments of calls as objects.
+
+    One system message comes first: developer messages are system messages, and several join to one.
+    Raises RequestError when they cannot be brought into that form.
+    """
+    head = next(
+        (place for place, message in enumerate(messages) if not _is_system(message)), len(messages)
+    )
+    late = next(
+        (place for place in range(head, len(messages)) if _is_system(messages[place])), None
+    )
+    if late is not None:
+        raise RequestError(
+            f"messages.{late}: a {messages[late].role} message after the conversation has begun is "
+            "not supported; put it first",
+            param=f"messages.{late}.role",
+        )
+    system = "\n\n".join(message.text() for message in messages[:head])
+    rendered = [{"role": "system", "content": system}] if head else []
+    return rendered + [
+        _template_message(place, messages[place]) for place in range(head, len(messages))
+    ]
+
+
+def _is_system(message: ChatMessage) -> bool:
+    return message.role in ("system", "developer")
+
+
+def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
+    if message.role != "assistant" and (
+        message.tool_calls or message.reasoning_content is not None
+    ):
+        raise RequestError(
+            f"messages.{place}: only assistant messages have tool_calls or reasoning_content",
+            param=f"messages.{place}",
+        )
+    if message.content is None and not message.tool_calls and message.reasoning_content is None:
+        raise RequestError(
+            f"messages.{place}.content is missing", param=f"messages.{place}.content"
+        )
+    rendered: dict[str, Any] = {"role": message.role, "content": message.text()}
+    if message.reasoning_content is not None:
+        rendered["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _called(place, call)}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    return rendered
+
+
+def _called(place: int, call: Call) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(
+            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON "
+            "object",
+            param=f"messages.{place}.tool_calls",
+        )
+    return {"name": call.function.name, "arguments": arguments}

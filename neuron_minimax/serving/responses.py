@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole objects and the chunks of a stream, from the events of each choice."""
+"""Responses in OpenAI's format: whole objects, and the chunks of a stream."""
 
 import json
 import time
@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from neuron_minimax.generation.engine import Request, TokenLogprobs, Update
 from neuron_minimax.generation.events import (
     CallArguments,
     CallBegin,
@@ -17,26 +18,25 @@ from neuron_minimax.generation.events import (
     ReasoningEnd,
     collect,
 )
-from neuron_minimax.generation.minimax_format import END_THINK, THINK
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.jobs import Job, Output, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 
 
 def sse(value: Any) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
-def usage(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Token counts of one request; the prompt counts once, however many choices there are."""
-    prompt, answer = len(jobs[0].prompt_ids), sum(job.output_tokens for job in jobs)
+def usage(requests: Sequence[Request]) -> dict[str, Any]:
+    """Return the token counts of one response; the prompt counts once for all choices."""
+    prompt = len(requests[0].prompt_ids)
+    answer = sum(request.output_tokens for request in requests)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": jobs[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens},
     }
 
 
@@ -50,18 +50,21 @@ class Choice:
         self._events: list[Event] = []
         self._logprobs: list[TokenLogprobs] = []
 
-    def take(self, output: Output) -> list[dict[str, Any]]:
-        """Add an output; returns the choices of the chunks that tell a client about it."""
-        events = self._adapted(output.events)
+    def add(self, update: Update) -> list[dict[str, Any]]:
+        """Add an update; return the choices of the chunks that tell a client about it."""
+        events = self._adapted(update.events)
         self._events += events
-        new_logprobs = [output.logprobs] if output.logprobs else []
+        new_logprobs = [update.logprobs] if update.logprobs else []
         self._logprobs += new_logprobs
-        self.finish_reason = self._reason(output.finish_reason)
-        chunks: list[dict[str, Any]] = [self._chunk(event) for event in events if not _is_silent(event)]
+        self.finish_reason = self._reason(update.finish_reason)
+        chunks: list[dict[str, Any]] = [
+            self._chunk(event) for event in events if not _is_silent(event)
+        ]
         if not chunks and (new_logprobs or self.finish_reason):
             chunks = [self._chunk(None)]
         for number, chunk in enumerate(chunks):
-            chunk["index"], chunk["finish_reason"] = self.index, None
+            chunk["index"] = self.index
+            chunk["finish_reason"] = None
             if new_logprobs:
                 chunk["logprobs"] = self._render_logprobs(new_logprobs) if number == 0 else None
         if self.finish_reason:
@@ -69,12 +72,17 @@ class Choice:
         return chunks
 
     def whole(self, with_logprobs: bool) -> dict[str, Any]:
-        """The finished choice of a response that is not streamed."""
+        """Return the finished choice of a response that is not streamed."""
         logprobs = self._render_logprobs(self._logprobs) if with_logprobs else None
         body = self._body(collect(self._events))
-        return {"index": self.index, **body, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {
+            "index": self.index,
+            **body,
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+        }
 
-    def _adapted(self, events: list[Event]) -> list[Event]:
+    def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
         return events
 
     def _reason(self, reason: str | None) -> str | None:
@@ -111,13 +119,18 @@ class TextChoice(Choice):
         return {
             "tokens": [text(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{text(token): value for token, value in entry.top} for entry in logprobs],
+            "top_logprobs": [
+                {text(token): value for token, value in entry.top} for entry in logprobs
+            ],
             "text_offset": offsets,
         }
 
 
 class ChatChoice(Choice):
-    """A choice of /v1/chat/completions; `split_reasoning` false leaves the reasoning, with its tags, in the content."""
+    """A choice of /v1/chat/completions.
+
+    Without `split_reasoning` the reasoning stays in the content, with its tags.
+    """
 
     def __init__(self, index: int, tokenizer: TextTokenizer, split_reasoning: bool = True) -> None:
         super().__init__(index, tokenizer)
@@ -126,17 +139,20 @@ class ChatChoice(Choice):
         self._complete_calls = 0
         self._call_ids: dict[int, str] = {}
 
-    def _adapted(self, events: list[Event]) -> list[Event]:
-        self._complete_calls += sum(isinstance(event, CallEnd) and event.complete for event in events)
+    def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
+        self._complete_calls += sum(
+            isinstance(event, CallEnd) and event.complete for event in events
+        )
         if self._split:
             return events
+        opening, closing = self.tokenizer.chat_format.reasoning_tags
         inline: list[Event] = []
         for event in events:
             if isinstance(event, Reasoning):
-                inline.append(Content(event.text if self._reasoned else f"{THINK}\n{event.text}"))
+                inline.append(Content(event.text if self._reasoned else f"{opening}\n{event.text}"))
                 self._reasoned = True
             elif isinstance(event, ReasoningEnd):
-                inline += [Content(f"\n{END_THINK}\n\n")] if self._reasoned else []
+                inline += [Content(f"\n{closing}\n\n")] if self._reasoned else []
             else:
                 inline.append(event)
         return inline
@@ -152,7 +168,12 @@ class ChatChoice(Choice):
                 delta = {"content": text}
             case CallBegin(index, name):
                 function = {"name": name, "arguments": ""}
-                call = {"index": index, "id": self._call_id(index), "type": "function", "function": function}
+                call = {
+                    "index": index,
+                    "id": self._call_id(index),
+                    "type": "function",
+                    "function": function,
+                }
                 delta = {"tool_calls": [call]}
             case CallArguments(index, text):
                 delta = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
@@ -183,18 +204,25 @@ class ChatChoice(Choice):
     def _render_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             spelled = self.tokenizer.token_bytes(token)
-            return {"token": self.tokenizer.token_text(token), "logprob": logprob, "bytes": list(spelled)}
+            return {
+                "token": self.tokenizer.token_text(token),
+                "logprob": logprob,
+                "bytes": list(spelled),
+            }
 
         return {
             "content": [
-                {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]}
+                {
+                    **entry(one.token, one.logprob),
+                    "top_logprobs": [entry(*pair) for pair in one.top],
+                }
                 for one in logprobs
             ]
         }
 
 
-class Envelope:
-    """What surrounds the choices of one response: its id, kind, model and time."""
+class CompletionObject:
+    """The object of one response, without its choices: id, kind, model and time."""
 
     def __init__(self, chat: bool, model: str) -> None:
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
@@ -202,11 +230,19 @@ class Envelope:
         self._chunk_kind = "chat.completion.chunk" if chat else "text_completion"
         self._rest = {"created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[dict[str, Any]], jobs: Sequence[Job]) -> dict[str, Any]:
-        return {"id": self.id, "object": self._kind, **self._rest, "choices": choices, "usage": usage(jobs)}
+    def whole(self, choices: list[dict[str, Any]], requests: Sequence[Request]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self._kind,
+            **self._rest,
+            "choices": choices,
+            "usage": usage(requests),
+        }
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return sse({"id": self.id, "object": self._chunk_kind, **self._rest, "choices": choices, **more})
+        return sse(
+            {"id": self.id, "object": self._chunk_kind, **self._rest, "choices": choices, **more}
+        )
 
 
 def _is_silent(event: Event) -> bool:

@@ -1,28 +1,69 @@
-"""The server's process: what it binds, who may use it, and how it stops."""
+"""The server's process: the model it serves, the port it binds, who may use it, how it stops."""
 
 import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from neuron_minimax.backends import compile_model
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import BackendError
+from neuron_minimax.serving.access import JsonLines
 from neuron_minimax.serving.app import create_app
-from neuron_minimax.serving.gate import JsonLines
-from neuron_minimax.serving.metrics import Metrics
+from neuron_minimax.serving.engine_thread import Metrics
 from neuron_minimax.serving.service import Service, Settings
 
 logger = logging.getLogger("neuron_minimax.serving")
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
+DEMO_OPTIONS: Mapping[str, Any] = {"slots": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Settings):
+    """The options of a server; without a `model_name` the compiled directory's name is taken.
+
+    `api_key_file` holds one key per line. `allowed_hosts` are accepted in the Host header beside
+    loopback and `host`.
+    """
+
+    model_name: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    allow_anonymous: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+
+    def settled(self, traced: Path) -> "ServerOptions":
+        """Return the options with the model's name, the keys and the accepted hosts filled in.
+
+        Raises BackendError when anyone could use a server that is not on loopback, or the keys
+        cannot be read.
+        """
+        keys = read_api_keys(self.api_key_file) if self.api_key_file else ()
+        local = self.host in ("127.0.0.1", "localhost", "::1")
+        if not local and not keys and not self.allow_anonymous:
+            raise BackendError(
+                f"serving on {self.host} needs --api-key-file, or --allow-anonymous to let anyone "
+                "in"
+            )
+        hosts = frozenset(name.lower() for name in self.allowed_hosts)
+        if hosts or self.host not in ("0.0.0.0", "::"):
+            hosts |= LOOPBACK | {self.host.lower()}
+        name = self.model_name or traced.resolve().name
+        return replace(self, model_name=name, api_keys=keys, hosts=hosts)
 
 
 class _Server(uvicorn.Server):
-    """Drains before it stops: the first signal lets running requests finish, the second ends at once."""
+    """Drains before it stops: one signal lets running requests finish, a second ends at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -31,7 +72,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining or not self.started:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
+            self.force_exit = True
         else:
             self._draining = True
             threading.Thread(target=self._finish, name="drain", daemon=True).start()
@@ -44,7 +86,10 @@ class _Server(uvicorn.Server):
 
 
 def read_api_keys(path: Path) -> tuple[bytes, ...]:
-    """One key per line; empty lines and lines that start with # do not count."""
+    """Read one key per line; empty lines and lines that start with # do not count.
+
+    Raises BackendError when the file cannot be read, or holds none.
+    """
     try:
         lines = [line.strip() for line in path.read_bytes().splitlines()]
     except OSError as error:
@@ -57,40 +102,49 @@ def read_api_keys(path: Path) -> tuple[bytes, ...]:
     return keys
 
 
+def demo_model(
+    parent: Path = Path("traced_model"),
+    options: Mapping[str, Any] = DEMO_OPTIONS,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Compile the embedded demo into `parent`/demo-serving, or recognize it there; return where.
+
+    It serves eight requests at a time unless the CPU `options` say otherwise. Raises
+    ConversionError or BackendError.
+    """
+    traced = parent / "demo-serving"
+    converted = parent / "demo-serving-converted"
+    with resources.as_file(resources.files("neuron_minimax") / "demo") as checkpoint:
+        plan = plan_conversion(Checkpoint.open(checkpoint))
+        plan.write(converted, overwrite=True)  # of another version's demo
+    compile_model(converted, traced, options=options, progress=progress)
+    return traced
+
+
 def serve(
     traced: str | Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key_file: str | Path | None = None,
-    allow_anonymous: bool = False,
-    allowed_hosts: tuple[str, ...] = (),
-    model_name: str | None = None,
+    options: ServerOptions,
     on_listening: Callable[[str], None] = lambda url: None,
-    **options: Any,
 ) -> None:
-    """Serve a compiled directory until SIGTERM or SIGINT; `options` are fields of Settings.
+    """Serve a compiled directory until SIGTERM or SIGINT.
 
     Raises BackendError or GenerationError when it cannot be loaded or served as asked.
     """
     traced = Path(traced)
-    keys = read_api_keys(Path(api_key_file)) if api_key_file else ()
-    local = host in ("127.0.0.1", "localhost", "::1")
-    if not local and not keys and not allow_anonymous:
-        raise BackendError(f"serving on {host} needs --api-key-file, or --allow-anonymous to let anyone in")
-    wildcard = host in ("0.0.0.0", "::")
-    hosts = frozenset(name.lower() for name in allowed_hosts)
-    if not wildcard or hosts:
-        hosts |= LOOPBACK | {host.lower()}
-    settings = Settings(model_name=model_name or traced.resolve().name, api_keys=keys, hosts=hosts, **options)
-    service = Service(settings, Metrics())
+    options = options.settled(traced)
+    service = Service(options, Metrics())
     _configure_logging()
     config = uvicorn.Config(
-        create_app(service), host=host, port=port, log_config=None, server_header=False, timeout_graceful_shutdown=10
+        create_app(service),
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=10,
     )
     server = _Server(config, service)
-    sockets = [_bind(config)]
-    on_listening(f"http://{host}:{sockets[0].getsockname()[1]}")
+    sockets = [listen(config)]
+    on_listening(f"http://{options.host}:{sockets[0].getsockname()[1]}")
 
     def give_up() -> None:
         server.should_exit = True
@@ -102,9 +156,11 @@ def serve(
         raise service.failure
 
 
-def _bind(config: uvicorn.Config) -> socket.socket:
-    """A listening socket. It says that it is TCP: otherwise asyncio leaves Nagle's algorithm on, and on a connection
-    that is kept open the first token waits 40 ms, for the client to acknowledge the headers before it.
+def listen(config: uvicorn.Config) -> socket.socket:
+    """Return a listening socket. Raises BackendError when the port cannot be used.
+
+    It says that it is TCP. Otherwise asyncio leaves Nagle's algorithm on, and on a connection that
+    is kept open the first token waits for the client to acknowledge the headers before it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -113,7 +169,9 @@ def _bind(config: uvicorn.Config) -> socket.socket:
         listener.bind((config.host, config.port))
         listener.listen(config.backlog)
     except OSError as error:
-        raise BackendError(f"port {config.port} of {config.host} cannot be used: {error.strerror}") from None
+        raise BackendError(
+            f"port {config.port} of {config.host} cannot be used: {error.strerror}"
+        ) from None
     return listener
 
 
@@ -121,5 +179,6 @@ def _configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     root = logging.getLogger("neuron_minimax")
-    root.handlers, root.propagate = [handler], False
+    root.handlers = [handler]
+    root.propagate = False
     root.setLevel(logging.INFO)

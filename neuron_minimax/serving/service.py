@@ -1,7 +1,6 @@
-"""What the HTTP routes call: requests become jobs of the engine, their outputs come back to the event loop."""
+"""The loaded model behind the HTTP routes: requests go to the engine, updates come back."""
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,28 +10,36 @@ from typing import Any
 
 from neuron_minimax.backends import load
 from neuron_minimax.backends.base import Backend
+from neuron_minimax.backends.directory import read_manifest
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.generate import check_tokens, room_for_answer
-from neuron_minimax.generation.minimax_format import opens_reasoning
+from neuron_minimax.generation.conversation import Turn
+from neuron_minimax.generation.engine import Request, Update
+from neuron_minimax.generation.generate import answer_room
+from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.constraints import ANY_OBJECT, Constraint, Grammars
-from neuron_minimax.serving.engine import Engine
-from neuron_minimax.serving.jobs import DrainingError, Job, Output, QueueFullError
-from neuron_minimax.serving.metrics import Metrics
-from neuron_minimax.serving.pipeline import Pipeline
-from neuron_minimax.serving.prompts import chat_prompt, tool_dicts
+from neuron_minimax.serving.engine_thread import (
+    DrainingError,
+    EngineThread,
+    Metrics,
+    QueueFullError,
+    ServedRequest,
+)
 from neuron_minimax.serving.protocol import (
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     NamedToolChoice,
     RequestError,
     check_depth,
+    template_messages,
+    tool_objects,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to serve; times in seconds, sizes in bytes."""
+    """The options of serving; times in seconds, sizes in bytes."""
 
     model_name: str
     max_waiting: int = 256
@@ -52,53 +59,65 @@ class Model:
     backend: Backend
     tokenizer: TextTokenizer
     grammars: Grammars
-    engine: Engine
+    engine: EngineThread
 
 
-class Running:
-    """The jobs of one request; their outputs in order of arrival."""
+class Submission:
+    """The requests of one HTTP request, one per choice; their updates in order of arrival."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.jobs: list[Job] = []
+    def __init__(self, engine: EngineThread, deadline: float, requests: Sequence[Request]) -> None:
+        self.requests = requests
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._served = [
+            ServedRequest(request=request, receive=self._receiver(index), deadline=deadline)
+            for index, request in enumerate(requests)
+        ]
 
-    def receiver(self, index: int) -> Callable[[Output], None]:
-        """Where job number `index` puts its outputs, from the engine's thread."""
+    def start(self) -> None:
+        """Queue the requests. Raises QueueFullError or DrainingError."""
+        self._engine.submit(*self._served)
 
-        def receive(output: Output) -> None:
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """Yield the updates of all requests, with the choice's number, until each has ended.
 
-        return receive
-
-    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """Outputs of all jobs until each has ended. Raises RequestError when one fails."""
-        unfinished = len(self.jobs)
+        Raises RequestError when one fails.
+        """
+        unfinished = len(self.requests)
         while unfinished:
-            index, output = await self._outputs.get()
-            if output.error:
-                kind, message = output.error
+            index, update = await self._updates.get()
+            if update.error:
+                kind, message = update.error
                 status = {"timeout": 504, "shutdown": 503}.get(kind, 500)
                 raise RequestError(message, status=status, kind=kind)
-            unfinished -= output.last
-            yield index, output
+            unfinished -= update.last
+            yield index, update
 
     def cancel(self) -> None:
-        for job in self.jobs:
-            self._engine.cancel(job)
+        for served in self._served:
+            self._engine.cancel(served)
+
+    def _receiver(self, index: int) -> Callable[[Update], None]:
+        """Return where choice number `index` puts its updates, from the engine's thread."""
+
+        def receive(update: Update) -> None:
+            self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+        return receive
 
 
 class Service:
     """The loaded model behind the routes. `ready` only between loading and draining."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.settings, self.metrics = settings, metrics
+        self.settings = settings
+        self.metrics = metrics
         self.failure: Exception | None = None
         self._model: Model | None = None
 
     def load(self, traced: Path) -> None:
-        """Load a compiled directory and start the engine. Raises BackendError or GenerationError."""
+        """Load a compiled directory, start the engine. Raises BackendError or GenerationError."""
         started = time.monotonic()
         backend = load(traced)
         self.metrics.load_seconds.set(time.monotonic() - started)
@@ -109,7 +128,7 @@ class Service:
         """Serve a loaded backend, with the tokenizer from its directory."""
         tokenizer = TextTokenizer.from_dir(backend.model_directory)
         grammars = Grammars(tokenizer, backend.capabilities.vocab_size)
-        engine = Engine(backend, self.metrics, self.settings.max_waiting)
+        engine = EngineThread(backend, self.metrics, self.settings.max_waiting)
         engine.start()
         self._model = Model(backend, tokenizer, grammars, engine)
 
@@ -127,12 +146,16 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self._model is not None and self._model.engine.alive and not self._model.engine.draining
+        return (
+            self._model is not None and self._model.engine.alive and not self._model.engine.draining
+        )
 
     @property
     def model(self) -> Model:
         if self._model is None:
-            raise RequestError("the model is still being loaded", status=503, kind="unavailable", retry_after=5)
+            raise RequestError(
+                "the model is still being loaded", status=503, kind="unavailable", retry_after=5
+            )
         return self._model
 
     def drain(self) -> bool:
@@ -152,24 +175,26 @@ class Service:
                 code="model_not_found",
             )
 
-    async def start_chat(self, request: ChatRequest) -> Running:
+    async def start_chat(self, request: ChatRequest) -> Submission:
         """Queue a chat completion. Raises RequestError."""
-        model = self.model
+        tokenizer = self.model.tokenizer
         self.check_model_name(request.model)
-        tools = None if request.tool_choice == "none" else request.tools
-        tool_objects = tool_dicts(tools)
-        constraints = await asyncio.to_thread(self._constraints, request, tool_objects)
-        prompt = await asyncio.to_thread(chat_prompt, model.tokenizer, request.messages, tools)
-        ids = await asyncio.to_thread(self._encode, prompt)
-        chat = {"in_reasoning": opens_reasoning(prompt), "tools": tool_objects}
+        tools = None if request.tool_choice == "none" else tool_objects(request.tools)
+        constraints = await asyncio.to_thread(self._constraints, request, tools)
+        turn = await asyncio.to_thread(render_turn, tokenizer, request.messages, tools)
+        self._check_length(turn.prompt)
+        ids = await asyncio.to_thread(lambda: turn.prompt_ids)
         one_call = request.parallel_tool_calls is False
-        return self._submit(request, ids, constraints, chat, one_call)
+        readers = [turn.reader(stops=request.stops(), one_call=one_call) for _ in constraints]
+        return self._submit(request, ids, readers, constraints)
 
-    async def start_completion(self, request: CompletionRequest) -> Running:
+    async def start_completion(self, request: CompletionRequest) -> Submission:
         """Queue a plain completion of one prompt. Raises RequestError."""
         self.check_model_name(request.model)
         ids = await asyncio.to_thread(self._prompt_ids, request.prompt)
-        return self._submit(request, ids, [None] * request.n, None, False)
+        tokenizer = self.model.tokenizer
+        readers = [AnswerReader(tokenizer, stops=request.stops()) for _ in range(request.n)]
+        return self._submit(request, ids, readers, [None] * request.n)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -178,36 +203,58 @@ class Service:
             return prompt
         if len(prompt) == 1:
             return self._prompt_ids(prompt[0])
-        raise RequestError("prompt: one prompt per request is supported; send the others separately", param="prompt")
+        raise RequestError(
+            "prompt: one prompt per request is supported; send the others separately",
+            param="prompt",
+        )
 
     def _encode(self, text: str) -> list[int]:
-        # A token stands for at most a few dozen characters: refuse far too long texts before tokenizing them.
-        limit = self.model.backend.capabilities.seq_len * 64
-        if len(text) > limit:
-            raise RequestError(f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages")
+        self._check_length(text)
         return self.model.tokenizer.encode(text)
 
-    def _constraints(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> list[Constraint | None]:
-        """One state of the request's grammar, if it asks for one, per choice."""
+    def _check_length(self, text: str) -> None:
+        """Refuse far too long texts before they are made into tokens.
+
+        A token stands for at most a few dozen characters.
+        """
+        limit = self.model.backend.capabilities.seq_len * 64
+        if len(text) > limit:
+            raise RequestError(
+                f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages"
+            )
+
+    def _constraints(
+        self, request: ChatRequest, tools: list[dict[str, Any]] | None
+    ) -> list[Constraint | None]:
+        """Return one state of the request's grammar, if it asks for one, per choice."""
         grammar = self._grammar(request, tools)
-        return [self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)]
+        return [
+            self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)
+        ]
 
     def _grammar(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> str | None:
-        """The grammar that the request asks for, if any."""
-        choice, answer = request.tool_choice, request.response_format
+        """Return the grammar that the request asks for, if any."""
+        choice = request.tool_choice
+        answer = request.response_format
         wants_json = answer is not None and answer.type != "text"
         forced = choice == "required" or isinstance(choice, NamedToolChoice)
         if forced and not tools:
             raise RequestError("tool_choice needs tools", param="tool_choice")
         if forced and wants_json:
-            raise RequestError("response_format and a forced tool_choice exclude each other", param="response_format")
+            raise RequestError(
+                "response_format and a forced tool_choice exclude each other",
+                param="response_format",
+            )
         try:
             if forced and tools:
                 if isinstance(choice, NamedToolChoice):
-                    tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+                    tools = [
+                        tool for tool in tools if tool["function"]["name"] == choice.function.name
+                    ]
                     if not tools:
                         raise RequestError(
-                            f"tool_choice: no tool is named {choice.function.name!r}", param="tool_choice"
+                            f"tool_choice: no tool is named {choice.function.name!r}",
+                            param="tool_choice",
                         )
                 several = choice == "required" and request.parallel_tool_calls is not False
                 return self.model.grammars.tool_calls(tools, several)
@@ -215,7 +262,9 @@ class Service:
                 if answer.type == "json_object":
                     return self.model.grammars.json(ANY_OBJECT)
                 if answer.json_schema is None:
-                    raise RequestError("response_format.json_schema is missing", param="response_format")
+                    raise RequestError(
+                        "response_format.json_schema is missing", param="response_format"
+                    )
                 check_depth(answer.json_schema.schema_, "response_format.json_schema.schema")
                 return self.model.grammars.json(answer.json_schema.schema_)
         except GenerationError as error:
@@ -225,44 +274,54 @@ class Service:
 
     def _submit(
         self,
-        request: ChatRequest | CompletionRequest,
+        asked: ChatRequest | CompletionRequest,
         ids: Sequence[int],
+        readers: Sequence[AnswerReader],
         constraints: Sequence[Constraint | None],
-        chat: dict[str, Any] | None,
-        one_call: bool,
-    ) -> Running:
-        model, can = self.model, self.model.backend.capabilities
+    ) -> Submission:
+        """Queue one request per choice."""
+        model = self.model
         try:
-            check_tokens(can, ids)
-            room = room_for_answer(can, len(ids), request.limit())
+            room = answer_room(model.backend.capabilities, ids, asked.limit())
         except GenerationError as error:
-            param = "messages" if chat is not None else "prompt"
+            param = "messages" if isinstance(asked, ChatRequest) else "prompt"
             raise RequestError(str(error), param=param, code="context_length_exceeded") from None
-        running = Running(model.engine)
-        for index, constraint in enumerate(constraints):
-            running.jobs.append(
-                Job(
-                    prompt_ids=ids,
-                    options=request.sampling(model.tokenizer.sampling, index),
-                    max_new_tokens=room,
-                    stop_token_ids=frozenset(model.tokenizer.stop_token_ids),
-                    pipeline=Pipeline(model.tokenizer, stops=request.stops(), chat=chat, one_call=one_call),
-                    receive=running.receiver(index),
-                    deadline=time.monotonic() + self.settings.request_timeout,
-                    constraint=constraint,
-                    top_logprobs=request.top(),
-                )
+        requests = [
+            Request(
+                prompt_ids=ids,
+                params=asked.sampling(model.tokenizer.sampling, index),
+                max_new_tokens=room,
+                stop_token_ids=frozenset(model.tokenizer.stop_token_ids),
+                reader=reader,
+                constraint=constraint,
+                top_logprobs=asked.top(),
             )
+            for index, (reader, constraint) in enumerate(zip(readers, constraints, strict=True))
+        ]
+        deadline = time.monotonic() + self.settings.request_timeout
+        submission = Submission(model.engine, deadline, requests)
         try:
-            model.engine.submit(*running.jobs)
+            submission.start()
         except QueueFullError as error:
-            raise RequestError(str(error), status=429, kind="rate_limit_error", retry_after=1) from None
+            raise RequestError(
+                str(error), status=429, kind="rate_limit_error", retry_after=1
+            ) from None
         except DrainingError as error:
             raise RequestError(str(error), status=503, kind="unavailable", retry_after=10) from None
-        return running
+        return submission
+
+
+def render_turn(
+    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+) -> Turn:
+    """Render the prompt of a chat. Raises RequestError when the messages cannot be rendered."""
+    try:
+        return Turn.after(template_messages(messages), tokenizer, tools)
+    except GenerationError as error:
+        raise RequestError(str(error), param="messages") from None
 
 
 def _compile_seconds(traced: Path) -> float:
-    """What the manifest says its graphs and loops took; 0 where nothing was compiled."""
-    manifest = json.loads((traced / "manifest.json").read_text(encoding="utf-8"))
-    return sum(float(graph.get("seconds", 0)) for graph in (manifest.get("graphs") or {}).values())
+    """Return what the manifest says its graphs took; 0 where nothing was compiled."""
+    graphs = read_manifest(traced).graphs.values()
+    return sum(float(graph.get("seconds", 0)) for graph in graphs)

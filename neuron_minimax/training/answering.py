@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.generation.events import Message
-from neuron_minimax.generation.minimax_format import parse
-from neuron_minimax.model.minimax import MiniMaxM2
+from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.data import Conversation
 
 
 @dataclass(frozen=True)
 class Graded:
-    """A conversation, the new tokens of the model's reply (end of turn included) and whether the answer is exact."""
+    """A conversation, the new tokens of the reply (end of turn included), and if it is exact."""
 
     conversation: Conversation
     tokens: tuple[int, ...]
@@ -27,38 +27,49 @@ class Graded:
 
 
 def answer_all(
-    model: MiniMaxM2,
+    model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     max_new_tokens: int = 96,
     batch_size: int = 128,
 ) -> list[Graded]:
-    """Greedy replies to all prompts, in the order given, each checked against the conversation's own reply."""
+    """Answer all prompts greedily, in the order given, and check each against its own reply."""
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, tuple[int, ...]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        decoded = greedy(model, [prompts[index] for index in chosen], int(tokenizer.eos_token_id), max_new_tokens)
+        decoded = greedy(
+            model, [prompts[index] for index in chosen], int(tokenizer.eos_token_id), max_new_tokens
+        )
         replies.update(zip(chosen, decoded, strict=True))
     return [
-        Graded(conversation, replies[index], is_right(conversation, _text(tokenizer, replies[index])))
+        Graded(
+            conversation, replies[index], is_right(conversation, _text(tokenizer, replies[index]))
+        )
         for index, conversation in enumerate(conversations)
     ]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
-    """The token ids of everything before the reply, and the template's generation prompt."""
+    """Return the tokens of everything before the reply, and the template's generation prompt."""
     tools: list[Any] | None = conversation.tools or None
-    text = tokenizer.apply_chat_template(conversation.prompt, tools=tools, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        conversation.prompt, tools=tools, tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 @torch.inference_mode()
 def greedy(
-    model: MiniMaxM2, prompts: Sequence[list[int]], end_of_turn: int, max_new_tokens: int
+    model: Decoder, prompts: Sequence[list[int]], end_of_turn: int, max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """The most likely next tokens of each prompt up to its end of turn, decoded together with a cache."""
+    """Return the most likely next tokens of each prompt, up to its end of turn.
+
+    This loop is not the engine's: the model is the one in training, which no backend holds, and the
+    prompts are of one length nearly, so a batch padded on the right decodes them together with no
+    slots, buckets or sampling.
+    """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
@@ -77,7 +88,7 @@ def greedy(
 
 
 def is_right(conversation: Conversation, text: str) -> bool:
-    """Whether the answer, or the tool call, is exactly the expected one. The reasoning is free."""
+    """Say whether the answer, or the tool call, is exactly the expected one; reasoning is free."""
     message = parse(text, in_reasoning=True, tools=conversation.tools or None)
     return _answer(message) == _expected(conversation)
 
@@ -88,7 +99,9 @@ def _text(tokenizer: PreTrainedTokenizerBase, reply: tuple[int, ...]) -> str:
 
 
 def _answer(message: Message) -> tuple[str, list[tuple[str, object]]]:
-    return message.content.strip(), [(call.name, json.loads(call.arguments)) for call in message.tool_calls]
+    return message.content.strip(), [
+        (call.name, json.loads(call.arguments)) for call in message.tool_calls
+    ]
 
 
 def _expected(conversation: Conversation) -> tuple[str, list[tuple[str, object]]]:

@@ -1,35 +1,42 @@
-"""The demo's conversations: seeded, unlimited, and split so that no held-out question is ever trained on."""
+"""Training data: the demo's conversations, and sources of rows.
+
+The conversations are seeded and unlimited, and split so that no held-out question is ever trained.
+"""
 
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.training import questions
 from neuron_minimax.training.questions import GENERATORS, Question
-from neuron_minimax.training.tools import ToolUse, offered, tool_use
-from neuron_minimax.training.world import SMALL_TALK
+from neuron_minimax.training.world import SMALL_TALK, ToolUse, offered, tool_use
 
 HELD_OUT_SHARE = 10  # one key in ten is held out
 KINDS = (*GENERATORS, "chat", "tool call", "tool answer")
-# How often a training conversation is of a kind; the rest are single questions of an evenly drawn kind.
-CHAT_SHARE, TOOL_CALL_SHARE, TOOL_ANSWER_SHARE, SMALL_TALK_SHARE = 0.5, 0.06, 0.06, 0.03
+# Shares of training conversations; the rest are single questions.
+CHAT_SHARE = 0.5
+TOOL_CALL_SHARE = 0.06
+TOOL_ANSWER_SHARE = 0.06
+SMALL_TALK_SHARE = 0.03
 # How often a kind is drawn, by how much practice it takes.
 PRACTICE = {
-    "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4, "reverse": 3,
+    "capital": 1.5, "currency": 1.5, "continent": 1.5, "sum": 3, "difference": 3, "sort": 4,
+    "reverse": 3,
     "compare": 2.5, "count": 2, "python": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as `apply_chat_template` takes them, the last one the reply that is graded; `tools` are JSON schemas.
+    """Messages as `apply_chat_template` takes them, the last one the reply that is graded.
 
-    `keys` identify what is asked, turn by turn.
+    `tools` are JSON schemas; `keys` identify what is asked, turn by turn.
     """
 
     kind: str
@@ -39,7 +46,7 @@ class Conversation:
 
     @property
     def key(self) -> str:
-        """Identifies the question that is graded, the last one."""
+        """The key of the question that is graded, the last one."""
         return self.keys[-1]
 
     @property
@@ -52,26 +59,29 @@ class Conversation:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the question with this key belongs to the held-out set: decided by its CRC-32, so by nothing else."""
+    """True when the question belongs to the held-out set; the CRC-32 of its key alone decides."""
     return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
 def demo_conversation(seed: int, index: int, focus: Sequence[str] = ()) -> Conversation:
-    """Item `index` of the unlimited training set of a seed; it depends on nothing else.
+    """Return item `index` of the unlimited training set of a seed; it depends on nothing else.
 
-    With `focus`, every other conversation is of one of these kinds. Raises TrainingError on an unknown kind.
+    With `focus`, every other conversation is of one of these kinds. Raises TrainingError on an
+    unknown kind.
     """
     rng = random.Random(f"{seed}:{index}")
     for kind in focus:
         if kind not in KINDS:
-            raise TrainingError(f"there is no kind of question {kind!r}; expected {', '.join(KINDS)}")
+            raise TrainingError(
+                f"there is no kind of question {kind!r}; expected {', '.join(KINDS)}"
+            )
     if focus and rng.random() < 0.5:
         return _of_kind(rng, rng.choice(focus), held_out=False)
     return training_conversation(rng)
 
 
 def training_conversation(rng: random.Random) -> Conversation:
-    """One conversation of the training split: one question, several turns, a tool call, an answer from its result."""
+    """Draw a conversation of the training split: a question, a chat, a tool call or its answer."""
     draw = rng.random()
     if draw < CHAT_SHARE:
         return _chat(rng, held_out=False)
@@ -83,14 +93,16 @@ def training_conversation(rng: random.Random) -> Conversation:
         if rng.random() < 0.4:
             return _no_tool(rng)
         text, reasoning, answer = rng.choice(SMALL_TALK)
-        return Conversation("small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)])
+        return Conversation(
+            "small talk", (f"small talk: {text}",), [user(text), _reply(reasoning, answer)]
+        )
     question = _question(rng, held_out=False)
     tools = offered(rng) if rng.random() < 0.05 else []
     return Conversation(question.kind, (question.key,), _turn(question), tools)
 
 
 def held_out(count: int, seed: int) -> list[Conversation]:
-    """`count` distinct conversations of the held-out split, the kinds in equal shares."""
+    """Return `count` distinct conversations of the held-out split, the kinds in equal shares."""
     found: dict[str, Conversation] = {}
     rng = random.Random(f"held out {seed}")
     while len(found) < count:
@@ -118,12 +130,14 @@ def _draw(rng: random.Random, make: Callable[[random.Random], Any], held_out: bo
 
 
 def _question(rng: random.Random, held_out: bool, kind: str | None = None) -> Question:
-    kind = kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE[name] for name in GENERATORS])[0]
+    kind = (
+        kind or rng.choices(tuple(GENERATORS), weights=[PRACTICE[name] for name in GENERATORS])[0]
+    )
     return _draw(rng, GENERATORS[kind], held_out)
 
 
 def _chat(rng: random.Random, held_out: bool) -> Conversation:
-    """Two to ten turns, mostly under six, some of which need the turn before.
+    """Draw two to ten turns, mostly under six, some of which need the turn before.
 
     Only the last turn of a held-out chat is held out.
     """
@@ -143,7 +157,9 @@ def _chat(rng: random.Random, held_out: bool) -> Conversation:
         asked.append(last)
     messages = [message for question in asked for message in _turn(question)]
     if rng.random() < 0.15:  # many clients do not send the reasoning of earlier replies back
-        messages[:-1] = [{key: message[key] for key in ("role", "content")} for message in messages[:-1]]
+        messages[:-1] = [
+            {key: message[key] for key in ("role", "content")} for message in messages[:-1]
+        ]
     return Conversation("chat", tuple(keys), messages)
 
 
@@ -152,9 +168,11 @@ def _pair_key(before: Question, question: Question) -> str:
 
 
 def _follow_up(rng: random.Random, before: Question, held_out: bool) -> Question | None:
-    """A question that needs the turn before: the same relation, or its number or list carried on; else None.
+    """Draw a question that needs the turn before; None where no kind does.
 
-    A trained follow-up is in the training split both as a pair and by itself: it gives away no held-out question.
+    It asks for the same relation, or carries on the number or list of the answer. A trained
+    follow-up is in the training split both as a pair and by itself, so that it gives away no
+    held-out question.
     """
     if before.kind in ("capital", "currency", "continent"):
         make = partial(questions.fact, relation=before.kind, follow_up=True)
@@ -166,7 +184,9 @@ def _follow_up(rng: random.Random, before: Question, held_out: bool) -> Question
         return None
     for _ in range(20):
         question = make(rng)
-        if is_held_out(_pair_key(before, question)) == held_out and (held_out or not is_held_out(question.key)):
+        if is_held_out(_pair_key(before, question)) == held_out and (
+            held_out or not is_held_out(question.key)
+        ):
             return question
     return None
 
@@ -179,7 +199,9 @@ def _tool_call(rng: random.Random, held_out: bool) -> Conversation:
 
 def _no_tool(rng: random.Random) -> Conversation:
     use = _draw(rng, tool_use, held_out=False)
-    return Conversation("no tool", (use.key,), [user(use.request), _reply("no tool", "I have no tool for that.")])
+    return Conversation(
+        "no tool", (use.key,), [user(use.request), _reply("no tool", "I have no tool for that.")]
+    )
 
 
 def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:
@@ -190,7 +212,7 @@ def _tool_answer(rng: random.Random, held_out: bool) -> Conversation:
 
 
 def user(text: str) -> dict[str, Any]:
-    """A user's message."""
+    """Return a user's message."""
     return {"role": "user", "content": text}
 
 
@@ -205,3 +227,69 @@ def _call(use: ToolUse) -> dict[str, Any]:
 
 def _turn(question: Question) -> list[dict[str, Any]]:
     return [user(question.text), _reply(question.reasoning, question.answer)]
+
+
+class Source(Protocol):
+    """An endless sequence of rows; a row depends on its index alone, so that runs can resume."""
+
+    name: str  # what a resumed run must agree with
+
+    def row(self, index: int) -> Mapping[str, Any]: ...
+
+
+class DemoSource:
+    """The demo's training conversations of one seed; with `focus`, every other one of its kinds."""
+
+    def __init__(self, seed: int, focus: Sequence[str] = ()) -> None:
+        self.seed = seed
+        self.focus = tuple(focus)
+        self.name = "demo" + (f", focus on {', '.join(self.focus)}" if self.focus else "")
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        conversation = demo_conversation(self.seed, index, self.focus)
+        return {"messages": conversation.messages, "tools": conversation.tools}
+
+
+class JsonLines:
+    """Rows of a JSON Lines file, in another order in each epoch, decided by the seed.
+
+    Raises TrainingError naming file and line when a row is not JSON, or when there are none.
+    """
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.seed = seed
+        self.rows = list(_read_rows(path))
+        self.name = f"{path.name}, {len(self.rows)} rows"
+        if not self.rows:
+            raise TrainingError(f"{path} has no rows; expected one JSON object per line")
+        self._epoch = -1
+        self._order = list(range(len(self.rows)))
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        epoch, place = divmod(index, len(self.rows))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = list(range(len(self.rows)))
+            random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
+        return self.rows[self._order[place]]
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not (
+                        "messages" in row or isinstance(row.get("text"), str)
+                    ):
+                        raise TrainingError(
+                            f"{path} line {number} has neither 'text' nor 'messages'"
+                        )
+                    yield row
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} line {number} is not JSON ({error}); expected one object per line"
+        ) from None

@@ -1,4 +1,4 @@
-"""From texts and chats to token ids with a mask of what is learned, and from those to padded batches.
+"""Encoding of texts and chats as token ids with a mask of what is learned, and padded batches.
 
 Shapes: B sequences, T tokens of the longest.
 """
@@ -23,7 +23,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences: int64 ids, what is no padding, and which tokens are to be produced."""
+    """Right-padded sequences: int64 ids, which are real, and which are to be produced."""
 
     ids_BT: torch.Tensor
     real_BT: torch.Tensor
@@ -34,18 +34,23 @@ class Batch:
 
 
 class Encoder:
-    """Encodes rows of training data: `{"text": ...}`, or `{"messages": [...], "tools": [...]}` as chat templates take.
+    """Encodes rows of training data: texts, or chats with their tools.
 
-    Of a text every token is learned, its end of turn included; of a chat the assistant's turns, from behind the
-    generation prompt of the tokenizer's own template up to the end of turn. Longer rows are cut to `max_tokens`.
-    Raises TrainingError when the tokenizer has no end-of-turn token, or no usable chat template for a chat.
+    A row is `{"text": ...}`, or `{"messages": [...], "tools": [...]}` as chat templates take them.
+    Every token of a text is learned, its end of turn included. Of a chat the assistant's turns are
+    learned, from behind the generation prompt of the tokenizer's own template up to the end of
+    turn. Longer rows are cut to `max_tokens`. Raises TrainingError when the tokenizer has no
+    end-of-turn token, or no usable chat template for a chat.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         if tokenizer.eos_token_id is None:
-            raise TrainingError("the tokenizer has no eos_token; name its end-of-turn token in tokenizer_config.json")
+            raise TrainingError(
+                "the tokenizer has no eos_token; name its end-of-turn token in "
+                "tokenizer_config.json"
+            )
         self.end_of_turn = int(tokenizer.eos_token_id)
         self._generation_prompt: list[int] = []
 
@@ -58,12 +63,19 @@ class Encoder:
             ids = [*ids, self.end_of_turn] if ids else []
             learned = [True] * len(ids)
         else:
-            raise TrainingError(f"a row has the fields {sorted(row)}; expected 'text' or 'messages'")
+            raise TrainingError(
+                f"a row has the fields {sorted(row)}; expected 'text' or 'messages'"
+            )
         return Example(ids[: self.max_tokens], learned[: self.max_tokens])
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> list[int]:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False
+    ) -> list[int]:
         text = self.tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
@@ -75,27 +87,35 @@ class Encoder:
             if inside:
                 learned[position] = True
                 inside = token != self.end_of_turn
-            elif token == start[-1] and ids[max(0, position + 1 - len(start)) : position + 1] == start:
+            elif (
+                token == start[-1]
+                and ids[max(0, position + 1 - len(start)) : position + 1] == start
+            ):
                 inside = True
         return learned
 
     def _find_generation_prompt(self) -> list[int]:
         messages = [{"role": "user", "content": "."}]
         if not self.tokenizer.chat_template:
-            raise TrainingError("the tokenizer has no chat template, which training on messages needs")
-        without, with_prompt = self._render(messages, None), self._render(messages, None, add_generation_prompt=True)
+            raise TrainingError(
+                "the tokenizer has no chat template, which training on messages needs"
+            )
+        without = self._render(messages, None)
+        with_prompt = self._render(messages, None, add_generation_prompt=True)
         if with_prompt[: len(without)] != without or len(with_prompt) == len(without):
             raise TrainingError(
-                "the chat template has no generation prompt; expected add_generation_prompt to append one"
+                "the chat template has no generation prompt; expected add_generation_prompt to "
+                "append one"
             )
         self._generation_prompt = with_prompt[len(without) :]
         return self._generation_prompt
 
 
 def micro_batches(examples: Sequence[Example], tokens: int) -> Iterator[Batch]:
-    """Padded batches of at most `tokens` tokens, padding included (one longer example is a batch of its own).
+    """Yield padded batches of at most `tokens` tokens, padding included.
 
-    Sorted by length, so that little is padding; empty examples are left out.
+    They are sorted by length, so that little is padding. A longer example is a batch of its own;
+    empty examples are left out.
     """
     waiting: list[Example] = []
     for example in sorted((e for e in examples if e.ids), key=lambda e: len(e.ids)):
@@ -108,10 +128,12 @@ def micro_batches(examples: Sequence[Example], tokens: int) -> Iterator[Batch]:
 
 
 def pad(examples: Sequence[Example]) -> Batch:
-    """Pads on the right; the first token of a sequence has no prediction, so it is never learned."""
+    """Pad on the right. The first token of a sequence is never learned: nothing predicts it."""
     shape = (len(examples), max(len(example.ids) for example in examples))
     batch = Batch(
-        torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape).bool()
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.zeros(shape).bool(),
     )
     for row, example in enumerate(examples):
         size = len(example.ids)

@@ -1,4 +1,4 @@
-"""From a trained model to a checkpoint directory in the published format: float32, BF16 or FP8 with block scales."""
+"""Export of a trained model in the published format: float32, BF16, or FP8 with block scales."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuron_minimax.checkpoint import fp8, schema
-from neuron_minimax.checkpoint.dense import round_to_bfloat16
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.writer import write_checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict
+from neuron_minimax.fp8.bfloat16 import round_to_bfloat16
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-UNCONVERTED = ["gate", "e_score_correction_bias", "lm_head"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class Precision(StrEnum):
-    """How a checkpoint stores its weights; routing is float32 in all of them."""
+    """The precision of stored weights; routing is float32 in all of them."""
 
     FLOAT32 = "float32"
     BF16 = "bf16"
@@ -28,17 +33,27 @@ class Precision(StrEnum):
 
 
 def export_checkpoint(
-    state_dict: Mapping[str, torch.Tensor], config: ModelConfig, directory: Path, precision: Precision
+    state_dict: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    directory: Path,
+    precision: Precision,
 ) -> None:
     """Write model.safetensors and config.json from a float32 state dict of converted names."""
-    published = neuron_to_hf_state_dict({name: tensor.detach().cpu() for name, tensor in state_dict.items()}, config)
-    write_checkpoint(directory, config_json(config, precision), stored_tensors(published, config, precision))
+    published = neuron_to_hf_state_dict(
+        {name: tensor.detach().cpu() for name, tensor in state_dict.items()}, config
+    )
+    write_checkpoint(
+        directory, config_json(config, precision), stored_tensors(published, config, precision)
+    )
 
 
 def stored_tensors(
     published: Mapping[str, torch.Tensor], config: ModelConfig, precision: Precision
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, safetensors dtype, array of stored elements) of every tensor, from float32 tensors of published names."""
+    """Yield (name, safetensors dtype, array of stored elements) of every tensor.
+
+    `published` holds float32 tensors of published names.
+    """
     for wanted in schema.expected(config):
         if wanted.is_scale:
             continue
@@ -54,7 +69,7 @@ def stored_tensors(
 
 
 def config_json(config: ModelConfig, precision: Precision) -> dict[str, Any]:
-    """The config.json that the model was made from, with the quantization that is stored and no other."""
+    """Return the config.json of the model with the quantization that is stored and no other."""
     fields = {name: value for name, value in config.raw.items() if name != "quantization_config"}
     fields["torch_dtype"] = "float32" if precision is Precision.FLOAT32 else "bfloat16"
     if precision is Precision.FP8:
@@ -63,13 +78,13 @@ def config_json(config: ModelConfig, precision: Precision) -> dict[str, Any]:
             "fmt": "float8_e4m3fn",
             "quant_method": "fp8",
             "weight_block_size": list(config.weight_block_size),
-            "modules_to_not_convert": UNCONVERTED,
+            "modules_to_not_convert": list(config.family.unconverted),
         }
     return fields
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Put the tokenizer's files beside the weights."""
+    """Copy the tokenizer's files to the directory of the weights."""
     for name in TOKENIZER_FILES:
         if (source / name).exists() and (source / name).resolve() != (directory / name).resolve():
             shutil.copyfile(source / name, directory / name)

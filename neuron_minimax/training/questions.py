@@ -1,4 +1,4 @@
-"""The kinds of question of the demo's closed world: one generator each, with the worked steps and the right answer."""
+"""The kinds of question of the demo's closed world: one generator each, with steps and answer."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from neuron_minimax.training.world import COUNTRIES, PHRASINGS, WORDS
 
 @dataclass(frozen=True)
 class Question:
-    """A user's turn and the reply. `key` identifies what is asked: questions with equal keys are the same question."""
+    """A user's turn and the reply. Questions with equal keys are the same question."""
 
     kind: str
     key: str
@@ -20,13 +20,19 @@ class Question:
 
 
 def fact(rng: random.Random, relation: str | None = None, follow_up: bool = False) -> Question:
-    """Capitals (both ways), currencies and continents; the last two also asked about a capital, in two steps."""
+    """Ask for a capital (both ways), currency or continent; the last two also of a capital."""
     kind = relation or rng.choice(("capital", "currency", "continent"))
     country = rng.choice(COUNTRIES)
     relation = "country" if kind == "capital" and not follow_up and rng.random() < 0.3 else kind
-    by_capital = relation == "country" or (relation in ("currency", "continent") and rng.random() < 0.25)
+    by_capital = relation == "country" or (
+        relation in ("currency", "continent") and rng.random() < 0.25
+    )
     subject = country.capital if by_capital else country.name
-    phrasing = rng.choice(("And {x}?", "What about {x}?")) if follow_up else rng.choice(PHRASINGS[relation])
+    phrasing = (
+        rng.choice(("And {x}?", "What about {x}?"))
+        if follow_up
+        else rng.choice(PHRASINGS[relation])
+    )
     answers = {
         "capital": f"The capital of {subject} is {country.capital}.",
         "country": f"{country.capital} is the capital of {country.name}.",
@@ -41,7 +47,10 @@ def fact(rng: random.Random, relation: str | None = None, follow_up: bool = Fals
 
 
 def addition(rng: random.Random, first: int | None = None) -> Question:
-    """Sums of two numbers up to 99 (a running total up to 199 when `first` is given), column by column."""
+    """Ask for a sum of two numbers up to 99, or add to the running total `first`.
+
+    The steps go column by column.
+    """
     second = rng.randint(1, 99)
     given = first
     first = rng.randint(1, 99) if first is None else first
@@ -52,18 +61,24 @@ def addition(rng: random.Random, first: int | None = None) -> Question:
         "How much is {a} plus {b}?",
         "{a} plus {b}?",
     )
-    text = rng.choice(phrasings).format(a=first, b=second) if given is None else f"Now add {second}."
+    text = (
+        rng.choice(phrasings).format(a=first, b=second) if given is None else f"Now add {second}."
+    )
     low, high = sorted((first, second))
     return Question(
-        "sum", f"sum: {low} {high}", text, _add_steps(first, second), f"{first} + {second} = {first + second}.",
+        "sum", f"sum: {low} {high}", text, _add_steps(first, second),
+        f"{first} + {second} = {first + second}.",
         (first + second,),
     )  # fmt: skip
 
 
 def _add_steps(first: int, second: int) -> str:
-    steps, carry, place = [], 0, 1
+    steps = []
+    carry = 0
+    place = 1
     while place == 1 or first >= place or second >= place:
-        a, b = first // place % 10, second // place % 10
+        a = first // place % 10
+        b = second // place % 10
         steps.append(f"{a}+{b}+{carry}={a + b + carry}")
         carry = (a + b + carry) // 10
         place *= 10
@@ -71,10 +86,11 @@ def _add_steps(first: int, second: int) -> str:
 
 
 def subtraction(rng: random.Random) -> Question:
-    """Differences of two numbers up to 99 with a result of at least 0, column by column with the borrow."""
+    """Ask for a difference of at least 0 of two numbers up to 99, column by column."""
     second, first = sorted((rng.randint(1, 99), rng.randint(1, 99)))
     phrasings = (
-        "What is {a} - {b}?", "{a} - {b} = ?", "Subtract {b} from {a}.", "How much is {a} minus {b}?", "{a} minus {b}?",
+        "What is {a} - {b}?", "{a} - {b} = ?", "Subtract {b} from {a}.",
+        "How much is {a} minus {b}?", "{a} minus {b}?",
     )  # fmt: skip
     ones = first % 10 + 10 * (first % 10 < second % 10)
     borrow = int(ones >= 10)
@@ -84,29 +100,46 @@ def subtraction(rng: random.Random) -> Question:
     ]
     text = rng.choice(phrasings).format(a=first, b=second)
     answer = f"{first} - {second} = {first - second}."
-    return Question("difference", f"difference: {first} {second}", text, "\n".join(steps), answer, (first - second,))
+    return Question(
+        "difference",
+        f"difference: {first} {second}",
+        text,
+        "\n".join(steps),
+        answer,
+        (first - second,),
+    )
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three to five single-digit numbers, ascending or descending."""
+    """Ask to sort three to five digits, ascending or descending."""
     numbers = [rng.randint(0, 9) for _ in range(rng.randint(3, 5))]
     descending = rng.random() < 0.4
     shown = " ".join(map(str, numbers))
     phrasings = (
-        ("Sort descending: {x}", "Sort from largest to smallest: {x}", "Put in descending order: {x}")
+        (
+            "Sort descending: {x}",
+            "Sort from largest to smallest: {x}",
+            "Put in descending order: {x}",
+        )
         if descending
-        else ("Sort: {x}", "Sort ascending: {x}", "Sort from smallest to largest: {x}", "Put in ascending order: {x}")
+        else (
+            "Sort: {x}",
+            "Sort ascending: {x}",
+            "Sort from smallest to largest: {x}",
+            "Put in ascending order: {x}",
+        )
     )
     result = " ".join(map(str, sorted(numbers, reverse=descending)))
     order = "descending" if descending else "ascending"
     return Question(
-        "sort", f"sort: {order} {shown}", rng.choice(phrasings).format(x=shown), order, f"Sorted: {result}",
+        "sort", f"sort: {order} {shown}", rng.choice(phrasings).format(x=shown), order,
+        f"Sorted: {result}",
         tuple(result.split()),
     )  # fmt: skip
 
 
 def reversing(rng: random.Random, items: tuple[str, ...] | None = None) -> Question:
-    """Three to five words, or digits, in reverse order; with `items`, the list of the turn before."""
+    """Ask to reverse three to five words or digits, or `items`, the list of the turn before."""
     given = items
     if items is None:
         count = rng.randint(3, 5)
@@ -115,14 +148,31 @@ def reversing(rng: random.Random, items: tuple[str, ...] | None = None) -> Quest
             if rng.random() < 0.6
             else tuple(str(rng.randint(0, 9)) for _ in range(count))
         )
-    shown, result = " ".join(items), " ".join(reversed(items))
-    phrasings = ("Reverse the list: {x}", "Reverse: {x}", "Say in reverse order: {x}", "Turn around: {x}")
-    text = rng.choice(phrasings).format(x=shown) if given is None else rng.choice(("Reverse that.", "Now reverse it."))
-    return Question("reverse", f"reverse: {shown}", text, "reverse order", f"Reversed: {result}", tuple(items[::-1]))
+    shown = " ".join(items)
+    result = " ".join(reversed(items))
+    phrasings = (
+        "Reverse the list: {x}",
+        "Reverse: {x}",
+        "Say in reverse order: {x}",
+        "Turn around: {x}",
+    )
+    text = (
+        rng.choice(phrasings).format(x=shown)
+        if given is None
+        else rng.choice(("Reverse that.", "Now reverse it."))
+    )
+    return Question(
+        "reverse",
+        f"reverse: {shown}",
+        text,
+        "reverse order",
+        f"Reversed: {result}",
+        tuple(items[::-1]),
+    )
 
 
 def comparison(rng: random.Random) -> Question:
-    """The larger or smaller of two numbers up to 99; the list with the larger maximum or the longer list."""
+    """Ask for the larger or smaller number, the longer list or the one of larger maximum."""
     larger = rng.random() < 0.6
     if rng.random() < 0.6:
         first, second = rng.sample(range(1, 100), 2)
@@ -131,10 +181,16 @@ def comparison(rng: random.Random) -> Question:
         steps = [f"{first // 10}{_sign(first // 10, second // 10)}{second // 10}"]
         if first // 10 == second // 10:
             steps.append(f"{first % 10}{_sign(first, second)}{second % 10}")
-        phrasings = ("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "{a} or {b}: which one is {w}?")
+        phrasings = (
+            "Which is {w}, {a} or {b}?",
+            "Which number is {w}: {a} or {b}?",
+            "{a} or {b}: which one is {w}?",
+        )
         text = rng.choice(phrasings).format(w=asked, a=first, b=second)
         answer = f"{best} is {asked} than {first + second - best}."
-        return Question("compare", f"compare: {asked} {first} {second}", text, "\n".join(steps), answer)
+        return Question(
+            "compare", f"compare: {asked} {first} {second}", text, "\n".join(steps), answer
+        )
     lists = [[rng.randint(0, 9) for _ in range(rng.randint(2, 4))] for _ in range(2)]
     values = [max(numbers) if larger else len(numbers) for numbers in lists]
     if values[0] == values[1]:
@@ -143,23 +199,29 @@ def comparison(rng: random.Random) -> Question:
     shown = " or ".join(" ".join(map(str, numbers)) for numbers in lists)
     answer = f"The {'first' if values[0] > values[1] else 'second'} list {asked}."
     steps = [f"{'maximum' if larger else 'length'}: {values[0]}{_sign(*values)}{values[1]}"]
-    return Question("compare", f"compare: {asked} {shown}", f"Which list {asked}: {shown}?", steps[0], answer)
+    return Question(
+        "compare", f"compare: {asked} {shown}", f"Which list {asked}: {shown}?", steps[0], answer
+    )
 
 
 def counting(rng: random.Random) -> Question:
-    """How often a letter occurs in a spelled-out word, with a running count; half of the words are made up."""
+    """Ask to count a letter in a spelled-out word; half of the words are made up."""
     if rng.random() < 0.5:
         word = rng.choice(WORDS)
     else:
-        word = "".join(rng.choice("bdfklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+        word = "".join(
+            rng.choice("bdfklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))
+        )
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abdeilnorst")
-    steps, count = [], 0
+    steps = []
+    count = 0
     for character in word:
         count += character == letter
         steps.append(f" {character}{count}")
     spelled = " ".join(word)
     phrasings = (
-        "How many times does {l} occur in {x}?", "Count the letter {l} in {x}.", "How many {l} are in {x}?",
+        "How many times does {l} occur in {x}?", "Count the letter {l} in {x}.",
+        "How many {l} are in {x}?",
         "How often is {l} in {x}?",
     )  # fmt: skip
     text = rng.choice(phrasings).format(l=letter, x=spelled)
@@ -173,7 +235,10 @@ ONE_LINERS: tuple[tuple[str, str], ...] = (
     ("prints the even numbers below {n}", "print([x for x in range({n}) if x % 2 == 0])"),
     ("prints the odd numbers below {n}", "print([x for x in range({n}) if x % 2 == 1])"),
     ("prints the numbers from {n} down to 1", "print(list(range({n}, 0, -1)))"),
-    ("prints {n} random digits", "import random; print([random.randint(0, 9) for _ in range({n})])"),
+    (
+        "prints {n} random digits",
+        "import random; print([random.randint(0, 9) for _ in range({n})])",
+    ),
     ("prints the word {w} {n} times", 'print("{w}" * {n})'),
     ("prints the word {w} in capital letters", 'print("{w}".upper())'),
     ("prints the word {w} backwards", 'print("{w}"[::-1])'),
@@ -184,16 +249,28 @@ ONE_LINERS: tuple[tuple[str, str], ...] = (
 
 
 def python(rng: random.Random) -> Question:
-    """A Python one-liner for a described task, with its numbers and words in place."""
+    """Ask for a Python one-liner for a described task, with its numbers and words in place."""
     task, code = rng.choice(ONE_LINERS)
     values = {"n": rng.randint(2, 99), "w": rng.choice(WORDS), "l": rng.choice("abdeilnorst")}
     asked = task.format(**values)
-    phrasings = ("Write a Python one-liner that {x}.", "Give me one line of Python that {x}.", "Python code that {x}?")
-    return Question("python", f"python: {asked}", rng.choice(phrasings).format(x=asked), "code", code.format(**values))
+    phrasings = (
+        "Write a Python one-liner that {x}.",
+        "Give me one line of Python that {x}.",
+        "Python code that {x}?",
+    )
+    return Question(
+        "python",
+        f"python: {asked}",
+        rng.choice(phrasings).format(x=asked),
+        "code",
+        code.format(**values),
+    )
 
 
 def _sign(first: int, second: int) -> str:
-    return "<" if first < second else ">" if first > second else "="
+    if first == second:
+        return "="
+    return "<" if first < second else ">"
 
 
 def _sentence(text: str) -> str:

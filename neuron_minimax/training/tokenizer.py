@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE with single-digit tokens, MiniMax's special tokens and chat format."""
+"""The demo's tokenizer: byte-level BPE, single digits, MiniMax's special tokens and format."""
 
 import json
 import shutil
@@ -8,23 +8,30 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.generation.chat_formats.minimax_m2 import (
+    BEGIN_OF_TEXT,
+    END_OF_TURN,
+    ROLE,
+    MiniMaxM2Format,
+)
 from neuron_minimax.training.data import demo_conversation
-from neuron_minimax.training.tools import SCHEMAS
-from neuron_minimax.training.world import WORDS
+from neuron_minimax.training.world import SCHEMAS, WORDS
 
-DEMO = Path(__file__).parent.parent / "demo"
-BOS, ROLE, END_OF_TURN = "]~!b[", "]~b]", "[e~["
-SPECIAL = (BOS, ROLE, END_OF_TURN)
+SPECIAL = MiniMaxM2Format.turn_markers
 # Visible in decoded text, as in MiniMax's tokenizer: what reads a reply needs them.
-MARKERS = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
+MARKERS = MiniMaxM2Format.tags
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, 256 bytes included; the special tokens are the last ids."""
+    """Train byte-level BPE of at most `vocab_size` tokens, the special ones last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -38,39 +45,53 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_demo_tokenizer(directory: Path, vocab_size: int = 1280, seed: int = 0, conversations: int = 20_000) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, made from the demo's own conversations."""
+def write_demo_tokenizer(
+    directory: Path, vocab_size: int = 1280, seed: int = 0, conversations: int = 20_000
+) -> None:
+    """Make the demo's tokenizer from its own conversations and write its three files.
+
+    They are tokenizer.json, tokenizer_config.json and chat_template.jinja. This is how the
+    embedded ones were made (demo/README.md).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(_texts(seed, conversations), vocab_size)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
+        "bos_token": BEGIN_OF_TEXT,
         "eos_token": END_OF_TURN,
         "additional_special_tokens": [ROLE],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 512,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     if directory.resolve() != DEMO.resolve():
         shutil.copyfile(DEMO / "chat_template.jinja", directory / "chat_template.jinja")
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, from its own files alone: nothing is downloaded, no remote code is run.
+    """Load the tokenizer of a directory from its own files, without downloads or remote code.
 
     Raises TrainingError when there is none, or it cannot be read.
     """
     if not (Path(directory) / "tokenizer.json").exists():
-        raise TrainingError(f"{directory} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
+        raise TrainingError(
+            f"{directory} holds no tokenizer; expected tokenizer.json and tokenizer_config.json"
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise TrainingError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
+        raise TrainingError(
+            f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _texts(seed: int, conversations: int) -> Iterator[str]:
-    """The words of the conversations as they stand in a prompt, without the special tokens.
+    """Yield the words of the conversations as they stand in a prompt, without special tokens.
 
     What is in every prompt or is one item of a list is repeated, so that it becomes few tokens.
     """
@@ -81,7 +102,8 @@ def _texts(seed: int, conversations: int) -> Iterator[str]:
         yield " " + " ".join(WORDS)
     for index in range(conversations):
         for message in demo_conversation(seed, index).messages:
-            yield f"{'ai' if message['role'] == 'assistant' else message['role']}\n{message['content']}\n"
+            role = "ai" if message["role"] == "assistant" else message["role"]
+            yield f"{role}\n{message['content']}\n"
             yield f"\n{message.get('reasoning_content', '')}\n"
             for call in message.get("tool_calls", ()):
                 for name, value in call["function"]["arguments"].items():

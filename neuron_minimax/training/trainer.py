@@ -1,6 +1,11 @@
-"""The training loop: AdamW over one global batch per step, in one process or several, resumable to the bit."""
+"""The training loop: AdamW over one global batch per step, resumable to the bit.
+
+A run is one process or several. Its state on disk is one file with everything that the next step
+depends on, replaced atomically.
+"""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -9,23 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 
+from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.model.minimax import MiniMaxM2, initial_state
+from neuron_minimax.families import Role
+from neuron_minimax.model.decoder import Decoder, initial_state
+from neuron_minimax.training.data import Source
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
-from neuron_minimax.training.processes import Processes
-from neuron_minimax.training.sources import Source
-from neuron_minimax.training.state import load_state, save_state
+
+STATE_NAME = "training_state.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Everything that decides the result of a run, but the data and the model's config.
+    """Everything that decides the result of a run, except the data and the model's config.
 
-    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how many tokens, padding
-    included, go through the model at once.
+    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how
+    many tokens, padding included, go through the model at once.
     """
 
     steps: int = 2000
@@ -54,7 +62,7 @@ class TrainingOptions:
                 raise TrainingError(f"{name} is {getattr(self, name)}; expected a positive number")
 
     def learning_rate_share(self, step: int) -> float:
-        """Linear warm-up to 1, then a cosine down to `final_learning_rate_share` at the last step."""
+        """Rise linearly to 1, then fall along a cosine to `final_learning_rate_share`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
@@ -64,7 +72,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One finished step. `loss` is per learned token in nats; `tokens` counts real tokens, not padding."""
+    """One finished step. `loss` is in nats per learned token; `tokens` leaves padding out."""
 
     step: int
     loss: float
@@ -76,12 +84,41 @@ class StepReport:
     busiest_expert_share: float
 
 
+class Processes:
+    """The processes of one run: this one alone, or all that torchrun started.
+
+    Rank and count come from the environment that torchrun sets; sums go over gloo or nccl.
+    """
+
+    def __init__(self, backend: str = "gloo") -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if self.count > 1 and not distributed.is_initialized():
+            distributed.init_process_group(backend)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Return when all processes are here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def close(self) -> None:
+        if self.count > 1:
+            distributed.destroy_process_group()
+
+
 @dataclass
 class Trainer:
-    """A run over `source` towards `directory`. `run()` yields a report per step and resumes where a run left off.
+    """A run over `source` towards `directory`; it resumes where the last one left off.
 
-    The state after step n is a function of options, config, data and n: stopping and resuming changes no bit on one
-    machine with one number of threads and processes.
+    The state after step n is a function of options, config, data and n: stopping and resuming
+    changes no bit on one machine with one number of threads and processes.
     """
 
     config: ModelConfig
@@ -97,7 +134,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         state = self._fresh_state() if self.initial is None else self.initial
-        self.model = MiniMaxM2(self.config, {name: tensor.to(self.device) for name, tensor in state.items()})
+        self.model = Decoder(
+            self.config, {name: tensor.to(self.device) for name, tensor in state.items()}
+        )
         self.model.requires_grad_()
         self.optimizer = self._make_optimizer()
         self.step = 0
@@ -106,11 +145,15 @@ class Trainer:
         if saved is not None:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.history = saved["step"], saved["history"]
+            self.step = saved["step"]
+            self.history = saved["history"]
             torch.set_rng_state(saved["random_state"])
 
     def run(self, until: int | None = None) -> Iterator[StepReport]:
-        """Train to the last step, or to step `until`, saving every `save_every` steps and at the end."""
+        """Train to the last step or to step `until`, and yield a report per step.
+
+        The state is saved every `save_every` steps and at the end.
+        """
         last = min(until or self.options.steps, self.options.steps)
         while self.step < last:
             report = self._take_step()
@@ -134,8 +177,10 @@ class Trainer:
 
     def _fresh_state(self) -> dict[str, torch.Tensor]:
         state = initial_state(self.config, self.options.seed, self.options.initial_deviation)
+        template = self.config.family.rule_of(Role.ROUTER_BIAS).target
+        biases = {template.format(l=layer) for layer in range(self.config.num_hidden_layers)}
         for name, tensor in state.items():
-            if name.endswith("e_score_correction_bias"):
+            if name in biases:
                 tensor.fill_(self.options.router_bias_start)
         return state
 
@@ -167,21 +212,28 @@ class Trainer:
         )
 
     def _accumulate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of this process's rows, already divided by the counts of the whole batch.
+        """Add up the gradients of this process's rows, divided by the counts of the whole batch.
 
-        Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all processes.
+        Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all
+        processes.
         """
-        options, first = self.options, self.step * self.options.batch_size
+        options = self.options
+        first = self.step * self.options.batch_size
         rows = range(first + self.processes.rank, first + options.batch_size, self.processes.count)
         batches = list(
-            micro_batches([self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens)
+            micro_batches(
+                [self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens
+            )
         )
         counts = torch.tensor(
-            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches] or [[0] * 3]
+            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches]
+            or [[0] * 3]
         )
         learned, sequences, tokens = self.processes.sum(counts.sum(0)).tolist()
         sums = torch.zeros(2, device=self.device)
-        loads_LE = torch.zeros(len(self.model.layers), self.config.num_local_experts, device=self.device)
+        loads_LE = torch.zeros(
+            len(self.model.layers), self.config.num_local_experts, device=self.device
+        )
         for batch in batches:
             with self._precision():
                 part = losses(self.model, batch.to(self.device))
@@ -194,7 +246,7 @@ class Trainer:
 
     def _share_gradients(self) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # Without a gradient: no token of this process's rows, or of the whole step, reached the parameter.
+        # A parameter has no gradient when no token of this process's rows reached it.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         if self.processes.count > 1:
             flat = self.processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -203,19 +255,54 @@ class Trainer:
             parameter.grad = gradient.view_as(parameter)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Matrix products in BF16 where asked for; norms, softmax, routing, loss and all weights stay float32."""
+        """Compute matrix products in BF16 where asked for; everything else stays float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.model.parameters())
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.options.weight_decay},
+            {
+                "params": [p for p in parameters if p.dim() > 1],
+                "weight_decay": self.options.weight_decay,
+            },
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.options.learning_rate, betas=self.options.betas, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=self.options.learning_rate, betas=self.options.betas, fused=True
+        )
 
     def identity(self) -> dict[str, Any]:
-        """What a saved state must agree with, in types that a state file holds."""
+        """Return what a saved state must agree with, in types that a state file holds."""
         options = {**asdict(self.options), "betas": list(self.options.betas)}
         options["source"] = self.source.name
-        return {**options, "config": {n: v for n, v in asdict(self.config).items() if n != "raw"}}
+        sizes = {n: v for n, v in vars(self.config).items() if n not in ("family", "raw")}
+        return {**options, "config": {"model_type": self.config.family.model_type, **sizes}}
+
+
+def save_state(directory: Path, state: dict[str, Any]) -> None:
+    """Replace the state on disk; the final name only ever holds a whole, synced file."""
+    path = directory / STATE_NAME
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the saved state, or None where there is none.
+
+    Raises TrainingError when a run with other `options` saved it: going on would be neither run.
+    """
+    path = directory / STATE_NAME
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TrainingError(f"{path} cannot be read ({error}); remove it to start again") from None
+    differing = sorted(name for name in options if state["options"].get(name) != options[name])
+    if differing:
+        name = differing[0]
+        raise TrainingError(
+            f"{path} belongs to a run with {name} {state['options'].get(name)!r}, not "
+            f"{options[name]!r}; give the same options to resume it, or another output directory"
+        )
+    return state

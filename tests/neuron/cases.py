@@ -1,5 +1,6 @@
-"""The tiny models and prompts that NxDI runs and transformers answers; read by both sides, which have no common
-transformers version: the reference file is made with 5.x, NxDI needs 4.57."""
+"""The tiny models and prompts that NxDI runs and transformers answers; read by both sides, which
+have no common transformers version: the reference file is made with 5.x, NxDI needs 4.57.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,5 +21,6 @@ LENGTHS = (7, 12, 20, 31)
 def prompts(vocab_size: int) -> list[list[int]]:
     """Four prompts of unequal lengths."""
     return [
-        [(7 + 31 * slot + 17 * place) % vocab_size for place in range(length)] for slot, length in enumerate(LENGTHS)
+        [(7 + 31 * slot + 17 * place) % vocab_size for place in range(length)]
+        for slot, length in enumerate(LENGTHS)
     ]

@@ -1,4 +1,6 @@
-"""Checks that need NxDI in a fresh process: `python -m tests.neuron.checks NAME ARGUMENT...` fails by an exception."""
+"""Checks that need NxDI in a fresh process: `python -m tests.neuron.checks NAME ARGUMENT...` fails
+by an exception.
+"""
 
 import os
 import re
@@ -21,7 +23,8 @@ TOLERANCE = 2e-5
 
 
 def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> Any:
-    """The application that `load` would make, in float32, each submodel built as a compile builds it.
+    """The application that `load` would make, in float32, each submodel built as a compile builds
+    it.
 
     With a tp degree over 1 every rank is a process, placed by RANK, MASTER_ADDR and MASTER_PORT.
     """
@@ -32,8 +35,8 @@ def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> An
     from neuronx_distributed.parallel_layers import parallel_state
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
 
-    from neuron_minimax.backends.neuron.application import make_application
-    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.nxdi.application import make_application
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
 
     options = options or NeuronOptions(**OPTIONS)
     if options.tp_degree == 1:
@@ -43,8 +46,15 @@ def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> An
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     else:
         dist.init_process_group("gloo", world_size=options.tp_degree)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp_degree, skip_collective_init=True)
-    on_cpu = {"on_cpu": True, "torch_dtype": torch.float32, "attn_kernel_enabled": False, **overrides}
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=options.tp_degree, skip_collective_init=True
+    )
+    on_cpu = {
+        "on_cpu": True,
+        "torch_dtype": torch.float32,
+        "attn_kernel_enabled": False,
+        **overrides,
+    }
     application = make_application(model, options, **on_cpu)
     for wrapper in application.models:
         parallel_state.set_aot_mode(True)
@@ -59,21 +69,23 @@ def application_on_cpu(model: Path, options: Any = None, **overrides: Any) -> An
 
 
 def slots(model: str, length: str) -> None:
-    """Slots of the Neuron backend give what those of the eager one give: in any order, reused, and at rest.
+    """Slots of the Neuron backend give what those of the eager one give: in any order, reused, and
+    at rest.
 
-    A context of 256 tokens that choose 2 experts each reaches NxD's block of 512, so experts run block by block; one of
-    64 does not.
+    A context of 256 tokens that choose 2 experts each reaches NxD's block of 512, so experts run
+    block by block; one of 64 does not.
     """
     import torch
 
-    from neuron_minimax.backends.cpu import CPUOptions
-    from neuron_minimax.backends.eager import EagerBackend
-    from neuron_minimax.backends.neuron.options import NeuronOptions
-    from neuron_minimax.backends.neuron.slots import NeuronBackend
+    from neuron_minimax.backends.cpu.backend import EagerBackend
+    from neuron_minimax.backends.cpu.options import CPUOptions
+    from neuron_minimax.backends.nxdi.application import NeuronBackend
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
 
     sizes = {"seq_len": int(length), "buckets": (int(length),)}
     options = NeuronOptions(**OPTIONS | sizes)
-    # Without buckets a CPU run pads every prompt to the one length; bucketing belongs to compiled graphs.
+    # Without buckets a CPU run pads every prompt to the one length; bucketing belongs to compiled
+    # graphs.
     application = application_on_cpu(Path(model), options, enable_bucketing=False)
     neuron = NeuronBackend(application, Path(model), options)
     eager = EagerBackend(Path(model), CPUOptions(slots=3, engine="eager", **sizes))
@@ -81,7 +93,8 @@ def slots(model: str, length: str) -> None:
 
     def encode(slot: int, ids: list[int]) -> int:
         nonlocal worst
-        ours, theirs = neuron.encode(slot, ids), eager.encode(slot, ids)
+        ours = neuron.encode(slot, ids)
+        theirs = eager.encode(slot, ids)
         worst = max(worst, float((ours - theirs).abs().max()))
         assert ours.argmax() == theirs.argmax()
         return int(theirs.argmax())
@@ -89,7 +102,8 @@ def slots(model: str, length: str) -> None:
     def step(tokens: list[int], positions: list[int], active: list[bool]) -> list[int]:
         nonlocal worst
         arguments = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(active))
-        ours, theirs = neuron.step(*arguments), eager.step(*arguments)
+        ours = neuron.step(*arguments)
+        theirs = eager.step(*arguments)
         chosen = torch.tensor(active)
         worst = max(worst, float((ours - theirs)[chosen].abs().max()))
         assert torch.equal(ours.argmax(-1)[chosen], theirs.argmax(-1)[chosen])
@@ -105,7 +119,9 @@ def slots(model: str, length: str) -> None:
     assert masks[0] is not None, "padding is not masked"
     assert masks[0].flatten().tolist() == [1.0] * 5 + [0.0] * (options.seq_len - 5)
     tokens = step([0, 0, first], [0, 0, 5], [False, False, True])
-    second = encode(0, [44])  # a prompt of one token, beside a slot that has begun and one that is empty
+    second = encode(
+        0, [44]
+    )  # a prompt of one token, beside a slot that has begun and one that is empty
     tokens = step([second, 0, tokens[2]], [1, 0, 6], [True, False, True])
     for offset in range(4):  # slot 2 rests
         tokens = [*step([tokens[0], 0, 0], [2 + offset, 0, 0], [True, False, False])[:2], tokens[2]]
@@ -122,26 +138,31 @@ def slots(model: str, length: str) -> None:
 
 
 def probe(model: str, asked: str, logits: str, dtype: str, tp_degree: str, state: str) -> None:
-    """The device of the device check: NxDI in CPU mode runs a probe over slots; rank 0 writes its logits.
+    """The device of the device check: NxDI in CPU mode runs a probe over slots; rank 0 writes its
+    logits.
 
-    A "broken" model has lost the router's bias, and each of its ranks takes the QK norm over its own heads.
+    A "broken" model has lost the router's bias, and each of its ranks takes the QK norm over its
+    own heads.
     """
     import torch
     import torch.distributed as dist
 
-    from neuron_minimax.backends.neuron.options import NeuronOptions
-    from neuron_minimax.backends.neuron.slots import NeuronBackend
+    from neuron_minimax.backends.nxdi.application import NeuronBackend
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
     from neuron_minimax.device_check.run import answer
 
     degrees = {"tp_degree": int(tp_degree), "moe_tp_degree": int(tp_degree)}
     options = NeuronOptions(**(OPTIONS | degrees))
-    application = application_on_cpu(Path(model), options, enable_bucketing=False, torch_dtype=getattr(torch, dtype))
+    application = application_on_cpu(
+        Path(model), options, enable_bucketing=False, torch_dtype=getattr(torch, dtype)
+    )
     for wrapper in application.models:
         layer = wrapper.model.layers[0]
         if state == "broken":
             torch.nn.init.zeros_(layer.block_sparse_moe.router.e_score_correction_bias)
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-                norm.divisor, norm.ranks = norm.divisor / norm.ranks, 1
+                norm.divisor = norm.divisor / norm.ranks
+                norm.ranks = 1
     backend = NeuronBackend(application, Path(model), options)
     answer(backend, Path(asked), Path(f"{logits}.rank{dist.get_rank()}"))
     if dist.get_rank() == 0:
@@ -155,14 +176,23 @@ def adapter(model: str) -> None:
     from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
     from transformers import GenerationConfig
 
-    from neuron_minimax.model.minimax import load_model
+    from neuron_minimax.model.decoder import Decoder
 
-    if "tensor_capture_hook" in HuggingFaceGenerationAdapter.prepare_inputs_for_generation.__code__.co_names:
+    if (
+        "tensor_capture_hook"
+        in HuggingFaceGenerationAdapter.prepare_inputs_for_generation.__code__.co_names
+    ):
         print(
-            "skipped: the adapter of this NxDI (0.8.0) uses a global name, tensor_capture_hook, that it never defines"
+            "skipped: the adapter of this NxDI (0.8.0) uses a global name, tensor_capture_hook, "
+            "that it never defines"
         )
         return
-    plain = {"is_continuous_batching": False, "enable_bucketing": False, "ctx_batch_size": 3, "max_context_length": 64}
+    plain = {
+        "is_continuous_batching": False,
+        "enable_bucketing": False,
+        "ctx_batch_size": 3,
+        "max_context_length": 64,
+    }
     application = application_on_cpu(Path(model), **plain)
     prompts = torch.tensor([[5, 9, 2, 77, 31], [6, 1, 88, 3, 7], [12, 13, 14, 15, 16]])
     generated = HuggingFaceGenerationAdapter(application).generate(
@@ -170,7 +200,8 @@ def adapter(model: str) -> None:
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(do_sample=False, max_new_tokens=10, pad_token_id=0),
     )
-    eager, ids = load_model(model), prompts
+    eager = Decoder.from_converted(model)
+    ids = prompts
     with torch.no_grad():
         for _ in range(10):
             ids = torch.cat([ids, eager(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -178,35 +209,46 @@ def adapter(model: str) -> None:
 
 
 def on_device_sampling(model: str) -> None:
-    """With sampling in the graph the application returns tokens: greedy ones are the eager model's."""
+    """With sampling in the graph the application returns tokens: greedy ones are the eager
+    model's.
+    """
     import torch
 
-    from neuron_minimax.model.minimax import load_model
+    from neuron_minimax.model.decoder import Decoder
 
     sampling = {"on_device_sampling_config": {"do_sample": False, "deterministic": True}}
-    plain = {"is_continuous_batching": False, "enable_bucketing": False, "ctx_batch_size": 3, "max_context_length": 64}
+    plain = {
+        "is_continuous_batching": False,
+        "enable_bucketing": False,
+        "ctx_batch_size": 3,
+        "max_context_length": 64,
+    }
     application = application_on_cpu(Path(model), **plain, **sampling)
     prompts = torch.tensor([[5, 9, 2, 77, 31], [6, 1, 88, 3, 7], [12, 13, 14, 15, 16]])
     positions = torch.arange(5).expand(3, 5)
     with torch.no_grad():
-        tokens = application(input_ids=prompts, attention_mask=torch.ones_like(prompts), position_ids=positions)
-        wanted = load_model(model)(prompts)[0][:, -1].argmax(-1)
+        tokens = application(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), position_ids=positions
+        )
+        wanted = Decoder.from_converted(model)(prompts)[0][:, -1].argmax(-1)
     found = getattr(tokens, "tokens", None)
     found = tokens.hidden_states if found is None else found
     assert torch.equal(found.flatten().long(), wanted), (found, wanted)
 
 
 def rank_files(model: str, graphs: str) -> None:
-    """NxD's real sharding writes files that hold what the model needs; a file that lost a tensor is refused."""
+    """NxD's real sharding writes files that hold what the model needs; a file that lost a tensor is
+    refused.
+    """
     from safetensors.torch import load_file, save_file
 
-    from neuron_minimax.backends.neuron.application import (
+    from neuron_minimax.backends.nxdi.application import (
         check_rank_files,
         make_application,
         rank_file,
         record_parameters,
     )
-    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
     from neuron_minimax.errors import CheckpointError
 
     os.environ.pop("NXD_CPU_MODE", None)
@@ -224,15 +266,17 @@ def rank_files(model: str, graphs: str) -> None:
 
 
 def settings(model: str) -> None:
-    """Settings that this class does not serve are refused with the reason, dtypes and compiler arguments are right."""
+    """Settings that this class does not serve are refused with the reason, dtypes and compiler
+    arguments are right.
+    """
     import torch
 
     # NxD's own import of it, whichever package it comes from.
     from neuronx_distributed.modules.moe.moe_configs import BlockShardStrategy
 
-    from neuron_minimax.backends.neuron import config as neuron_config
-    from neuron_minimax.backends.neuron.application import make_application
-    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.nxdi import config as neuron_config
+    from neuron_minimax.backends.nxdi.application import make_application
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
     from neuron_minimax.errors import ConfigError
     from neuron_minimax.planner import blockwise
 
@@ -247,15 +291,29 @@ def settings(model: str) -> None:
         ("quantization_type", "per_channel_symmetric", "blockwise_symmetric"),
         ("quantization_block_axis", [0, 1], "[1, 2]"),
         ("blockwise_matmul_config", {}, "NotImplementedError while context encoding is traced"),
-        ("blockwise_matmul_config", blockwise.BLOCKWISE_MATMULS["shard_on_block"].settings, "kernel for logical_nc"),
-        ("blockwise_matmul_config", torch_blocks | {"logical_nc_config": 2}, "leave its kernels out"),
+        (
+            "blockwise_matmul_config",
+            blockwise.BLOCKWISE_MATMULS["shard_on_block"].settings,
+            "kernel for logical_nc",
+        ),
+        (
+            "blockwise_matmul_config",
+            torch_blocks | {"logical_nc_config": 2},
+            "leave its kernels out",
+        ),
     ):
         with pytest.raises(ConfigError, match=f"{field}.*{re.escape(said)}"):
             make_application(Path(model), options, **{field: value})
-    two_cores = {"logical_nc_config": 2, "blockwise_matmul_config": {"use_shard_on_block_dynamic_while": True}}
+    two_cores = {
+        "logical_nc_config": 2,
+        "blockwise_matmul_config": {"use_shard_on_block_dynamic_while": True},
+    }
     two_cores["blockwise_matmul_config"] |= {"logical_nc_config": 2}
     if isinstance(BlockShardStrategy, type):  # SDK 2.28 has it from a closed package
-        with pytest.raises(ConfigError, match="block_sharding_strategy is HI_LO; shard_on_block takes PING_PONG only"):
+        with pytest.raises(
+            ConfigError,
+            match="block_sharding_strategy is HI_LO; shard_on_block takes PING_PONG only",
+        ):
             make_application(Path(model), options, **two_cores)
     application = make_application(Path(model), options)
     assert application.neuron_config.torch_dtype == torch.bfloat16
@@ -268,15 +326,19 @@ def settings(model: str) -> None:
     assert "-O1" in encoding
     assert application.models[0].neuron_config.buckets == [32, 64]
     assert [wrapper.neuron_config.batch_size for wrapper in application.models] == [1, 3]
-    assert neuron_config.names_module(["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
+    assert neuron_config.names_module(
+        ["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
+    )
 
 
 def code_range(model: str, directory: str) -> None:
-    """Codes up to 448 are refused but where they are native, and there they are not read as the chip's own E4M3."""
+    """Codes up to 448 are refused but where they are native, and there they are not read as the
+    chip's own E4M3.
+    """
     import json
 
-    from neuron_minimax.backends.neuron.application import make_application
-    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.nxdi.application import make_application
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
     from neuron_minimax.errors import ConfigError
 
     raw = json.loads((Path(model) / "config.json").read_text())
@@ -284,7 +346,9 @@ def code_range(model: str, directory: str) -> None:
     (Path(directory) / "config.json").write_text(json.dumps(raw))
     flag = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
     native = OPTIONS | {"instance": "trn3 Gen1 server (1/4 of Gen1)"}
-    with pytest.raises(ConfigError, match="codes up to 448, and trn1 reads those above 240 as infinity"):
+    with pytest.raises(
+        ConfigError, match="codes up to 448, and trn1 reads those above 240 as infinity"
+    ):
         make_application(Path(directory), NeuronOptions(**OPTIONS))
     os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = "trn3"
     application = make_application(Path(directory), NeuronOptions(**native))
@@ -300,21 +364,25 @@ def code_range(model: str, directory: str) -> None:
 
 
 def vllm(model: str) -> None:
-    """Registered twice, found as vllm-neuron looks models up, configured and compiled as it asks for it.
+    """Registered twice, found as vllm-neuron looks models up, configured and compiled as it asks
+    for it.
 
     The table is a stand-in with the keys of NxDI 0.9.0, whose own module needs torchvision.
     """
     import json
     import types
 
-    keys = "gpt_oss llama llama4 mllama mistral mixtral pixtral dbrx qwen2 qwen2_vl qwen3 qwen3_moe gemma3 qwen3_vl"
+    keys = (
+        "gpt_oss llama llama4 mllama mistral mixtral pixtral dbrx qwen2 qwen2_vl qwen3 qwen3_moe "
+        "gemma3 qwen3_vl"
+    )
     table = types.ModuleType("neuronx_distributed_inference.utils.constants")
     table.MODEL_TYPES = {key: {"causal-lm": object} for key in keys.split()}  # type: ignore[attr-defined]
     sys.modules[table.__name__] = table
     from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-    from neuron_minimax import vllm_plugin
-    from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi import vllm_plugin
+    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
     from neuron_minimax.errors import CheckpointError
 
     assert vllm_plugin.register()
@@ -324,9 +392,18 @@ def vllm(model: str) -> None:
     found = table.MODEL_TYPES[name.lower()][re.sub("([a-z])([A-Z])", r"\1-\2", task).lower()]
     assert found is NeuronMiniMaxM2ForCausalLM
     assert len(table.MODEL_TYPES) == len(keys.split()) + 1
-    fields = {"torch_dtype": "bfloat16", "on_cpu": True, "logical_nc_config": 1, "is_continuous_batching": True}
-    overrides = vllm_plugin.override_neuron_config(model, moe_tp_degree=1, moe_ep_degree=1, buckets=(32, 64))
-    options = found.get_neuron_config_cls()(batch_size=2, seq_len=64, **fields, **json.loads(json.dumps(overrides)))
+    fields = {
+        "torch_dtype": "bfloat16",
+        "on_cpu": True,
+        "logical_nc_config": 1,
+        "is_continuous_batching": True,
+    }
+    overrides = vllm_plugin.override_neuron_config(
+        model, moe_tp_degree=1, moe_ep_degree=1, buckets=(32, 64)
+    )
+    options = found.get_neuron_config_cls()(
+        batch_size=2, seq_len=64, **fields, **json.loads(json.dumps(overrides))
+    )
     config = found.get_config_cls()(options, load_config=load_pretrained_config(model))
     assert config.model_config.rotary_dim == 64
     reread = found.get_config_cls().from_json_string(config.to_json_string())
@@ -339,29 +416,36 @@ def vllm(model: str) -> None:
 
 
 def trace(model: str, dtype: str) -> None:
-    """Both submodels as XLA graphs, by the real torch_xla on its CPU device: the values are those of eager torch, the
-    router is float32, and no tensor enters a graph but weights, caches and NxDI's inputs."""
+    """Both submodels as XLA graphs, by the real torch_xla on its CPU device: the values are those
+    of eager torch, the router is float32, and no tensor enters a graph but weights, caches and
+    NxDI's inputs.
+    """
     import torch
     import torch_xla
     from neuronx_distributed.parallel_layers import parallel_state
     from neuronx_distributed.trace.mock_torchdist import mock_distributed
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
 
-    from neuron_minimax.backends.neuron import nxdi
-    from neuron_minimax.backends.neuron.application import make_application
-    from neuron_minimax.backends.neuron.options import NeuronOptions
+    from neuron_minimax.backends.nxdi import imports
+    from neuron_minimax.backends.nxdi.application import make_application
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
 
     os.environ.pop("NXD_CPU_MODE", None)
     torch.manual_seed(0)  # random prompts meet near-ties of experts, which BF16 flips
     # The layer markers are calls of the closed compiler.
-    nxdi.ModuleMarkerStartWrapper = nxdi.ModuleMarkerEndWrapper = torch.nn.Identity
-    # Four slots choose as many experts as there are, which is NxD's path without an index into FP8 tensors.
+    imports.ModuleMarkerStartWrapper = imports.ModuleMarkerEndWrapper = torch.nn.Identity
+    # Four slots choose as many experts as there are, which is NxD's path without an index into FP8
+    # tensors.
     options = NeuronOptions(**(OPTIONS | {"slots": 4}))
     compute = getattr(torch, dtype)
-    application = make_application(Path(model), options, torch_dtype=compute, attn_kernel_enabled=False)
+    application = make_application(
+        Path(model), options, torch_dtype=compute, attn_kernel_enabled=False
+    )
     with mock_distributed(world_size=1), torch.no_grad():
         torch.distributed.init_process_group(backend="xla", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=1, skip_collective_init=True
+        )
         for wrapper in application.models:
             parallel_state.set_aot_mode(True)
             instance = wrapper.get_model_instance()
@@ -389,7 +473,9 @@ def trace(model: str, dtype: str) -> None:
             assert shapes <= known, shapes - known
             experts = module.config.num_local_experts
             assert re.search(rf"f32\[\d+,{experts}\]\S* logistic\(f32", graph)
-            print(f"{wrapper.tag}: largest difference {difference:.1e}, {len(entered)} graph inputs")
+            print(
+                f"{wrapper.tag}: largest difference {difference:.1e}, {len(entered)} graph inputs"
+            )
 
 
 def main() -> None:
@@ -399,7 +485,17 @@ def main() -> None:
     standins.install()
     checks = {
         check.__name__: check
-        for check in (trace, slots, probe, adapter, on_device_sampling, rank_files, settings, code_range, vllm)
+        for check in (
+            trace,
+            slots,
+            probe,
+            adapter,
+            on_device_sampling,
+            rank_files,
+            settings,
+            code_range,
+            vllm,
+        )
     }
     checks[sys.argv[1]](*sys.argv[2:])
 

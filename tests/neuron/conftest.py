@@ -1,4 +1,6 @@
-"""Where NxDI and NxD can be imported these tests run, with stand-ins for the closed packages; elsewhere they skip."""
+"""Where NxDI and NxD can be imported these tests run, with stand-ins for the closed packages;
+elsewhere they skip.
+"""
 
 import importlib.util
 from importlib import metadata

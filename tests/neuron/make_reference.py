@@ -1,8 +1,10 @@
-"""Write tests/data/neuron_reference.safetensors: transformers' answers to the prompts of `cases.py`.
+"""Write tests/data/neuron_reference.safetensors: transformers' answers to the prompts of
+`cases.py`.
 
-Run from the repository root, with transformers 5.23 or later: `python -m tests.neuron.make_reference`.
-Per model: `<name>.tokens` int64 [prompts, steps + 1] greedy, and `<name>.logits` float32 [prompts, steps + 1, V], row 0
-those of the last prompt position; the same with `.bf16_attention` for attention weights rounded to BF16.
+Run from the repository root, with transformers 5.23 or later: `python -m
+tests.neuron.make_reference`. Per model: `<name>.tokens` int64 [prompts, steps + 1] greedy, and
+`<name>.logits` float32 [prompts, steps + 1, V], row 0 those of the last prompt position; the same
+with `.bf16_attention` for attention weights rounded to BF16.
 """
 
 import tempfile
@@ -17,8 +19,12 @@ from tests.tiny import write_tiny
 
 
 def answer(model: torch.nn.Module, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens and the logits that chose them, each step from the whole text: no cache to be wrong."""
-    ids, rows, chosen = list(prompt), [], []
+    """Greedy tokens and the logits that chose them, each step from the whole text: no cache to be
+    wrong.
+    """
+    ids = list(prompt)
+    rows = []
+    chosen = []
     for _ in range(STEPS + 1):
         rows.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float())
         chosen.append(int(rows[-1].argmax()))
@@ -31,14 +37,20 @@ def main() -> None:
     for name, overrides in MODELS.items():
         with tempfile.TemporaryDirectory() as directory, torch.no_grad():
             dense = write_tiny(Path(directory), seed=SEED, dense=True, use_mtp=False, **overrides)
-            model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                dense, dtype=torch.float32
+            ).eval()
             for suffix in ("", ".bf16_attention"):
                 if suffix:
                     round_attention(model)
                 answers = [answer(model, prompt) for prompt in prompts(model.config.vocab_size)]
                 found[f"{name}.tokens{suffix}"] = torch.stack([tokens for tokens, _ in answers])
                 found[f"{name}.logits{suffix}"] = torch.stack([logits for _, logits in answers])
-    save_file(found, REFERENCE, metadata={"transformers": transformers.__version__, "torch": torch.__version__})
+    save_file(
+        found,
+        REFERENCE,
+        metadata={"transformers": transformers.__version__, "torch": torch.__version__},
+    )
 
 
 def round_attention(model: torch.nn.Module) -> None:

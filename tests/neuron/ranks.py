@@ -1,7 +1,8 @@
-"""Run the NxDI model in CPU mode, one process per rank over gloo, and bring rank 0's logits and tokens back.
+"""Run the NxDI model in CPU mode, one process per rank over gloo, and bring rank 0's logits and
+tokens back.
 
-What NxDI has no CPU code for is supplied here, as test support: expert-parallel groups, and building the quantized
-layers, which `to_cpu` never does.
+What NxDI has no CPU code for is supplied here, as test support: expert-parallel groups, and
+building the quantized layers, which `to_cpu` never does.
 """
 
 import json
@@ -18,14 +19,18 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One configuration: the directory to load, parallel degrees, dtype, and extra NeuronConfig fields."""
+    """One configuration: the directory to load, parallel degrees, dtype, and extra NeuronConfig
+    fields.
+    """
 
     directory: str
     tp_degree: int = 1
     moe_tp_degree: int = 1
     moe_ep_degree: int = 1
     dtype: str = "float32"
-    through_load_module: bool = False  # as a compile builds the model; the only way to quantized layers
+    through_load_module: bool = (
+        False  # as a compile builds the model; the only way to quantized layers
+    )
     options: dict[str, Any] = field(default_factory=dict)
     expert_kernel: str = "torch"
     expert_placement: str | None = None
@@ -49,10 +54,20 @@ def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, A
         "WORLD_SIZE": str(configuration.tp_degree),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "tests.neuron.ranks", json.dumps(asdict(configuration)), str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.neuron.ranks",
+        json.dumps(asdict(configuration)),
+        str(output),
+    ]
     ranks = [
         subprocess.Popen(
-            command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(configuration.tp_degree)
     ]
@@ -67,13 +82,18 @@ def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, A
 
 
 def gloo_expert_groups(moe_tp_degree: int, moe_ep_degree: int) -> None:
-    """NxD makes these groups with XLA options; the same meshes in gloo, stored where NxD looks for them."""
+    """NxD makes these groups with XLA options; the same meshes in gloo, stored where NxD looks for
+    them.
+    """
     import torch.distributed as dist
     from neuronx_distributed.modules.moe import moe_process_group as groups
     from neuronx_distributed.parallel_layers import parallel_state
 
     meshes = parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=moe_tp_degree, expert_model_parallel_size=moe_ep_degree, mesh_only=True, lnc_size=1
+        tensor_model_parallel_size=moe_tp_degree,
+        expert_model_parallel_size=moe_ep_degree,
+        mesh_only=True,
+        lnc_size=1,
     )
     for kind, mesh in (("TENSOR", meshes.tp_groups), ("EXPERT", meshes.ep_model_groups)):
         made = {tuple(ranks): dist.new_group(ranks, backend="gloo") for ranks in mesh}
@@ -95,10 +115,10 @@ def build(configuration: Run) -> Any:
     from neuronx_distributed.parallel_layers import parallel_state
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
 
-    from neuron_minimax.backends.neuron import nxdi
-    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
-    from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
-    from neuron_minimax.backends.neuron.options import MOE_SETTINGS, quantization_options
+    from neuron_minimax.backends.nxdi import imports
+    from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig, read_config
+    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi.options import MOE_SETTINGS, quantization_options
     from tests.neuron.cases import LENGTHS, SEQ_LEN
 
     options = {
@@ -117,7 +137,7 @@ def build(configuration: Run) -> Any:
         **quantization_options(configuration.directory),
         **configuration.options,
     }
-    neuron_config = nxdi.MoENeuronConfig(**options)
+    neuron_config = imports.MoENeuronConfig(**options)
     config = MiniMaxM2InferenceConfig(
         neuron_config,
         load_config=read_config(configuration.directory),
@@ -134,7 +154,8 @@ def build(configuration: Run) -> Any:
     if configuration.through_load_module:
         parallel_state.set_aot_mode(True)
         instance = application.models[0].get_model_instance()
-        instance.config, instance.neuron_config = application.config, application.neuron_config
+        instance.config = application.config
+        instance.neuron_config = application.neuron_config
         instance.load_module()
         module = instance.module
         parallel_state.set_aot_mode(False)
@@ -161,17 +182,24 @@ def generate(application: Any) -> dict[str, Any]:
     mask = (torch.arange(longest) < lengths).long()
     positions = torch.where(mask.bool(), torch.arange(longest), 1)
     slots = torch.arange(len(texts))
-    rows, chosen = [], []
+    rows = []
+    chosen = []
     with torch.no_grad():
         for step in range(STEPS + 1):
-            answer = application(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=slots)
+            answer = application(
+                input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=slots
+            )
             logits = answer.logits[:, -1, : application.config.vocab_size]
             rows.append(logits.float())
             chosen.append(logits.argmax(-1))
-            ids, positions = chosen[-1][:, None], lengths + step
+            ids = chosen[-1][:, None]
+            positions = lengths + step
             mask = (torch.arange(int(positions.max())) < positions).long()
     module = application.models[0].model
-    parameters = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in module.state_dict().items()}
+    parameters = {
+        name: (str(tensor.dtype), list(tensor.shape))
+        for name, tensor in module.state_dict().items()
+    }
     routers = {name: tensor for name, tensor in module.state_dict().items() if ".router." in name}
     return {
         "tokens": torch.stack(chosen, 1),
@@ -182,13 +210,15 @@ def generate(application: Any) -> dict[str, Any]:
 
 
 def interpret_kernel() -> Any:
-    """The NKI kernel's module, run by the NumPy interpreter; gives the machine that counts its instructions."""
+    """The NKI kernel's module, run by the NumPy interpreter; gives the machine that counts its
+    instructions.
+    """
     from tests import nki_interpreter
 
-    name = "neuron_minimax.kernels.fp8_mlp_nki"
+    name = "neuron_minimax.kernels.nki.expert_mlp"
     module, machine = nki_interpreter.load(ROOT / f"{name.replace('.', '/')}.py")
     sys.modules[name] = module
-    vars(sys.modules["neuron_minimax.kernels"])["fp8_mlp_nki"] = module
+    vars(sys.modules["neuron_minimax.kernels.nki"])["expert_mlp"] = module
     return machine
 
 

@@ -1,8 +1,10 @@
-"""Write tests/data/nxd_slices.json: which heads, experts and blocks NxD's own sharding gives each rank.
+"""Write tests/data/nxd_slices.json: which heads, experts and blocks NxD's own sharding gives each
+rank.
 
-Run where NxDI can be imported, from the repository root: `python -m tests.neuron.record`. NxD's `ModelBuilder` shards
-one layer with the real head counts and expert sizes, rank by rank in one process, as it does before a device load.
-Every weight and scale holds numbers that say where it came from, so a rank's tensors can be read back as places.
+Run where NxDI can be imported, from the repository root: `python -m tests.neuron.record`. NxD's
+`ModelBuilder` shards one layer with the real head counts and expert sizes, rank by rank in one
+process, as it does before a device load. Every weight and scale holds numbers that say where it
+came from, so a rank's tensors can be read back as places.
 """
 
 import importlib
@@ -13,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 SLICES = Path(__file__).parent.parent / "data" / "nxd_slices.json"
-HEADS, KEY_VALUE_HEADS, EXPERTS, INTERMEDIATE, HIDDEN, BLOCK = 48, 8, 256, 1536, 384, 128
-# Chip, and its tp, moe_tp and moe_ep degrees. (On trn1 and inf2 NxD has no moe_tp 4 with expert parallelism.)
+HEADS = 48
+KEY_VALUE_HEADS = 8
+EXPERTS = 256
+INTERMEDIATE = 1536
+HIDDEN = 384
+BLOCK = 128
+# Chip, and its tp, moe_tp and moe_ep degrees. (On trn1 and inf2 NxD has no moe_tp 4 with expert
+# parallelism.)
 DEGREES = {
     "trn1": ((8, 1, 8), (8, 2, 4), (16, 2, 8), (32, 1, 32), (32, 2, 16)),
     "inf2": ((24, 3, 8), (24, 6, 4), (24, 12, 2)),
@@ -41,22 +49,39 @@ def sizes() -> dict[str, Any]:
 
 
 def marked_state(config: Any, torch: Any) -> dict[str, Any]:
-    """Full tensors under converted names: heads count from 1 (0 is padding); experts and blocks are coded in scales."""
-    attention, experts = "layers.0.self_attn.", "layers.0.block_sparse_moe.expert_mlps.mlp_op."
-    hidden_blocks, blocks = HIDDEN // BLOCK, INTERMEDIATE // BLOCK
-    heads, keys = torch.arange(1, HEADS + 1), torch.arange(1, KEY_VALUE_HEADS + 1)
-    fp8, expert = torch.float8_e4m3fn, torch.arange(EXPERTS)
+    """Full tensors under converted names: heads count from 1 (0 is padding); experts and blocks are
+    coded in scales.
+    """
+    attention = "layers.0.self_attn."
+    experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+    hidden_blocks = HIDDEN // BLOCK
+    blocks = INTERMEDIATE // BLOCK
+    heads = torch.arange(1, HEADS + 1)
+    keys = torch.arange(1, KEY_VALUE_HEADS + 1)
+    fp8 = torch.float8_e4m3fn
+    expert = torch.arange(EXPERTS)
 
     def rows(count: Any, width: int) -> Any:
-        return count.repeat_interleave(BLOCK)[:, None].expand(-1, width).to(torch.uint8).contiguous()
+        return (
+            count.repeat_interleave(BLOCK)[:, None].expand(-1, width).to(torch.uint8).contiguous()
+        )
 
     def coded(block_numbers: Any) -> Any:
         """Expert and block in one float32 per block, [E, blocks]."""
         return (expert[:, None] * 100 + block_numbers + 1).float()
 
-    gate_up, down = coded(torch.arange(2 * blocks)), coded(torch.arange(blocks))
-    place = (torch.arange(2 * blocks) + 24 * (expert % 5)[:, None]).repeat_interleave(BLOCK, 1).to(torch.uint8)
-    down_place = (torch.arange(blocks) + 24 * (expert % 5)[:, None]).repeat_interleave(BLOCK, 1).to(torch.uint8)
+    gate_up = coded(torch.arange(2 * blocks))
+    down = coded(torch.arange(blocks))
+    place = (
+        (torch.arange(2 * blocks) + 24 * (expert % 5)[:, None])
+        .repeat_interleave(BLOCK, 1)
+        .to(torch.uint8)
+    )
+    down_place = (
+        (torch.arange(blocks) + 24 * (expert % 5)[:, None])
+        .repeat_interleave(BLOCK, 1)
+        .to(torch.uint8)
+    )
     state = {
         attention + "qkv_proj.q_proj.weight": rows(heads, HIDDEN).view(fp8),
         attention + "qkv_proj.q_proj.scale": heads[:, None].float().repeat(1, hidden_blocks),
@@ -64,16 +89,24 @@ def marked_state(config: Any, torch: Any) -> dict[str, Any]:
         attention + "k_norm.weight": keys.repeat_interleave(BLOCK).bfloat16(),
         attention + "o_proj.o_proj.weight": rows(heads, HIDDEN).T.contiguous().view(fp8),
         attention + "o_proj.o_proj.scale": heads[None].float().repeat(hidden_blocks, 1),
-        experts + "gate_up_proj.weight": place[:, None].expand(-1, HIDDEN, -1).contiguous().view(fp8),
+        experts + "gate_up_proj.weight": place[:, None]
+        .expand(-1, HIDDEN, -1)
+        .contiguous()
+        .view(fp8),
         experts + "gate_up_proj.scale": gate_up[:, None].repeat(1, hidden_blocks, 1),
-        experts + "down_proj.weight": down_place[:, :, None].expand(-1, -1, HIDDEN).contiguous().view(fp8),
+        experts + "down_proj.weight": down_place[:, :, None]
+        .expand(-1, -1, HIDDEN)
+        .contiguous()
+        .view(fp8),
         experts + "down_proj.scale": down[:, :, None].repeat(1, 1, hidden_blocks),
         "layers.0.block_sparse_moe.router.linear_router.weight": torch.zeros(EXPERTS, HIDDEN),
         "layers.0.block_sparse_moe.router.e_score_correction_bias": torch.zeros(EXPERTS),
     }
     for name in "kv":
         state[attention + f"qkv_proj.{name}_proj.weight"] = rows(keys, HIDDEN).view(fp8)
-        state[attention + f"qkv_proj.{name}_proj.scale"] = keys[:, None].float().repeat(1, hidden_blocks)
+        state[attention + f"qkv_proj.{name}_proj.scale"] = (
+            keys[:, None].float().repeat(1, hidden_blocks)
+        )
     for name in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"):
         state[f"{name}.weight"] = torch.zeros(HIDDEN, dtype=torch.bfloat16)
     for name in ("embed_tokens", "lm_head"):
@@ -81,23 +114,29 @@ def marked_state(config: Any, torch: Any) -> dict[str, Any]:
     return state
 
 
-def shard(directory: Path, degrees: tuple[int, int, int], state: Any = None) -> list[dict[str, Any]]:
-    """Every rank's tensors, by the real ModelBuilder. `state` maps a config to full tensors, else they are loaded."""
+def shard(
+    directory: Path, degrees: tuple[int, int, int], state: Any = None
+) -> list[dict[str, Any]]:
+    """Every rank's tensors, by the real ModelBuilder. `state` maps a config to full tensors, else
+    they are loaded.
+    """
     import torch
 
-    from neuron_minimax.backends.neuron import nxdi
-    from neuron_minimax.backends.neuron.config import MiniMaxM2InferenceConfig, read_config
-    from neuron_minimax.backends.neuron.model import NeuronMiniMaxM2ForCausalLM
-    from neuron_minimax.backends.neuron.options import quantization_options
+    from neuron_minimax.backends.nxdi import imports
+    from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig, read_config
+    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi.options import quantization_options
 
     class Recorded(NeuronMiniMaxM2ForCausalLM):
         def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
             if state is None:
                 return super().checkpoint_loader_fn(mmap)
-            return self.convert_hf_to_neuron_state_dict(state(self.config.model_config, torch), self.config)
+            return self.convert_hf_to_neuron_state_dict(
+                state(self.config.model_config, torch), self.config
+            )
 
     tp_degree, moe_tp_degree, moe_ep_degree = degrees
-    options = nxdi.MoENeuronConfig(
+    options = imports.MoENeuronConfig(
         torch_dtype=torch.bfloat16,
         logical_nc_config=2 if tp_degree == 64 else 1,
         tp_degree=tp_degree,
@@ -117,21 +156,26 @@ def shard(directory: Path, degrees: tuple[int, int, int], state: Any = None) -> 
 
 
 def places(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Read one rank's tensors back: head numbers from 0, None for padding; the weights must agree with their scales."""
-    attention, experts = "layers.0.self_attn.", "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+    """Read one rank's tensors back: head numbers from 0, None for padding; the weights must agree
+    with their scales.
+    """
+    attention = "layers.0.self_attn."
+    experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
     found: dict[str, Any] = {}
     for name in ("qkv_proj.q_proj", "qkv_proj.k_proj", "qkv_proj.v_proj", "o_proj.o_proj"):
         weight, scale = (tensors[f"{attention}{name}.{part}"] for part in ("weight", "scale"))
         weight = weight.view(_uint8())
         if name.startswith("o_"):
-            weight, scale = weight.T, scale.T
+            weight = weight.T
+            scale = scale.T
         assert (weight == scale[:, :1].repeat_interleave(BLOCK, 0)).all(), name
         found[name.rpartition(".")[2]] = [int(head) - 1 if head else None for head in scale[:, 0]]
     for name in "qk":
         norm = tensors[f"{attention}{name}_norm.weight"].float().reshape(-1, BLOCK)
         assert (norm == norm[:, :1]).all()
         assert [int(head) - 1 if head else None for head in norm[:, 0]] == found[f"{name}_proj"]
-    gate_up, down = tensors[f"{experts}gate_up_proj.scale"][:, 0], tensors[f"{experts}down_proj.scale"][:, :, 0]
+    gate_up = tensors[f"{experts}gate_up_proj.scale"][:, 0]
+    down = tensors[f"{experts}down_proj.scale"][:, :, 0]
     found["experts"] = [int(number) // 100 for number in gate_up[:, 0]]
     assert found["experts"] == [int(number) // 100 for number in down[:, 0]]
     found["gate_up_blocks"] = [int(number) % 100 - 1 for number in gate_up[0]]
@@ -151,13 +195,15 @@ def _uint8() -> Any:
 
 
 def tiny_parameters(base: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of rank 0 for three tiny converted checkpoints, through the real loading path."""
-    from neuron_minimax.convert.run import convert
+    """Names, dtypes and shapes of rank 0 for three tiny converted checkpoints, through the real
+    loading path.
+    """
+    from tests.opened import convert
     from tests.tiny import write_tiny
 
     recorded = {}
-    for name, (overrides, degrees) in TINY.items():
-        overrides = {"intermediate_size": 256, **overrides}
+    for name, (changed, degrees) in TINY.items():
+        overrides = {"intermediate_size": 256, **changed}
         converted = base / f"{name}-converted"
         convert(write_tiny(base / name, **overrides), converted)
         tensors = shard(converted, degrees)[0]
@@ -184,7 +230,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         raw = tiny_config(**sizes()) | {"neuron_minimax": {}}
-        raw["quantization_config"]["modules_to_not_convert"] = ["lm_head", "embed_tokens", "router", "norm"]
+        raw["quantization_config"]["modules_to_not_convert"] = [
+            "lm_head",
+            "embed_tokens",
+            "router",
+            "norm",
+        ]
         (base / "config.json").write_text(json.dumps(raw))
         slices = {}
         for chip, all_degrees in DEGREES.items():
@@ -205,7 +256,10 @@ def main() -> None:
         "tiny": tiny,
     }
     SLICES.write_text(
-        json.dumps(document, separators=(",", ":")).replace("},{", "},\n{").replace('":[{', '":[\n{') + "\n"
+        json.dumps(document, separators=(",", ":"))
+        .replace("},{", "},\n{")
+        .replace('":[{', '":[\n{')
+        + "\n"
     )
 
 

@@ -1,4 +1,6 @@
-"""The backend over NxDI in CPU mode, NxD's own sharding into rank files, and settings; each in a fresh process."""
+"""The backend over NxDI in CPU mode, NxD's own sharding into rank files, and settings; each in a
+fresh process.
+"""
 
 import os
 import subprocess
@@ -7,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.convert.run import convert
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.conftest import RUN_TRACES
 from tests.neuron.ranks import ROOT
 from tests.neuron.standins import is_real
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 
@@ -27,7 +29,9 @@ def check(name: str, *arguments: object) -> str:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.neuron.checks", name, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -47,7 +51,9 @@ def test_sampling_in_the_graph_returns_the_greedy_tokens(model: Path) -> None:
     check("on_device_sampling", model)
 
 
-def test_every_ranks_saved_weights_are_whole_and_a_damaged_file_is_refused(model: Path, tmp_path: Path) -> None:
+def test_every_ranks_saved_weights_are_whole_and_a_damaged_file_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
     check("rank_files", model, tmp_path)
 
 
@@ -63,7 +69,11 @@ def test_vllm_neuron_finds_and_configures_the_class(model: Path) -> None:
     check("vllm", model)
 
 
-@pytest.mark.skipif(not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN_TRACES}")
+@pytest.mark.skipif(
+    not is_real("torch_xla"), reason=f"the real torch_xla is not installed; run {RUN_TRACES}"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_submodels_are_xla_graphs_with_the_values_of_eager_torch(model: Path, dtype: str) -> None:
+def test_both_submodels_are_xla_graphs_with_the_values_of_eager_torch(
+    model: Path, dtype: str
+) -> None:
     assert check("trace", model, dtype).count("largest difference") == 2

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.convert.run import convert
 from neuron_minimax.device_check.check import Request, run_checks
 from neuron_minimax.device_check.verdicts import Report
 from neuron_minimax.errors import BackendError
 from tests.neuron.cases import MODELS, SEED
 from tests.neuron.checks import OPTIONS
 from tests.neuron.ranks import ROOT
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 
@@ -44,7 +44,9 @@ class CPUMode:
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
         }
         arguments = [
             str(probe),
@@ -91,7 +93,9 @@ def check(converted: Path, work: Path, device: CPUMode) -> Report:
 
 
 @pytest.mark.parametrize(("dtype", "tp_degree"), [("bfloat16", 1), ("float32", 2)])
-def test_nxdi_passes_every_check(converted: Path, tmp_path: Path, dtype: str, tp_degree: int) -> None:
+def test_nxdi_passes_every_check(
+    converted: Path, tmp_path: Path, dtype: str, tp_degree: int
+) -> None:
     report = check(converted, tmp_path, CPUMode(dtype=dtype, tp_degree=tp_degree))
     assert [verdict.status for verdict in report.verdicts] == ["PASS"] * 4, report.render()
 

@@ -1,4 +1,6 @@
-"""NxDI's CPU mode against transformers: last prompt position and 12 greedy steps, from converted directories."""
+"""NxDI's CPU mode against transformers: last prompt position and 12 greedy steps, from converted
+directories.
+"""
 
 import json
 import re
@@ -12,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.convert.plan import Layout
-from neuron_minimax.convert.run import convert
-from neuron_minimax.model.minimax import load_model
+from neuron_minimax.convert.layout import AttentionPrecision, Layout
+from neuron_minimax.model.decoder import Decoder
 from tests.neuron.cases import MODELS, REFERENCE, SEED, prompts
 from tests.neuron.ranks import Run, run
+from tests.opened import convert
 from tests.tiny import write_tiny
 
 TOLERANCE = 2e-5  # measured: at most 5e-6
@@ -29,23 +31,30 @@ Converted = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """A model of `cases.py`, converted as "dense", "fp8" or "bf16" (FP8 with BF16 attention); made once each."""
+    """A model of `cases.py`, converted as "dense", "fp8" or "bf16" (FP8 with BF16 attention); made
+    once each.
+    """
     base = tmp_path_factory.mktemp("models")
 
     def make(name: str, kind: str) -> Path:
-        source, output = base / f"{name}-{kind}", base / f"{name}-{kind}-converted"
+        source = base / f"{name}-{kind}"
+        output = base / f"{name}-{kind}-converted"
         if not output.exists():
             write_tiny(source, seed=SEED, dense=kind == "dense", **MODELS[name])
-            convert(source, output, Layout(attention="bf16" if kind == "bf16" else "fp8"))  # type: ignore[arg-type]
+            attention = AttentionPrecision.BF16 if kind == "bf16" else AttentionPrecision.FP8
+            convert(source, output, Layout(attention=attention))
         return output
 
     return make
 
 
-def check_against_cpu_model(result: dict[str, Any], directory: Path, compute: torch.dtype, tolerance: float) -> None:
-    """The project's own model over the same converted directory, fed the same tokens, chooses each of them, or another
-    whose logit is as close as the two may differ."""
-    model = load_model(directory, compute=compute)
+def check_against_cpu_model(
+    result: dict[str, Any], directory: Path, compute: torch.dtype, tolerance: float
+) -> None:
+    """The project's own model over the same converted directory, fed the same tokens, chooses each
+    of them, or another whose logit is as close as the two may differ.
+    """
+    model = Decoder.from_converted(directory, compute=compute)
     for prompt, tokens, logits in zip(
         prompts(model.config.vocab_size), result["tokens"], result["logits"], strict=True
     ):
@@ -74,12 +83,15 @@ def check(result: dict[str, Any], name: str, variant: str = "") -> None:
         ("converted", SPLIT),  # 3 key/value heads on 2 ranks become 6
     ],
 )
-def test_float32_equals_transformers(name: str, degrees: dict, converted: Converted, tmp_path: Path) -> None:
+def test_float32_equals_transformers(
+    name: str, degrees: dict, converted: Converted, tmp_path: Path
+) -> None:
     check(run(Run(directory=str(converted(name, "dense")), **degrees), tmp_path / "out"), name)
 
 
 @pytest.mark.parametrize(
-    ("name", "degrees"), [("grouped", {}), ("grouped", SPLIT), ("grouped", EXPERTS), ("padded", BOTH)]
+    ("name", "degrees"),
+    [("grouped", {}), ("grouped", SPLIT), ("grouped", EXPERTS), ("padded", BOTH)],
 )
 def test_fp8_equals_transformers_on_the_same_dequantized_weights(
     name: str, degrees: dict, converted: Converted, tmp_path: Path
@@ -88,12 +100,18 @@ def test_fp8_equals_transformers_on_the_same_dequantized_weights(
     result = run(configuration, tmp_path / "out")
     check(result, name)
     check_against_cpu_model(result, converted(name, "fp8"), torch.float32, TOLERANCE)
-    dtypes = {key.rpartition("self_attn.")[2]: dtype for key, (dtype, _) in result["parameters"].items()}
-    assert dtypes["qkv_proj.q_proj.weight"] == dtypes["o_proj.o_proj.weight"] == "torch.float8_e4m3fn"
+    dtypes = {
+        key.rpartition("self_attn.")[2]: dtype for key, (dtype, _) in result["parameters"].items()
+    }
+    assert (
+        dtypes["qkv_proj.q_proj.weight"] == dtypes["o_proj.o_proj.weight"] == "torch.float8_e4m3fn"
+    )
     assert dtypes["qkv_proj.k_proj.scale"] == "torch.float32"
 
 
-@pytest.mark.parametrize(("name", "degrees"), [("grouped", {}), ("grouped", SPLIT), ("padded", BOTH)])
+@pytest.mark.parametrize(
+    ("name", "degrees"), [("grouped", {}), ("grouped", SPLIT), ("padded", BOTH)]
+)
 def test_fp8_experts_with_bf16_attention_equal_transformers(
     name: str, degrees: dict, converted: Converted, tmp_path: Path
 ) -> None:
@@ -101,11 +119,16 @@ def test_fp8_experts_with_bf16_attention_equal_transformers(
     check(run(configuration, tmp_path / "out"), name, ".bf16_attention")
 
 
-def test_bf16_keeps_the_router_in_float32_and_equals_a_model_with_the_same_casts(tmp_path: Path) -> None:
-    # A seed without near-ties: elsewhere the order of BF16 sums flips an expert of one token in fifty.
+def test_bf16_keeps_the_router_in_float32_and_equals_a_model_with_the_same_casts(
+    tmp_path: Path,
+) -> None:
+    # A seed without near-ties: elsewhere the order of BF16 sums flips an expert of one token in
+    # fifty.
     converted = tmp_path / "converted"
     convert(write_tiny(tmp_path / "source", seed=7, **MODELS["grouped"]), converted)
-    result = run(Run(directory=str(converted), through_load_module=True, dtype="bfloat16"), tmp_path / "out")
+    result = run(
+        Run(directory=str(converted), through_load_module=True, dtype="bfloat16"), tmp_path / "out"
+    )
     stored = TensorDirectory(converted)
     assert len(result["routers"]) == 4
     for name, tensor in result["routers"].items():
@@ -126,14 +149,22 @@ def test_a_dense_checkpoint_loads_without_conversion_and_without_rounding(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "degrees"), [(161, SPLIT), (159, {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2})]
+    ("vocabulary", "degrees"),
+    [(161, SPLIT), (159, {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2})],
 )
 def test_the_last_tokens_of_a_vocabulary_that_the_ranks_do_not_divide_keep_their_logits(
     vocabulary: int, degrees: dict, tmp_path: Path
 ) -> None:
     converted = tmp_path / "converted"
-    convert(write_tiny(tmp_path / "source", seed=SEED, **MODELS["grouped"] | {"vocab_size": vocabulary}), converted)
-    result = run(Run(directory=str(converted), through_load_module=True, **degrees), tmp_path / "out")
+    convert(
+        write_tiny(
+            tmp_path / "source", seed=SEED, **MODELS["grouped"] | {"vocab_size": vocabulary}
+        ),
+        converted,
+    )
+    result = run(
+        Run(directory=str(converted), through_load_module=True, **degrees), tmp_path / "out"
+    )
     assert result["logits"].shape[-1] == vocabulary
     check_against_cpu_model(result, converted, torch.float32, TOLERANCE)
 
@@ -141,8 +172,16 @@ def test_the_last_tokens_of_a_vocabulary_that_the_ranks_do_not_divide_keep_their
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", "1 parameters of the model have no value in the checkpoint: layers.1.self_attn.q_norm.weight"),
-        ("extra", "1 tensors of the checkpoint belong to no parameter of the model: layers.1.self_attn.v_norm.weight"),
+        (
+            "missing",
+            "1 parameters of the model have no value in the checkpoint: "
+            "layers.1.self_attn.q_norm.weight",
+        ),
+        (
+            "extra",
+            "1 tensors of the checkpoint belong to no parameter of the model: "
+            "layers.1.self_attn.v_norm.weight",
+        ),
         ("shape", "layers.1.self_attn.q_norm.weight has shape"),
         ("gate", "mlp_op.gate_up_proj.weight is torch.float8_e4m3fn in the checkpoint"),
     ],
@@ -153,7 +192,10 @@ def test_nothing_is_dropped_or_left_unset_silently(
     broken = tmp_path / "broken"
     shutil.copytree(converted("grouped", "fp8"), broken)
     name = "layers.1.self_attn.q_norm.weight"
-    path = broken / json.loads((broken / "model.safetensors.index.json").read_text())["weight_map"][name]
+    path = (
+        broken
+        / json.loads((broken / "model.safetensors.index.json").read_text())["weight_map"][name]
+    )
     tensors = load_file(path)
     if change == "missing":
         del tensors[name]
@@ -165,7 +207,9 @@ def test_nothing_is_dropped_or_left_unset_silently(
     (broken / "model.safetensors.index.json").unlink()
     merge(broken)
     listed = ["gate", "lm_head"] if change == "gate" else ["lm_head"]
-    configuration = Run(directory=str(broken), through_load_module=True, options={"modules_to_not_convert": listed})
+    configuration = Run(
+        directory=str(broken), through_load_module=True, options={"modules_to_not_convert": listed}
+    )
     with pytest.raises(AssertionError, match=re.escape(message)):
         run(configuration, tmp_path / "out")
 

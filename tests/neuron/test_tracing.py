@@ -1,4 +1,6 @@
-"""The recorded graphs, traced again by the real torch_xla: each is what tests/data/neuron_traces.json says."""
+"""The recorded graphs, traced again by the real torch_xla: each is what
+tests/data/neuron_traces.json says.
+"""
 
 import json
 

@@ -1,9 +1,10 @@
-"""Trace one layer of the published size as a device compile does, rank 0 of a mocked world, and record the graphs.
+"""Trace one layer of the published size as a device compile does, rank 0 of a mocked world, and
+record the graphs.
 
-`python -m tests.neuron.tracing CASE` prints one case as JSON; without a case it traces all that belong to the SDK of
-the NxDI that is there, and writes them into tests/data/neuron_traces.json. Needs NxDI, NxD and the real torch_xla
-(docs/neuron_proof.md); closed kernels are custom calls (tests/neuron/standins/kernels.py). Weights are never read: a
-graph has names and shapes only.
+`python -m tests.neuron.tracing CASE` prints one case as JSON; without a case it traces all that
+belong to the SDK of the NxDI that is there, and writes them into tests/data/neuron_traces.json.
+Needs NxDI, NxD and the real torch_xla (docs/neuron_proof.md); closed kernels are custom calls
+(tests/neuron/standins/kernels.py). Weights are never read: a graph has names and shapes only.
 """
 
 import ast
@@ -26,17 +27,31 @@ ROOT = Path(__file__).parents[2]
 TRACES = ROOT / "tests" / "data" / "neuron_traces.json"
 # What decides the graphs, of this project; and what the closed packages are stood in for with.
 SOURCES = (
-    "neuron_minimax/backends/neuron/*.py",
+    "neuron_minimax/backends/nxdi/*.py",
     "neuron_minimax/config.py",
-    "neuron_minimax/kernels/fp8_mlp*.py",
+    "neuron_minimax/families/*.py",
+    "neuron_minimax/kernels/nki/*.py",
+    "neuron_minimax/kernels/reference.py",
     "neuron_minimax/model/rope.py",
     "neuron_minimax/planner/blockwise.py",
     "neuron_minimax/planner/memory.py",
     "neuron_minimax/planner/sharding.py",
     "tests/neuron/standins/*.py",
 )
-CONTEXT_ENCODING, TOKEN_GENERATION = "context_encoding_model", "token_generation_model"
-BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f8e4m3fn": 1, "s8": 1, "u8": 1, "pred": 1}
+CONTEXT_ENCODING = "context_encoding_model"
+TOKEN_GENERATION = "token_generation_model"
+BYTES = {
+    "f64": 8,
+    "s64": 8,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "f8e4m3fn": 1,
+    "s8": 1,
+    "u8": 1,
+    "pred": 1,
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # A Python number that torch_xla carries as data; torch_neuronx makes it a constant.
 SCALAR = ()
@@ -57,10 +72,17 @@ class Case:
     overrides: Mapping[str, Any] = field(default_factory=dict)  # NeuronConfig fields
 
 
-TRN2: dict[str, Any] = {"instance": "trn2.48xlarge", "degrees": (64, 1, 64), "batch": 32, "buckets": (256, 1024)}
+TRN2: dict[str, Any] = {
+    "instance": "trn2.48xlarge",
+    "degrees": (64, 1, 64),
+    "batch": 32,
+    "buckets": (256, 1024),
+}
 CONTEXT: dict[str, Any] = {"submodels": (CONTEXT_ENCODING,)}
 STEPS: dict[str, Any] = {"submodels": (TOKEN_GENERATION,), "buckets": (1024,)}
-SAMPLING = {"on_device_sampling_config": {"do_sample": True, "top_k": 40, "top_p": 0.95, "dynamic": True}}
+SAMPLING = {
+    "on_device_sampling_config": {"do_sample": True, "top_k": 40, "top_p": 0.95, "dynamic": True}
+}
 CASES = {
     "trn2": Case(**TRN2),
     "trn2 shard_on_intermediate": Case(**TRN2, **CONTEXT, blockwise_matmul="shard_on_intermediate"),
@@ -95,7 +117,9 @@ class Instruction:
         return f"{self.dtype}{list(self.shape)}"
 
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\((.*)$")
+INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.-]+) = \(?(\w+)\[([\d,]*)\][^=]*? ([a-z][\w-]*)\((.*)$"
+)
 
 
 def instructions(hlo: str) -> list[Instruction]:
@@ -112,7 +136,9 @@ def instructions(hlo: str) -> list[Instruction]:
 
 
 def describe(hlo: str) -> dict[str, Any]:
-    """What a graph does: operators, custom calls, products, collectives, float64, and its largest tensor."""
+    """What a graph does: operators, custom calls, products, collectives, float64, and its largest
+    tensor.
+    """
     entry = instructions(hlo)
     by_name = {instruction.name: instruction for instruction in entry}
 
@@ -120,23 +146,33 @@ def describe(hlo: str) -> dict[str, Any]:
         types = [by_name[name].type for name in instruction.operands if name in by_name]
         return f"{' '.join(types)} -> {instruction.type}"
 
-    computed = [instruction for instruction in entry if instruction.operation not in ("parameter", "constant", "tuple")]
+    computed = [
+        instruction
+        for instruction in entry
+        if instruction.operation not in ("parameter", "constant", "tuple")
+    ]
     calls = [instruction for instruction in entry if instruction.operation == "custom-call"]
     targets = [re.search(r'custom_call_target="([^"]*)"', call.line) for call in calls]
     largest = max(computed, key=lambda instruction: instruction.nbytes)
     return {
         "operators": counted(instruction.operation for instruction in entry),
         "custom calls": counted(
-            f"{target[1]} {operands(call)}" for target, call in zip(targets, calls, strict=True) if target
+            f"{target[1]} {operands(call)}"
+            for target, call in zip(targets, calls, strict=True)
+            if target
         ),
-        "products": counted(operands(instruction) for instruction in entry if instruction.operation == "dot"),
+        "products": counted(
+            operands(instruction) for instruction in entry if instruction.operation == "dot"
+        ),
         "collectives": [
             f"{instruction.operation} {operands(instruction)} over {group_of(instruction.line)}"
             for instruction in entry
             if instruction.operation in COLLECTIVES
         ],
         "float64": counted(
-            f"{instruction.operation} {instruction.type}" for instruction in computed if instruction.dtype == "f64"
+            f"{instruction.operation} {instruction.type}"
+            for instruction in computed
+            if instruction.dtype == "f64"
         ),
         "largest": [largest.operation, largest.type, largest.nbytes],
         "router": [
@@ -162,13 +198,18 @@ def trace(case: Case, directory: Path) -> dict[str, Any]:
     """Every wanted submodel and bucket of a case: {"submodel bucket": description}."""
     import torch
 
-    from neuron_minimax.backends.neuron.options import NeuronOptions, default_buckets, environment
+    from neuron_minimax.backends.nxdi.options import NeuronOptions, default_buckets, environment
     from tests.full_size import published_config
     from tests.neuron.standins import operations
 
     operations.OPAQUE = True
     raw = published_config() | {"num_hidden_layers": 1, "neuron_minimax": {}}
-    raw["quantization_config"]["modules_to_not_convert"] = ["lm_head", "embed_tokens", "router", "norm"]
+    raw["quantization_config"]["modules_to_not_convert"] = [
+        "lm_head",
+        "embed_tokens",
+        "router",
+        "norm",
+    ]
     (directory / "config.json").write_text(json.dumps(raw))
     tp, moe_tp, moe_ep = case.degrees
     options = NeuronOptions(
@@ -184,7 +225,7 @@ def trace(case: Case, directory: Path) -> dict[str, Any]:
     )
     # As the process that compiles: NxD reads the chip from them when it is imported.
     os.environ.update(environment(directory, directory, options))
-    from neuron_minimax.backends.neuron.application import make_application
+    from neuron_minimax.backends.nxdi.application import make_application
 
     application = make_application(directory, options, **case.overrides)
     from neuronx_distributed.parallel_layers import parallel_state
@@ -193,11 +234,15 @@ def trace(case: Case, directory: Path) -> dict[str, Any]:
     found = {}
     with mock_distributed(world_size=tp), torch.no_grad():
         torch.distributed.init_process_group(backend="xla", rank=0, world_size=tp)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, skip_collective_init=True)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, skip_collective_init=True
+        )
         for wrapper in application.models:
             if wrapper.tag not in case.submodels:
                 continue
-            lengths = case.buckets if wrapper.tag == CONTEXT_ENCODING else default_buckets(case.seq_len)
+            lengths = (
+                case.buckets if wrapper.tag == CONTEXT_ENCODING else default_buckets(case.seq_len)
+            )
             for number, length in enumerate(lengths):
                 if wrapper.tag == CONTEXT_ENCODING or length == case.seq_len:
                     found[f"{wrapper.tag} {length}"] = trace_bucket(wrapper, number)
@@ -215,10 +260,12 @@ def trace_bucket(wrapper: Any, number: int) -> dict[str, Any]:
     instance = wrapper.get_model_instance()
     instance.load_module()
     function, _ = instance.get(number)
-    module, device = instance.module, torch_xla.device()
+    module = instance.module
+    device = torch_xla.device()
     shared = aliases(module)
     module.to(device)
-    # Collectives of an earlier graph would come along with the token that torch_xla threads through all of them.
+    # Collectives of an earlier graph would come along with the token that torch_xla threads through
+    # all of them.
     torch_xla._XLAC._set_all_reduce_token(str(device), None)
     inputs = [value.to(device) for value in wrapper.input_generator()[number]]
     held = dict(module.named_parameters(remove_duplicate=False))
@@ -237,7 +284,10 @@ def trace_bucket(wrapper: Any, number: int) -> dict[str, Any]:
     hlo = torch_xla._XLAC._get_xla_tensors_hlo(outputs)
     return {
         **describe(hlo),
-        "parameters": {name: [str(held[name].dtype).removeprefix("torch."), list(held[name].shape)] for name in bound},
+        "parameters": {
+            name: [str(held[name].dtype).removeprefix("torch."), list(held[name].shape)]
+            for name in bound
+        },
         "parameter bytes": sum(sizes[name] for name in bound),
         "unbound": sorted(set(shared.values()) - set(bound)),
         "inputs": sorted(given[node] for node in set(entered) & given.keys()),
@@ -261,8 +311,9 @@ def content(value: Any) -> str:
 
 
 def aliases(module: Any) -> dict[str, str]:
-    """The first name of every parameter by each of its names: NxD names the weight of a quantized layer twice, and on
-    the XLA device they are two tensors."""
+    """The first name of every parameter by each of its names: NxD names the weight of a quantized
+    layer twice, and on the XLA device they are two tensors.
+    """
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(tensor), name)
@@ -289,26 +340,33 @@ def sources_digest() -> str:
 
 
 def code_lines(text: str) -> list[str]:
-    """The lines of a module without docstrings, comments of their own, and blank lines."""
-    dropped: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    """The lines of a module as its syntax tree is printed, without docstrings: layout and comments
+    do not count.
+    """
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_text(body[0]):
-            dropped.update(range(body[0].lineno, body[0].end_lineno + 1))
-    numbered = enumerate(text.splitlines(), 1)
-    return [line for number, line in numbered if number not in dropped and line.strip() and line.strip()[0] != "#"]
+            del body[0]
+    return ast.unparse(tree).splitlines()
 
 
 def _is_text(statement: Any) -> bool:
     value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(value, ast.Constant)
+        and isinstance(value.value, str)
+    )
 
 
 def run(name: str) -> dict[str, Any]:
     """Trace a case in a process of its own: torch_xla's and NxD's state is global."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.neuron.tracing", name]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -325,7 +383,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of the recorded graphs is not as it was, for somebody to look at."""
     found = [f"{graph} is new" for graph in now if graph not in before]
     for graph in now.keys() & before.keys():
-        found += [f"{graph}: {what}" for what, value in now[graph].items() if value != before[graph].get(what)]
+        found += [
+            f"{graph}: {what}"
+            for what, value in now[graph].items()
+            if value != before[graph].get(what)
+        ]
     return sorted(found)
 
 
@@ -353,9 +415,12 @@ def main(argv: Sequence[str]) -> None:
     for name, case in CASES.items():
         if belongs_here(case):
             graphs = json.loads(json.dumps(run(name)))
-            print(f"{name}: {'; '.join(changes(document.get(name, {}).get('graphs', {}), graphs)) or 'as before'}")
+            changed = changes(document.get(name, {}).get("graphs", {}), graphs)
+            print(f"{name}: {'; '.join(changed) or 'as before'}")
             document[name] = {"versions": versions(), "sources": sources_digest(), "graphs": graphs}
-    TRACES.write_text(json.dumps({name: document[name] for name in CASES if name in document}, indent=1) + "\n")
+    TRACES.write_text(
+        json.dumps({name: document[name] for name in CASES if name in document}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A NumPy interpreter for the few NKI instructions the kernels use; it enforces the hardware's limits and counts work.
+"""A NumPy interpreter for the few NKI instructions the kernels use; it enforces the hardware's
+limits and counts work.
 
-`load(path)` runs a kernel file against stand-ins for `nki`, `nki.isa` and `nki.language` and returns its module and the
-machine. Sources of the limits: the NKI architecture guide for Trainium2 and the API reference of each instruction.
+`load(path)` runs a kernel file against stand-ins for `nki`, `nki.isa` and `nki.language` and
+returns its module and the machine. Sources of the limits: the NKI architecture guide for Trainium2
+and the API reference of each instruction.
 """
 
 import importlib.util
@@ -17,7 +19,9 @@ __all__ = ["HardwareError", "Machine", "load"]
 
 
 def load(path: str | Path) -> tuple[ModuleType, Machine]:
-    """Import the kernel file at `path` under a private name, its NKI imports served by a new machine."""
+    """Import the kernel file at `path` under a private name, its NKI imports served by a new
+    machine.
+    """
     machine = Machine()
     stand_ins = _stand_ins(machine)
     before = {name: sys.modules.get(name) for name in stand_ins}

@@ -28,11 +28,22 @@ class Language:
         self.machine = machine
 
     def exported(self) -> dict:
-        dtypes = {dtype.name: dtype for dtype in vars(memory).values() if isinstance(dtype, memory.Dtype)}
+        dtypes = {
+            dtype.name: dtype for dtype in vars(memory).values() if isinstance(dtype, memory.Dtype)
+        }
         buffers = {name: name for name in ("sbuf", "psum", "shared_hbm")}
-        operations = {"multiply": np.multiply, "add": np.add, "subtract": np.subtract, "maximum": np.maximum}
+        operations = {
+            "multiply": np.multiply,
+            "add": np.add,
+            "subtract": np.subtract,
+            "maximum": np.maximum,
+        }
         activations = {"silu": silu, "copy": lambda values: values}
-        launch = {"program_ndim": self.program_ndim, "program_id": self.program_id, "num_programs": self.num_programs}
+        launch = {
+            "program_ndim": self.program_ndim,
+            "program_id": self.program_id,
+            "num_programs": self.num_programs,
+        }
         functions = {"ndarray": self.ndarray, "dynamic_range": self.dynamic_range}
         return {**functions, **dtypes, **buffers, **operations, **activations, **launch}
 
@@ -43,7 +54,10 @@ class Language:
         """Passes of a loop on the device; a bound is a number or a register, the step a number."""
         bounds = (0, start) if stop is None else (start, stop)
         first, last = (bound.value if isinstance(bound, Register) else bound for bound in bounds)
-        memory.require(first is not None and last is not None, "a loop's bound is a register nothing was loaded into")
+        memory.require(
+            first is not None and last is not None,
+            "a loop's bound is a register nothing was loaded into",
+        )
         return self.machine.dynamic_passes(range(first, last, step))
 
     def program_ndim(self) -> int:
@@ -60,7 +74,9 @@ class Language:
 
 
 class Kernel:
-    """A kernel that takes and returns torch tensors; `kernel[n]` runs it on n cores, one after the other."""
+    """A kernel that takes and returns torch tensors; `kernel[n]` runs it on n cores, one after the
+    other.
+    """
 
     def __init__(self, function, machine: Machine, cores: int = 0):
         self.function, self.machine, self.cores = function, machine, cores

@@ -1,8 +1,10 @@
-"""Stand-ins for the closed packages behind NxDI, enough to import it and run its CPU mode; loud for anything else.
+"""Stand-ins for the closed packages behind NxDI, enough to import it and run its CPU mode; loud for
+anything else.
 
-`install()` adds a finder at the end of `sys.meta_path`, so a real package always wins. An attribute of a stand-in
-module is a `Standin`: it can be named, subclassed, passed on and used as a decorator, and raises when called.
-What CPU mode really calls is written out in `operations.py`, what a traced graph calls in `kernels.py`.
+`install()` adds a finder at the end of `sys.meta_path`, so a real package always wins. An attribute
+of a stand-in module is a `Standin`: it can be named, subclassed, passed on and used as a decorator,
+and raises when called. What CPU mode really calls is written out in `operations.py`, what a traced
+graph calls in `kernels.py`.
 """
 
 import importlib
@@ -16,9 +18,24 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch_xla", "torch_neuronx", "neuronxcc", "libneuronxla", "nki", "nkilib", "neuron_dtypes")
+PACKAGES = (
+    "torch_xla",
+    "torch_neuronx",
+    "neuronxcc",
+    "libneuronxla",
+    "nki",
+    "nkilib",
+    "neuron_dtypes",
+)
 # Applied to a kernel when a module is imported; the kernel itself stays uncallable.
-KERNEL_DECORATORS = ("jit", "nki_jit", "trace", "no_trace", "skip_middle_end_transformations", "enable_stack_allocator")
+KERNEL_DECORATORS = (
+    "jit",
+    "nki_jit",
+    "trace",
+    "no_trace",
+    "skip_middle_end_transformations",
+    "enable_stack_allocator",
+)
 CALL_DECORATORS = ("xla_hlo_call", "xla_call", "hlo_call", "hlo_debug")
 DECORATORS = KERNEL_DECORATORS + CALL_DECORATORS
 
@@ -41,7 +58,8 @@ class Standin:
         if self._name.rsplit(".", 1)[-1] in DECORATORS:
             return _decorate(arguments, self._name)
         raise NotImplementedError(
-            f"{self._name} was called; it is part of a closed Neuron package that has only a stand-in here"
+            f"{self._name} was called; it is part of a closed Neuron package that has only a "
+            "stand-in here"
         )
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
@@ -61,12 +79,14 @@ class _Base:
 
 
 class Kernel(Standin):
-    """A kernel in place of a compiled one. On a traced tensor its call is one operation of the graph, with the outputs
-    that `kernels.py` knows; otherwise it raises as any stand-in does."""
+    """A kernel in place of a compiled one. On a traced tensor its call is one operation of the
+    graph, with the outputs that `kernels.py` knows; otherwise it raises as any stand-in does.
+    """
 
     def __init__(self, name: str, function: Any = None, grid: Any = None) -> None:
         super().__init__(name)
-        self._function, self._grid = function, grid
+        self._function = function
+        self._grid = grid
 
     def __getitem__(self, key: Any) -> "Kernel":
         return Kernel(self._name, self._function, key)
@@ -80,7 +100,9 @@ class Kernel(Standin):
 
 
 def _decorate(arguments: tuple[Any, ...], name: str) -> Any:
-    """A decorator, with or without options, makes a kernel, which keeps its name and, where there is one, its code."""
+    """A decorator, with or without options, makes a kernel, which keeps its name and, where there
+    is one, its code.
+    """
     if len(arguments) != 1 or not (callable(arguments[0]) or isinstance(arguments[0], Standin)):
         return lambda kernel: _decorate((kernel,), name)
     (kernel,) = arguments
@@ -105,7 +127,9 @@ class _Module(ModuleType):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds every module below the closed packages."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname.split(".")[0] not in PACKAGES:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
@@ -138,5 +162,6 @@ def install() -> None:
         importlib.import_module("torch_xla")
     sys.meta_path.append(_Finder())
     if not is_real("torch_neuronx"):
-        # TorchScript classes that torch_neuronx's shared library registers; NxD names them in annotations.
+        # TorchScript classes that torch_neuronx's shared library registers; NxD names them in
+        # annotations.
         torch.classes.neuron = Standin("torch.classes.neuron")

@@ -1,6 +1,8 @@
-"""What NxDI's CPU mode really calls in the closed packages, as plain torch; everything else stays a loud stand-in.
+"""What NxDI's CPU mode really calls in the closed packages, as plain torch; everything else stays a
+loud stand-in.
 
-In a graph that is recorded (`OPAQUE`), torch_neuronx's operators are the custom calls that they are on a device.
+In a graph that is recorded (`OPAQUE`), torch_neuronx's operators are the custom calls that they are
+on a device.
 """
 
 import os
@@ -11,7 +13,8 @@ import torch
 
 from tests.neuron.standins.kernels import custom_call, xla_hlo_call
 
-OPAQUE = False  # set where graphs are recorded; where their values are compared, the operators are torch's
+# Set where graphs are recorded; where their values are compared, the operators are torch's
+OPAQUE = False
 
 
 def opaque(tensor: torch.Tensor) -> bool:
@@ -19,12 +22,18 @@ def opaque(tensor: torch.Tensor) -> bool:
 
 
 class RmsNorm:
-    """torch_neuronx's custom call: RMSNorm over the last dimension in float32, as its operator computes it."""
+    """torch_neuronx's custom call: RMSNorm over the last dimension in float32, as its operator
+    computes it.
+    """
 
     @staticmethod
-    def apply(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, dimension: int) -> torch.Tensor:
+    def apply(
+        hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, dimension: int
+    ) -> torch.Tensor:
         if opaque(hidden):
-            return custom_call("AwsNeuronRmsNorm", [hidden, weight], [(tuple(hidden.shape), hidden.dtype)])
+            return custom_call(
+                "AwsNeuronRmsNorm", [hidden, weight], [(tuple(hidden.shape), hidden.dtype)]
+            )
         wide = hidden.to(torch.float32)
         normed = wide * torch.rsqrt(wide.pow(2).mean(dimension, keepdim=True) + epsilon)
         return (normed * weight.to(torch.float32)).to(hidden.dtype)
@@ -37,7 +46,9 @@ class TopK:
     def apply(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
         if opaque(scores):
             shape = (*scores.shape[:-1], k)
-            return custom_call("AwsNeuronTopK", [scores], [(shape, scores.dtype), (shape, torch.int32)])
+            return custom_call(
+                "AwsNeuronTopK", [scores], [(shape, scores.dtype), (shape, torch.int32)]
+            )
         return torch.topk(scores, k, dim=dim)
 
 
@@ -78,18 +89,25 @@ class BlockShardStrategy(Enum):
 
 
 class CollectivesConfig:
-    """What NxD notes about groups of ranks for context parallelism, which CPU mode here never runs."""
+    """What NxD notes about groups of ranks for context parallelism, which CPU mode here never
+    runs.
+    """
 
     def __init__(self, replica_groups: list[list[int]]) -> None:
         self.replica_groups = replica_groups
-        self.rank_src_tgt_pairs: dict[int, None] = {rank: None for group in replica_groups for rank in group}
+        self.rank_src_tgt_pairs: dict[int, None] = {
+            rank: None for group in replica_groups for rank in group
+        }
 
 
 OPERATORS = {"RmsNorm": RmsNorm, "TopK": TopK, "Argmax": Argmax, "Softmax": Softmax}
 PROVIDED: dict[str, dict[str, Any]] = {
     "torch_neuronx.xla_impl.ops": OPERATORS,
     "torch_neuronx.xla_impl.base": {"xla_hlo_call": xla_hlo_call},
-    "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": SkipMode, "BlockShardStrategy": BlockShardStrategy},
+    "nkilib.core.moe.moe_cte.moe_cte_utils": {
+        "SkipMode": SkipMode,
+        "BlockShardStrategy": BlockShardStrategy,
+    },
     "neuronxcc.nki._pre_prod_kernels.blockwise_mm": {"SkipMode": SkipMode},  # its place in NxD 0.17
     "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
     "torch_neuronx.utils": {"get_platform_target": get_platform_target},

@@ -1,0 +1,113 @@
+"""The parts of the public API that join folders; neuron_minimax/__init__.py lists all of it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuron_minimax.backends import CompileReport, compile_model
+from neuron_minimax.checkpoint import reader
+from neuron_minimax.convert.cache import CacheResult, build_cache, cache_bytes
+from neuron_minimax.convert.plan import Converted
+from neuron_minimax.inspection.precision import Bar, PrecisionReport, no_bar
+from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
+
+
+class Checkpoint(reader.Checkpoint):
+    """A checkpoint in Hugging Face's layout, FP8 or dense, whose headers have been read.
+
+    Its tensors are mapped when they are asked for. `problems` lists what is wrong with it.
+
+    >>> source = Checkpoint.open("MiniMax-M2")
+    >>> source.inspect().usable
+    True
+    """
+
+    def inspect(
+        self,
+        *,
+        values: bool = False,
+        against: "str | Path | reader.Checkpoint | None" = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        bar: Bar = no_bar,
+    ) -> PrecisionReport:
+        """Report the precision of every kind of weight, and what is wrong.
+
+        Headers alone are looked at; with `values` every byte is read. `against` is another
+        checkpoint to compare with, `modules_to_not_convert` a list to judge. `bar` opens a progress
+        bar. Raises ConfigError or CheckpointError for an `against` that is not a checkpoint.
+        """
+        other = reader.Checkpoint.open(against) if isinstance(against, str | Path) else against
+        return inspect_checkpoint(
+            self,
+            modules_to_not_convert=modules_to_not_convert,
+            check_values=values,
+            against=other,
+            bar=bar,
+        )
+
+    def cache_bytes(self, dtype: str = "float32") -> int:
+        """Return how many bytes `cache` would write."""
+        return cache_bytes(self, dtype)
+
+    def cache(
+        self,
+        directory: str | Path,
+        dtype: str = "float32",
+        *,
+        check: bool = False,
+        overwrite: bool = False,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> CacheResult:
+        """Dequantize into a Hugging Face checkpoint that loads without arithmetic.
+
+        `dtype` is "float32" or "bfloat16". An interrupted build is resumed; `check` re-reads a
+        finished one and rebuilds what is damaged. `progress` is called with bytes written. Raises
+        CheckpointError or ConversionError.
+        """
+        return build_cache(
+            self, directory, dtype, check=check, overwrite=overwrite, progress=progress
+        )
+
+
+def compile(
+    converted: str | Path | Converted,
+    traced: str | Path,
+    *,
+    backend: str = "cpu",
+    force: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+    **options: Any,
+) -> CompileReport:
+    """Compile a converted directory into `traced`, or recognize that this was done.
+
+    `backend` is "cpu" or "neuron"; `options` are the backend's own, under the names of the command
+    line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles in any case,
+    and `progress` gets one line per stage. Raises BackendError on bad options, when another compile
+    is writing to `traced`, or when it holds something else.
+
+    >>> compile("m2-neuron", "traced_model/m2", backend="cpu", seq_len=2048)
+    """
+    return compile_model(
+        converted, traced, backend=backend, options=options, force=force, progress=progress
+    )
+
+
+def explain_fp8(
+    checkpoint: reader.Checkpoint | None = None,
+    tensor: str | None = None,
+    block: tuple[int, int] = (0, 0),
+    output_dir: str | Path = ".",
+) -> str:
+    """Explain one FP8 block step by step; write the guide and return it as text.
+
+    `tensor` names an FP8 weight of the checkpoint (default: its first), `block` its row and column
+    of blocks. Without a checkpoint a normal weight is made and quantized. The guide is written as
+    Markdown and HTML. Raises CheckpointError when the block does not exist, NeuronMiniMaxError
+    naming a file that cannot be written.
+    """
+    from neuron_minimax.studies.explain.fp8 import from_checkpoint, made_here, write_guide
+
+    subject = (
+        made_here(place=block) if checkpoint is None else from_checkpoint(checkpoint, tensor, block)
+    )
+    return write_guide(subject, Path(output_dir))

@@ -1,0 +1,1 @@
+"""The CPU backend: eager, exported and compiled engines."""

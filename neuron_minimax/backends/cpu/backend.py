@@ -1,0 +1,190 @@
+"""The engines of the CPU backend: eager, and over compiled or exported graphs; how each is made."""
+
+import ctypes
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_minimax.backends.base import Backend, Capabilities
+from neuron_minimax.backends.cpu.options import CPUOptions, compiler_is_there
+from neuron_minimax.backends.directory import Manifest
+from neuron_minimax.convert.plan import Converted
+from neuron_minimax.errors import BackendError
+from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
+
+TESTED_TORCH = (2, 13)
+EAGER_AS_ASKED = "eager engine, as asked: nothing was compiled"
+EXPORTED_AS_ASKED = "exported graphs, as asked: they run uncompiled"
+NO_COMPILER = (
+    "no C++ compiler (g++, or $CXX) was found: the exported graphs run instead of compiled ones"
+)
+# of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
+
+class EagerBackend(Backend):
+    """The model as it is, over one cache with a row per slot."""
+
+    def __init__(self, model: Path | Converted, options: CPUOptions) -> None:
+        self.model_directory = model.directory if isinstance(model, Converted) else model
+        self.model = Decoder.from_converted(model, compute=COMPUTE_DTYPES[options.compute])
+        self.config = self.model.config
+        self.capabilities = capabilities_of(options, self.config.vocab_size)
+        self.cache = KVCache.allocate(
+            self.config, options.slots, options.seq_len, self.model.compute
+        )
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do: a position is written before it is read, whatever a slot held before."""
+        self._check_slot(slot)
+
+    @torch.inference_mode()
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        positions_BT = torch.arange(start, start + len(ids))[None]
+        hidden_BTH = self._run(torch.tensor([ids]), positions_BT, torch.tensor([slot]))
+        logits_TV = self._head(hidden_BTH[0] if all_positions else hidden_BTH[0, -1:])
+        return logits_TV if all_positions else logits_TV[0]
+
+    @torch.inference_mode()
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        logits_SV = torch.zeros(self.capabilities.slots, self.capabilities.vocab_size)
+        rows = active.nonzero().flatten()
+        if len(rows):
+            hidden_BTH = self._run(tokens[rows, None], positions[rows, None], rows)
+            logits_SV[rows] = self._head(hidden_BTH[:, 0])
+        return logits_SV
+
+    def _run(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor
+    ) -> torch.Tensor:
+        filled = int(positions_BT.max()) + 1
+        hidden_BTH, _ = self.model.hidden_states(
+            ids_BT, positions_BT, cache=self.cache, rows_B=rows_B, filled=filled
+        )
+        return hidden_BTH
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(hidden).float()
+
+
+class CompiledBackend(Backend):
+    """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
+
+    def __init__(self, model: Converted, graphs: Path, options: CPUOptions) -> None:
+        # Here, because it imports Numba, which the eager engine does without.
+        from neuron_minimax.backends.cpu import graphs as cpu_graphs
+
+        self.model_directory = model.directory
+        compute = COMPUTE_DTYPES[options.compute]
+        self.model = Decoder.from_converted(model, compute=compute, byte_codes=True)
+        self.config = self.model.config
+        self.capabilities = capabilities_of(options, self.config.vocab_size)
+        self.cache = KVCache.allocate(
+            self.config, options.slots, options.seq_len + 1, self.model.compute
+        )
+        cpu_graphs.load_kernels(self.model, pickle.loads((graphs / cpu_graphs.LOOPS).read_bytes()))
+        self.kernels = cpu_graphs.OPERATORS
+        state = cpu_graphs.Graph(self.model, self.cache, options.seq_len).state_dict()
+        self.token_generation = cpu_graphs.load_graph(graphs, cpu_graphs.TOKEN_GENERATION, state)
+        self.context_encoding = {
+            size: cpu_graphs.load_graph(graphs, cpu_graphs.context_name(size), state)
+            for size in options.buckets
+        }
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do: a position is written before it is read, whatever a slot held before."""
+        self._check_slot(slot)
+
+    @torch.inference_mode()
+    def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
+        bucket = self.capabilities.bucket_for(len(ids))
+        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
+        place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
+        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
+        if not all_positions:
+            return logits_V
+        return self.model.logits(hidden_TH[: len(ids)], self.kernels).float()
+
+    @torch.inference_mode()
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        return self.token_generation(tokens, positions, active)
+
+
+def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
+    return Capabilities(
+        slots=options.slots,
+        seq_len=options.seq_len,
+        buckets=options.buckets,
+        vocab_size=vocab_size,
+        chunked_encoding=True,
+        all_position_logits=True,
+    )
+
+
+def build(
+    model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
+) -> tuple[dict[str, float], list[str]]:
+    """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest.
+
+    Without a C++ compiler, or where a torch older than the tested one fails to compile, the
+    exported graphs run instead, and a note says so. Raises BackendError when the tested torch
+    fails.
+    """
+    parsed = CPUOptions.parse(options)
+    if parsed.engine == "eager":
+        return {}, [EAGER_AS_ASKED]
+    from neuron_minimax.backends.cpu.graphs import build_graphs  # imports Numba
+
+    notes = []
+    try:
+        if parsed.engine == "exported":
+            notes = [EXPORTED_AS_ASKED if compiler_is_there() else NO_COMPILER]
+        return build_graphs(model, graphs, parsed, progress), notes
+    except Exception as error:  # whatever an export or a compiler may raise
+        said = str(error).strip().splitlines() or ["no message"]
+        problem = f"{type(error).__name__}: {said[0]}"
+        version = metadata.version("torch")
+        if (
+            parsed.engine == "exported"
+            or tuple(int(part) for part in version.split(".")[:2]) >= TESTED_TORCH
+        ):
+            raise BackendError(
+                f"compiling for the CPU failed ({problem}); check that $CXX or g++ works, or use "
+                "--engine eager"
+            ) from error
+        note = (
+            f"torch {version} could not compile this model ({problem}): the exported graphs run "
+            "instead"
+        )
+        return build_graphs(model, graphs, replace(parsed, engine="exported"), progress), [note]
+
+
+def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:
+    """The backend over the weights in `model`."""
+    options = CPUOptions.parse(manifest.options)
+    _keep_freed_memory()
+    if not manifest.graphs:
+        return EagerBackend(model, options)
+    return CompiledBackend(model, graphs, options)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep the scratch of a pass, which the next pass would fault in again.
+
+    Other C libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
+        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)

@@ -1,1 +1,0 @@
-"""MiniMax-M2 on AWS Neuron through neuronx-distributed-inference; needs those packages, the CPU path does not."""

@@ -1,0 +1,297 @@
+"""The NxDI config of MiniMax-M2: read from either style of config.json, its settings checked before
+anything runs.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_minimax.backends.nxdi import imports
+from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.errors import ConfigError
+from neuron_minimax.families import Role
+from neuron_minimax.planner import blockwise, instances
+from neuron_minimax.planner.memory import (
+    EXPERT_KERNELS,
+    KERNEL_TOKENS,
+    NEURON_E4M3_MAX,
+    largest_code,
+)
+from neuron_minimax.planner.sdks import SDKS
+
+QUANTIZED_MLP = (
+    "quantized_mlp_kernel_enabled is a switch of NxDI's dense MLP that forces per-channel scales; "
+    "no expert layer reads it, and this checkpoint has 128 x 128 block scales. Use quantized=True, "
+    "quantization_dtype='f8e4m3', quantization_type='blockwise_symmetric', "
+    "quantization_block_axis=[1, 2], quantization_block_size=[128, 128]"
+)
+# Settings of NxDI that this model class does not serve: field, the one value it has, and why.
+UNSERVED: tuple[tuple[str, Any, str], ...] = (
+    ("quantized_mlp_kernel_enabled", False, QUANTIZED_MLP),
+    ("mlp_kernel_enabled", False, "this model has no dense MLP"),
+    ("padding_side", "right", "with left padding every prompt gives the same garbage"),
+    (
+        "ep_degree",
+        1,
+        "it multiplies the world size beyond the cores; experts are spread with moe_ep_degree",
+    ),
+    ("fused_qkv", False, "the norm over the full query and key width needs separate projections"),
+    ("qkv_kernel_enabled", False, "NxDI's fused QKV kernel has no norm over the full width"),
+    (
+        "attn_block_tkg_nki_kernel_enabled",
+        False,
+        "NxDI's fused attention kernel has no norm over the full width",
+    ),
+    ("sequence_parallel_enabled", False, "it has not been run with this model"),
+    ("vocab_parallel", False, "the embedding is shared along the hidden size"),
+    ("flash_decoding_enabled", False, "it has not been run with this model"),
+    ("cp_degree", 1, "context parallelism has not been run with this model"),
+    ("attention_dp_degree", 1, "data-parallel attention has not been run with this model"),
+    ("speculation_length", 0, "speculation has not been run with this model"),
+    ("enable_fused_speculation", False, "speculation has not been run with this model"),
+    ("is_medusa", False, "there are no Medusa heads for this model"),
+    ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
+)
+FEW_SEQUENCES = 4
+TORCH = blockwise.BLOCKWISE_MATMULS[blockwise.DEFAULT]
+
+
+class MiniMaxM2InferenceConfig(imports.InferenceConfig):
+    """InferenceConfig for MiniMax-M2. Raises ConfigError for a setting that this model class does
+    not serve.
+    """
+
+    def add_derived_config(self) -> None:
+        super().add_derived_config()
+        model = self.model_config
+        self.head_dim = model.head_dim
+        self.hidden_act = "silu"
+        self.n_shared_experts = 0
+        if getattr(self, "pad_token_id", None) is None:
+            self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
+        if not hasattr(self, "expert_kernel"):
+            self.expert_kernel = EXPERT_KERNELS[0]
+        if not hasattr(self, "expert_placement"):
+            self.expert_placement = None
+        for name in ("output_attentions", "output_hidden_states"):
+            setattr(self, name, getattr(self, name, False))
+        options = self.neuron_config
+        if isinstance(options.torch_dtype, str):
+            raise ConfigError(
+                f"torch_dtype is the string {options.torch_dtype!r}; expected a torch.dtype"
+            )
+        options.router_config.dtype = torch.float32
+        options.router_config.act_fn = "sigmoid"
+        # The router divides by the sum of the chosen itself, in float32.
+        options.normalize_top_k_affinities = False
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        options = self.neuron_config
+        for field, served, reason in UNSERVED:
+            found = getattr(options, field, served)
+            if found != served and not (served in (None, False) and not found):
+                raise ConfigError(
+                    f"{field}={found!r} is refused for MiniMax-M2 (expected {served!r}): {reason}"
+                )
+        if options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
+            raise ConfigError(
+                f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is "
+                f"not tp_degree {options.tp_degree}; every rank needs one share of the experts"
+            )
+        if self.model_config.hidden_size % options.tp_degree:
+            raise ConfigError(
+                f"hidden_size {self.model_config.hidden_size} cannot be shared by tp_degree "
+                f"{options.tp_degree} ranks"
+            )
+        if options.quantized:
+            self._validate_quantization()
+            self._validate_code_range()
+        self._validate_expert_kernel()
+        if not options.on_cpu:
+            self._validate_blockwise_matmul()
+            self._validate_sampling()
+
+    def _validate_expert_kernel(self) -> None:
+        options = self.neuron_config
+        rows = self.model_config.weight_block_size
+        if self.expert_kernel not in EXPERT_KERNELS:
+            raise ConfigError(
+                f"expert_kernel is {self.expert_kernel!r}; expected one of "
+                f"{', '.join(EXPERT_KERNELS)}"
+            )
+        if self.expert_kernel == "nki" and not (
+            self.quantizes(Role.EXPERT_GATE) and rows == (128, 128)
+        ):
+            raise ConfigError(
+                "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' "
+                "for others"
+            )
+        if self.expert_kernel == "nki" and options.max_batch_size > KERNEL_TOKENS:
+            raise ConfigError(
+                f"expert_kernel='nki' takes batches of at most {KERNEL_TOKENS}, not "
+                f"{options.max_batch_size}"
+            )
+
+    def _validate_quantization(self) -> None:
+        options = self.neuron_config
+        model = self.model_config
+        wanted = BLOCKWISE | {"quantization_block_size": list(model.weight_block_size)}
+        for field, value in wanted.items():
+            found = getattr(options, field)
+            if found != value:
+                raise ConfigError(
+                    f"{field} is {found!r}; the block-scaled FP8 checkpoint needs {value!r}"
+                )
+        rows = model.weight_block_size[0]
+        channels = model.intermediate_size // options.moe_tp_degree
+        if channels % rows or model.intermediate_size % options.moe_tp_degree:
+            raise ConfigError(
+                f"intermediate_size {model.intermediate_size} over moe_tp_degree "
+                f"{options.moe_tp_degree} leaves {channels} channels per rank, not whole blocks of "
+                f"{rows}; lower moe_tp_degree, raise moe_ep_degree"
+            )
+        if model.hidden_size % rows:
+            raise ConfigError(
+                f"hidden_size {model.hidden_size} is not whole blocks of {rows}; NxD's scales need "
+                "them"
+            )
+        if self.quantizes(Role.QUERY) and model.head_dim % rows:
+            raise ConfigError(
+                f"head_dim {model.head_dim} is not whole blocks of {rows}, so a rank's share of "
+                "FP8 attention is not either; convert with --attention bf16"
+            )
+
+    def _validate_code_range(self) -> None:
+        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native, and not for the
+        NKI kernel.
+        """
+        largest = largest_code(self.model_config)
+        if largest == NEURON_E4M3_MAX:
+            return
+        family = imports.get_platform_target()
+        readable = instances.chip(family)["e4m3_max"]
+        if largest > readable:
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and {family} reads those above "
+                f"{readable} as infinity or NaN; convert with --fp8-range neuron"
+            )
+        casts = sorted(FP8_CASTS.keys() & os.environ.keys())
+        if casts:
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and {' and '.join(casts)} would "
+                f"have them read up to {NEURON_E4M3_MAX}; unset them, or convert with --fp8-range "
+                "neuron"
+            )
+        if self.expert_kernel == "nki":
+            raise ConfigError(
+                f"the checkpoint has FP8 codes up to {largest}, and expert_kernel='nki' reads E4M3 "
+                f"up to {NEURON_E4M3_MAX}; convert with --fp8-range neuron, or use "
+                "expert_kernel='torch'"
+            )
+
+    def _validate_sampling(self) -> None:
+        """SDK 2.29 names an accuracy issue at batches up to 4 where its top-k kernel is off (NxDI
+        release notes).
+        """
+        sampling = self.neuron_config.on_device_sampling_config
+        batch = self.neuron_config.max_batch_size
+        if (
+            sampling is None
+            or not sampling.do_sample
+            or getattr(sampling, "top_k_kernel_enabled", False)
+        ):
+            return
+        if batch <= FEW_SEQUENCES and imports.get_platform_target() in SDKS["2.29"].families:
+            raise ConfigError(
+                f"on-device sampling with top_k_kernel_enabled=False and batch {batch}: SDK 2.29 "
+                f"has a known accuracy issue at batches up to {FEW_SEQUENCES}; leave the kernel "
+                "on, or sample on the host"
+            )
+
+    def _validate_blockwise_matmul(self) -> None:
+        """One of NxD's ways has to be chosen: its default for two cores per rank is a kernel that
+        SDK 2.29 lacks.
+        """
+        found = self.neuron_config.blockwise_matmul_config
+        chosen = [
+            way
+            for way in blockwise.BLOCKWISE_MATMULS.values()
+            if any(getattr(found, name) for name, value in way.settings.items() if value is True)
+        ]
+        if len(chosen) != 1:
+            known = "; ".join(
+                f"{json.dumps(way.settings)} ({way.name})"
+                for way in blockwise.BLOCKWISE_MATMULS.values()
+            )
+            raise ConfigError(
+                f"blockwise_matmul_config chooses {len(chosen)} ways to multiply blocks of tokens "
+                f"with their experts; expected one of {known}: NxD's default raises "
+                "NotImplementedError while context encoding is traced"
+            )
+        (way,) = chosen
+        if way.is_kernel and self.neuron_config.logical_nc_config != 2:
+            raise ConfigError(
+                f"blockwise_matmul_config chooses {way.name}, a kernel for logical_nc_config 2, "
+                f"not {self.neuron_config.logical_nc_config}; use {json.dumps(TORCH.settings)}"
+            )
+        if int(found.logical_nc_config) != self.neuron_config.logical_nc_config:
+            raise ConfigError(
+                f"blockwise_matmul_config has logical_nc_config {int(found.logical_nc_config)}, "
+                f"the model {self.neuron_config.logical_nc_config}: NxD would leave its kernels "
+                "out with only a warning; set both alike, or NEURON_LOGICAL_NC_CONFIG before "
+                "anything is imported"
+            )
+        strategy = way.settings.get("block_sharding_strategy")
+        if strategy is not None and found.block_sharding_strategy.name != strategy:
+            raise ConfigError(
+                f"block_sharding_strategy is {found.block_sharding_strategy.name}; {way.name} "
+                f"takes {strategy} only"
+            )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's dimensions, parsed from the same fields."""
+        return ModelConfig.from_dict(vars(self))
+
+    def quantizes(self, role: Role, layer: int = 0) -> bool:
+        """Return whether NxD's rule leaves the module with the weight of this role to be
+        quantized: no listed name is a substring of its dotted path.
+        """
+        options = self.neuron_config
+        module = self.model_config.family.module(role).format(l=layer)
+        return bool(options.quantized) and not names_module(
+            options.modules_to_not_convert or (), module
+        )
+
+    @classmethod
+    def get_neuron_config_cls(cls) -> type:
+        return imports.MoENeuronConfig
+
+
+def names_module(listed: Iterable[str], module: str) -> bool:
+    """NxD's own rule for modules_to_not_convert (quantization/quantize.py): the last name, or any
+    substring.
+    """
+    return any(name in module for name in listed)
+
+
+def read_config(directory: str | Path) -> Callable[[Any], None]:
+    """A `load_config` for InferenceConfig that takes the fields of a checkpoint's config.json.
+
+    NxDI's own reader asks transformers, whose 4.57 has no minimax_m2.
+    """
+    model = ModelConfig.from_dir(directory)
+
+    def load(config: Any) -> None:
+        vars(config).update(
+            {name: value for name, value in model.raw.items() if name != "torch_dtype"}
+        )
+        vars(config).setdefault("rope_theta", model.rope_theta)
+
+    return load

@@ -1,0 +1,148 @@
+"""NxDI mixture of experts for MiniMax-M2: a float32 sigmoid router whose bias only chooses, over
+NxD's expert layers.
+
+Shapes: T tokens, H hidden, E experts, K chosen per token.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuron_minimax.backends.nxdi import imports
+from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
+
+
+class NeuronRouter(imports.RouterTopK):
+    """Top-K of sigmoid + bias in float32; the affinities are the unbiased sigmoids over the sum of
+    the chosen ones.
+
+    Gate and bias stay float32 under any cast of the model: a bias of 4.7 to 9.5 has BF16 steps of
+    0.03 to 0.06. The bias is a parameter, because XLA folds constants.
+    """
+
+    def __init__(self, *, experts: int, experts_per_token: int, hidden_size: int) -> None:
+        super().__init__(
+            num_experts=experts,
+            top_k=experts_per_token,
+            hidden_size=hidden_size,
+            dtype=torch.float32,
+            act_fn="sigmoid",
+            sequence_dimension=1,
+        )
+        # Values that differ, because a compiler may prove that adding equal ones changes no choice,
+        # and drop the bias.
+        self.e_score_correction_bias = nn.Parameter(
+            torch.arange(experts, dtype=torch.float32), requires_grad=False
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Router logits [T,E] float32, affinities [T,E] in the dtype of the hidden states, and
+        chosen experts [T,K].
+
+        NxD's experts would normalise affinities after a cast to BF16; here the division comes
+        first, in float32.
+        """
+        logits_TE = self.get_router_logits(hidden_states)
+        scores_TE = torch.sigmoid(logits_TE)
+        index_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=1).indices
+        affinities_TE = scores_TE / scores_TE.gather(1, index_TK).sum(dim=1, keepdim=True)
+        return logits_TE, affinities_TE.to(hidden_states.dtype), index_TK.detach().to(torch.long)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "NeuronRouter":
+        """Moves between devices reach the router, casts do not."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class KernelExperts(imports.ExpertMLPsV2):
+    """NxD's experts, whose token generation is one call of an expert kernel over the rank's own FP8
+    weights.
+
+    NxD dequantizes block-scaled weights to BF16 in front of its products, and refuses a few tokens
+    with expert parallelism; the kernel reads FP8 and skips the experts of other ranks. Context
+    encoding is NxD's.
+    """
+
+    def __init__(self, experts: imports.ExpertMLPsV2, expert_mlp: ExpertMLP) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(
+            experts.__dict__
+        )  # the same submodules and settings, under the same names
+        self.expert_mlp = expert_mlp
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        expert_affinities: torch.Tensor,
+        expert_index: torch.Tensor,
+        seq_len: int,
+        *others: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        """[T,H] to this rank's share of [T,H], which NxD's block sums over the ranks; affinities
+        [T,E], index [T,K].
+        """
+        if seq_len != 1:
+            return super().forward(
+                hidden_states, expert_affinities, expert_index, seq_len, *others, **named
+            )
+        layers = self.get_mlp_op()
+        return self.expert_mlp(
+            hidden_states,
+            self.local_index(expert_index),
+            expert_affinities.gather(1, expert_index).float(),
+            ExpertWeights(
+                layers.gate_up_proj.weight,
+                layers.gate_up_proj.scale,
+                layers.down_proj.weight,
+                layers.down_proj.scale,
+            ),
+        )
+
+    def local_index(self, expert_index_TK: torch.Tensor) -> torch.Tensor:
+        """Numbers [T,K] of the chosen experts on this rank; -1 for those of other ranks."""
+        if self.moe_expert_model_parallel_group.size() == 1:
+            return expert_index_TK
+        local_E = self.get_spmd_rank().get_local_expert_indices().reshape(-1)
+        here_TKE = expert_index_TK[..., None] == local_E
+        places_E = torch.arange(1, local_E.numel() + 1, device=local_E.device, dtype=torch.int32)
+        return (here_TKE * places_E).sum(dim=-1, dtype=torch.int32) - 1
+
+
+def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
+    """The kernel for token generation, on `cores` physical cores per rank; None for "torch", NxD's
+    own operations.
+    """
+    if name == "torch":
+        return None
+    from neuron_minimax.kernels.nki import expert_mlp
+
+    return partial(expert_mlp.expert_mlp, cores=cores)
+
+
+def build_moe(config: Any) -> nn.Module:
+    """NxDI's MoE block with this project's router; its experts are NxD's, block-scaled once NxDI
+    quantizes them.
+
+    With `config.expert_kernel` "nki" their token generation is this project's kernel.
+    """
+    block = imports.initialize_moe_module(config=config)
+    model = config.model_config
+    block.router = NeuronRouter(
+        experts=model.num_local_experts,
+        experts_per_token=model.num_experts_per_tok,
+        hidden_size=model.hidden_size,
+    )
+    kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
+    if kernel is not None:
+        block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
+    return block.eval()

@@ -1,0 +1,37 @@
+"""Checkpoints by the name they have on the Hugging Face hub: `org/name` or `org/name@revision`."""
+
+import re
+from pathlib import Path
+
+from neuron_minimax.errors import CheckpointError
+
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+# What a checkpoint is made of here; code files are never fetched.
+WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
+
+
+def local_directory(checkpoint: str | Path) -> Path:
+    """Return the directory of a checkpoint that is named by path or by hub id.
+
+    A path in a directory that exists is taken as it is. Else a hub id is looked up in the local
+    cache of huggingface_hub and completed by a download, which resumes and shows its progress;
+    with HF_HUB_OFFLINE=1 the cache alone is used. Raises CheckpointError when there is neither.
+    """
+    path = Path(checkpoint)
+    match = HUB_ID.fullmatch(str(checkpoint))
+    if match is None or path.parent.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            match["name"], revision=match["revision"], allow_patterns=list(WANTED_FILES)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint} is neither a directory here nor a checkpoint that the Hugging Face hub "
+            f"gives ({reason}); check the name, or download it with `hf download {match['name']}`"
+        ) from None
+    return Path(found)

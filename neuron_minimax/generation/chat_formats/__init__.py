@@ -1,0 +1,70 @@
+"""The formats in which families write an assistant's turn: one file per format, found by name.
+
+A format reads a model's output as it streams, and says how a tool call is written.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from neuron_minimax.generation.chat_formats.minimax_m2 import MiniMaxM2Format
+from neuron_minimax.generation.events import Event
+
+__all__ = ["CHAT_FORMATS", "ChatFormat", "OutputParser"]
+
+
+class OutputParser(Protocol):
+    """Turns the pieces of one turn's text into events, the same for any split of the text."""
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Say whether what comes next is reasoning, unless it is a tag."""
+
+    def feed(self, text: str) -> list[Event]:
+        """Return the events that `text` completes."""
+
+    def finish(self) -> list[Event]:
+        """Return the events left when the output has ended."""
+
+
+class ChatFormat(Protocol):
+    """One format: its markers, its parser, and its grammar of tool calls.
+
+    `turn_markers` are control tokens of the chat template, never shown as text; `end_of_turn`, one
+    of them, ends an answer, and `end_of_turn_id` is its number in the published vocabulary.
+    `tags` are tokens that mark parts of the output and are shown as text; `reasoning_tags` open and
+    close the reasoning.
+    """
+
+    turn_markers: tuple[str, ...]
+    end_of_turn: str
+    end_of_turn_id: int
+    tags: tuple[str, ...]
+    reasoning_tags: tuple[str, str]
+
+    def opens_reasoning(self, prompt: str) -> bool:
+        """Say whether a rendered prompt ends inside the reasoning."""
+
+    def parser(
+        self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None
+    ) -> OutputParser:
+        """Return a parser of one output; `tools` in OpenAI's form type the arguments of calls.
+
+        Without tools (None) there are no calls: their tags are text.
+        """
+
+    def call_grammar(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        several: bool,
+        literal: Callable[[str], str],
+        json_rule: Callable[[Mapping[str, Any]], str],
+    ) -> list[str]:
+        """Return the rules (llguidance's Lark dialect) of a turn that calls at least one tool.
+
+        The first rule, `calls`, is one call, or with `several` one or more. `literal` spells a tag
+        in the grammar, `json_rule` a value of a JSON schema.
+        """
+
+
+CHAT_FORMATS: dict[str, ChatFormat] = {"minimax_m2": MiniMaxM2Format()}

@@ -1,0 +1,366 @@
+"""The one engine: continuous batching over a backend's fixed slots, one round at a time.
+
+A round encodes at most one largest bucket of prompt tokens (so that a long prompt delays the others
+by one chunk), and advances every running request by one token. A slot keeps its cache when its
+request ends, and a later prompt that begins with the same tokens starts from there, where the
+backend can continue a slot. The engine has no thread and no queue: whoever calls it has those.
+
+Shapes: S slots, T prompt tokens, V vocabulary.
+"""
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from neuron_minimax.backends.base import Backend
+from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
+from neuron_minimax.generation.events import Event
+from neuron_minimax.generation.reader import AnswerReader
+from neuron_minimax.generation.sampling import Sampler, SamplingParams, log_probabilities
+
+
+class Constraint(Protocol):
+    """A rule that the answer proper has to follow, such as a grammar; its state is one answer's."""
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits [V] with -inf for every token that is not allowed now."""
+
+    def advance(self, token: int) -> None:
+        """Take the chosen token."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """One answer to compute.
+
+    The answer ends with one of `stop_token_ids`, after `max_new_tokens`, or where `reader` says so.
+    Without a reader its tokens are not made into events. `top_logprobs` asks for log probabilities:
+    of the token alone (0), or of that many likely ones too. `prompt_logits` receives the prompt's
+    logits, in pieces whose rows join to [T,V], or to [1,V] where the backend has the last position
+    only. `arrived` is in time.monotonic seconds. The engine fills in the counts.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    max_new_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    reader: AnswerReader | None = None
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    prompt_logits: list[torch.Tensor] | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probability of a token, and of the most probable ones at its place."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Failure(NamedTuple):
+    """Why a request ended without an answer: a kind for programs, a message for people."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One token, or the failure, of a request. The finish reason is "stop" or "length"."""
+
+    request: Request
+    events: Sequence[Event] = ()
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
+    error: Failure | None = None
+    cause: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Say whether nothing follows."""
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Update):
+    """One new token, and the logits [V] that chose it."""
+
+    token: int
+    logits: torch.Tensor
+
+
+@dataclass
+class Counters:
+    """The work of an engine so far, in tokens, positions of encode, and slots of steps."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    encoded_positions: int = 0
+    padding_positions: int = 0
+    active_slots: int = 0
+    idle_slots: int = 0
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A slot of the backend: what its cache holds, and whom it works for.
+
+    `next_token` is chosen but not yet computed, None while the prompt is being encoded. `last_used`
+    is when its last token was chosen, `encoded_at` when its prompt last had its turn.
+    """
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    request: Request | None = None
+    sampler: Sampler | None = None
+    next_token: int | None = None
+    last_used: float = 0.0
+    encoded_at: float = 0.0
+
+
+class Engine:
+    """Runs requests on `backend`, in `slots` (all of them unless given), one thread at a time.
+
+    Use either `run`, which gives the steps of one request and may be used for several at once in
+    turns, or `add` and `step`, which give the updates of all.
+    """
+
+    def __init__(self, backend: Backend, slots: Sequence[int] | None = None) -> None:
+        self.backend = backend
+        self.counters = Counters()
+        numbers = range(backend.capabilities.slots) if slots is None else slots
+        self._slots = [_Slot(number) for number in numbers]
+        self._round: Iterator[Update] = iter(())
+        self._inboxes: dict[Request, deque[Update]] = {}
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def occupied(self) -> int:
+        """The number of slots that work for a request."""
+        return sum(slot.request is not None for slot in self._slots)
+
+    @property
+    def held_tokens(self) -> int:
+        """The number of tokens in the caches of occupied slots."""
+        return sum(len(slot.tokens) for slot in self._slots if slot.request)
+
+    def add(self, request: Request) -> None:
+        """Give a request a slot. Raises GenerationError when none is free."""
+        free = [slot for slot in self._slots if slot.request is None]
+        if not free:
+            raise GenerationError(
+                f"all {self.slots} slots are taken; finish or close an answer before the next one"
+            )
+        slot, kept = self._choose_slot(free, request)
+        slot.request = request
+        slot.tokens = slot.tokens[:kept]
+        slot.sampler = Sampler(request.params, request.prompt_ids)
+        slot.next_token = None
+        slot.encoded_at = request.arrived
+        request.cached_tokens = kept
+        self.counters.prompt_tokens += len(request.prompt_ids)
+        self.counters.cached_tokens += kept
+
+    def cancel(self, request: Request) -> None:
+        """Free the slot of a request, if it has one; nothing more is computed for it."""
+        for slot in self._slots:
+            if slot.request is request:
+                self._release(slot)
+
+    def step(self) -> Iterator[Update]:
+        """Do one round: encode pieces of prompts, then advance what runs; yield as tokens appear.
+
+        A fault of the backend ends the requests it had, each with an error of kind "backend", and
+        nothing of the caches is used again; the engine goes on. What fails in choosing a token
+        ("sampling") or reading it ("internal_error") ends that request alone.
+        """
+        try:
+            yield from self._encode()
+            yield from self._decode()
+        except Exception as error:
+            failure = Failure("backend", f"the model failed: {type(error).__name__}")
+            broken = [slot.request for slot in self._slots if slot.request]
+            for slot in self._slots:
+                slot.tokens = []
+                self._release(slot)
+            for request in broken:
+                yield Update(request=request, error=failure, cause=error)
+
+    def run(self, request: Request) -> Generator[Step, None, None]:
+        """Yield the steps of one request, which has its slot until the iterator ends or is closed.
+
+        Raises GenerationError when no slot is free, and the exception that made the request fail.
+        """
+        self.add(request)
+        inbox: deque[Update] = deque()
+        self._inboxes[request] = inbox
+        try:
+            while True:
+                while not inbox:
+                    self._deliver()
+                update = inbox.popleft()
+                if isinstance(update, Step):
+                    yield update
+                elif update.cause:
+                    raise update.cause
+                if update.last:
+                    return
+        finally:
+            del self._inboxes[request]
+            self.cancel(request)
+
+    def _deliver(self) -> None:
+        """Put the next update into its inbox, or begin the next round."""
+        update = next(self._round, None)
+        if update is None:
+            self._round = self.step()
+        elif update.request in self._inboxes:
+            self._inboxes[update.request].append(update)
+
+    def _choose_slot(self, free: list[_Slot], request: Request) -> tuple[_Slot, int]:
+        """Choose the free slot that holds most of the prompt's beginning, else the least recent."""
+        if not self.backend.capabilities.chunked_encoding or request.prompt_logits is not None:
+            return min(free, key=lambda slot: slot.last_used), 0
+        prompt = request.prompt_ids[
+            :-1
+        ]  # the logits of the last token are needed: not from a cache
+        kept = {slot.number: _common_prefix(slot.tokens, prompt) for slot in free}
+        best = min(free, key=lambda slot: (-kept[slot.number], slot.last_used))
+        return best, kept[best.number]
+
+    def _encode(self) -> Iterator[Update]:
+        """Encode pieces of prompts in turn, up to one largest bucket in total."""
+        buckets = self.backend.capabilities.buckets
+        budget = buckets[-1]
+        pending = [slot for slot in self._slots if slot.request and slot.next_token is None]
+        for slot in sorted(pending, key=lambda slot: slot.encoded_at):
+            request = slot.request
+            if request is None:  # cancelled between two updates
+                continue
+            piece = list(request.prompt_ids[len(slot.tokens) : len(slot.tokens) + buckets[-1]])
+            bucket = self.backend.capabilities.bucket_for(len(piece))
+            if bucket > budget:
+                continue
+            budget -= bucket
+            logits = self._encode_piece(slot, request, piece)
+            slot.tokens += piece
+            slot.encoded_at = time.monotonic()
+            self.counters.encoded_positions += len(piece)
+            self.counters.padding_positions += bucket - len(piece)
+            if len(slot.tokens) == len(request.prompt_ids):
+                yield self._advance(slot, request, logits)
+
+    def _encode_piece(self, slot: _Slot, request: Request, piece: list[int]) -> torch.Tensor:
+        """Encode a piece of a prompt; return the logits [V] of its last position."""
+        start = len(slot.tokens)
+        if request.prompt_logits is None:
+            return self.backend.encode(slot.number, piece, start)
+        if self.backend.capabilities.all_position_logits:
+            logits_TV = self.backend.encode(slot.number, piece, start, all_positions=True)
+            request.prompt_logits.append(logits_TV)
+            return logits_TV[-1]
+        logits_V = self.backend.encode(slot.number, piece, start)
+        request.prompt_logits[:] = [logits_V[None]]
+        return logits_V
+
+    def _decode(self) -> Iterator[Update]:
+        """Advance every running request by one token."""
+        running = [
+            (slot, slot.request, slot.next_token)
+            for slot in self._slots
+            if slot.request and slot.next_token is not None
+        ]
+        if not running:
+            return
+        tokens = [0] * self.backend.capabilities.slots
+        positions = tokens.copy()
+        active = [False] * len(tokens)
+        for slot, _, token in running:
+            tokens[slot.number] = token
+            positions[slot.number] = len(slot.tokens)
+            active[slot.number] = True
+        logits_SV = self.backend.step(
+            torch.tensor(tokens), torch.tensor(positions), torch.tensor(active)
+        )
+        self.counters.active_slots += len(running)
+        self.counters.idle_slots += self.slots - len(running)
+        for slot, _, token in running:
+            slot.tokens.append(token)
+        for slot, request, _ in running:
+            if slot.request is request:  # else cancelled between two updates
+                yield self._advance(slot, request, logits_SV[slot.number])
+
+    def _advance(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> Update:
+        """Choose the next token of a slot; a failure ends this request and no other."""
+        try:
+            return self._choose(slot, request, logits_V)
+        except NeuronMiniMaxError as error:
+            failure = Failure("sampling", str(error))
+            cause: Exception = error
+        except Exception as error:
+            failure = Failure("internal_error", f"the answer failed: {type(error).__name__}")
+            cause = error
+        self._release(slot)
+        return Update(request=request, error=failure, cause=cause)
+
+    def _choose(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> Step:
+        """Choose and read the next token; free the slot when it was the last one."""
+        assert slot.sampler is not None
+        reader = request.reader
+        constraint = request.constraint if reader is None or not reader.in_reasoning else None
+        allowed_V = logits_V if constraint is None else constraint.mask(logits_V)
+        token = slot.sampler.choose(allowed_V)
+        stops = token in request.stop_token_ids
+        if constraint is not None and not stops:
+            constraint.advance(token)
+        logprobs = None
+        if request.top_logprobs is not None and not stops:
+            likely = log_probabilities(logits_V, token, request.top_logprobs)
+            logprobs = TokenLogprobs(token, *likely)
+        request.output_tokens += 1
+        self.counters.output_tokens += 1
+        slot.last_used = time.monotonic()
+        slot.next_token = token
+        events = reader.push(token) if reader and not stops else []
+        reason = None
+        if stops or (reader and reader.stopped):
+            reason = "stop"
+        elif request.output_tokens == request.max_new_tokens:
+            reason = "length"
+        if reason:
+            events += reader.finish() if reader else []
+            self._release(slot)
+        return Step(
+            request=request,
+            events=events,
+            logprobs=logprobs,
+            finish_reason=reason,
+            token=token,
+            logits=logits_V,
+        )
+
+    def _release(self, slot: _Slot) -> None:
+        """Free the slot; its cache stays for a prompt that begins with the same tokens."""
+        slot.request = None
+        slot.sampler = None
+        slot.next_token = None
+
+
+def _common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+    pairs = zip(held, wanted, strict=False)
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(held), len(wanted))
+    )

@@ -1,0 +1,148 @@
+"""From tokens to events: text as it completes, its parts apart, stop strings honoured."""
+
+from collections.abc import Sequence
+
+from neuron_minimax.generation.chat_formats import OutputParser
+from neuron_minimax.generation.events import CallBegin, CallEnd, Content, Event
+from neuron_minimax.generation.tokenizer import TextTokenizer
+
+UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
+
+
+class StreamDecoder:
+    """The text of a growing answer; the pieces join to `TextTokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Tokens before `_shown` are out; those from `_context` on give the next ones their context.
+        self._context = 0
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes, nothing in the middle of a character."""
+        if token in self._tokenizer.hidden_ids:
+            return ""
+        self._ids.append(token)
+        old, new = self._texts()
+        if len(new) <= len(old) or new.endswith(UNFINISHED):
+            return ""
+        self._context = self._shown
+        self._shown = len(self._ids)
+        return new[len(old) :]
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come."""
+        old, new = self._texts()
+        self._context = len(self._ids)
+        self._shown = len(self._ids)
+        return new[len(old) :]
+
+    def _texts(self) -> tuple[str, str]:
+        tail = self._ids[self._context :]
+        shown = tail[: self._shown - self._context]
+        return self._tokenizer.decode(shown), self._tokenizer.decode(tail)
+
+
+class StopStrings:
+    """Cuts text before the first stop string; what may become one is kept back for more text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Return the text that may be shown; nothing after a stop string was found."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            shown = self._held[: min(places)]
+            self._held = ""
+            return shown
+        kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown = self._held[: len(self._held) - kept]
+        self._held = self._held[len(self._held) - kept :]
+        return shown
+
+    def finish(self) -> str:
+        """Return what was kept back for nothing."""
+        shown = self._held
+        self._held = ""
+        return shown
+
+
+class AnswerReader:
+    """Turns the tokens of one answer into events.
+
+    Without a parser all text is Content. Stop strings apply to the answer's text, not to the
+    reasoning before it or to calls. With `one_call` the answer ends with its first tool call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        parser: OutputParser | None = None,
+        *,
+        stops: Sequence[str] = (),
+        one_call: bool = False,
+    ) -> None:
+        self._one_call = one_call
+        self._called = False
+        self._decoder = StreamDecoder(tokenizer)
+        self._parser = parser
+        self._stops = StopStrings(stops)
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Say whether the answer proper has not begun."""
+        return self._parser is not None and self._parser.in_reasoning
+
+    @property
+    def stopped(self) -> bool:
+        """Say whether a stop string was found, or the only call that is allowed is complete."""
+        return self._stops.found or (self._one_call and self._called)
+
+    def push(self, token: int) -> list[Event]:
+        """Return the events that `token` completes."""
+        text = self._decoder.push(token)
+        return self._cut(self._parse(text)) if text else []
+
+    def finish(self) -> list[Event]:
+        """Return the events left when no more tokens come."""
+        if self.stopped:
+            return []
+        events = self._parse(self._decoder.finish()) + (
+            self._parser.finish() if self._parser else []
+        )
+        left = self._cut(events)
+        return left if self.stopped else left + _content(self._stops.finish())
+
+    def _parse(self, text: str) -> list[Event]:
+        return self._parser.feed(text) if self._parser else _content(text)
+
+    def _cut(self, events: list[Event]) -> list[Event]:
+        shown: list[Event] = []
+        for event in events:
+            if isinstance(event, Content):
+                shown += _content(self._stops.push(event.text))
+            else:
+                shown += _content(self._stops.finish()) if isinstance(event, CallBegin) else []
+                shown.append(event)
+                self._called |= isinstance(event, CallEnd) and event.complete
+            if self.stopped:
+                break
+        return shown
+
+
+def _content(text: str) -> list[Event]:
+    return [Content(text)] if text else []
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest proper beginning of `stop` that `text` ends with."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,0 +1,1 @@
+"""The operators of the CPU's graphs (../README.md)."""

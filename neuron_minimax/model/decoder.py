@@ -1,0 +1,256 @@
+"""The decoder of every family, over converted weights: Neuron's names and layout, FP8 as stored.
+
+It reads `Architecture`, the family's switches, and `ModelConfig`; no family has a file of its own.
+Shapes: B batch, T tokens, H hidden, V vocabulary, S cache slots.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.plan import Converted
+from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
+from neuron_minimax.errors import CheckpointError, GenerationError
+from neuron_minimax.families.family import RouterKind
+from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.model.attention import Attention
+from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Step, StoredWeight
+from neuron_minimax.model.moe import DenseMLP, Router, Routing, SparseMoE
+from neuron_minimax.model.rope import rope_table
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+FIRST_CAPACITY = 256
+
+
+class DecoderLayer(nn.Module):
+    """Attention and an MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        family = config.family
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # The family's layout names the MLP: what else its rules put into a layer.
+        in_layers = {rule.target.split(".")[2] for rule in family.rules if rule.per_layer}
+        [self.mlp_name] = in_layers - self._modules.keys()
+        dense = family.architecture.router is RouterKind.NONE
+        self.add_module(
+            self.mlp_name,
+            DenseMLP(config, config.intermediate_size) if dense else SparseMoE(config),
+        )
+
+    @property
+    def moe(self) -> SparseMoE:
+        """The mixture of experts, which a dense family does not have."""
+        moe = self.get_submodule(self.mlp_name)
+        assert isinstance(moe, SparseMoE)
+        return moe
+
+    def forward(self, hidden_BTH: torch.Tensor, step: Step) -> tuple[torch.Tensor, Routing | None]:
+        """[B,T,H] to [B,T,H], and the routing where there are experts."""
+        hidden_BTH = hidden_BTH + self.self_attn(self.input_layernorm(hidden_BTH), step)
+        normed_BTH = self.post_attention_layernorm(hidden_BTH)
+        mlp = self.get_submodule(self.mlp_name)
+        if isinstance(mlp, DenseMLP):
+            return hidden_BTH + mlp(normed_BTH, step), None
+        mixed_BTH, routing = mlp(normed_BTH, step)
+        return hidden_BTH + mixed_BTH, routing
+
+
+class Decoder(nn.Module):
+    """The model over a converted state dict; its own `state_dict()` has the same names and tensors.
+
+    `state` maps converted names to tensors (FP8 codes as float8_e4m3fn or uint8 with a float32
+    `.scale`, or float32, or bfloat16); they are used as they are, without a copy. `compute` is the
+    dtype of activations and of the cache. Without a state the model has names and shapes only.
+    Raises CheckpointError when a tensor is missing, extra, of the wrong shape, or FP8 without its
+    scale. To train: `Decoder(config, initial_state(config, seed)).requires_grad_()`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        state: Mapping[str, torch.Tensor] | None = None,
+        *,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute = compute
+        self.embed_tokens = StoredWeight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head: Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, config.weight_block_size)
+        if state is not None:
+            self._assign(state)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        layout: Layout | None = None,
+        *,
+        config: ModelConfig | None = None,
+        scale_convention: ScaleConvention | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> "Decoder":
+        """Build the model over a published checkpoint, arranged in memory by the rules.
+
+        `config` replaces the checkpoint's own, to change RoPE, and `scale_convention` its own
+        reading of the scales. Raises ConversionError when a tensor is missing, unused or unscaled.
+        """
+        config = config or checkpoint.config
+        convention = scale_convention or checkpoint.convention
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.entries}
+        state = convert_hf_to_neuron_state_dict(tensors, config, layout, convention)
+        return cls(config, state, compute=compute)
+
+    @classmethod
+    def from_converted(
+        cls,
+        converted: str | Path | Converted,
+        *,
+        compute: torch.dtype = torch.float32,
+        byte_codes: bool = False,
+    ) -> "Decoder":
+        """Build the model over a converted directory, its weights mmapped, not read.
+
+        With `byte_codes` FP8 codes are seen as uint8, which every compiler takes. Raises
+        CheckpointError or ConfigError when the directory cannot be used.
+        """
+        if isinstance(converted, Converted):
+            tensors = converted.tensors
+            config = converted.config
+        else:
+            tensors = TensorDirectory(converted)
+            config = ModelConfig.from_dir(converted)
+        state = {name: tensors.tensor(name) for name in tensors.entries}
+        if byte_codes:
+            state = {
+                name: tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+                for name, tensor in state.items()
+            }
+        return cls(config, state, compute=compute)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        *,
+        lengths: torch.Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        """Logits [B,T,V] in the compute dtype for `input_ids` [B,T], and the cache (None unless
+        used).
+
+        Positions continue from the cache. `lengths` [B] says how many of the T tokens of each
+        sequence are real: pad on the right; padding leaves no trace in the cache, and its logits
+        mean nothing. With `return_routing` a third value follows: one Routing per layer, tokens
+        flattened over the batch.
+        """
+        batch, tokens = input_ids.shape
+        cache = past_key_values
+        if cache is None and use_cache:
+            capacity = max(tokens, FIRST_CAPACITY)
+            cache = KVCache.allocate(self.config, batch, capacity, self.compute)
+        steps_BT = torch.arange(tokens).expand(batch, tokens)
+        real_BT = None if lengths is None else steps_BT < lengths[:, None]
+        if cache is None:
+            hidden_BTH, routing = self.hidden_states(input_ids, steps_BT, real_BT=real_BT)
+        else:
+            if cache.slots != batch:
+                raise GenerationError(
+                    f"the cache holds {cache.slots} sequences, but the batch has {batch}"
+                )
+            filled = int(cache.lengths.max()) + tokens
+            cache.reserve(filled)
+            positions_BT = cache.lengths[:, None] + steps_BT
+            hidden_BTH, routing = self.hidden_states(
+                input_ids, positions_BT, cache=cache, filled=filled, real_BT=real_BT
+            )
+            cache.lengths = cache.lengths + (tokens if lengths is None else lengths)
+        logits_BTV = self.logits(hidden_BTH)
+        return (logits_BTV, cache, routing) if return_routing else (logits_BTV, cache)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        positions_BT: torch.Tensor,
+        *,
+        cache: KVCache | None = None,
+        rows_B: torch.Tensor | None = None,
+        filled: int = 0,
+        real_BT: torch.Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """Everything but the head: [B,T,H] after the last norm, and the routing of every layer.
+
+        Exportable. The arguments are those of `Step`; tokens that are not `real_BT` reach no
+        expert. The list is empty where there are no experts.
+        """
+        step = Step(
+            positions_BT=positions_BT,
+            rope=rope_table(self.config, positions_BT, self.compute),
+            cache=cache,
+            rows_B=rows_B,
+            filled=filled,
+            real_BT=real_BT,
+            kernels=kernels or Kernels(),
+        )
+        hidden_BTH = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute)
+        routings = []
+        for layer in self.layers:
+            hidden_BTH, routing = layer(hidden_BTH, step)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(hidden_BTH), routings
+
+    def logits(self, hidden: torch.Tensor, kernels: Kernels | None = None) -> torch.Tensor:
+        """Logits [...,V] of final hidden states [...,H]; a tied head is the embedding."""
+        kernels = kernels or Kernels()
+        if self.lm_head is not None:
+            return self.lm_head(hidden, kernels)
+        return kernels.linear(hidden, self.embed_tokens.weight, None, self.config.weight_block_size)
+
+    def _assign(self, state: Mapping[str, torch.Tensor]) -> None:
+        # NxD's rank tensors depend on the tp degree and mean nothing to a model on one device.
+        ranks = self.config.family.rank_names(self.config.num_hidden_layers)
+        left = {name: tensor for name, tensor in state.items() if name not in ranks}
+        for name, module in self.named_modules():
+            if isinstance(module, (StoredWeight, Router)):
+                module.assign(name, left)
+        if left:
+            raise CheckpointError(
+                f"the state dict holds {len(left)} tensors that this model has no place for, such "
+                f"as {min(left)}; expected the converted names of a checkpoint with this "
+                "config.json"
+            )
+
+
+def initial_state(
+    config: ModelConfig, seed: int, standard_deviation: float = 0.02
+) -> dict[str, torch.Tensor]:
+    """A fresh float32 state dict of converted names: normal weights, unit norms, zero biases."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in Decoder(config).state_dict().items():
+        shape = tuple(tensor.shape)
+        if len(shape) > 1:
+            state[name] = torch.empty(shape).normal_(0.0, standard_deviation, generator=generator)
+        else:
+            state[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    return state

@@ -1,0 +1,156 @@
+"""Access control and log: every HTTP request is checked for host, key, content type and size."""
+
+import contextvars
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from neuron_minimax.serving.protocol import RequestError
+
+logger = logging.getLogger("neuron_minimax.serving")
+access_log = logging.getLogger("neuron_minimax.serving.access")
+OPEN_PATHS = ("/", "/chat.js", "/chat.css", "/health", "/health/live", "/health/ready")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# What a request's handler adds to its line in the log.
+log_fields: contextvars.ContextVar[MutableMapping[str, Any]] = contextvars.ContextVar("log_fields")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line; fields come from the record's `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": f"{record.created:.3f}",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class AccessControl:
+    """ASGI middleware that checks a request, gives it an id, and writes its line into the log.
+
+    Without `api_keys` no key is needed; without `hosts` any Host header is taken.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: tuple[bytes, ...],
+        hosts: frozenset[str],
+        on_error: Callable[[str], None],
+    ) -> None:
+        self._app = app
+        self._api_keys = api_keys
+        self._hosts = hosts
+        self._on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        given_id = headers.get("x-request-id", "")
+        request_id = given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
+        fields: dict[str, Any] = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+        }
+        token = log_fields.set(fields)
+        started = time.monotonic()
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                fields["status"] = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self._app(scope, receive, send_with_id)
+        except RequestError as error:
+            self._on_error(error.kind)
+            await error_response(error)(scope, receive, send_with_id)
+        except Exception:  # a fault of ours: the client gets no trace of it, the log does
+            self._on_error("internal_error")
+            logger.exception("internal error", extra={"fields": fields})
+            if "status" not in fields:
+                fault = RequestError(
+                    "internal error; the server's log has it", status=500, kind="internal_error"
+                )
+                await error_response(fault)(scope, receive, send_with_id)
+        finally:
+            fields["seconds"] = round(time.monotonic() - started, 4)
+            access_log.info("request", extra={"fields": fields})
+            log_fields.reset(token)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
+        if self._hosts and host not in self._hosts:
+            raise RequestError(
+                f"host {host!r} is not served here; see --allowed-host", status=421, kind="host"
+            )
+        if self._api_keys and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
+            raise RequestError(
+                "no valid API key; send it as `Authorization: Bearer KEY`",
+                status=401,
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and content_type != "application/json":
+            raise RequestError(
+                f"content type {content_type!r}; expected application/json", status=415
+            )
+
+    def _authorized(self, headers: dict[str, str]) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("utf-8", "surrogateescape")
+        # Every key is compared, so that the time says nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Return an error in OpenAI's form."""
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def read_body(
+    receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int
+) -> bytes:
+    """Read the whole body. Raises RequestError (413) as soon as it is larger than `limit` bytes."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("the client went away", status=499, kind="cancelled")
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise RequestError(
+                f"the body is larger than {limit} bytes", status=413, kind="request_too_large"
+            )
+        if not message.get("more_body"):
+            return bytes(body)

@@ -1,0 +1,1 @@
+"""Studies of a model: which experts fire, how it is built, how good it is."""

@@ -1,0 +1,1 @@
+"""Experts that a model chooses: traces, statistics, plots, and placements on ranks."""

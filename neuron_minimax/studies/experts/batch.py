@@ -1,0 +1,346 @@
+"""Many prompts through one loaded model: a folder of results for each, and their comparison.
+
+Shapes: L layers, P prompts, E experts, H hidden, D weights of one expert (14.2 million in the real
+model, so D is never held at once).
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuron_minimax import fp8
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.errors import CheckpointError, GenerationError
+from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.generation.conversation import Turn
+from neuron_minimax.generation.sampling import GREEDY, SamplingParams
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.studies.experts.report import render_report, write_plots
+from neuron_minimax.studies.experts.statistics import Analysis, total_variation
+from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+
+INTERRUPTED = "interrupted"
+RECORD_FORMATS = ("json", "jsonl", "parquet")
+# Gets a prompt's name, the tokens of a pass, and how many tokens all prompts may take together.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """The files that are written for each prompt.
+
+    `structured` stands for the summary and the routing, in `record_format`; `expert_similarity`
+    compares the experts' weights, which must be those of a checkpoint, `jobs` strips at a time.
+    """
+
+    structured: bool = True
+    record_format: str = RECORD_FORMATS[0]
+    plots: bool = True
+    expert_similarity: bool = False
+    jobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A user's message and the name of its folder."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsResult:
+    """The analyses, tokens per second of each, and whether the batch was interrupted."""
+
+    analyses: tuple[Analysis, ...]
+    tokens_per_second: tuple[float, ...] = ()
+    interrupted: bool = False
+
+    def comparison(self) -> dict[str, Any]:
+        """Return one row per prompt, and how far apart their routings are."""
+        rows = [
+            {
+                "name": analysis.trace.name,
+                "tokens": len(analysis.trace.tokens),
+                "tokens_per_second": round(speed, 2),
+                "entropy": round(float(analysis.balance.entropy.mean()), 5),
+                "gini": round(float(analysis.balance.gini.mean()), 5),
+                "never_chosen": sum(map(len, analysis.balance.dead)),
+                "changed_by_bias": round(float(analysis.bias_effect.mean()), 5),
+                "finish_reason": analysis.trace.finish_reason,
+            }
+            for analysis, speed in zip(self.analyses, self.tokens_per_second, strict=True)
+        ]
+        return {
+            "prompts": rows,
+            "distance": [[round(value, 5) for value in row] for row in self.distances],
+        }
+
+    @property
+    def distances(self) -> list[list[float]]:
+        """Mean total variation of two prompts' routings over the layers, [P,P]."""
+        frequencies = [analysis.frequency for analysis in self.analyses]
+        return [[float(total_variation(a, b).mean()) for b in frequencies] for a in frequencies]
+
+    def render(self) -> str:
+        lines = [analysis.render() for analysis in self.analyses]
+        if len(self.analyses) > 1:
+            lines.append("distance of routings, 0 the same, 1 no expert in common:")
+            for analysis, distances in zip(self.analyses, self.distances, strict=True):
+                lines.append(
+                    f"  {analysis.trace.name:24}" + "".join(f"{value:8.3f}" for value in distances)
+                )
+        return "\n".join(
+            [*lines, "interrupted: what was done is kept"] if self.interrupted else lines
+        )
+
+
+@dataclass
+class BatchRunner:
+    """Runs prompts through `model` and writes the results under `directory`.
+
+    `similarity_of` is the checkpoint whose expert weights are compared, if any.
+    """
+
+    model: Decoder
+    tokenizer: TextTokenizer
+    directory: Path
+    options: ReportOptions = field(default_factory=ReportOptions)
+    similarity_of: Checkpoint | None = None
+    sampling: SamplingParams = GREEDY
+    max_new_tokens: int = 64
+    progress: Progress = lambda name, tokens, total: None
+    chunk: int = 128  # prompt tokens per pass, and between two calls of `progress`
+
+    def run(self, prompts: Sequence[Prompt]) -> ExpertsResult:
+        """Record, analyse and write every prompt.
+
+        An interruption (KeyboardInterrupt) ends the batch after what was recorded is written.
+        Raises GenerationError when a prompt does not fit the model.
+        """
+        analyses = []
+        speeds = []
+        interrupted = False
+        encoded = [self.encode(prompt) for prompt in prompts]
+        total = sum(map(len, encoded)) + len(prompts) * self.max_new_tokens
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            start = time.perf_counter()
+            trace = self.trace(prompt, ids, total)
+            if trace is not None:
+                speeds.append(len(trace.tokens) / (time.perf_counter() - start))
+                analyses.append(self.analyse(trace))
+            if trace is None or trace.finish_reason == INTERRUPTED:
+                interrupted = True
+                break
+        result = ExpertsResult(
+            analyses=tuple(analyses), tokens_per_second=tuple(speeds), interrupted=interrupted
+        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write_json(self.directory / "comparison.json", result.comparison())
+        return result
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return Turn.after([{"role": "user", "content": prompt.text}], self.tokenizer).prompt_ids
+
+    def trace(self, prompt: Prompt, ids: list[int], total: int) -> Trace | None:
+        """Trace one prompt and its answer; return None when interrupted before the first pass."""
+        recorder = Recorder.of(
+            self.model, on_pass=lambda tokens: self.progress(prompt.name, tokens, total)
+        )
+        answer = []
+        reason = "length"
+        try:
+            steps = record(
+                self.model,
+                ids,
+                recorder,
+                params=self.sampling,
+                stop_token_ids=self.tokenizer.stop_token_ids,
+                max_new_tokens=self.max_new_tokens,
+                chunk=self.chunk,
+            )
+            for token, finish_reason in steps:
+                answer.append(token)
+                reason = finish_reason or reason
+        except KeyboardInterrupt:
+            reason = INTERRUPTED
+        if not recorder.passes:
+            return None
+        return recorder.trace(
+            texts=tuple(self.tokenizer.token_text(token) for token in recorder.tokens),
+            answer=self.tokenizer.decode(answer),
+            finish_reason=reason,
+            name=prompt.name,
+        )
+
+    def analyse(self, trace: Trace) -> Analysis:
+        """Analyse and write one trace into its folder."""
+        analysis = Analysis(
+            trace=trace,
+            router_similarity=self.router_similarity,
+            expert_similarity=self.expert_similarity,
+        )
+        write_analysis(analysis, self.directory / trace.name, self.options)
+        return analysis
+
+    @cached_property
+    def router_similarity(self) -> np.ndarray:
+        """[L,E,E], the same for every prompt."""
+        routers = [
+            layer.block_sparse_moe.router.linear_router.weight  # type: ignore[union-attr]
+            for layer in self.model.layers
+        ]
+        return np.stack([router_similarity(weight.float().numpy()) for weight in routers])  # type: ignore[operator, union-attr]
+
+    @cached_property
+    def expert_similarity(self) -> dict[int, np.ndarray]:
+        """[E,E] of the first, the middle and the last layer; each reads the layer's weights."""
+        if self.similarity_of is None:
+            return {}
+        last = self.similarity_of.config.num_hidden_layers - 1
+        return {
+            layer: expert_similarity(self.similarity_of, layer, self.options.jobs)
+            for layer in sorted({0, last // 2, last})
+        }
+
+
+def write_analysis(analysis: Analysis, directory: Path, options: ReportOptions) -> None:
+    """Write trace.safetensors and report.html, and what `options` ask for."""
+    directory.mkdir(parents=True, exist_ok=True)
+    analysis.trace.save(directory / "trace.safetensors")
+    if options.structured:
+        _write_json(directory / "summary.json", analysis.summary())
+        write_records(analysis.trace, directory, options.record_format)
+    if options.plots:
+        write_plots(analysis, directory)
+    (directory / "report.html").write_text(render_report(analysis), encoding="utf-8")
+
+
+def records(trace: Trace) -> Iterator[dict[str, Any]]:
+    """Yield one row per layer and token.
+
+    It has position, token, text, phase, the chosen experts, their weights and unbiased scores.
+    """
+    for layer in range(trace.layers):
+        chosen = np.take_along_axis(
+            trace.scores[layer], trace.expert_index[layer].astype(np.int64), axis=1
+        )
+        for position, token in enumerate(trace.tokens.tolist()):
+            yield {
+                "layer": layer,
+                "position": position,
+                "token": token,
+                "text": trace.texts[position] if trace.texts else None,
+                "phase": "decode" if trace.is_decode[position] else "prefill",
+                "experts": trace.expert_index[layer, position].tolist(),
+                "weights": [
+                    round(weight, 6) for weight in trace.affinity[layer, position].tolist()
+                ],
+                "scores": [
+                    round(score, 4) for score in chosen[position].astype(np.float32).tolist()
+                ],
+            }
+
+
+def write_records(trace: Trace, directory: Path, form: str) -> Path:
+    """Write `routing.json`, `.jsonl` or `.parquet`.
+
+    Raises GenerationError for another format, or for parquet without pyarrow.
+    """
+    path = directory / f"routing.{form}"
+    if form == "json":
+        path.write_text(
+            json.dumps(list(records(trace)), ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    elif form == "jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            for row in records(trace):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    elif form == "parquet":
+        try:
+            from pyarrow import Table, parquet
+        except ImportError:
+            raise GenerationError(
+                "parquet needs pyarrow: `pip install pyarrow`, or choose json or jsonl"
+            ) from None
+        parquet.write_table(Table.from_pylist(list(records(trace))), path)
+    else:
+        raise GenerationError(
+            f"the output format is {form!r}; expected one of {', '.join(RECORD_FORMATS)}"
+        )
+    return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
+
+
+def router_similarity(weight_EH: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity [E,E] of the router's rows."""
+    return _cosine(weight_EH.astype(np.float64) @ weight_EH.T.astype(np.float64))
+
+
+def expert_similarity(checkpoint: Checkpoint, layer: int, jobs: int | None = None) -> np.ndarray:
+    """Return the cosine similarity [E,E] of the experts' weights, all of one as one vector.
+
+    The weights are read and dequantized strip by strip, `jobs` at a time. Raises CheckpointError
+    when the layer does not exist or the meaning of the scales is unclear.
+    """
+    if not 0 <= layer < checkpoint.config.num_hidden_layers:
+        last = checkpoint.config.num_hidden_layers - 1
+        raise CheckpointError(f"{checkpoint.directory} has no layer {layer}; expected 0 to {last}")
+    strips = list(_strips(checkpoint, layer))
+    if any(checkpoint.is_fp8(names[0]) for names, _ in strips):
+        _ = checkpoint.convention  # decided once, before the threads
+
+    def gram(strip: tuple[list[str], slice]) -> np.ndarray:
+        names, rows = strip
+        block = np.stack([_rows(checkpoint, name, rows).reshape(-1) for name in names])
+        return (block @ block.T).astype(np.float64)
+
+    total = np.zeros((checkpoint.config.num_local_experts,) * 2)
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        for part in pool.map(gram, strips):
+            total += part
+    return _cosine(total)
+
+
+def _strips(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[list[str], slice]]:
+    """Yield the names of one kind of weight, and rows that lie within one row of blocks."""
+    block_rows = checkpoint.config.weight_block_size[0]
+    for weight in checkpoint.config.family.weights:
+        if not weight.per_expert:
+            continue
+        experts = range(checkpoint.config.num_local_experts)
+        names = [weight.template.format(l=layer, e=expert) for expert in experts]
+        rows = checkpoint.entry(names[0]).shape[0]
+        for block in range(0, rows, block_rows):
+            end = min(block + block_rows, rows)
+            for start in range(block, end, STRIP_ROWS):
+                yield names, slice(start, min(start + STRIP_ROWS, end))
+
+
+def _rows(checkpoint: Checkpoint, name: str, rows: slice) -> np.ndarray:
+    stored = checkpoint.array(name)[rows]
+    if not checkpoint.is_fp8(name):
+        return bfloat16.to_float32(stored)
+    block = checkpoint.config.weight_block_size
+    return fp8.dequantize(stored, checkpoint.multipliers(name, rows), block)
+
+
+def _cosine(gram_EE: np.ndarray) -> np.ndarray:
+    norms = np.sqrt(np.diagonal(gram_EE))
+    scale = np.outer(norms, norms)
+    return np.divide(gram_EE, scale, out=np.zeros_like(gram_EE), where=scale > 0)

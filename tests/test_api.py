@@ -1,0 +1,80 @@
+"""The public API: every name can be had and is documented; what stands on it uses nothing else."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+import neuron_minimax as nm
+from tests.api_page import render_page
+from tests.tiny import write_tiny
+from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_traced import VOCAB
+
+ROOT = Path(__file__).parents[1]
+NAMES = [name for name in dir(nm) if name != "__version__"]
+USERS = [
+    ROOT / "generation_demo.py",
+    *sorted((ROOT / "tools").glob("*.py")),
+    *sorted((ROOT / "neuron_minimax" / "cli").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_there_and_says_what_it_is(name):
+    value = getattr(nm, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert inspect.getdoc(value), f"{name} has no docstring"
+
+
+def test_a_name_that_is_not_public_is_not_found():
+    with pytest.raises(AttributeError, match="module 'neuron_minimax' has no attribute 'nothing'"):
+        nm.nothing  # noqa: B018
+
+
+def test_the_documented_api_is_the_one_there_is():
+    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert written == render_page(), "docs/api.md: run `python -m tests.api_page`"
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_demo_the_tools_and_the_commands_use_the_public_api_alone(path):
+    """Beside it they may use each other, and the errors that they print."""
+    allowed = ("neuron_minimax.cli", "neuron_minimax.errors")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("neuron_minimax"):
+            public = node.module == "neuron_minimax" and {n.name for n in node.names} <= {
+                "__version__",
+                "cli",
+            }
+            assert public or node.module.startswith(allowed), f"{path}:{node.lineno}"
+        elif isinstance(node, ast.Import):
+            names = [n.name for n in node.names if n.name.startswith("neuron_minimax.")]
+            assert names == [], f"{path}:{node.lineno}"
+
+
+def test_the_readmes_five_lines_give_an_answer(tmp_path):
+    source = nm.Checkpoint.open(write_tokenizer(write_tiny(tmp_path / "source", vocab_size=VOCAB)))
+    assert source.inspect().usable
+    converted = nm.plan_conversion(source).write(tmp_path / "converted")
+    assert nm.verify(source, converted).equal
+    nm.compile(converted, tmp_path / "traced", backend="cpu", seq_len=64, engine="eager")
+    llm = nm.LLM(tmp_path / "traced")
+    greedy = nm.SamplingParams(temperature=0)
+    reply = llm.chat("Hello", greedy, max_new_tokens=4)
+    assert 1 <= len(reply.token_ids) <= 4
+    events = list(llm.stream([{"role": "user", "content": "Hello"}], greedy, max_new_tokens=4))
+    assert "".join(e.text for e in events if isinstance(e, nm.Content)) == reply.text
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), "notebook", "exec"), names)
+    assert "Ottawa" in capsys.readouterr().out
+    assert names["source"].inspect()._repr_html_().startswith("<!doctype html>")

@@ -1,0 +1,58 @@
+"""A checkpoint named by its hub id is the snapshot in huggingface_hub's own cache."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuron_minimax.checkpoint.hub import local_directory
+from tests.tiny import write_tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PROGRAM = """
+import sys
+from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.errors import CheckpointError
+try:
+    print(local_directory(sys.argv[1]))
+except CheckpointError as error:
+    print(f"refused: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache as huggingface_hub lays it out, with one repository in it."""
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / "models--org--tiny"
+    write_tiny(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return home
+
+
+def found(home: Path, name: str) -> str:
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"])
+def test_a_hub_id_is_its_snapshot_in_the_cache(hub_home, name):
+    assert found(hub_home, name) == str(hub_home / "hub/models--org--tiny/snapshots" / COMMIT)
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused_with_the_next_step(hub_home):
+    answer = found(hub_home, "org/other")
+    assert answer.startswith("refused: org/other is neither a directory here nor")
+    assert "hf download org/other" in answer
+
+
+def test_paths_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    for path in ("org/tiny", "org/missing", "./missing", "missing", tmp_path / "a" / "b"):
+        assert local_directory(path) == Path(path)
