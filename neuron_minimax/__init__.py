@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from neuron_minimax.api import Checkpoint as Checkpoint
     from neuron_minimax.api import compile as compile
     from neuron_minimax.api import explain_fp8 as explain_fp8
+    from neuron_minimax.backends.directory import CompileReport as CompileReport
     from neuron_minimax.backends.directory import load as load
     from neuron_minimax.config import ModelConfig as ModelConfig
     from neuron_minimax.convert.layout import AttentionPrecision as AttentionPrecision
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         convert_hf_to_neuron_state_dict as convert_hf_to_neuron_state_dict,
     )
     from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict as neuron_to_hf_state_dict
+    from neuron_minimax.convert.verify import Verification as Verification
     from neuron_minimax.convert.verify import verify as verify
     from neuron_minimax.demo import DEMO as DEMO
     from neuron_minimax.device_check.check import check_device as check_device
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from neuron_minimax.generation.events import Content as Content
     from neuron_minimax.generation.events import Reasoning as Reasoning
     from neuron_minimax.generation.events import ReasoningEnd as ReasoningEnd
+    from neuron_minimax.generation.generate import Answer as Answer
     from neuron_minimax.generation.generate import generate as generate
     from neuron_minimax.generation.llm import LLM as LLM
     from neuron_minimax.generation.llm import Reply as Reply
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from neuron_minimax.generation.sampling import distinct_ratio as distinct_ratio
     from neuron_minimax.generation.tokenizer import TextTokenizer as TextTokenizer
     from neuron_minimax.inspection.document import write_text as write_text
+    from neuron_minimax.inspection.precision import PrecisionReport as PrecisionReport
     from neuron_minimax.model.comparison import compare_logits as compare_logits
     from neuron_minimax.model.decoder import Decoder as Decoder
     from neuron_minimax.planner.report import plan_deployment as plan_deployment
@@ -83,6 +87,8 @@ _HOMES = {
     "FP8Range": "convert.layout",
     "plan_conversion": "convert.plan",
     "verify": "convert.verify",
+    "Verification": "convert.verify",
+    "PrecisionReport": "inspection.precision",
     "compare_logits": "model.comparison",
     "convert_hf_to_neuron_state_dict": "convert.state_dict",
     "neuron_to_hf_state_dict": "convert.state_dict",
@@ -92,11 +98,13 @@ _HOMES = {
     # Deployments.
     "plan_deployment": "planner.report",
     "compile": "api",
+    "CompileReport": "backends.directory",
     "load": "backends.directory",
     "check_device": "device_check.check",
     # Text.
     "LLM": "generation.llm",
     "Reply": "generation.llm",
+    "Answer": "generation.generate",
     "Chat": "generation.conversation",
     "SamplingParams": "generation.sampling",
     "TextTokenizer": "generation.tokenizer",

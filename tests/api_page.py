@@ -2,7 +2,10 @@
 
 import inspect
 import re
+from enum import Enum
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import neuron_minimax as nm
@@ -42,6 +45,8 @@ def signature(name: str, value: Any) -> str:
         if parameter.name in ("self", "cls"):
             continue
         default = parameter.default
+        if isinstance(default, Enum):
+            default = default.value
         plain = isinstance(default, str | int | float | bool | tuple | type(None))
         shown = "" if default is parameter.empty else f"={default!r}" if plain else "=..."
         star = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
@@ -52,14 +57,31 @@ def signature(name: str, value: Any) -> str:
 def entry(name: str, value: Any) -> str:
     """One name's part of the page."""
     if not (inspect.isclass(value) or inspect.isfunction(value)):
-        return f"### `{name}`\n\nA {type(value).__name__}: the directory of the embedded model.\n"
+        return f"### `{name}`\n\nA path: the directory of the embedded model.\n"
+    if inspect.isclass(value) and issubclass(value, Enum):
+        choices = ", ".join(f'`"{choice.value}"`' for choice in value)
+        return f"### `{name}`\n\n{described(value)}\n\nOne of {choices}.\n"
     lines = [f"### `{signature(name, value)}`", "", described(value), ""]
-    if inspect.isclass(value):
-        for member, function in inspect.getmembers(value):
-            public = not member.startswith("_") and inspect.getdoc(function)
-            if public and (inspect.isfunction(function) or inspect.ismethod(function)):
-                lines += [f"**`{signature(member, function)}`**", "", described(function), ""]
+    for member, found in own_members(value) if inspect.isclass(value) else ():
+        shown = (
+            member if isinstance(found, property | cached_property) else signature(member, found)
+        )
+        lines += [f"**`{shown}`**", "", described(found), ""]
     return "\n".join(lines)
+
+
+def own_members(value: type) -> list[tuple[str, Any]]:
+    """The documented public methods and properties that this package defines, by name."""
+    found: dict[str, Any] = {}
+    for base in reversed(value.__mro__):
+        if base.__module__.startswith("neuron_minimax"):
+            found.update(vars(base))
+    kinds = (FunctionType, classmethod, property, cached_property)
+    return [
+        (name, getattr(value, name) if isinstance(member, classmethod) else member)
+        for name, member in sorted(found.items())
+        if isinstance(member, kinds) and not name.startswith("_") and inspect.getdoc(member)
+    ]
 
 
 def described(value: Any) -> str:

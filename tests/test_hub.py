@@ -51,6 +51,13 @@ def test_a_name_that_the_hub_does_not_give_is_refused_with_the_next_step(hub_hom
     assert "hf download org/other" in answer
 
 
+@pytest.mark.parametrize("name", ["a--b/c", "org/name.git", "org/" + "n" * 120])
+def test_a_name_that_no_repository_can_have_is_refused_in_one_message(hub_home, name):
+    answer = found(hub_home, name)
+    assert answer.startswith(f"refused: {name} is neither a directory here nor")
+    assert len(answer.splitlines()) == 1
+
+
 def test_paths_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)

@@ -22,14 +22,18 @@ def local_directory(checkpoint: str | Path) -> Path:
     if match is None or path.parent.is_dir():
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         found = snapshot_download(
             match["name"], revision=match["revision"], allow_patterns=list(WANTED_FILES)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{checkpoint} is neither a directory here nor a checkpoint that the Hugging Face hub "
             f"gives ({reason}); check the name, or download it with `hf download {match['name']}`"

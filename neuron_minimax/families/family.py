@@ -235,10 +235,6 @@ class Family:
         template = self.weight_of(role).template
         return next(rule for rule in self.rules if template in rule.sources)
 
-    def role_of(self, rule: Rule) -> Role:
-        """The role of a rule's first source."""
-        return self.weight(rule.sources[0]).role
-
     def module(self, role: Role) -> str:
         """The dotted path of the module on Neuron that holds the weight of a role, over `{l}`."""
         return module_of(self.rule_of(role).target)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ import torch.distributed as distributed
 from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.families import Role
+from neuron_minimax.families import DEFAULT_FAMILY, Role
 from neuron_minimax.model.decoder import Decoder, initial_state
 from neuron_minimax.training.data import Source
 from neuron_minimax.training.encoding import Encoder, micro_batches
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
 
 STATE_NAME = "training_state.pt"
+# What a state says of a config's field that the version which saved it did not know.
+CONFIG_DEFAULTS: dict[str, Any] = {
+    "model_type": DEFAULT_FAMILY.model_type,
+    **{each.name: each.default for each in fields(ModelConfig) if each.default is not MISSING},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +303,12 @@ def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | Non
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise TrainingError(f"{path} cannot be read ({error}); remove it to start again") from None
-    differing = sorted(name for name in options if state["options"].get(name) != options[name])
+    saved = {**state["options"], "config": CONFIG_DEFAULTS | state["options"].get("config", {})}
+    differing = sorted(name for name in options if saved.get(name) != options[name])
     if differing:
         name = differing[0]
         raise TrainingError(
-            f"{path} belongs to a run with {name} {state['options'].get(name)!r}, not "
-            f"{options[name]!r}; give the same options to resume it, or another output directory"
+            f"{path} belongs to a run with {name} {saved.get(name)!r}, not {options[name]!r}; "
+            "give the same options to resume it, or another output directory"
         )
     return state
