@@ -14,8 +14,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """\
 # The public API
 
-`import neuron_minimax as nm` has everything that the demo, the tools and the command line use;
-names are imported when they are first used. This page is made from the docstrings
+`import neuron_minimax as nm` has everything that the demo, the tools and the command line use of
+the library; names are imported when they are first used. This page is made from the docstrings
 (`python -m tests.api_page`), and a test holds it.
 
 ```python

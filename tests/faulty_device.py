@@ -11,7 +11,7 @@ from torch import nn
 
 from neuron_minimax.backends.cpu.backend import EagerBackend
 from neuron_minimax.backends.cpu.options import CPUOptions
-from neuron_minimax.device_check.check import Request
+from neuron_minimax.device_check.check import CheckRequest
 from neuron_minimax.device_check.run import answer
 from neuron_minimax.model.decoder import Decoder
 
@@ -146,7 +146,7 @@ class InProcess:
     request.
     """
 
-    request: Request
+    request: CheckRequest
     make: Callable[[Path, CPUOptions], EagerBackend] = EagerBackend
 
     def run_probe(self, probe: Path, asked: Path, logits: Path) -> None:
@@ -164,7 +164,9 @@ class InProcess:
         self.run_probe(traced / "model", asked, logits)
 
 
-def with_fault(request: Request, encoding: Break | None, generation: Break | None) -> InProcess:
+def with_fault(
+    request: CheckRequest, encoding: Break | None, generation: Break | None
+) -> InProcess:
     """A device with a fault in one phase or both."""
     return InProcess(
         request=request, make=lambda probe, options: Faulty(probe, options, encoding, generation)

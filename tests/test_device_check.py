@@ -19,15 +19,15 @@ from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.device_check import schedule, tokens
 from neuron_minimax.device_check.check import (
+    CheckRequest,
     CompiledDevice,
     Device,
-    Request,
     check_device,
     run_checks,
 )
 from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault
-from neuron_minimax.device_check.router import Choice, RouterCase, judge_router
+from neuron_minimax.device_check.router import ExpertChoice, RouterCase, judge_router
 from neuron_minimax.device_check.verdicts import (
     Expectation,
     KnownFault,
@@ -44,7 +44,9 @@ from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_traced import write_traced
 
-REQUEST = Request(layer=1, slots=3, seq_len=40, buckets=(8, 24), tp_degree=2, compute="float32")
+REQUEST = CheckRequest(
+    layer=1, slots=3, seq_len=40, buckets=(8, 24), tp_degree=2, compute="float32"
+)
 CHECKS = ("router", "value and output projection", "QK norm", "one layer")
 
 
@@ -355,7 +357,7 @@ def test_a_probe_that_would_not_see_a_known_fault_fails_as_the_tools_own_fault()
 
 
 def test_near_ties_may_fall_either_way_and_nothing_else_may() -> None:
-    choice = Choice(
+    choice = ExpertChoice(
         choice_NE=torch.tensor([[5.0, 4.0, 3.0, 2.99]]),
         margin_NE=torch.full((1, 4), 0.006),
         experts_per_token=3,

@@ -88,7 +88,7 @@ class CompiledDevice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class CheckRequest:
     """The shapes to check; `compute` is the device's dtype, in which the CPU computes too."""
 
     layer: int
@@ -178,7 +178,7 @@ def check_device(
             f"{traced} was compiled from another directory than {converted}; give the one it came "
             "from"
         )
-    request = Request(
+    request = CheckRequest(
         layer=layer,
         slots=resolved["slots"],
         seq_len=resolved["seq_len"],
@@ -196,7 +196,7 @@ def check_device(
 def run_checks(
     converted: Path,
     work: Path,
-    request: Request,
+    request: CheckRequest,
     device: Device,
     *,
     full_model: Path | None = None,
@@ -272,7 +272,7 @@ def _skipped(name: str, needs: Sequence[str], verdicts: Sequence[Verdict]) -> Ve
 
 
 def _run_check(
-    check: Check, layer: Layer, limits: Limits, request: Request, device: Device, work: Path
+    check: Check, layer: Layer, limits: Limits, request: CheckRequest, device: Device, work: Path
 ) -> Verdict:
     probe = work / f"{check.probe}-layer{layer.number}"
     write_probe(layer, check.probe, probe)

@@ -13,7 +13,7 @@ import torch
 
 from neuron_minimax.device_check.schedule import Phase, Row
 from neuron_minimax.device_check.verdicts import (
-    Measurement,
+    ProbeMeasurement,
     Status,
     Verdict,
     tool_failure,
@@ -34,7 +34,7 @@ LEAST_AFFINITY = 1e-4  # relative; float32 sums in another order give less
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ExpertChoice:
     """The experts chosen from scores: `chosen_NE` bool, and by how much rounding may move each
     expert's `choice_NE`.
     """
@@ -78,7 +78,7 @@ class RouterCase:
 
     def choice(
         self, *, gate_EH: torch.Tensor | None = None, bias_E: torch.Tensor | None = None
-    ) -> Choice:
+    ) -> ExpertChoice:
         """The choice with this gate and bias in place of the layer's own.
 
         The hidden state is rounded twice, after the norm and after its weight; the margin is what
@@ -93,7 +93,7 @@ class RouterCase:
         margin_NE = DEVIATIONS * deviation_NE * scores_NE * (1 - scores_NE)
         # Sums in float32 in any order, and the rounding of score + bias.
         margin_NE = margin_NE + 4 * torch.finfo(torch.float32).eps * (1 + bias_E.abs())
-        return Choice(
+        return ExpertChoice(
             choice_NE=scores_NE + bias_E,
             margin_NE=margin_NE,
             experts_per_token=self.experts_per_token,
@@ -105,14 +105,14 @@ class RouterCase:
         scores_NE = (self.inputs_NH.float() @ self.gate_EH.T).sigmoid() * self.choice().chosen_NE
         return scores_NE / scores_NE.sum(dim=1, keepdim=True)
 
-    def known_faults(self) -> dict[str, Choice]:
+    def known_faults(self) -> dict[str, ExpertChoice]:
         """The choice of each known fault, by what completes "the choices are those ..."."""
         short_gate_EH = self.gate_EH.bfloat16().float()
         short_bias_E = self.bias_E.bfloat16().float()
         summed_NE = (
             self.inputs_NH.float() @ short_gate_EH.T
         ).sigmoid().bfloat16() + self.bias_E.bfloat16()
-        in_bf16 = Choice(
+        in_bf16 = ExpertChoice(
             choice_NE=summed_NE.float(),
             margin_NE=torch.zeros_like(summed_NE, dtype=torch.float32),
             experts_per_token=self.experts_per_token,
@@ -210,7 +210,7 @@ def _wrong_experts(
         f"tokens (of {total}; {_phases(rows, wrong_N)}); most often differing: "
         f"{_most_often(shown_NE, own_NE, wrong_N)}"
     )
-    measured = Measurement(
+    measured = ProbeMeasurement(
         what="tokens with other experts than rounding allows",
         difference=float(count),
         tolerance=0.0,
@@ -274,7 +274,7 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
     largest = float(error_N[same_N].max()) if same_N.any() else float("inf")
     ties = int((~same_N).sum())
     tail = f"; {ties} near-ties fell the other way" if ties else ""
-    measured = Measurement(
+    measured = ProbeMeasurement(
         what="largest relative difference of an affinity",
         difference=largest,
         tolerance=tolerance,

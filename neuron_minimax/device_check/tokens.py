@@ -13,7 +13,7 @@ from neuron_minimax.backends.cpu.backend import EagerBackend
 from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.device_check.verdicts import (
     ROUNDING_ERRORS,
-    Measurement,
+    ProbeMeasurement,
     Status,
     Verdict,
     tool_failure,
@@ -81,7 +81,7 @@ def judge_tokens(
             f"rounding may move ({tolerance:.3g}): any token would pass",
             "check a trained model",
         )
-    measured = Measurement(
+    measured = ProbeMeasurement(
         what="largest margin of the CPU's choice over the device's",
         difference=float(margin_PT.max()),
         tolerance=tolerance,

@@ -28,7 +28,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class ProbeMeasurement:
     """A difference and what is allowed, in the unit that `what` names, and where the tolerance
     comes from.
     """
@@ -49,7 +49,7 @@ class Verdict:
     check: str
     status: Status
     finding: str
-    measured: Measurement | None = None
+    measured: ProbeMeasurement | None = None
     meaning: str = ""
     next_step: str = ""
 
@@ -212,7 +212,7 @@ def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
     compared = int(expectation.compared_N.sum())
     left_out = len(error_N) - compared
     tail = f"; {left_out} rows left out, where experts nearly tie" if left_out else ""
-    measured = Measurement(
+    measured = ProbeMeasurement(
         what="largest relative difference of a row of logits",
         difference=float(error_N[expectation.compared_N].max()),
         tolerance=expectation.tolerance,

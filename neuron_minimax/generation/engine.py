@@ -91,7 +91,7 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(Update):
+class NewToken(Update):
     """One new token, and the logits [V] that chose it."""
 
     token: int
@@ -199,7 +199,7 @@ class Engine:
             for request in broken:
                 yield Update(request=request, error=failure, cause=error)
 
-    def run(self, request: Request) -> Generator[Step, None, None]:
+    def run(self, request: Request) -> Generator[NewToken, None, None]:
         """Yield the steps of one request, which has its slot until the iterator ends or is closed.
 
         Raises GenerationError when no slot is free, and the exception that made the request fail.
@@ -212,7 +212,7 @@ class Engine:
                 while not inbox:
                     self._deliver()
                 update = inbox.popleft()
-                if isinstance(update, Step):
+                if isinstance(update, NewToken):
                     yield update
                 elif update.cause:
                     raise update.cause
@@ -316,7 +316,7 @@ class Engine:
         self._release(slot)
         return Update(request=request, error=failure, cause=cause)
 
-    def _choose(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> Step:
+    def _choose(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> NewToken:
         """Choose and read the next token; free the slot when it was the last one."""
         assert slot.sampler is not None
         reader = request.reader
@@ -343,7 +343,7 @@ class Engine:
         if reason:
             events += reader.finish() if reader else []
             self._release(slot)
-        return Step(
+        return NewToken(
             request=request,
             events=events,
             logprobs=logprobs,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.engine import Engine, Request, Step
+from neuron_minimax.generation.engine import Engine, NewToken, Request
 from neuron_minimax.generation.reader import StreamDecoder
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
@@ -93,7 +93,7 @@ def generate(
     max_new_tokens: int | None = None,
     slot: int = 0,
     dump_logits: str | Path | None = None,
-) -> Iterator[Step]:
+) -> Iterator[NewToken]:
     """Generate after `prompt_ids` in one slot; the other slots are left alone.
 
     The slot is empty afterwards. The steps end with a stop token (which is yielded), after
@@ -110,7 +110,7 @@ def generate(
     return steps if dump_logits is None else dumped(steps, request, dump_logits)
 
 
-def _emptied(backend: Backend, slot: int, request: Request) -> Iterator[Step]:
+def _emptied(backend: Backend, slot: int, request: Request) -> Iterator[NewToken]:
     try:
         with closing(Engine(backend, [slot]).run(request)) as steps:
             yield from steps
@@ -118,7 +118,7 @@ def _emptied(backend: Backend, slot: int, request: Request) -> Iterator[Step]:
         backend.reset(slot)
 
 
-def dumped(steps: Iterator[Step], request: Request, path: str | Path) -> Iterator[Step]:
+def dumped(steps: Iterator[NewToken], request: Request, path: str | Path) -> Iterator[NewToken]:
     """Pass on the steps of a request that is not yet under way; write its logits when they end.
 
     The safetensors file holds float32 `prefill_logits` ([T,V], or [1,V] where the backend has the
@@ -130,7 +130,7 @@ def dumped(steps: Iterator[Step], request: Request, path: str | Path) -> Iterato
     prompt_logits: list[torch.Tensor] = []
     request.prompt_logits = prompt_logits
 
-    def run() -> Iterator[Step]:
+    def run() -> Iterator[NewToken]:
         rows = []
         for step in steps:
             rows.append(step.logits.to(torch.float32).clone())
@@ -141,7 +141,9 @@ def dumped(steps: Iterator[Step], request: Request, path: str | Path) -> Iterato
     return run()
 
 
-def stream_text(steps: Iterator[Step], tokenizer: TextTokenizer) -> Iterator[tuple[str, Step]]:
+def stream_text(
+    steps: Iterator[NewToken], tokenizer: TextTokenizer
+) -> Iterator[tuple[str, NewToken]]:
     """Yield each step with the text it completes; whatever is left comes with the last one."""
     decoder = StreamDecoder(tokenizer)
     for step in steps:
@@ -150,7 +152,7 @@ def stream_text(steps: Iterator[Step], tokenizer: TextTokenizer) -> Iterator[tup
 
 
 def answer(
-    steps: Iterator[Step],
+    steps: Iterator[NewToken],
     tokenizer: TextTokenizer | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:

@@ -8,7 +8,7 @@ from typing import Any
 
 from neuron_minimax.backends import load
 from neuron_minimax.generation.conversation import Turn, as_history
-from neuron_minimax.generation.engine import Engine, Request, Step
+from neuron_minimax.generation.engine import Engine, NewToken, Request
 from neuron_minimax.generation.events import Event, Message, ToolCall, collect
 from neuron_minimax.generation.generate import Answer, answer, answer_room, dumped
 from neuron_minimax.generation.sampling import SamplingParams
@@ -106,7 +106,7 @@ class LLM:
             stop_token_ids=frozenset(stops),
         )
         with closing(self._engine.run(request)) as run:
-            steps: Iterator[Step] = (
+            steps: Iterator[NewToken] = (
                 run if dump_logits is None else dumped(run, request, dump_logits)
             )
             return answer(steps, self._tokenizer, on_text)

@@ -23,7 +23,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log_fields: contextvars.ContextVar[MutableMapping[str, Any]] = contextvars.ContextVar("log_fields")
 
 
-class JsonLines(logging.Formatter):
+class JsonLogFormatter(logging.Formatter):
     """One JSON object per line; fields come from the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -15,8 +15,8 @@ from neuron_minimax.generation.engine import (
     Counters,
     Engine,
     Failure,
+    NewToken,
     Request,
-    Step,
     Update,
 )
 
@@ -262,7 +262,7 @@ class EngineThread:
 
     def _deliver(self, served: ServedRequest, update: Update) -> None:
         """Measure an update and tell the client, unless there is nothing to tell."""
-        if isinstance(update, Step):
+        if isinstance(update, NewToken):
             self._measure(served)
         if update.finish_reason:
             self.metrics.request_time.observe(time.monotonic() - served.request.arrived)

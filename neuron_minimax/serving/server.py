@@ -17,7 +17,7 @@ from neuron_minimax.backends import compile_model
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import BackendError
-from neuron_minimax.serving.access import JsonLines
+from neuron_minimax.serving.access import JsonLogFormatter
 from neuron_minimax.serving.app import create_app
 from neuron_minimax.serving.engine_thread import Metrics
 from neuron_minimax.serving.service import Service, Settings
@@ -177,7 +177,7 @@ def listen(config: uvicorn.Config) -> socket.socket:
 
 def _configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLogFormatter())
     root = logging.getLogger("neuron_minimax")
     root.handlers = [handler]
     root.propagate = False

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from neuron_minimax.device_check.check import Request, run_checks
+from neuron_minimax.device_check.check import CheckRequest, run_checks
 from neuron_minimax.device_check.verdicts import Report
 from neuron_minimax.errors import BackendError
 from tests.neuron.cases import MODELS, SEED
@@ -81,7 +81,7 @@ class CPUMode:
 
 
 def check(converted: Path, work: Path, device: CPUMode) -> Report:
-    request = Request(
+    request = CheckRequest(
         layer=1,
         slots=OPTIONS["slots"],
         seq_len=OPTIONS["seq_len"],
