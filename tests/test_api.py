@@ -64,7 +64,7 @@ def test_the_readmes_lines_give_an_answer(tmp_path, monkeypatch, capsys):
     code = text.split("```python\n")[1].split("```")[0]
     changes = {
         '"MiniMaxAI/MiniMax-M2"': '"tiny"',
-        "seq_len=2048": 'seq_len=64, engine="eager"',
+        "seq_len=2048": 'seq_len=128, engine="eager"',
         'France?")': 'France?", nm.SamplingParams(temperature=0), max_new_tokens=4)',
     }
     for old, new in changes.items():
