@@ -63,3 +63,23 @@ def test_paths_are_left_alone(tmp_path, monkeypatch):
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     for path in ("org/tiny", "org/missing", "./missing", "missing", tmp_path / "a" / "b"):
         assert local_directory(path) == Path(path)
+
+
+def test_every_command_takes_a_hub_id(hub_home, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    plan = ["plan", "org/tiny", "--instance", "trn2.48xlarge", "--tp-degree", "2", "--json"]
+    commands = [
+        ["inspect", "org/tiny"],
+        ["convert", "org/tiny", str(tmp_path / "converted")],
+        ["verify", "org/tiny", str(tmp_path / "converted")],
+        ["cache", "org/tiny", str(tmp_path / "cache")],
+    ]
+    for command in [*commands, plan]:
+        done = subprocess.run(
+            [sys.executable, "-m", "neuron_minimax", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 or command is plan, done.stderr
+        assert done.stderr == "" or "error" not in done.stderr

@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 CheckpointDir = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="Hugging Face checkpoint directory")
+    Path, typer.Argument(metavar="CKPT", help="checkpoint directory, or its Hugging Face hub id")
 ]
 ConvertedDir = Annotated[Path, typer.Argument(metavar="OUT", help="converted directory")]
 TracedDir = Annotated[Path, typer.Argument(metavar="TRACED", help="compiled directory")]

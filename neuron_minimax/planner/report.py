@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from neuron_minimax.checkpoint.hub import local_directory
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances, lint
@@ -259,4 +260,5 @@ def plan_deployment(directory: str | Path, **settings: Any) -> DeploymentPlan:
     those of DeploymentSettings.
     """
     asked = DeploymentSettings(**settings)
-    return plan_case(deployment_case(ModelConfig.from_dir(directory), asked))
+    config = ModelConfig.from_dir(local_directory(directory, files=["config.json"]))
+    return plan_case(deployment_case(config, asked))

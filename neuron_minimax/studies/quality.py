@@ -108,10 +108,10 @@ def measure_quality(
     checkpoint's precision has. Raises CheckpointError when the checkpoint cannot be used,
     TrainingError when its tokenizer is not the demo's.
     """
-    opened = Checkpoint(checkpoint)
+    opened = Checkpoint.open(checkpoint)
     opened.require_usable()
     published = {name: opened.tensor(name) for name in opened.entries}
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(opened.directory)
     conversations = held_out(questions, HELD_OUT_SEED)
     reference: tuple[list[torch.Tensor], list[Graded]] | None = None
     scores = []
@@ -273,10 +273,10 @@ def measure_lengths(
     The chats are of held-out questions. RoPE is as trained, and scaled by `factor`, linearly and by
     YaRN. Raises CheckpointError on an unusable checkpoint.
     """
-    opened = Checkpoint(checkpoint)
+    opened = Checkpoint.open(checkpoint)
     opened.require_usable()
     published = {name: opened.tensor(name) for name in opened.entries}
-    encoder = Encoder(load_tokenizer(checkpoint), bounds[-1])
+    encoder = Encoder(load_tokenizer(opened.directory), bounds[-1])
     examples = [long_chat(encoder, seed) for seed in range(chats)]
     trained = opened.config.max_position_embeddings
     settings: dict[str, dict[str, Any] | None] = {

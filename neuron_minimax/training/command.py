@@ -142,7 +142,7 @@ def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of
     `config`.
     """
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint.open(directory)
     checkpoint.require_usable()
     if any(checkpoint.is_fp8(name) for name in checkpoint.entries):
         raise TrainingError(

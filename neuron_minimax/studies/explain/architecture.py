@@ -12,6 +12,7 @@ from pathlib import Path
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import size_text
+from neuron_minimax.checkpoint.hub import local_directory
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.binding import ConvertedTensor, Specs, bind_rules
@@ -89,6 +90,7 @@ def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
     config.json. Raises ConfigError without a config.json, CheckpointError when the files there are
     not those of the model.
     """
+    directory = local_directory(directory)
     config = ModelConfig.from_dir(directory)
     if not list(Path(directory).glob("*.safetensors*")):
         return config, {wanted.name: wanted.spec for wanted in schema.expected(config)}
