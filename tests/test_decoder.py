@@ -305,6 +305,16 @@ def test_sequences_of_unequal_length_give_what_each_gives_alone_in_every_family(
         assert (next_logits[row, 0] - wanted[-1]).abs().max() < TOLERANCE
 
 
+def test_every_router_has_a_bias_which_is_zero_where_the_family_has_none(pair):
+    architecture = pair.config.family.architecture
+    biases = [router.bias for router in pair.decoder.routers]
+    has_experts = architecture.router is not RouterKind.NONE
+    assert len(biases) == has_experts * pair.config.num_hidden_layers
+    for bias in biases:
+        assert bias.shape == (pair.config.num_local_experts,)
+        assert bias.any() == (architecture.router is RouterKind.SIGMOID_BIAS)
+
+
 def test_the_state_dict_has_the_names_of_the_familys_layout(pair):
     assert pair.decoder.state_dict().keys() == pair.state.keys()
     assert initial_state(pair.config, seed=0).keys() == pair.state.keys()
