@@ -22,6 +22,9 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 EXPERT_COUNTS = ("num_local_experts", "num_experts_per_tok")
+SWITCHES = ("tie_word_embeddings", "norm_topk_prob")
+# Read where config.json has them; their defaults are those of ModelConfig.
+OPTIONAL_FIELDS = (*SWITCHES, "shared_intermediate_size")
 ROPE_TYPES = ("default", "linear", "yarn")
 CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 
@@ -56,12 +59,19 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        routed = self.family.architecture.router is not RouterKind.NONE
-        for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim"):
+        positive = [*_required_sizes(self.family), "head_dim", "rotary_dim"]
+        if self.family.architecture.shared_expert:
+            positive.append("shared_intermediate_size")
+        for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim", "shared_intermediate_size"):
             value = getattr(self, name)
-            least = 1 if routed or name not in EXPERT_COUNTS else 0
+            least = 1 if name in positive else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"config.json: {name} is {value!r}; expected a positive integer")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"config.json: {name} is {getattr(self, name)!r}; expected true or false"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -164,8 +174,19 @@ def _family_of(raw: Mapping[str, Any]) -> Family:
     raise ConfigError(f"config.json: model_type is {model_type!r}; expected {expected}: {hint}")
 
 
+def _required_sizes(family: Family) -> tuple[str, ...]:
+    """Names of the sizes that config.json must have: a dense family has no experts to count."""
+    if family.architecture.router is not RouterKind.NONE:
+        return REQUIRED_SIZES
+    return tuple(name for name in REQUIRED_SIZES if name not in EXPERT_COUNTS)
+
+
 def _fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    fields = {name: raw[family.field_names.get(name, name)] for name in REQUIRED_SIZES}
+    names = family.field_names
+    fields = dict.fromkeys(EXPERT_COUNTS, 0)
+    fields |= {name: raw[names.get(name, name)] for name in _required_sizes(family)}
+    optional = {name: raw.get(names.get(name, name)) for name in OPTIONAL_FIELDS}
+    fields |= {name: value for name, value in optional.items() if value is not None}
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     quantization = raw.get("quantization_config") or {}
     if quantization.get("quant_method", "fp8") != "fp8":

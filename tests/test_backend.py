@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from neuron_minimax.backends import compile_model, load
-from neuron_minimax.backends import directory as compiled_directory
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.cpu import backend as cpu_backend
 from neuron_minimax.backends.cpu.options import check_options
@@ -325,7 +324,10 @@ def test_the_weights_are_hard_links_not_a_second_copy(eager):
 def test_where_links_are_impossible_the_directory_refers_to_the_weights(
     eager, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(compiled_directory, "_hard_link", lambda source, destination: False)
+    def refuse(source, destination):
+        raise OSError("links are impossible here")
+
+    monkeypatch.setattr(os, "link", refuse)
     compile_model(eager / "converted", tmp_path / "traced", options=options())
     assert not list((tmp_path / "traced").rglob("*.safetensors"))
     ids = some_ids(6)

@@ -1,20 +1,27 @@
 """The decoder's switches, one family of other models each, against transformers in float32.
 
-The families are defined here: weights, rules and an architecture. Their checkpoints are what
-transformers saves, converted by the rules.
+The families are defined here: weights, rules and an architecture. Their checkpoints, config.json
+included, are what transformers saves, converted by the rules.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
+from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.convert.plan import plan_conversion
+from neuron_minimax.convert.state_dict import (
+    convert_hf_to_neuron_state_dict,
+    neuron_to_hf_state_dict,
+)
+from neuron_minimax.families import FAMILIES
 from neuron_minimax.families.family import (
     Architecture,
     Family,
@@ -96,14 +103,13 @@ SHARED: list[Row] = [
 ]
 
 
-def family(architecture: Architecture, rows: list[Row], tied: bool = False) -> Family:
+def family(architecture: Architecture, rows: list[Row], field_names: Mapping[str, str]) -> Family:
     """A family of these rows in every layer, beside embedding, norm, head and attention."""
     outer = [
         ("model.embed_tokens.weight", "VH", "embed_tokens.weight", Role.EMBEDDING),
         ("model.norm.weight", "H", "norm.weight", Role.FINAL_NORM),
+        ("lm_head.weight", "VH", "lm_head.weight", Role.HEAD),
     ]
-    if not tied:
-        outer.append(("lm_head.weight", "VH", "lm_head.weight", Role.HEAD))
     inner = [
         (LAYER + source, shape, TARGET + target, role)
         for source, shape, target, role in EVERY_LAYER + rows
@@ -148,18 +154,22 @@ def family(architecture: Architecture, rows: list[Row], tied: bool = False) -> F
         sampling=SamplingDefaults(temperature=1.0, top_p=1.0, top_k=0),
         neuron_class="none",
         rope_theta=10_000.0,
+        field_names=field_names,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model of transformers and what `ModelConfig` says of it."""
+    """A model of transformers, what `ModelConfig` says of it, and the names of config.json that
+    differ.
+    """
 
     model_type: str
     fields: dict[str, Any]
     architecture: Architecture
     rows: list[Row]
     sizes: dict[str, Any]
+    field_names: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 
 
@@ -173,6 +183,7 @@ DENSE_SIZES = {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_s
 MOE_SIZES = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48}
 QWEN3_MOE = {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2}
 QWEN3_MOE |= {"moe_intermediate_size": 48, "intermediate_size": 96}
+EXPERT_WIDTH = {"intermediate_size": "moe_intermediate_size"}
 DOTS1 = {"head_dim": 32, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2}
 DOTS1 |= {"moe_intermediate_size": 48, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
 DOTS1 |= {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "intermediate_size": 96}
@@ -196,6 +207,7 @@ def qwen3_moe(renormalised: bool) -> Case:
         architecture=SOFTMAX,
         rows=HEAD_NORMS + ROUTED,
         sizes=MOE_SIZES | {"head_dim": 32, "norm_topk_prob": renormalised},
+        field_names=EXPERT_WIDTH,
     )
 
 
@@ -217,8 +229,22 @@ CASES = {
         architecture=SHARED_EXPERT,
         rows=HEAD_NORMS + ROUTED + BIASED_ROUTER + SHARED,
         sizes=MOE_SIZES | {"head_dim": 32, "shared_intermediate_size": 48},
+        field_names={
+            "num_local_experts": "n_routed_experts",
+            "shared_intermediate_size": "moe_intermediate_size",
+        }
+        | EXPERT_WIDTH,
     ),
 }
+
+
+@contextmanager
+def registered(case: Case) -> Iterator[None]:
+    """Let the case's family be the one that its model_type names."""
+    made = family(case.architecture, case.rows, case.field_names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, case.model_type, made)
+        yield
 
 
 class Pair:
@@ -244,17 +270,17 @@ class Pair:
                 scale = 2 * tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.2
                 tensor.copy_(scale * noise + (tensor.dim() == 1) * tensor)
         self.oracle.save_pretrained(directory)
-        self.config = ModelConfig(
-            family=family(case.architecture, case.rows, case.tied),
-            **SIZES,
-            **case.sizes,
-            rotary_dim=case.sizes["head_dim"],
-            rope_theta=10_000.0,
-            tie_word_embeddings=case.tied,
-        )
-        published = load_file(directory / "model.safetensors")
-        self.state = convert_hf_to_neuron_state_dict(published, self.config)
-        self.decoder = Decoder(self.config, self.state)
+        self.case = case
+        self.directory = directory
+        self.checkpoint = self.opened()
+        self.config = self.checkpoint.config
+        self.published = load_file(directory / "model.safetensors")
+        self.state = convert_hf_to_neuron_state_dict(self.published, self.config)
+        self.decoder = Decoder.from_checkpoint(self.checkpoint)
+
+    def opened(self) -> Checkpoint:
+        with registered(self.case):
+            return Checkpoint(self.directory)
 
     def wanted(self, ids: torch.Tensor) -> torch.Tensor:
         return self.oracle(ids).logits
@@ -269,6 +295,22 @@ def some_ids(rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 160, (rows, tokens), generator=torch.Generator().manual_seed(5))
 
 
+def test_config_json_says_what_every_family_is(pair):
+    wanted = SIZES | pair.case.sizes | {"tie_word_embeddings": pair.case.tied}
+    assert {name: getattr(pair.config, name) for name in wanted} == wanted
+    assert pair.config.rotary_dim == pair.config.head_dim
+    assert pair.config.rope_theta == 10_000.0
+
+
+def test_every_checkpoint_is_complete_and_all_of_it_is_converted(pair):
+    assert pair.checkpoint.problems == []
+    outputs = plan_conversion(pair.checkpoint).outputs
+    assert {output.name for output in outputs} == pair.state.keys()
+    assert ("lm_head.weight" in pair.state) == (not pair.case.tied)
+    back = neuron_to_hf_state_dict(pair.state, pair.config)
+    assert back.keys() == pair.published.keys()
+
+
 @torch.no_grad()
 def test_every_family_gives_the_logits_of_transformers(pair):
     ids = some_ids(2, 24)
@@ -277,6 +319,15 @@ def test_every_family_gives_the_logits_of_transformers(pair):
     assert cache is None
     assert wanted.std() > 0.3, "logits that are all alike show nothing"
     assert (logits - wanted).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_converted_directory_gives_the_same_in_every_family(pair, tmp_path):
+    ids = some_ids(1, 8)
+    with registered(pair.case):
+        plan_conversion(pair.checkpoint).write(tmp_path / "converted")
+        decoder = Decoder.from_converted(tmp_path / "converted")
+    assert torch.equal(decoder(ids)[0], pair.decoder(ids)[0])
 
 
 @torch.no_grad()
@@ -303,6 +354,41 @@ def test_sequences_of_unequal_length_give_what_each_gives_alone_in_every_family(
         wanted = pair.wanted(alone)[0]
         assert (logits[row, :length] - wanted[:-1]).abs().max() < TOLERANCE
         assert (next_logits[row, 0] - wanted[-1]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_stored_head_is_used_though_config_json_ties_it(tmp_path):
+    pair = Pair(CASES["Qwen3, tied"], tmp_path)
+    head = 2 * pair.published["model.embed_tokens.weight"]
+    save_file(pair.published | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    checkpoint = pair.opened()
+    assert checkpoint.problems == []
+    plan = plan_conversion(checkpoint)
+    assert "lm_head.weight" in {output.name for output in plan.outputs}
+    assert plan.converted_config()["tie_word_embeddings"] is False
+    ids = some_ids(1, 8)
+    logits, _ = Decoder.from_checkpoint(checkpoint)(ids)
+    assert (logits - 2 * pair.wanted(ids)).abs().max() < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_an_untied_head_and_an_embedding_must_be_there(tmp_path, name):
+    pair = Pair(CASES["Qwen3: dense, a norm per head"], tmp_path)
+    left = {other: tensor for other, tensor in pair.published.items() if other != name}
+    save_file(left, tmp_path / "model.safetensors")
+    assert [(problem.subject, problem.kind) for problem in pair.opened().problems] == [
+        (name, "missing")
+    ]
+
+
+def test_every_router_has_a_bias_which_is_zero_where_the_family_has_none(pair):
+    architecture = pair.config.family.architecture
+    biases = [router.bias for router in pair.decoder.routers]
+    has_experts = architecture.router is not RouterKind.NONE
+    assert len(biases) == has_experts * pair.config.num_hidden_layers
+    for bias in biases:
+        assert bias.shape == (pair.config.num_local_experts,)
+        assert bias.any() == (architecture.router is RouterKind.SIGMOID_BIAS)
 
 
 def test_the_state_dict_has_the_names_of_the_familys_layout(pair):

@@ -77,19 +77,22 @@ def test_code_kept_from_before_a_change_in_another_file_is_not_used(tmp_path):
     program = (
         "import numpy as np; from neuron_minimax.kernels.cpu import linear\n"
         "one = np.ones((1, 1), np.float32); out = np.zeros((1, 1), np.float32)\n"
-        "linear.linear_of_few(1, one, one, one, (1, 1), out); assert out[0, 0] == 1\n"
-        "print(sum(linear.linear_of_few.stats.cache_misses.values()))"
+        "code_of_one = np.full((1, 1), 0x38, np.int8)\n"
+        "linear.linear_of_few(1, one, code_of_one, one, (1, 1), out)\n"
+        "print(out[0, 0], sum(linear.linear_of_few.stats.cache_misses.values()))"
     )
 
-    def compiled_anew() -> bool:
+    def result() -> tuple[float, bool]:
+        """The product, and whether its code was compiled anew."""
         said = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path)
-        return int(said) > 0
+        product, misses = said.split()
+        return float(product), int(misses) > 0
 
-    assert compiled_anew()
-    assert not compiled_anew()
-    other = tmp_path / "neuron_minimax" / "kernels" / "cpu" / "jit.py"
-    other.write_text(other.read_text() + "\n# Another version of this file.\n")
-    assert compiled_anew()
+    assert result() == (1, True)
+    assert result() == (1, False)
+    other = tmp_path / "neuron_minimax" / "kernels" / "cpu" / "vectors.py"
+    other.write_text(other.read_text() + "\nREBIAS = np.float32(2) * REBIAS\n")
+    assert result() == (4, True)  # a factor of the input, and of the sum
 
 
 FAILING = """

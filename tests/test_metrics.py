@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from prometheus_client import Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from neuron_minimax.serving.engine_thread import PREFIX, Metrics
@@ -17,8 +18,9 @@ def exported():
     """
     metrics = Metrics()
     for metric in vars(metrics).values():
-        if getattr(metric, "_labelnames", ()):
-            metric.labels(*["x"] * len(metric._labelnames))
+        # One with a label has no sample before the label's first value.
+        if isinstance(metric, Counter) and not any(family.samples for family in metric.collect()):
+            metric.labels("x")
     families = list(text_string_to_metric_families(metrics.render().decode()))
     samples = [
         sample

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -265,6 +266,37 @@ def test_where_the_rows_of_a_block_are_alike_one_of_them_tells_all(tmp_path):
         for expert in range(8):
             wanted = np.sqrt(sum(map(squared_norm, expert_of(stored, layer, expert))))
             assert values.expert_norms[layer][expert] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_sampled_statistics_are_exactly_those_of_the_rows_that_the_weights_names_choose(tmp_path):
+    directory = write_tiny(tmp_path / "c", **RAGGED)
+    stored = load_codes(directory)
+    values = check_values(Checkpoint(directory))
+    sampled = [codes[sampled_rows(name, len(codes))].ravel() for name, (codes, _) in stored.items()]
+    assert values.histogram == tuple(np.bincount(np.concatenate(sampled), minlength=256))
+    for layer in range(2):
+        for expert in range(8):
+            start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+            names = [f"{start}{name}.weight" for name in ("w1", "w2", "w3")]
+            wanted = sum(norm_of_samples(name, dequantized(*stored[name])) for name in names)
+            found = values.expert_norms[layer][expert]
+            assert found == pytest.approx(np.sqrt(wanted), rel=1e-6)
+
+
+def sampled_rows(name, rows):
+    """One row of each block of 128, 37 rows on from one to the next, the first by the weight's
+    name.
+    """
+    return [
+        first + (crc32(name.encode()) + 37 * block) % min(128, rows - first)
+        for block, first in enumerate(range(0, rows, 128))
+    ]
+
+
+def norm_of_samples(name, weight):
+    """The squared norm of a weight whose blocks had their sampled row in each row."""
+    blocks = zip(range(0, len(weight), 128), sampled_rows(name, len(weight)), strict=True)
+    return sum(np.sum(weight[row] ** 2) * len(weight[first : first + 128]) for first, row in blocks)
 
 
 def number_in_block(codes):

@@ -316,6 +316,7 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         self.config = ModelConfig.from_dir(directory)
         self.convention_choice = ConventionChoice(scale_convention)
         super().__init__(directory)
+        self.config = schema.with_stored_head(self.config, self.entries)
         self.title = str(self.directory)
         self.mtp_names: list[str] = [
             name for name in self.entries if schema.is_mtp(name, self.config)

@@ -3,14 +3,14 @@
 Reports, coverage checks, planners and tests are derived from it.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 
 from neuron_minimax.checkpoint.header import HasSpec, TensorEntry, TensorSpec
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.families.family import Weight
+from neuron_minimax.families.family import Role, Weight
 from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
@@ -52,9 +52,11 @@ def shape_of(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
 
 def expected(config: ModelConfig) -> Iterator[Expected]:
     """Every tensor of the published format, scales included, in layer order: 96,103 for the real
-    config.
+    config. A tied head is not among them.
     """
     for weight in config.family.weights:
+        if is_tied(weight, config):
+            continue
         shape = shape_of(weight, config)
         grid = block_grid(shape, config.weight_block_size) if weight.quantized else ()
         for layer in range(config.num_hidden_layers) if weight.per_layer else (None,):
@@ -64,6 +66,23 @@ def expected(config: ModelConfig) -> Iterator[Expected]:
                 yield place(spec=TensorSpec(name, weight.published_dtype, shape))
                 if weight.quantized:
                     yield place(spec=TensorSpec(scale_name(name), "F32", grid), is_scale=True)
+
+
+def is_tied(weight: Weight, config: ModelConfig) -> bool:
+    """Return whether the embedding stands for this weight: the head, where config.json says so."""
+    return config.tie_word_embeddings and weight.role is Role.HEAD
+
+
+def with_stored_head(config: ModelConfig, names: Container[str]) -> ModelConfig:
+    """The config of a checkpoint with tensors of these names.
+
+    A head that is stored is used, as transformers does, though config.json ties it.
+    """
+    heads = {weight.template for weight in config.family.weights if weight.role is Role.HEAD}
+    if not config.tie_word_embeddings or not any(head in names for head in heads):
+        return config
+    raw = {**config.raw, "tie_word_embeddings": False}
+    return replace(config, tie_word_embeddings=False, raw=raw)
 
 
 def scale_name(weight_name: str) -> str:

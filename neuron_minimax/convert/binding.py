@@ -110,7 +110,7 @@ def bind_rules(
         output
         for layer in (None, *range(config.num_hidden_layers))
         for rule in config.family.rules
-        if rule.per_layer == (layer is not None)
+        if rule.per_layer == (layer is not None) and not _is_left_out(rule, sources, config)
         for output in _bind(rule, layer, sources, config, layout, convention)
     )
     used = Counter(
@@ -128,6 +128,12 @@ def bind_rules(
                 "silently"
             )
     return outputs
+
+
+def _is_left_out(rule: Rule, sources: Specs, config: ModelConfig) -> bool:
+    """Return whether the rule makes a tied head that is not stored."""
+    source = rule.sources[0]
+    return schema.is_tied(config.family.weight(source), config) and source not in sources
 
 
 def _bind(

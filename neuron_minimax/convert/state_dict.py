@@ -110,6 +110,8 @@ def neuron_to_hf_state_dict(
         for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
             target = rule.target.format(l=layer)
             if target not in state_dict:
+                if schema.is_tied(config.family.weight(rule.sources[0]), config):
+                    continue
                 raise ConversionError(
                     f"the state dict has no {target}; expected every weight of the model"
                 )

@@ -90,6 +90,7 @@ MINIMAX_M2 = Family(
         "qk_norm_type": ("per_layer",),
         "use_routing_bias": (True,),
         "tie_word_embeddings": (False,),
+        "norm_topk_prob": (True, None),
         "attention_bias": (False, None),
         "shared_intermediate_size": (0, None),
         "sliding_window": (None,),

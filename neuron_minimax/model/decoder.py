@@ -97,6 +97,11 @@ class Decoder(nn.Module):
         if state is not None:
             self._assign(state)
 
+    @property
+    def routers(self) -> list[Router]:
+        """The router of every layer; none in a dense family."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
     @classmethod
     def from_checkpoint(
         cls,

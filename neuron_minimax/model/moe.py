@@ -49,6 +49,13 @@ class Router(nn.Module):
             bias_E = torch.empty(config.num_local_experts, device="meta")
             self.e_score_correction_bias = nn.Buffer(bias_E)
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """[E], zeros where scores alone choose."""
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            return self.e_score_correction_bias
+        return torch.zeros(len(self.linear_router.weight))
+
     def forward(self, hidden_TH: torch.Tensor) -> Routing:
         logits_TE = float32_linear(hidden_TH, self.linear_router.weight)
         if self.kind is RouterKind.SIGMOID_BIAS:

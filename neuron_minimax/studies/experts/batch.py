@@ -195,11 +195,8 @@ class BatchRunner:
     @cached_property
     def router_similarity(self) -> np.ndarray:
         """[L,E,E], the same for every prompt."""
-        routers = [
-            layer.block_sparse_moe.router.linear_router.weight  # type: ignore[union-attr]
-            for layer in self.model.layers
-        ]
-        return np.stack([router_similarity(weight.float().numpy()) for weight in routers])  # type: ignore[operator, union-attr]
+        weights = [router.linear_router.weight for router in self.model.routers]
+        return np.stack([router_similarity(weight.float().numpy()) for weight in weights])
 
     @cached_property
     def expert_similarity(self) -> dict[int, np.ndarray]:

@@ -35,8 +35,8 @@ class Trace:
 
     tokens [N] int32; is_decode [N] bool (prompt tokens are prefill); expert_index [L,N,K] int16
     (uint8 would hold 256, but -1 marks padding elsewhere); affinity [L,N,K] float32; scores [L,N,E]
-    float16, the sigmoids without bias; bias [L,E] float32. `texts` [N] is how each token is
-    spelled; `finish_reason` says why the answer ended.
+    float16, without bias; bias [L,E] float32, zeros where routers have none. `texts` [N] is how
+    each token is spelled; `finish_reason` says why the answer ended.
     """
 
     tokens: np.ndarray
@@ -105,8 +105,8 @@ class Recorder:
 
     @classmethod
     def of(cls, model: Decoder, on_pass: Callable[[int], None] = lambda tokens: None) -> "Recorder":
-        biases = [layer.block_sparse_moe.router.e_score_correction_bias for layer in model.layers]  # type: ignore[union-attr]
-        return cls(torch.stack(biases).float().numpy(), on_pass)  # type: ignore[arg-type]
+        biases = [router.bias for router in model.routers]
+        return cls(torch.stack(biases).float().numpy(), on_pass)
 
     @property
     def tokens(self) -> list[int]:

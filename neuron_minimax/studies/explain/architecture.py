@@ -97,7 +97,8 @@ def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
     checkpoint = Checkpoint.open(directory)
     checkpoint.require_usable()
     left_out = set(checkpoint.mtp_names)
-    return config, {name: spec for name, spec in checkpoint.specs.items() if name not in left_out}
+    specs = {name: spec for name, spec in checkpoint.specs.items() if name not in left_out}
+    return checkpoint.config, specs
 
 
 def published_tree(config: ModelConfig, sources: Specs) -> Node:
