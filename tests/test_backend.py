@@ -5,6 +5,7 @@ is refused.
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
 from tests.opened import convert
 from tests.tiny import tiny_config, write_tiny
+from tests.tiny_traced import write_traced
 
 TOLERANCE = 3e-5
 SEQ_LEN = 48
@@ -412,6 +414,36 @@ def test_weights_that_changed_since_the_compile_are_noticed_at_load(eager, tmp_p
     shard.write_bytes(data)
     with pytest.raises(BackendError, match="the converted checkpoint is another one"):
         load(work / "traced")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("*.safetensors", lambda data: data[:-100], "is truncated"),
+        ("*.safetensors", lambda data: b"", "is 0 bytes, too short"),
+        ("*.safetensors", None, "is missing"),
+        ("*.index.json", lambda data: data[:-9], "is no usable index"),
+        ("conversion.json", lambda data: data[:-9], "cannot be read"),
+        ("conversion.json", None, r"has no conversion\.json"),
+    ],
+)
+def test_a_compile_with_a_damaged_model_is_refused_and_says_to_compile_again(
+    tmp_path, name, content, problem
+):
+    traced = write_traced(tmp_path)
+    damaged = min((traced / "model").glob(name))
+    data = damaged.read_bytes()
+    damaged.unlink()  # a hard link: the converted directory stays as it is
+    if content is not None:
+        damaged.write_bytes(content(data))
+    with pytest.raises(BackendError) as raised:
+        load(traced)
+    message = str(raised.value)
+    assert re.fullmatch(
+        rf"{traced} cannot be used: [^;]*{problem}[^;]*; "
+        rf"run `neuron-minimax compile CONVERTED {traced}` again",
+        message,
+    ), message
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(eager, tmp_path):
