@@ -375,6 +375,19 @@ def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(
     load(work / "traced")
 
 
+def test_another_version_is_named_before_a_fingerprint_that_it_took_another_way(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+
+    def make_older(fields):
+        fields["versions"]["code"] = "older"
+        fields["checkpoint"] = "taken another way"
+
+    rewrite_manifest(work, make_older)
+    with pytest.raises(BackendError, match="cannot be used: version code was 'older' and is"):
+        load(work / "traced")
+    assert "version code was 'older'" in recompile(work)
+
+
 def test_a_compile_by_another_version_of_this_package_is_used_when_its_code_is_equal(
     eager, tmp_path, monkeypatch
 ):

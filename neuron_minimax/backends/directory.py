@@ -71,8 +71,6 @@ class Manifest:
         """Say why this compile does not serve a request; None when it does."""
         if self.backend != request.backend:
             return f"it is for backend {self.backend}, not {request.backend}"
-        if self.checkpoint != request.checkpoint:
-            return "the converted checkpoint is another one"
         for name in ("options", "versions", "machine"):
             have = getattr(self, name)
             want = getattr(request, name)
@@ -82,6 +80,9 @@ class Manifest:
                         f"{name.removesuffix('s')} {key} was {have.get(key)!r} and is "
                         f"{want.get(key)!r}"
                     )
+        # Last: another version may take the fingerprint of the same checkpoint another way.
+        if self.checkpoint != request.checkpoint:
+            return "the converted checkpoint is another one"
         return None
 
     def write(self, directory: Path) -> None:
