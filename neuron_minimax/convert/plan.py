@@ -264,8 +264,8 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """conversion.json of a finished converted directory.
 
-    Raises ConversionError when there is none: the directory is not a converted checkpoint, or an
-    unfinished one.
+    Raises ConversionError when there is none: the directory does not exist, is not a converted
+    checkpoint, or is an unfinished one.
     """
     path = Path(directory) / CONVERSION_NAME
     try:
@@ -276,6 +276,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             )
         return manifest
     except FileNotFoundError:
+        if not Path(directory).is_dir():
+            raise ConversionError(
+                f"{directory} does not exist; expected a converted directory, which "
+                "`neuron-minimax convert CKPT OUT` makes"
+            ) from None
         raise ConversionError(
             f"{directory} has no {CONVERSION_NAME}: it is no converted checkpoint, or its "
             "conversion did not finish; run `neuron-minimax convert CKPT OUT` (again, to resume)"
