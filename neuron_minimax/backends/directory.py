@@ -27,6 +27,7 @@ from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.convert.plan import CONVERSION_NAME, Converted
 from neuron_minimax.errors import BackendError, CheckpointError, ConversionError
+from neuron_minimax.inspection.document import Rendered
 
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
@@ -177,7 +178,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileReport:
+class CompileReport(Rendered):
     """The outcome of a compile; `reason` says why graphs were made, "" when all was up to date."""
 
     directory: Path
