@@ -3,11 +3,14 @@
 import ast
 import inspect
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import neuron_minimax as nm
+from neuron_minimax.backends.directory import CompileReport
+from neuron_minimax.convert.verify import Verification
 from tests.api_page import render_page
 from tests.tiny import write_tiny
 from tests.tiny_tokenizer import write_tokenizer
@@ -76,6 +79,34 @@ def test_the_readmes_lines_give_an_answer(tmp_path, monkeypatch, capsys):
     events = list(llm.stream(question, nm.SamplingParams(temperature=0), max_new_tokens=4))
     said = "".join(event.text for event in events if isinstance(event, nm.Content))
     assert capsys.readouterr().out == f"{said}\n"
+
+
+def rendered_types():
+    """Every type of the package with a `render` that returns text and needs no argument."""
+    for path in sorted((ROOT / "neuron_minimax").rglob("*.py")):
+        if "def render(self" not in path.read_text(encoding="utf-8"):
+            continue
+        module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for _, value in inspect.getmembers(module, inspect.isclass):
+            if value.__module__ == module.__name__ and "render" in vars(value):
+                render = inspect.signature(value.render)
+                _, *others = render.parameters.values()
+                if render.return_annotation is str and all(
+                    parameter.default is not parameter.empty for parameter in others
+                ):
+                    yield value
+
+
+@pytest.mark.parametrize("report", list(rendered_types()), ids=lambda report: report.__qualname__)
+def test_a_report_prints_as_it_renders(report, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda self: "x < y\nz")
+    assert str(object.__new__(report)) == "x < y\nz"
+
+
+@pytest.mark.parametrize("report", [nm.ConversionPlan, nm.Converted, Verification, CompileReport])
+def test_a_notebooks_cell_shows_a_report_as_it_renders(report, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda self: "x < y\nz")
+    assert object.__new__(report)._repr_html_() == "<pre>x &lt; y\nz</pre>"
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):

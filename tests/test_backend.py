@@ -5,6 +5,7 @@ is refused.
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
 from tests.opened import convert
 from tests.tiny import tiny_config, write_tiny
+from tests.tiny_traced import write_traced
 
 TOLERANCE = 3e-5
 SEQ_LEN = 48
@@ -375,6 +377,19 @@ def test_a_compile_from_another_version_or_machine_is_refused_and_rebuilt(
     load(work / "traced")
 
 
+def test_another_version_is_named_before_a_fingerprint_that_it_took_another_way(eager, tmp_path):
+    work = copy_of(eager, tmp_path / "work")
+
+    def make_older(fields):
+        fields["versions"]["code"] = "older"
+        fields["checkpoint"] = "taken another way"
+
+    rewrite_manifest(work, make_older)
+    with pytest.raises(BackendError, match="cannot be used: version code was 'older' and is"):
+        load(work / "traced")
+    assert "version code was 'older'" in recompile(work)
+
+
 def test_a_compile_by_another_version_of_this_package_is_used_when_its_code_is_equal(
     eager, tmp_path, monkeypatch
 ):
@@ -414,6 +429,36 @@ def test_weights_that_changed_since_the_compile_are_noticed_at_load(eager, tmp_p
     shard.write_bytes(data)
     with pytest.raises(BackendError, match="the converted checkpoint is another one"):
         load(work / "traced")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("*.safetensors", lambda data: data[:-100], "is truncated"),
+        ("*.safetensors", lambda data: b"", "is 0 bytes, too short"),
+        ("*.safetensors", None, "is missing"),
+        ("*.index.json", lambda data: data[:-9], "is no usable index"),
+        ("conversion.json", lambda data: data[:-9], "cannot be read"),
+        ("conversion.json", None, r"has no conversion\.json"),
+    ],
+)
+def test_a_compile_with_a_damaged_model_is_refused_and_says_to_compile_again(
+    tmp_path, name, content, problem
+):
+    traced = write_traced(tmp_path)
+    damaged = min((traced / "model").glob(name))
+    data = damaged.read_bytes()
+    damaged.unlink()  # a hard link: the converted directory stays as it is
+    if content is not None:
+        damaged.write_bytes(content(data))
+    with pytest.raises(BackendError) as raised:
+        load(traced)
+    message = str(raised.value)
+    assert re.fullmatch(
+        rf"{traced} cannot be used: [^;]*{problem}[^;]*; "
+        rf"run `neuron-minimax compile CONVERTED {traced}` again",
+        message,
+    ), message
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(eager, tmp_path):

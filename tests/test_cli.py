@@ -139,6 +139,8 @@ def test_generated_tokens_and_dumped_logits_are_those_of_transformers(traced, tm
         (["convert", "{ckpt}", "{base}/out"], 1, ["another run", "--overwrite"]),
         (["verify", "{ckpt}", "{ckpt}"], 1, ["conversion.json", "neuron-minimax convert"]),
         (["compile", "{ckpt}", "{base}/x"], 1, ["conversion.json"]),
+        (["verify", "{ckpt}", "absent"], 1, ["absent does not exist", "neuron-minimax convert"]),
+        (["compile", "absent", "{base}/x"], 1, ["absent does not exist"]),
         (["generate", "{traced}", "--token-ids", "1,a"], 1, ["--token-ids", "1,a"]),
         (["generate", "{traced}", "--token-ids", "1,160"], 1, ["160", "vocabulary"]),
         (

@@ -257,7 +257,8 @@ def test_reciprocal_scales_are_recognized_and_inverted(tmp_path):
 def test_mixed_scale_evidence_is_refused_unless_the_user_says_what_it_is(tmp_path):
     source = write_tiny(tmp_path / "source")
     make_reciprocal(source, [W1 + "_scale_inv"])
-    with pytest.raises(ConversionError, match=r"unclear.*experts\.5\.w1.*--scale-convention"):
+    advice = "look at these tensors; `neuron-minimax convert` takes --scale-convention"
+    with pytest.raises(ConversionError, match=rf"unclear.*experts\.5\.w1.*; {advice}$"):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out", scale_convention="multiplier")
     assert read_manifest(tmp_path / "out")["scale_convention"]["chosen_by"] == "multiplier"

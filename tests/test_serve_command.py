@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 import uvicorn
 
-from neuron_minimax.serving.server import listen
+from neuron_minimax.errors import BackendError
+from neuron_minimax.serving.server import LOOPBACK, ServerOptions, listen
 from tests.tiny_traced import write_traced
 
 COMMAND = [sys.executable, "-m", "neuron_minimax", "serve"]
@@ -84,6 +86,19 @@ def test_another_address_than_loopback_needs_a_key_or_a_clear_word(traced, tmp_p
     empty = run(traced, "--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
     assert empty.returncode == 1
     assert "holds no API key" in empty.stderr
+
+
+def test_keys_and_hosts_given_as_options_stand_beside_those_of_the_file_and_the_address(tmp_path):
+    given = ServerOptions(host="0.0.0.0", api_keys=(b"given",), hosts=frozenset({"Proxy.example"}))
+    settled = given.settled(tmp_path)  # not refused: a key is needed
+    assert settled.api_keys == (b"given",)
+    assert settled.hosts == LOOPBACK | {"0.0.0.0", "proxy.example"}
+    (tmp_path / "keys").write_text("from-file\n")
+    both = replace(given, api_key_file=tmp_path / "keys", allowed_hosts=("other.example",))
+    assert both.settled(tmp_path).api_keys == (b"given", b"from-file")
+    assert both.settled(tmp_path).hosts == settled.hosts | {"other.example"}
+    with pytest.raises(BackendError, match="needs --api-key-file"):
+        ServerOptions(host="0.0.0.0").settled(tmp_path)
 
 
 def test_a_directory_that_cannot_be_served_is_one_message_and_exit_code_1(tmp_path):

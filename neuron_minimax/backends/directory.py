@@ -26,7 +26,8 @@ from neuron_minimax.checkpoint.output import comparable
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.convert.plan import CONVERSION_NAME, Converted
-from neuron_minimax.errors import BackendError
+from neuron_minimax.errors import BackendError, CheckpointError, ConversionError
+from neuron_minimax.inspection.document import Rendered
 
 if TYPE_CHECKING:
     from neuron_minimax.backends.base import Backend
@@ -71,8 +72,6 @@ class Manifest:
         """Say why this compile does not serve a request; None when it does."""
         if self.backend != request.backend:
             return f"it is for backend {self.backend}, not {request.backend}"
-        if self.checkpoint != request.checkpoint:
-            return "the converted checkpoint is another one"
         for name in ("options", "versions", "machine"):
             have = getattr(self, name)
             want = getattr(request, name)
@@ -82,6 +81,9 @@ class Manifest:
                         f"{name.removesuffix('s')} {key} was {have.get(key)!r} and is "
                         f"{want.get(key)!r}"
                     )
+        # Last: another version may take the fingerprint of the same checkpoint another way.
+        if self.checkpoint != request.checkpoint:
+            return "the converted checkpoint is another one"
         return None
 
     def write(self, directory: Path) -> None:
@@ -176,7 +178,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileReport:
+class CompileReport(Rendered):
     """The outcome of a compile; `reason` says why graphs were made, "" when all was up to date."""
 
     directory: Path
@@ -228,7 +230,7 @@ def load(traced: str | Path) -> "Backend":
     """The backend of a compiled directory.
 
     Raises BackendError when the directory is unfinished, from another version or machine, or its
-    weights changed.
+    weights changed or are damaged.
     """
     traced = Path(traced)
     manifest = read_manifest(traced)
@@ -238,15 +240,17 @@ def load(traced: str | Path) -> "Backend":
         raise BackendError(
             f"{traced} takes its weights from {model}, which is gone; put it back or compile again"
         )
-    opened = Converted.open(model)
-    found = fingerprint(opened.tensors)
+    try:
+        opened = Converted.open(model)
+        found = fingerprint(opened.tensors)
+    except (CheckpointError, ConversionError) as error:
+        # What is wrong, without the advice after it, which is for a checkpoint.
+        problem = str(error).splitlines()[0].partition(";")[0]
+        raise _unusable(traced, problem) from None
     here = replace(manifest, versions=versions, machine=machine, checkpoint=found)
-    problem = manifest.difference(here) or _damaged_graph(traced, manifest)
-    if problem:
-        raise BackendError(
-            f"{traced} cannot be used: {problem}; run `neuron-minimax compile CONVERTED {traced}` "
-            "again"
-        )
+    different = manifest.difference(here) or _damaged_graph(traced, manifest)
+    if different:
+        raise _unusable(traced, different)
     with _not_collecting():
         return _engine_module(manifest.backend).load(opened, traced / "graphs", manifest)
 
@@ -344,6 +348,12 @@ def _identity(path: Path) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
+
+
+def _unusable(traced: Path, problem: str) -> BackendError:
+    return BackendError(
+        f"{traced} cannot be used: {problem}; run `neuron-minimax compile CONVERTED {traced}` again"
+    )
 
 
 def _damaged_graph(traced: Path, manifest: Manifest) -> str | None:

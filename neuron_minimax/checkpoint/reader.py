@@ -280,8 +280,8 @@ class ScaledWeights:
         if found is None and any(spec.dtype == "F8_E4M3" for spec in self.specs.values()):
             raise ScaleConventionError(
                 f"{self.title}: what weight_scale_inv means is unclear: {evidence.render()} "
-                f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors, or "
-                "say it: `neuron-minimax convert --scale-convention`"
+                f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors; "
+                "`neuron-minimax convert` takes --scale-convention"
             )
         return found or ScaleConvention.MULTIPLIER
 

@@ -24,6 +24,7 @@ from neuron_minimax.checkpoint.records import damaged_tensors, read_records
 from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor, copy_companions
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.inspection.document import Rendered
 
 CACHE_NAME = "cache.json"
 FORMAT_VERSION = 1
@@ -33,7 +34,7 @@ PIECE_BYTES = 8 << 20  # of output; a piece is whole rows of blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheResult:
+class CacheResult(Rendered):
     """The outcome of a build: bytes in the cache, shards kept, tensors found damaged, and whether
     all was there already.
     """
@@ -54,9 +55,6 @@ class CacheResult:
             f", {self.reused_shards} finished shards checked and kept" if self.reused_shards else ""
         )
         return "\n".join([*lines, f"{self.directory}: {size} written{kept}"])
-
-    def __str__(self) -> str:
-        return self.render()
 
 
 def build_cache(

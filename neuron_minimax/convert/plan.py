@@ -22,13 +22,14 @@ from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.pieces import pieces
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.inspection.document import Rendered
 
 CONVERSION_NAME = "conversion.json"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
+class Converted(Rendered):
     """A finished converted directory and its manifest; `reused_shards` and `was_finished` say how
     the run went that gave it.
     """
@@ -101,12 +102,9 @@ class Converted:
             )
         return "\n".join(lines)
 
-    def __str__(self) -> str:
-        return self.render()
-
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionPlan:
+class ConversionPlan(Rendered):
     """Every tensor of a conversion, in order, and what of the source is left out on purpose."""
 
     source: Checkpoint
@@ -157,9 +155,6 @@ class ConversionPlan:
         if self.left_out:
             lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors")
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.render()
 
     def write(
         self,
@@ -264,8 +259,8 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """conversion.json of a finished converted directory.
 
-    Raises ConversionError when there is none: the directory is not a converted checkpoint, or an
-    unfinished one.
+    Raises ConversionError when there is none: the directory does not exist, is not a converted
+    checkpoint, or is an unfinished one.
     """
     path = Path(directory) / CONVERSION_NAME
     try:
@@ -276,6 +271,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             )
         return manifest
     except FileNotFoundError:
+        if not Path(directory).is_dir():
+            raise ConversionError(
+                f"{directory} does not exist; expected a converted directory, which "
+                "`neuron-minimax convert CKPT OUT` makes"
+            ) from None
         raise ConversionError(
             f"{directory} has no {CONVERSION_NAME}: it is no converted checkpoint, or its "
             "conversion did not finish; run `neuron-minimax convert CKPT OUT` (again, to resume)"

@@ -22,10 +22,11 @@ from neuron_minimax.convert.binding import ConvertedTensor, Transform, bind_rule
 from neuron_minimax.convert.pieces import DOUBLED, take_apart
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.fp8 import ScaleConvention, bfloat16
+from neuron_minimax.inspection.document import Rendered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
+class Verification(Rendered):
     """The number of tensors that were compared, and every difference found."""
 
     tensors: int
@@ -46,9 +47,6 @@ class Verification:
             )
         shown = "\n".join(f"  {difference}" for difference in self.differences[:20])
         return f"NOT equal, {len(self.differences)} differences:\n{shown}"
-
-    def __str__(self) -> str:
-        return self.render()
 
 
 def verify(

@@ -13,6 +13,7 @@ import torch
 
 from neuron_minimax.device_check.reference import Fault
 from neuron_minimax.device_check.schedule import Phase, Row
+from neuron_minimax.inspection.document import Rendered
 
 # Least relative error that counts as one, per compute dtype: the order of sums alone gives less.
 LEAST_TOLERANCE = {"float32": 1e-4, "bf16": 0.01}
@@ -28,7 +29,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeMeasurement:
+class ProbeMeasurement(Rendered):
     """A difference and what is allowed, in the unit that `what` names, and where the tolerance
     comes from.
     """
@@ -43,7 +44,7 @@ class ProbeMeasurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Rendered):
     """The outcome of one check: what was found, and for a failure what it means and what to do."""
 
     check: str
@@ -71,7 +72,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Rendered):
     """All verdicts, in the order of the checks, and what was checked."""
 
     title: str

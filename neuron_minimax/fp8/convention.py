@@ -54,6 +54,9 @@ class ScaleEvidence:
             f"{self.median_if_reciprocal:.3g}), and {self.neither} fit neither"
         )
 
+    def __str__(self) -> str:
+        return self.render()
+
 
 def block_maxima(
     codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.inspection.document import Rendered
 
 SHOWN = 10
 PIECE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Rendered):
     """The differences of two checkpoints; `different_values` is None when only headers were
     compared.
     """
@@ -68,9 +69,6 @@ class Comparison:
             [f"{n}: {a!r} against {b!r}" for n, a, b in self.config_fields],
         )
         return "\n".join(lines) + "\n"
-
-    def __str__(self) -> str:
-        return self.render()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; the keys are described in docs/inspect.md."""

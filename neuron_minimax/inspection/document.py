@@ -14,6 +14,20 @@ from neuron_minimax.errors import NeuronMiniMaxError
 WIDTH = 120  # columns of a report in plain text
 
 
+class Rendered:
+    """A result that prints as what `render` returns, and shows it in a notebook's cell."""
+
+    def render(self) -> str:
+        """The result as plain text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.render())}</pre>"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A title, paragraphs, a table and an SVG figure; each but the title may be absent."""

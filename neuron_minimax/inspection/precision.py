@@ -16,7 +16,7 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.inspection.compare import Comparison, compare
-from neuron_minimax.inspection.document import table, wrapped
+from neuron_minimax.inspection.document import Rendered, table, wrapped
 from neuron_minimax.inspection.findings import (
     SEVERITIES,
     Finding,
@@ -48,7 +48,7 @@ def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionReport:
+class PrecisionReport(Rendered):
     """The contents and faults of a checkpoint, and its comparison with another where there is one.
 
     Bytes are bytes of tensor data, counts are tensors.
@@ -97,9 +97,6 @@ class PrecisionReport:
         from neuron_minimax.inspection.page import render_page
 
         return render_page(self)
-
-    def __str__(self) -> str:
-        return self.render()
 
     def _repr_html_(self) -> str:
         return self.render_page()

@@ -7,6 +7,7 @@ import torch
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.plan import Converted
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
 
 # Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds
@@ -15,7 +16,7 @@ TOLERANCE = {"fp8": 1e-3, "bf16": 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitComparison:
+class LogitComparison(Rendered):
     """Largest absolute difference of logits [T,V], by their standard deviation; equal argmaxes."""
 
     positions: int

@@ -10,6 +10,7 @@ from typing import Any
 from neuron_minimax.checkpoint.hub import local_directory
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.planner import blockwise, instances, lint
 from neuron_minimax.planner.instances import GIB, Instance
 from neuron_minimax.planner.lint import REFUSE, Case, Objection
@@ -36,7 +37,7 @@ def fits(per_rank: float, capacity: float, scratch: float = 0.0) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeploymentPlan:
+class DeploymentPlan(Rendered):
     """Memory of one rank against its core, findings, and which instances would fit instead where
     this one does not.
     """

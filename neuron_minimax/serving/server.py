@@ -31,8 +31,8 @@ DEMO_OPTIONS: Mapping[str, Any] = {"slots": 8}
 class ServerOptions(Settings):
     """The options of a server; without a `model_name` the compiled directory's name is taken.
 
-    `api_key_file` holds one key per line. `allowed_hosts` are accepted in the Host header beside
-    loopback and `host`.
+    `api_key_file` holds one key per line, beside those in `api_keys`. `allowed_hosts` and `hosts`
+    are accepted in the Host header beside loopback and `host`.
     """
 
     model_name: str = ""
@@ -48,14 +48,14 @@ class ServerOptions(Settings):
         Raises BackendError when anyone could use a server that is not on loopback, or the keys
         cannot be read.
         """
-        keys = read_api_keys(self.api_key_file) if self.api_key_file else ()
+        keys = self.api_keys + (read_api_keys(self.api_key_file) if self.api_key_file else ())
         local = self.host in ("127.0.0.1", "localhost", "::1")
         if not local and not keys and not self.allow_anonymous:
             raise BackendError(
                 f"serving on {self.host} needs --api-key-file, or --allow-anonymous to let anyone "
                 "in"
             )
-        hosts = frozenset(name.lower() for name in self.allowed_hosts)
+        hosts = frozenset(name.lower() for name in (*self.hosts, *self.allowed_hosts))
         if hosts or self.host not in ("0.0.0.0", "::"):
             hosts |= LOOPBACK | {self.host.lower()}
         name = self.model_name or traced.resolve().name

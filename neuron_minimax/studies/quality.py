@@ -26,6 +26,7 @@ from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
 from neuron_minimax.fp8 import ConventionChoice
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data import KINDS, Conversation, held_out
@@ -78,7 +79,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityReport:
+class QualityReport(Rendered):
     scores: Sequence[Score]
 
     def render(self) -> str:
@@ -244,7 +245,7 @@ SINGLE_TURN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthReport:
+class LengthReport(Rendered):
     """Perplexity per learned token by RoPE setting, for the positions up to each bound."""
 
     bounds: tuple[int, ...]

@@ -13,6 +13,7 @@ from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.training.data import DemoSource, JsonLines, Source
 from neuron_minimax.training.encoding import Encoder
@@ -48,7 +49,7 @@ class TrainingRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingResult:
+class TrainingResult(Rendered):
     """The end of a run. `final_loss`, in nats per learned token, is the mean of the last steps."""
 
     output: Path

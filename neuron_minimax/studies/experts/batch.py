@@ -23,6 +23,7 @@ from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.studies.experts.report import render_report, write_plots
 from neuron_minimax.studies.experts.statistics import Analysis, total_variation
@@ -58,7 +59,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertsResult:
+class ExpertsResult(Rendered):
     """The analyses, tokens per second of each, and whether the batch was interrupted."""
 
     analyses: tuple[Analysis, ...]

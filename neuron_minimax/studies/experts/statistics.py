@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.studies.experts.trace import Trace
 
 HOT = 3.0  # times the mean of its layer; a dead expert was never chosen
@@ -223,7 +224,7 @@ def _script(letter: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Analysis:
+class Analysis(Rendered):
     """Everything the statistics say about one trace.
 
     `router_similarity` [L,E,E] and `expert_similarity` (layer to [E,E]) are there when the weights

@@ -19,10 +19,11 @@ from neuron_minimax.convert.binding import ConvertedTensor, Specs, bind_rules
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families.family import Operation
+from neuron_minimax.inspection.document import Rendered
 
 
 @dataclass
-class Node:
+class Node(Rendered):
     """A module: a leaf with a shape and dtypes, or a group of `times` equal ones."""
 
     name: str

@@ -20,7 +20,7 @@ from neuron_minimax.convert.plan import ConversionPlan, Converted, plan_conversi
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
-from neuron_minimax.inspection.document import Part, to_text
+from neuron_minimax.inspection.document import Part, Rendered, to_text
 
 PREFIX = "model."
 SHOWN = 12
@@ -52,7 +52,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class Walk(Rendered):
     """All stages that could be walked; the path ends at the first that is wrong."""
 
     stages: tuple[Stage, ...]
@@ -61,7 +61,7 @@ class Walk:
     def first_wrong(self) -> Stage | None:
         return next((stage for stage in self.stages if stage.wrong), None)
 
-    def render(self, title: str) -> str:
+    def render(self, title: str = "Loading path") -> str:
         """The stages and the verdict as text."""
         return to_text(title, self.parts())
 
