@@ -21,6 +21,7 @@ from neuron_minimax.backends import compile_model, load
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.backends.cpu import backend as cpu_backend
 from neuron_minimax.backends.cpu.options import check_options
+from neuron_minimax.backends.directory import read_manifest
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
 from tests.opened import convert
@@ -429,6 +430,8 @@ def test_weights_that_changed_since_the_compile_are_noticed_at_load(eager, tmp_p
     shard.write_bytes(data)
     with pytest.raises(BackendError, match="the converted checkpoint is another one"):
         load(work / "traced")
+    assert recompile(work) == "the converted checkpoint is another one"
+    load(work / "traced")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +445,7 @@ def test_weights_that_changed_since_the_compile_are_noticed_at_load(eager, tmp_p
         ("conversion.json", None, r"has no conversion\.json"),
     ],
 )
-def test_a_compile_with_a_damaged_model_is_refused_and_says_to_compile_again(
+def test_a_compile_with_a_damaged_model_is_refused_until_it_is_compiled_again(
     tmp_path, name, content, problem
 ):
     traced = write_traced(tmp_path)
@@ -459,6 +462,11 @@ def test_a_compile_with_a_damaged_model_is_refused_and_says_to_compile_again(
         rf"run `neuron-minimax compile CONVERTED {traced}` again",
         message,
     ), message
+    again = compile_model(
+        traced.parent / "converted", traced, options=read_manifest(traced).options
+    )
+    assert again.reason == message
+    load(traced)
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(eager, tmp_path):

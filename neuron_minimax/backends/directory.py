@@ -235,18 +235,7 @@ def load(traced: str | Path) -> "Backend":
     traced = Path(traced)
     manifest = read_manifest(traced)
     versions, machine = options_module(manifest.backend).environment()
-    model = traced / "model" if manifest.weights == HARD_LINKS else Path(manifest.weights)
-    if not model.is_dir():
-        raise BackendError(
-            f"{traced} takes its weights from {model}, which is gone; put it back or compile again"
-        )
-    try:
-        opened = Converted.open(model)
-        found = fingerprint(opened.tensors)
-    except (CheckpointError, ConversionError) as error:
-        # What is wrong, without the advice after it, which is for a checkpoint.
-        problem = str(error).splitlines()[0].partition(";")[0]
-        raise _unusable(traced, problem) from None
+    opened, found = _open_model(traced, manifest)
     here = replace(manifest, versions=versions, machine=machine, checkpoint=found)
     different = manifest.difference(here) or _damaged_graph(traced, manifest)
     if different:
@@ -337,9 +326,11 @@ def _why_compile(traced: Path, request: Manifest) -> str:
         return "an earlier compile did not finish" if others else "new"
     try:
         manifest = read_manifest(traced)
+        _, found = _open_model(traced, manifest)
     except BackendError as error:
         return str(error)
-    return manifest.difference(request) or _damaged_graph(traced, manifest) or ""
+    different = manifest.difference(replace(request, checkpoint=found))
+    return manifest.difference(request) or different or _damaged_graph(traced, manifest) or ""
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -348,6 +339,25 @@ def _identity(path: Path) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
+
+
+def _open_model(traced: Path, manifest: Manifest) -> tuple[Converted, str]:
+    """The converted directory that a compile takes its weights from, and its fingerprint.
+
+    Raises BackendError when it is gone or damaged.
+    """
+    model = traced / "model" if manifest.weights == HARD_LINKS else Path(manifest.weights)
+    if not model.is_dir():
+        raise BackendError(
+            f"{traced} takes its weights from {model}, which is gone; put it back or compile again"
+        )
+    try:
+        opened = Converted.open(model)
+        return opened, fingerprint(opened.tensors)
+    except (CheckpointError, ConversionError) as error:
+        # What is wrong, without the advice after it, which is for a checkpoint.
+        problem = str(error).splitlines()[0].partition(";")[0]
+        raise _unusable(traced, problem) from None
 
 
 def _unusable(traced: Path, problem: str) -> BackendError:
