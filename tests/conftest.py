@@ -22,21 +22,32 @@ BROWSES = "starts a browser"
 ANALYSES = "runs permutation tests and draws plots"
 NEURON = "needs NxDI"
 LARGE = "works at the published size"
+COMPARES = "runs transformers' model; test_decoder does too, on smaller ones"
+MEASURES = "runs the benchmarks on small models"
+PROCESSES = "starts process after process"
 NOT_QUICK = {
     "neuron": NEURON,
     "test_attention.py": COMPILES,
     "test_backend.py": COMPILES,
+    "test_benchmarks.py": MEASURES,
     "test_chat_page.py": BROWSES,
     "test_demo_model.py": COMPILES,
     "test_device_check.py": COMPILES,
     "test_experts_command.py": ANALYSES,
     "test_experts_report.py": BROWSES,
+    "test_explain_architecture.py": LARGE,
     "test_fp8_mlp.py": COMPILES,
+    "test_fp8_mlp_nki.py": LARGE,
     "test_generation_demo.py": COMPILES,
+    "test_hub.py": PROCESSES,
     "test_inspect_page.py": BROWSES,
     "test_loops.py": COMPILES,
     "test_neuron_backend.py": LARGE,
     "test_neuron_recorded.py": LARGE,
+    "test_opened_once.py": PROCESSES,
+    "test_page_cache.py": PROCESSES,
+    "test_parallel.py": PROCESSES,
+    "test_parity.py": COMPARES,
     "test_serve_command.py": SERVES,
     "test_server.py": SERVES,
     "test_server_demo.py": SERVES,

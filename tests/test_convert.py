@@ -432,6 +432,7 @@ plan_conversion(Checkpoint(sys.argv[1])).write(sys.argv[2], progress=progress)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "reused"), [(0.0, 0), (0.3, 2), (0.7, 3), (1.0, 4)])
 def test_after_kill_9_the_next_run_ends_bit_identical(tmp_path, moment, reused):
     source = write_tiny(tmp_path / "source", num_hidden_layers=4)
@@ -521,6 +522,7 @@ def test_a_directory_that_is_not_ours_is_refused_even_with_overwrite(tmp_path):
     assert contents(out) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.slow
 def test_the_second_run_into_one_output_is_refused(tmp_path):
     source = write_tiny(tmp_path / "source")
     refusals = []

@@ -76,6 +76,7 @@ def value(metric, **labels):
     return (metric.labels(**labels) if labels else metric)._value.get()
 
 
+@pytest.mark.slow
 def test_what_else_is_in_the_batch_does_not_change_an_answer(traced, make_engine, tokenizer):
     engine = make_engine(load(traced))
     alone = load(traced)

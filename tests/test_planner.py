@@ -85,6 +85,7 @@ def test_there_are_thirteen_known_cases_three_of_them_this_model() -> None:
     assert (len(cases), sum("plan" in known for known in cases)) == (13, 3)
 
 
+@pytest.mark.slow
 def test_sizes_of_the_published_model_are_those_of_its_checkpoint() -> None:
     assert cache_bytes_per_token(PUBLISHED, 8) == cache_bytes_per_token(PUBLISHED, 64) == 31744
     assert cache_bytes_per_token(PUBLISHED, 1) == 253952
@@ -236,6 +237,7 @@ def test_buckets_that_a_compile_refuses_are_refused_by_the_plan(
         plan_deployment(tmp_path, instance="trn2.48xlarge", tp_degree=64, context_lengths=buckets)
 
 
+@pytest.mark.slow
 def test_a_sequence_ends_where_the_models_positions_end(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(published_config() | {"max_position_embeddings": 512})
@@ -282,6 +284,7 @@ def test_unrolled_blocks_are_counted_for_each_way() -> None:
     assert planned.to_json()["unrolled_expert_products"]["torch"] == 1178
 
 
+@pytest.mark.slow
 def test_the_largest_batch_and_longest_sequence_are_the_last_that_fit() -> None:
     planned = plan_case(case())
     for name, limit in (
