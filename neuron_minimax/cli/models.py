@@ -35,6 +35,9 @@ def given_options(buckets: list[str] | None, **options: Any) -> dict[str, Any]:
     }
 
 
+# Options that several commands take.
+BatchSize = Annotated[int, typer.Option(min=1, help="sequences alive at the same time")]
+Buckets = Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")]
 BlockwiseMatmul = Annotated[
     str | None,
     typer.Option(
@@ -56,13 +59,11 @@ def plan(
     moe_ep_degree: Annotated[
         int | None, typer.Option(min=1, help="groups that share out the experts")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
+    batch_size: BatchSize = 1,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="positions per sequence; default 1024")
     ] = None,
-    buckets: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")
-    ] = None,
+    buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = "torch",
     expert_kernel: Annotated[
         str, typer.Option(help="of token generation: torch, or nki")
@@ -93,11 +94,9 @@ def compile_(
     out: ConvertedDir,
     traced: TracedDir,
     backend: Annotated[str, typer.Option(help="cpu or neuron")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
+    batch_size: BatchSize = 1,
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
-    buckets: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")
-    ] = None,
+    buckets: Buckets = None,
     compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
     engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
     instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
@@ -273,11 +272,9 @@ def check_device(
     moe_ep_degree: Annotated[
         int | None, typer.Option(help="groups that share out the experts")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="sequences alive at the same time")] = 1,
+    batch_size: BatchSize = 1,
     seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
-    buckets: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")
-    ] = None,
+    buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: Annotated[str | None, typer.Option(help="torch or nki")] = None,
     layer: Annotated[int, typer.Option(min=0, help="the layer whose weights are tried")] = 0,
