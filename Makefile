@@ -2,37 +2,69 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+.PHONY: demo test quick fuzz interruptions lint audit bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+
+# Makes the environment $(@D), before which the version is checked: pyproject.toml says which. One that make has begun
+# and whose installation did not end has no stamp and is made anew; one that somebody else made is left alone.
+define make-venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "PYTHON=$(PYTHON) is no Python 3.11, 3.12 or 3.13; give one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@test ! -e $(@D) || test -e $@ || test -e $(@D)/.begun || { \
+	  echo "$(@D) is not make's own (neither stamp nor .begun is in it); move it away" >&2; exit 2; }
+	@test -e $@ || rm -rf $(@D)
+	@mkdir -p $(@D) && touch $(@D)/.begun
+	$(PYTHON) -m venv $(@D)
+endef
 
 .venv/stamp: pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(make-venv)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 demo: .venv/stamp
 	$(BIN)/python generation_demo.py
 
-# Two processes, each with whole test modules: fixtures are made once.
+# Two processes, each with whole test modules: fixtures are made once. tests/conftest.py has the order.
+PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: .venv/stamp
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PROCESSES)
 
 # What most changes break: nothing that compiles, serves, trains or opens a browser.
 quick: .venv/stamp
-	$(BIN)/python -m pytest --quick --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --quick $(PROCESSES)
+
+# Mutated files and requests to everything that reads them, from new seeds: prints the seed, and for each fault the
+# file that shows it. Run longer, or less: make fuzz FUZZ="--hours 8", FUZZ="--cases 2000 --seed 7".
+FUZZ ?= --hours 1
+fuzz: .venv/stamp
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+# Every command, disturbed at every call that changes a file, and after every power loss: an hour or two on two
+# cores. `make test` runs a sample.
+interruptions: .venv/stamp
+	$(BIN)/python -m tests.interruptions
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Known advisories of everything that is installed; says so, and goes on, where they cannot be had.
+.venv-audit/stamp:
+	$(make-venv)
+	-.venv-audit/bin/python -m pip install --quiet pip-audit && touch $@
+
+audit: .venv/stamp .venv-audit/stamp
+	$(BIN)/python -m tests.audit .venv-audit/bin/pip-audit
+
 # The Neuron class on AWS's own Python, on a CPU. SOURCES holds checkouts of neuronx-distributed-inference,
 # neuronx-distributed and nki-library; docs/neuron_proof.md names their commits.
 NEURON_PATH = $(SOURCES)/neuronx-distributed-inference/src:$(SOURCES)/neuronx-distributed/src:$(SOURCES)/nki-library/src/nkilib_src
 
 .venv-neuron/stamp: pyproject.toml
-	$(PYTHON) -m venv .venv-neuron
-	.venv-neuron/bin/python -m pip install --quiet --editable '.[neuron-test]'
+	$(make-venv)
+	PYTHONWARNINGS=ignore::UserWarning .venv-neuron/bin/python -m pip install --quiet --editable '.[neuron-test]'
 	touch $@
 
 test-neuron: neuron-sources .venv-neuron/stamp
@@ -42,8 +74,8 @@ test-neuron: neuron-sources .venv-neuron/stamp
 # XLA_TORCH=torch==2.9.1 the default one does, and brings 4 GB of CUDA.
 XLA_TORCH ?= torch==2.9.1+cpu
 .venv-xla/stamp: pyproject.toml
-	$(PYTHON) -m venv .venv-xla
-	.venv-xla/bin/python -m pip install --quiet $(XLA_TORCH) torch_xla==2.9.0 --editable '.[neuron-test]'
+	$(make-venv)
+	PYTHONWARNINGS=ignore::UserWarning .venv-xla/bin/python -m pip install --quiet $(XLA_TORCH) torch_xla==2.9.0 --editable '.[neuron-test]'
 	touch $@
 
 trace-neuron: neuron-sources .venv-xla/stamp
@@ -68,4 +100,4 @@ bench-quick: .venv/stamp
 	$(BIN)/python -m benchmarks.quick
 
 clean:
-	rm -rf .venv .venv-neuron .venv-xla build *.egg-info
+	rm -rf .venv .venv-audit .venv-neuron .venv-xla build *.egg-info

@@ -8,23 +8,43 @@ Without arguments it runs on the embedded demo checkpoint and the CPU. On a Neur
 """
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import progress_bar
+from neuron_minimax.cli.chat import talk, template_arguments
+from neuron_minimax.cli.ending import exit_code, show
 from neuron_minimax.cli.models import parse_integers
+from neuron_minimax.cli.run import Stages
+from neuron_minimax.cli.turns import TurnPrinter, say_if_cut, show_note
+from neuron_minimax.errors import GenerationError, counted
 
 PROMPTS = ("What is the capital of Canada?", "What is 45 + 36?", "Sort: 9 2 4 7")
 SMOKE_TOKENS = 50
 # Fewer distinct tokens than this among 50 means that the model repeats itself.
 SMOKE_RATIO = 0.2
-DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+# What only a compile, and the conversion before it, take.
+OF_COMPILE = (
+    "force",
+    "copy_weights",
+    "attention",
+    "backend",
+    "engine",
+    "instance",
+    "tp_degree",
+    "moe_tp_degree",
+    "moe_ep_degree",
+    "blockwise_matmul",
+    "expert_kernel",
+    "allow_untested_versions",
+    "batch_size",
+    "seq_len",
+    "buckets",
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,8 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="default: beside the traced model, with -converted appended",
     )
-    parser.add_argument("--attention", choices=("fp8", "bf16"), default="fp8")
-    parser.add_argument("--backend", choices=("cpu", "neuron"), default="cpu")
+    parser.add_argument("--attention", choices=("fp8", "bf16"), help="default: fp8")
+    parser.add_argument("--backend", choices=("cpu", "neuron"), help="default: cpu")
     parser.add_argument(
         "--engine", choices=("compiled", "exported", "eager"), help="cpu; default: compiled"
     )
@@ -69,6 +89,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--skip-compile", action="store_true", help="use the compiled model that is there"
     )
     parser.add_argument(
+        "--copy-weights", action="store_true", help="the compiled model then needs nothing else"
+    )
+    parser.add_argument(
         "--prompt", action="append", help="instead of the three built-in prompts; may be repeated"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -77,60 +100,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int)
     parser.add_argument(
-        "--chat", action="store_true", help="talk to the model; /reset starts anew, /quit ends"
+        "--chat", action="store_true", help="talk to the model; /help says what there is"
+    )
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether to reason; where the chat template can say so",
     )
     parser.add_argument(
         "--tools", type=Path, help="chat: JSON file with a list of tools in OpenAI's form"
     )
     return parser.parse_args(argv)
-
-
-@contextmanager
-def stage(title: str) -> Iterator[None]:
-    """Print a title, and the seconds when it is done."""
-    print(f"== {title}", flush=True)
-    start = time.perf_counter()
-    yield
-    print(f"   {time.perf_counter() - start:.2f} s", flush=True)
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Inspect, convert, verify and compile; each recognizes what an earlier run has left."""
-    out = arguments.converted_dir or arguments.traced_model_dir.with_name(
-        arguments.traced_model_dir.name + "-converted"
-    )
-    with stage(f"inspect {arguments.checkpoint}"):
-        source = nm.Checkpoint.open(arguments.checkpoint)
-        report = source.inspect()
-        print("   " + report.summary().replace("\n", "\n   "))
-        if not report.usable:
-            raise nm.NeuronMiniMaxError(
-                f"{report.render()}\n{arguments.checkpoint} cannot be used as it is"
-            )
-    layout = nm.Layout(attention=nm.AttentionPrecision(arguments.attention))
-    with stage(f"convert into {out}"), progress_bar("  ", report.bytes) as advance:
-        converted = nm.plan_conversion(source, layout).write(out, progress=advance)
-    print("   " + converted.render().replace("\n", "\n   "))
-    if converted.was_finished:
-        print("== verify: done when it was converted")
-    else:
-        with stage("verify"), progress_bar("  ", 2 * converted.nbytes) as advance:
-            verification = nm.verify(source, converted, advance)
-        print("   " + verification.render().replace("\n", "\n   "))
-        if not verification.equal:
-            raise nm.NeuronMiniMaxError(
-                f"{out} does not equal its source; convert again with --overwrite"
-            )
-    with stage(f"compile for {arguments.backend} into {arguments.traced_model_dir}"):
-        compiled = nm.compile(
-            converted,
-            arguments.traced_model_dir,
-            backend=arguments.backend,
-            force=arguments.force,
-            progress=lambda line: print(f"   {line}", flush=True),
-            **backend_options(arguments),
-        )
-        print("   " + compiled.render().replace("\n", "\n   "))
 
 
 def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -151,60 +131,50 @@ def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def show(events: Iterator[object]) -> None:
-    """Stream one turn: reasoning dimmed and apart, then the answer."""
-    section = ""
-    for event in events:
-        match event:
-            case nm.Reasoning(text):
-                kind = "think"
-                shown = text
-            case nm.Content(text):
-                kind = "answer"
-                shown = text
-            case nm.CallBegin(_, name):
-                kind = f"call {name}"
-                shown = ""
-            case nm.CallArguments(_, text):
-                kind = section
-                shown = text
-            case nm.CallEnd():
-                kind = ""
-                shown = ""
-            case _:
-                continue
-        if kind != section:
-            text = shown.lstrip("\n")
-            print(f"{PLAIN if section else ''}\n   {kind:>6} | " if kind else "", end="")
-            section = kind
-            shown = text
-        style = DIM if section == "think" else PLAIN
-        print(style + shown.replace("\n", "\n          | "), end=PLAIN, flush=True)
-    print(PLAIN)
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise GenerationError for options that would do nothing, and for what cannot be."""
+    if arguments.max_new_tokens < 1:
+        raise GenerationError(
+            f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1", usage=True
+        )
+    if arguments.chat and arguments.prompt:
+        raise GenerationError(
+            "--prompt and --chat exclude each other; give one of them", usage=True
+        )
+    of_compile = [name for name in OF_COMPILE if getattr(arguments, name) not in (None, False)]
+    if arguments.skip_compile and of_compile:
+        raise GenerationError(
+            f"--{of_compile[0].replace('_', '-')} is of compiling, which --skip-compile leaves "
+            "out; leave one of them out",
+            usage=True,
+        )
 
 
 def answer_prompts(chat: "nm.Chat", prompts: Sequence[str], max_new_tokens: int) -> None:
-    room = min(max_new_tokens, chat.backend.capabilities.seq_len // 2)
     for prompt in prompts:
         chat.reset()
-        print(f"\n     user | {prompt}", end="")
+        show(f"\nyou> {prompt}")
         start = time.perf_counter()
-        show(chat.say(prompt, room))
+        with TurnPrinter() as printer:
+            for event in chat.say(prompt, max_new_tokens):
+                printer.add(event)
         seconds = time.perf_counter() - start
-        print(f"   {len(chat.token_ids)} tokens, {len(chat.token_ids) / seconds:.1f} tokens/s")
+        count = len(chat.last.token_ids)
+        show_note(f"({counted(count, 'token')}, {count / seconds:.1f} tokens/s)")
+        say_if_cut(chat.last, max_new_tokens)
 
 
-def smoke_test(backend: Any, tokenizer: "nm.TextTokenizer", seed: int | None) -> None:
+def smoke_test(llm: "nm.LLM", seed: int | None) -> None:
     """50 sampled tokens that do not collapse into repetition, whatever the model would like to stop
     at.
     """
-    prompt = tokenizer.encode(
-        tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
+    prompt = llm.tokenizer.encode(
+        llm.tokenizer.render_chat([{"role": "user", "content": "Tell me about numbers."}])
     )
     params = nm.SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=seed or 0)
-    steps = nm.generate(backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
+    steps = nm.generate(llm.backend, prompt, params, max_new_tokens=SMOKE_TOKENS)
     ratio = nm.distinct_ratio([step.token for step in steps], SMOKE_TOKENS)
-    print(
+    show(
         f"   {ratio:.0%} of {SMOKE_TOKENS} tokens are distinct (at least {SMOKE_RATIO:.0%} "
         "expected)"
     )
@@ -215,59 +185,44 @@ def smoke_test(backend: Any, tokenizer: "nm.TextTokenizer", seed: int | None) ->
         )
 
 
-def talk(chat: "nm.Chat", max_new_tokens: int) -> None:
-    """Read messages from standard input until it ends; tool results are typed in by hand."""
-    while True:
-        try:
-            text = input("\nyou> ").strip()
-        except EOFError:
-            return
-        if text == "/quit":
-            return
-        if text == "/reset":
-            chat.reset()
-            print("(a new conversation)")
-        elif text:
-            try:
-                show(chat.say(text, max_new_tokens))
-                while chat.last.tool_calls:
-                    results = [
-                        input(f"result of {call.name}({call.arguments})> ")
-                        for call in chat.last.tool_calls
-                    ]
-                    show(chat.give_results(results, max_new_tokens))
-            except nm.NeuronMiniMaxError as error:
-                print(f"error: {error}")
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
+    watcher = Stages(show)
+    # What cannot be is refused before anything is made.
+    check_options(arguments)
+    sampling = nm.SamplingParams(temperature=0.0, seed=arguments.seed)
+    tools = nm.read_tools(arguments.tools) if arguments.tools else None
+    template = template_arguments(arguments.thinking)
     if not arguments.skip_compile:
-        prepare(arguments)
-    with stage(f"load {arguments.traced_model_dir}"):
-        backend = nm.load(arguments.traced_model_dir)
-        tokenizer = nm.TextTokenizer.from_dir(backend.model_directory)
-    sampling = tokenizer.sampling if arguments.sample else nm.SamplingParams(temperature=0.0)
-    params = nm.SamplingParams(**{**vars(sampling), "seed": arguments.seed})
-    tools = json.loads(arguments.tools.read_text(encoding="utf-8")) if arguments.tools else None
-    chat = nm.Chat(backend, tokenizer, params=params, tools=tools)
+        nm.prepare(
+            arguments.checkpoint,
+            nm.Places.beside(arguments.traced_model_dir, arguments.converted_dir),
+            layout=nm.Layout(attention=nm.AttentionPrecision(arguments.attention or "fp8")),
+            chat_template_kwargs=template or {},
+            watcher=watcher,
+            backend=arguments.backend or "cpu",
+            mode=nm.CompileMode(force=arguments.force, copy_weights=arguments.copy_weights),
+            options=backend_options(arguments),
+        )
+    with watcher.stage(f"load {arguments.traced_model_dir}"):
+        llm = nm.LLM(arguments.traced_model_dir, progress=watcher.progress)
+    chat = nm.Chat(llm, tools=tools, chat_template_kwargs=template)
+    if arguments.sample:
+        sampling = replace(chat.next_turn().sampling, seed=arguments.seed)
+    chat.params = sampling
     if arguments.chat:
-        talk(chat, arguments.max_new_tokens)
-        return
-    with stage("generate"):
+        return talk(chat, arguments.traced_model_dir.resolve().name, arguments.max_new_tokens)
+    with watcher.stage("generate"):
         answer_prompts(chat, arguments.prompt or PROMPTS, arguments.max_new_tokens)
-    with stage("smoke test"):
-        smoke_test(backend, tokenizer, arguments.seed)
-    print(f"all done in {time.perf_counter() - start:.1f} s")
+    with watcher.stage("smoke test"):
+        smoke_test(llm, arguments.seed)
+    show(f"all done in {time.perf_counter() - start:.1f} s")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(parse_arguments(argv))
-    except nm.NeuronMiniMaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    arguments = parse_arguments(argv)
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

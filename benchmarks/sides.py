@@ -75,9 +75,9 @@ def transformers(
 
     @torch.inference_mode()
     def turn() -> float:
-        cache = model(ids[:FILLED].T, use_cache=True).past_key_values
+        cache = model(ids[:FILLED].T, use_cache=True).cache
         return median_seconds(
-            lambda at: model(ids[at : at + 1], past_key_values=cache, use_cache=True),
+            lambda at: model(ids[at : at + 1], cache=cache, use_cache=True),
             range(FILLED, FILLED + steps),
         )
 

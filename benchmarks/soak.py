@@ -10,6 +10,8 @@ import httpx
 
 from benchmarks.clients import ask, requests_of
 
+SETTLING_SECONDS = 60
+
 
 def resident_megabytes(pid: int) -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -47,12 +49,21 @@ async def disturb(http: httpx.AsyncClient, chance: random.Random, counts: dict[s
     counts[kind] += 1
 
 
+async def unfinished(http: httpx.AsyncClient) -> float:
+    """Return the number of requests that a server has running or waiting."""
+    lines = (await http.get("/metrics")).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    states = ("running", "waiting")
+    return sum(float(values[f"neuron_minimax_num_requests_{state}"]) for state in states)
+
+
 async def soak(url: str, pid: int, minutes: float) -> bool:
     """Load a server for some minutes.
 
-    Returns True when memory stayed flat, every request was answered and no slot is stuck.
+    Returns True when memory stayed flat, every request was answered and no slot is stuck. A reset
+    is a request whose connection ended without an answer, or within one.
     """
-    counts = {"good": 0, "cancelled": 0, "bad": 0, "slow": 0, "wrong": 0}
+    counts = {"good": 0, "cancelled": 0, "bad": 0, "slow": 0, "wrong": 0, "reset": 0}
     start = time.monotonic()
     end = time.monotonic() + 60 * minutes
     memory = []
@@ -63,7 +74,11 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
         async def client(number: int) -> None:
             chance = random.Random(number)
             while time.monotonic() < end:
-                await disturb(http, chance, counts)
+                try:
+                    await disturb(http, chance, counts)
+                except httpx.TransportError as error:
+                    counts["reset"] += 1
+                    print(f"after {time.monotonic() - start:.1f} s: {error!r}")
 
         async def watch() -> None:
             while time.monotonic() < end:
@@ -71,12 +86,10 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
                 memory.append((time.monotonic() - start, resident_megabytes(pid)))
 
         await asyncio.gather(watch(), *map(client, range(40)))
-        await asyncio.sleep(2)
-        lines = (await http.get("/metrics")).text.splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    left = sum(
-        float(values[f"neuron_minimax_num_requests_{state}"]) for state in ("running", "waiting")
-    )
+        for _ in range(SETTLING_SECONDS):  # those whose clients have just left
+            if not (left := await unfinished(http)):
+                break
+            await asyncio.sleep(1)
     warm = statistics.median(value for at, value in memory if 0.15 <= at / (60 * minutes) <= 0.3)
     last = statistics.median(value for at, value in memory if at / (60 * minutes) >= 0.85)
     print(", ".join(f"{kind} {count}" for kind, count in counts.items()))
@@ -85,4 +98,4 @@ async def soak(url: str, pid: int, minutes: float) -> bool:
         f"({last / warm - 1:+.1%})"
     )
     print(f"requests still running or waiting afterwards: {left:.0f}")
-    return last <= 1.05 * warm and not left and not counts["wrong"]
+    return last <= 1.05 * warm and not left and not counts["wrong"] and not counts["reset"]

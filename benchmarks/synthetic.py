@@ -83,7 +83,7 @@ def _elements(
     if wanted.dtype == "F8_E4M3":  # another stretch of the pool for every tensor
         rows, columns = wanted.shape
         return np.resize(np.roll(pool, int(generator.integers(pool.size))), (rows, columns))
-    if wanted.weight.kind == "e_score_correction_bias":
+    if wanted.weight.module == "e_score_correction_bias":
         # Of the real size, and nearly equal, so that random tokens spread over the experts as a
         # balanced model's do.
         values = 7 + generator.normal(0, 0.02, wanted.shape)
@@ -92,7 +92,7 @@ def _elements(
     else:
         # Embeddings outweigh what attention averages over the tokens, else all tokens would choose
         # the same experts.
-        deviation = 4 if wanted.weight.kind == "embed_tokens" else 0.02
+        deviation = 4 if wanted.weight.module == "embed_tokens" else 0.02
         values = generator.normal(0, deviation, wanted.shape)
     values = values.astype(np.float32)
     return values if wanted.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.backends import CompileReport, compile_model
+from neuron_minimax.backends import CompileMode, CompileReport, compile_model
 from neuron_minimax.checkpoint import reader
 from neuron_minimax.convert.cache import CacheResult, build_cache, cache_bytes
 from neuron_minimax.convert.plan import Converted
-from neuron_minimax.inspection.precision import Bar, PrecisionReport, no_bar
+from neuron_minimax.errors import GenerationError
+from neuron_minimax.files import read_json
+from neuron_minimax.inspection.precision import PrecisionReport
 from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
+from neuron_minimax.progress import SILENT, Progress
 
 
 class Checkpoint(reader.Checkpoint):
@@ -28,21 +31,22 @@ class Checkpoint(reader.Checkpoint):
         values: bool = False,
         against: "str | Path | reader.Checkpoint | None" = None,
         modules_to_not_convert: Sequence[str] | None = None,
-        bar: Bar = no_bar,
+        progress: Progress = SILENT,
     ) -> PrecisionReport:
         """Report the precision of every kind of weight, and what is wrong.
 
         Headers alone are looked at; with `values` every byte is read. `against` is another
-        checkpoint to compare with, `modules_to_not_convert` a list to judge. `bar` opens a progress
-        bar. Raises ConfigError or CheckpointError for an `against` that is not a checkpoint.
+        checkpoint to compare with, `modules_to_not_convert` a list to judge. Raises ConfigError or
+        CheckpointError for an `against` that is not a checkpoint.
         """
-        other = reader.Checkpoint.open(against) if isinstance(against, str | Path) else against
+        if isinstance(against, str | Path):
+            against = reader.Checkpoint.open(against, progress=progress)
         return inspect_checkpoint(
             self,
             modules_to_not_convert=modules_to_not_convert,
             check_values=values,
-            against=other,
-            bar=bar,
+            against=against,
+            progress=progress,
         )
 
     def cache_bytes(self, dtype: str = "float32") -> int:
@@ -60,7 +64,7 @@ class Checkpoint(reader.Checkpoint):
     ) -> CacheResult:
         """Dequantize into a Hugging Face checkpoint that loads without arithmetic.
 
-        `dtype` is "float32" or "bfloat16". An interrupted build is resumed; `check` re-reads a
+        `dtype` is "float32" or "bf16". An interrupted build is resumed; `check` re-reads a
         finished one and rebuilds what is damaged. `progress` is called with bytes written. Raises
         CheckpointError or ConversionError.
         """
@@ -75,20 +79,31 @@ def compile(
     *,
     backend: str = "cpu",
     force: bool = False,
-    progress: Callable[[str], None] = lambda message: None,
+    check: bool = False,
+    copy_weights: bool = False,
+    progress: Progress = SILENT,
     **options: Any,
 ) -> CompileReport:
     """Compile a converted directory into `traced`, or recognize that this was done.
 
     `backend` is "cpu" or "neuron"; `options` are the backend's own, under the names of the command
-    line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles in any case,
-    and `progress` gets one line per stage. Raises BackendError on bad options, when another compile
-    is writing to `traced`, or when it holds something else.
+    line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles in any case;
+    `check` reads every byte of a compile that is there, weights too, and makes again what is
+    damaged. The weights are hard links to the converted shards, or stay where they are when that is
+    on another file system; with `copy_weights` they are copies, and `traced` needs no other
+    directory. `progress` hears of each graph. Raises BackendError on bad options, when another
+    compile is writing to `traced`, when it holds something else, or when its disk is too small, and
+    ConversionError when the converted directory is damaged.
 
     >>> compile("m2-neuron", "traced_model/m2", backend="cpu", seq_len=2048)
     """
     return compile_model(
-        converted, traced, backend=backend, options=options, force=force, progress=progress
+        converted,
+        traced,
+        backend=backend,
+        options=options,
+        mode=CompileMode(force=force, check=check, copy_weights=copy_weights),
+        progress=progress,
     )
 
 
@@ -111,3 +126,27 @@ def explain_fp8(
         made_here(place=block) if checkpoint is None else from_checkpoint(checkpoint, tensor, block)
     )
     return write_guide(subject, Path(output_dir))
+
+
+def read_tools(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSON file with a list of tools in OpenAI's form, held to what the server accepts.
+
+    Raises GenerationError naming the file, and what of it is wrong.
+    """
+    from neuron_minimax.serving.preparation import tool_objects
+    from neuron_minimax.serving.protocol import RequestError, Tool
+
+    advice = (
+        'expected a list of tools such as [{"type": "function", "function": {"name": "add", '
+        '"parameters": {"type": "object", "properties": {}}}}]'
+    )
+    try:
+        tools = read_json(Path(path), list[Tool], GenerationError, advice)
+        objects = tool_objects(tools)
+    except FileNotFoundError:
+        raise GenerationError(f"{path} does not exist; {advice}") from None
+    except RequestError as error:
+        raise GenerationError(f"{path} cannot be used ({error}); {advice}") from None
+    if objects is None:
+        raise GenerationError(f"{path} holds no tool; {advice}")
+    return objects

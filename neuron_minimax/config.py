@@ -1,14 +1,18 @@
 """The model's configuration, read from either style of config.json and checked when it is made."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from neuron_minimax.errors import ConfigError
-from neuron_minimax.families import FAMILIES, Family
-from neuron_minimax.families.family import RouterKind
+from pydantic import ConfigDict, Field
+
+from neuron_minimax.errors import ConfigError, shown
+from neuron_minimax.families import FAMILIES, Family, Role, family_of
+from neuron_minimax.families.family import LayerKind, Weight
+from neuron_minimax.files import parse_json, read_json
 
 REQUIRED_SIZES = (
     "vocab_size",
@@ -22,11 +26,113 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 EXPERT_COUNTS = ("num_local_experts", "num_experts_per_tok")
-SWITCHES = ("tie_word_embeddings", "norm_topk_prob")
 # Read where config.json has them; their defaults are those of ModelConfig.
-OPTIONAL_FIELDS = (*SWITCHES, "shared_intermediate_size")
+OPTIONAL_FIELDS = (
+    "rms_norm_eps",
+    "bos_token_id",
+    "tie_word_embeddings",
+    "shared_intermediate_size",
+)
+# Far beyond any model, and near enough that what is derived from a config can be counted and shown.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+    "max_position_embeddings": 1 << 30,
+    "head_dim": 1 << 16,
+    "rotary_dim": 1 << 16,
+    "shared_intermediate_size": 1 << 20,
+    "dense_intermediate_size": 1 << 20,
+}
+LARGEST_BLOCK = 1 << 20
+LARGEST_ROPE_THETA = 1e15
+MOST_TENSORS = 500_000  # of a checkpoint; the published ones have 96,103
+CONFIG_BYTES = 8 << 20
+MODULE_NAME = re.compile(r"[\w.-]*")
+MOST_PATTERNS = 32  # entries of modules_to_not_convert that are more than a name
+ADVICE = "take the config.json of the checkpoint"
 ROPE_TYPES = ("default", "linear", "yarn")
 CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
+
+
+_Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Positive = Annotated[float, Field(gt=0)]
+_Amount = Annotated[float, Field(ge=0)]
+_Entry = Annotated[str, Field(max_length=200)]
+_TYPED = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rope:
+    """What is read of `rope_parameters`, or of `rope_scaling`."""
+
+    __pydantic_config__ = _TYPED
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Positive | None = None
+    partial_rotary_factor: _Positive | None = None
+    factor: _Positive | None = None
+    original_max_position_embeddings: _Positive | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+    attention_factor: _Positive | None = None
+    mscale: _Amount | None = None
+    mscale_all_dim: _Amount | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quantization:
+    """What is read of `quantization_config`."""
+
+    __pydantic_config__ = _TYPED
+
+    quant_method: str = "fp8"
+    quant_algo: str | None = None  # ModelOpt's, which may have no quant_method
+    weight_block_size: tuple[_Count, _Count] | None = None
+    modules_to_not_convert: Annotated[tuple[_Entry, ...], Field(max_length=1000)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """What is read of a config.json, under the names of ModelConfig."""
+
+    __pydantic_config__ = _TYPED
+
+    vocab_size: _Count
+    hidden_size: _Count
+    intermediate_size: _Count
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    num_local_experts: _Count
+    num_experts_per_tok: _Count
+    max_position_embeddings: _Count
+    head_dim: _Count | None = None
+    rotary_dim: _Count | None = None
+    shared_intermediate_size: _Count | None = None
+    dense_intermediate_size: _Count | None = None
+    decoder_sparse_step: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    mlp_only_layers: tuple[_Count, ...] | None = None
+    layer_types: tuple[_Entry, ...] | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: _Positive | None = None
+    partial_rotary_factor: _Positive | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    quantization_config: _Quantization | None = None
+    attn_type_list: tuple[_Count, ...] | None = None
+    eos_token_id: _Token | tuple[_Token, ...] | None = None
+    bos_token_id: _Count | None = None
+    tie_word_embeddings: bool | None = None
+    norm_topk_prob: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +162,22 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # the head is the embedding
     norm_topk_prob: bool = True  # the affinities of the chosen experts sum to 1
     shared_intermediate_size: int = 0  # of the expert that every token has, where there is one
+    dense_layers: tuple[int, ...] = ()  # layers without experts, of a family with experts
+    dense_intermediate_size: int = 0  # of these layers
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         positive = [*_required_sizes(self.family), "head_dim", "rotary_dim"]
         if self.family.architecture.shared_expert:
             positive.append("shared_intermediate_size")
-        for name in (*REQUIRED_SIZES, "head_dim", "rotary_dim", "shared_intermediate_size"):
+        if self.dense_layers:
+            positive.append("dense_intermediate_size")
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
             least = 1 if name in positive else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"config.json: {name} is {value!r}; expected a positive integer")
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
+            if not least <= value <= largest:
                 raise ConfigError(
-                    f"config.json: {name} is {getattr(self, name)!r}; expected true or false"
+                    f"config.json: {name} is {shown(value)}; expected {least} to {largest}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -87,16 +194,47 @@ class ModelConfig:
                 f"config.json: rotary_dim {self.rotary_dim} must be even and at most head_dim "
                 f"{self.head_dim}"
             )
-        if not 0 < self.rms_norm_eps < 1 or not self.rope_theta > 0:
+        if not 0 < self.rms_norm_eps < 1 or not 1 < self.rope_theta <= LARGEST_ROPE_THETA:
             raise ConfigError(
                 f"config.json: rms_norm_eps {self.rms_norm_eps} or rope_theta {self.rope_theta} is "
                 "out of range"
             )
-        if min(self.weight_block_size) < 1:
+        if not all(1 <= size <= LARGEST_BLOCK for size in self.weight_block_size):
             raise ConfigError(
-                f"config.json: weight_block_size {list(self.weight_block_size)} is not two "
-                "positive sizes"
+                f"config.json: weight_block_size {list(self.weight_block_size)} is not two sizes "
+                f"of 1 to {LARGEST_BLOCK}"
             )
+        if self.tensor_count > MOST_TENSORS:
+            raise ConfigError(
+                f"config.json: num_hidden_layers {self.num_hidden_layers} and num_local_experts "
+                f"{self.num_local_experts} imply {self.tensor_count} tensors; at most "
+                f"{MOST_TENSORS} are supported"
+            )
+
+    def layers_with(self, weight: Weight) -> Sequence[int | None]:
+        """Return the layers that have a weight; [None] when it belongs to no layer."""
+        if not weight.per_layer:
+            return [None]
+        return self.layers_of(weight.layer_kind)
+
+    def layers_of(self, kind: LayerKind) -> Sequence[int]:
+        """Return the numbers of the layers of a kind; a family without experts has one kind."""
+        layers = range(self.num_hidden_layers)
+        if kind is LayerKind.ANY or not self.family.architecture.has_experts:
+            return layers
+        return [
+            layer for layer in layers if (layer in self.dense_layers) == (kind is LayerKind.DENSE)
+        ]
+
+    @property
+    def tensor_count(self) -> int:
+        """The number of tensors that a published checkpoint has at most, scales included."""
+        return sum(
+            len(self.layers_with(weight))
+            * (self.num_local_experts if weight.per_expert else 1)
+            * (2 if weight.quantized else 1)
+            for weight in self.family.weights
+        )
 
     @property
     def query_size(self) -> int:
@@ -116,17 +254,13 @@ class ModelConfig:
         """
         path = Path(directory) / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path, dict[str, Any], ConfigError, "download it again", CONFIG_BYTES)
         except FileNotFoundError:
             hint = (
                 "is there, but has no config.json" if Path(directory).is_dir() else "does not exist"
             )
             raise ConfigError(
                 f"{directory} {hint}; expected a checkpoint directory with a config.json"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path} cannot be read as JSON ({error}); download it again"
             ) from None
         return cls.from_dict(raw)
 
@@ -135,116 +269,178 @@ class ModelConfig:
         """Build from the contents of a config.json: the original style (`rotary_dim`, `rope_theta`
         on top) or the transformers-5 style (`rope_parameters`). Fields about multi-token prediction
         are ignored: those modules are in no published checkpoint.
+
+        Raises ConfigError naming a field of another type, out of range, or of another architecture.
         """
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"config.json holds a {type(raw).__name__}; expected an object")
         family = _family_of(raw)
         for name, allowed in family.fixed_fields.items():
             if name in raw and raw[name] not in allowed:
                 raise ConfigError(
-                    f"config.json: {name} is {raw[name]!r}; {family.title} has {allowed[0]!r}: "
-                    "another architecture, which is not supported"
+                    f"config.json: {name} is {shown(raw[name])}; {family.title} has "
+                    f"{allowed[0]!r}: another architecture, which is not supported"
                 )
-        if any(kind != 1 for kind in raw.get("attn_type_list") or ()):
-            raise ConfigError(
-                "config.json: attn_type_list has entries other than 1; only full attention is "
-                "supported"
-            )
-        try:
-            return cls(family=family, **_fields(raw, family), raw=dict(raw))
-        except KeyError as missing:
-            raise ConfigError(
-                f"config.json has no {missing.args[0]!r}; take the config.json of the checkpoint"
-            ) from None
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.json has a field of the wrong type: {error}") from None
+        read = _with_switched_rope_scaling(raw, family)
+        named = {name: _stored_name(name, family, read) for name in _Fields.__annotations__}
+        taken = {name: read[field] for name, field in named.items() if field in read}
+        taken = {**family.defaults, **taken}
+        if not family.architecture.has_experts:  # a dense MLP has no experts to count
+            taken |= dict.fromkeys(EXPERT_COUNTS, 0)
+        missing = next((name for name in REQUIRED_SIZES if name not in taken), None)
+        if missing is not None:
+            raise ConfigError(f"config.json has no {named[missing]!r}; {ADVICE}")
+        text = json.dumps(taken).encode()
+        fields = parse_json(text, _Fields, "config.json", ConfigError, ADVICE)
+        return cls(family=family, **_arguments(fields, read, family), raw=dict(raw))
+
+
+def _stored_name(name: str, family: Family, raw: Mapping[str, Any]) -> str:
+    """Return the name in config.json of a field of ModelConfig."""
+    names = family.field_names.get(name, (name,))
+    return next((each for each in names if each in raw), names[0])
 
 
 def _family_of(raw: Mapping[str, Any]) -> Family:
+    family = family_of(raw)
+    if family is not None:
+        return family
     model_type = raw.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    families = FAMILIES.values()
     hint = (
         "MiniMax-M3 is another architecture (vision tower, other activation and norms) that is not "
         "supported"
         if str(model_type).startswith("minimax_m3")
-        else f"only {', '.join(family.models for family in FAMILIES.values())} are supported"
+        else f"only {', '.join(each.models for each in families)} are supported"
     )
-    expected = " or ".join(repr(name) for name in FAMILIES)
-    raise ConfigError(f"config.json: model_type is {model_type!r}; expected {expected}: {hint}")
+    expected = " or ".join(dict.fromkeys(repr(each.model_type) for each in families))
+    raise ConfigError(
+        f"config.json: model_type is {shown(model_type)}; expected {expected}: {hint}"
+    )
 
 
 def _required_sizes(family: Family) -> tuple[str, ...]:
     """Names of the sizes that config.json must have: a dense family has no experts to count."""
-    if family.architecture.router is not RouterKind.NONE:
+    if family.architecture.has_experts:
         return REQUIRED_SIZES
     return tuple(name for name in REQUIRED_SIZES if name not in EXPERT_COUNTS)
 
 
-def _fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    names = family.field_names
-    fields = dict.fromkeys(EXPERT_COUNTS, 0)
-    fields |= {name: raw[names.get(name, name)] for name in _required_sizes(family)}
-    optional = {name: raw.get(names.get(name, name)) for name in OPTIONAL_FIELDS}
-    fields |= {name: value for name, value in optional.items() if value is not None}
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    quantization = raw.get("quantization_config") or {}
-    if quantization.get("quant_method", "fp8") != "fp8":
+def _arguments(fields: _Fields, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return what a ModelConfig is made of, but for its family."""
+    if any(kind != 1 for kind in fields.attn_type_list or ()):
         raise ConfigError(
-            f"config.json: quant_method is {quantization['quant_method']!r}; only the published "
+            "config.json: attn_type_list has entries other than 1; only full attention is supported"
+        )
+    quantization = fields.quantization_config or _Quantization()
+    if quantization.quant_algo is not None:
+        raise ConfigError(
+            f"config.json: quant_algo is {shown(quantization.quant_algo)}, of ModelOpt; only the "
+            "published FP8 format, with a scale for each block, is supported"
+        )
+    if quantization.quant_method != "fp8":
+        raise ConfigError(
+            f"config.json: quant_method is {shown(quantization.quant_method)}; only the published "
             "FP8 format is supported"
         )
-    block = quantization.get("weight_block_size") or (128, 128)
-    if len(block) != 2:
+    if any(kind != "full_attention" for kind in fields.layer_types or ()):
         raise ConfigError(
-            f"config.json: weight_block_size is {block!r}; expected two sizes such as [128, 128]"
+            "config.json: layer_types has entries other than 'full_attention'; only full attention "
+            "is supported"
         )
-    listed = quantization.get("modules_to_not_convert") or ()
-    if isinstance(listed, str) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(
-            f"config.json: modules_to_not_convert is {listed!r}; expected a list of module names"
-        )
+    optional = {name: getattr(fields, name) for name in OPTIONAL_FIELDS}
+    head_dim = fields.head_dim or fields.hidden_size // max(1, fields.num_attention_heads)
+    tokens = () if fields.eos_token_id is None else fields.eos_token_id
     return {
-        **fields,
-        **_rope_fields(raw, head_dim, family),
+        **{name: getattr(fields, name) for name in REQUIRED_SIZES},
+        **{name: value for name, value in optional.items() if value is not None},
+        **_rope_arguments(fields, raw, head_dim, family),
+        **_mlp_arguments(fields, family),
         "head_dim": head_dim,
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "weight_block_size": (int(block[0]), int(block[1])),
-        "declares_fp8": bool(quantization),
-        "modules_to_not_convert": tuple(listed),
-        "eos_token_ids": _token_ids(raw.get("eos_token_id")),
-        "bos_token_id": raw.get("bos_token_id"),
+        "weight_block_size": quantization.weight_block_size or (128, 128),
+        "declares_fp8": bool(raw.get("quantization_config")),
+        "modules_to_not_convert": _listed(quantization.modules_to_not_convert or ()),
+        "eos_token_ids": tokens if isinstance(tokens, tuple) else (tokens,),
     }
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _mlp_arguments(fields: _Fields, family: Family) -> dict[str, Any]:
+    """Return which layers are dense, and how affinities are normed, of a family with experts."""
+    architecture = family.architecture
+    if not architecture.has_experts:
+        return {}
+    normed = True if fields.norm_topk_prob is None else fields.norm_topk_prob
+    several = architecture.norms_one_expert or fields.num_experts_per_tok > 1
+    given: dict[str, Any] = {"norm_topk_prob": normed and several}
+    if not family.has(Role.MLP_GATE):
+        return given
+    step = fields.decoder_sparse_step or 1
+    dense = fields.mlp_only_layers or ()
+    layers = range(min(fields.num_hidden_layers, LARGEST["num_hidden_layers"]))
+    return given | {
+        "dense_layers": tuple(each for each in layers if each in dense or (each + 1) % step),
+        "dense_intermediate_size": fields.dense_intermediate_size or 0,
+    }
 
 
-def _rope_fields(raw: Mapping[str, Any], head_dim: int, family: Family) -> dict[str, Any]:
+def _listed(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the entries of modules_to_not_convert, which are printable, and most of them names."""
+    odd = next((entry for entry in entries if not entry.isprintable()), None)
+    if odd is not None:
+        raise ConfigError(
+            f"config.json: modules_to_not_convert has {shown(odd)}; expected names of modules"
+        )
+    patterns = [entry for entry in entries if not MODULE_NAME.fullmatch(entry)]
+    if len(patterns) > MOST_PATTERNS:
+        raise ConfigError(
+            f"config.json: modules_to_not_convert has {len(patterns)} patterns, such as "
+            f"{patterns[0]}; at most {MOST_PATTERNS} are judged: list names"
+        )
+    return entries
+
+
+def _with_switched_rope_scaling(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """Return config.json with the RoPE that is used, of a family whose code has one scaling, which
+    `inference_rope_scaling` switches on; it begins beyond the positions of the training.
+
+    Raises ConfigError when config.json spells out another scaling than that.
+    """
+    own = family.switched_rope_scaling
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not own or not isinstance(rope, dict):
+        return raw
+    theta = {name: value for name, value in rope.items() if name == "rope_theta"}
+    positions = raw.get("max_position_embeddings")
+    longer = isinstance(positions, int) and positions > own["original_max_position_embeddings"]
+    if not raw.get("inference_rope_scaling") or not longer:
+        return {**raw, "rope_parameters": theta, "rope_scaling": None}
+    for name, value in own.items():
+        if rope.get(name, value) != value:
+            raise ConfigError(
+                f"config.json: {name} of rope_scaling is {shown(rope[name])}; {family.title}'s "
+                f"code takes {value!r} where inference_rope_scaling is on"
+            )
+    return {**raw, "rope_parameters": {**theta, **own}, "rope_scaling": None}
+
+
+def _rope_arguments(
+    fields: _Fields, raw: Mapping[str, Any], head_dim: int, family: Family
+) -> dict[str, Any]:
     """Rotary settings; transformers 5 keeps them in `rope_parameters`, the original style on the
     top level.
     """
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    rope = fields.rope_parameters or fields.rope_scaling or _Rope()
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.rope_type or rope.type or "default"
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
-            f"config.json: rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}"
+            f"config.json: rope_type is {shown(rope_type)}; supported are {', '.join(ROPE_TYPES)}"
         )
-    factor = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    rotary_dim = raw.get("rotary_dim") or int(head_dim * factor)
-    scaling = None
-    if rope_type != "default":
-        scaling = {
-            key: value
-            for key, value in parameters.items()
-            if key not in ("type", "partial_rotary_factor")
-        }
-        scaling["rope_type"] = rope_type
+    factor = rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0
+    left_out = ("type", "partial_rotary_factor")
+    scaling = {
+        name: value for name, value in given.items() if name not in left_out and value is not None
+    }
     return {
-        "rotary_dim": rotary_dim,
-        "rope_theta": float(parameters.get("rope_theta", raw.get("rope_theta", family.rope_theta))),
-        "rope_scaling": scaling,
+        "rotary_dim": fields.rotary_dim or int(head_dim * min(factor, 2.0)),
+        "rope_theta": rope.rope_theta or fields.rope_theta or family.rope_theta,
+        "rope_scaling": None if rope_type == "default" else scaling | {"rope_type": rope_type},
     }

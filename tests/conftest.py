@@ -1,6 +1,7 @@
 """What all tests share: one thread for torch, `--quick`, and fixtures that nothing writes into."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 # Sums over models this small end sooner than a second thread is awake, and servers and browsers
 # need the other cores. Before the first import of torch; child processes inherit it.
+# A shell that starts a command in the background has it ignore Ctrl-C, and so all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HERE = Path(__file__).parent
@@ -25,22 +28,37 @@ LARGE = "works at the published size"
 COMPARES = "runs transformers' model; test_decoder does too, on smaller ones"
 MEASURES = "runs the benchmarks on small models"
 PROCESSES = "starts process after process"
+SEARCHES = "searches all deployments of many models"
 NOT_QUICK = {
+    "fuzz": PROCESSES,
+    "interruptions": PROCESSES,
     "neuron": NEURON,
     "test_attention.py": COMPILES,
     "test_backend.py": COMPILES,
     "test_benchmarks.py": MEASURES,
+    "test_cache_interface.py": COMPARES,
+    "test_chat_command.py": SERVES,
+    "test_chat_families.py": SERVES,
+    "test_chat_markdown.py": BROWSES,
     "test_chat_page.py": BROWSES,
+    "test_clients.py": SERVES,
+    "test_compiled_directory.py": COMPILES,
+    "test_completions.py": SERVES,
     "test_demo_model.py": COMPILES,
     "test_device_check.py": COMPILES,
+    "test_examples.py": COMPARES,
     "test_experts_command.py": ANALYSES,
+    "test_experts_endings.py": ANALYSES,
     "test_experts_report.py": BROWSES,
     "test_explain_architecture.py": LARGE,
+    "test_family_pipeline.py": COMPARES,
     "test_fp8_mlp.py": COMPILES,
     "test_fp8_mlp_nki.py": LARGE,
     "test_generation_demo.py": COMPILES,
+    "test_hostile_outputs.py": PROCESSES,
     "test_hub.py": PROCESSES,
     "test_inspect_page.py": BROWSES,
+    "test_limited.py": PROCESSES,
     "test_loops.py": COMPILES,
     "test_neuron_backend.py": LARGE,
     "test_neuron_recorded.py": LARGE,
@@ -48,14 +66,41 @@ NOT_QUICK = {
     "test_page_cache.py": PROCESSES,
     "test_parallel.py": PROCESSES,
     "test_parity.py": COMPARES,
+    "test_run_command.py": PROCESSES,
     "test_serve_command.py": SERVES,
+    "test_published_shapes.py": LARGE,
     "test_server.py": SERVES,
+    "test_server_connections.py": SERVES,
     "test_server_demo.py": SERVES,
     "test_server_format.py": SERVES,
+    "test_server_attacks.py": SERVES,
     "test_server_fuzz.py": SERVES,
     "test_server_limits.py": SERVES,
+    "test_stopping.py": PROCESSES,
+    "test_planner_search.py": SEARCHES,
+    "test_tutorial.py": COMPILES,
     "test_training.py": TRAINS,
+    "test_training_endings.py": TRAINS,
+    "test_training_families.py": TRAINS,
+    "test_training_states.py": TRAINS,
+    "test_training_steps.py": TRAINS,
+    "test_training_sequences.py": TRAINS,
 }
+# The modules that take longest, the longest first: `make test` gives whole modules to two
+# processes, and none of these is the last of one while the other waits.
+LONGEST = (
+    "test_backend.py",
+    "test_compiled_directory.py",
+    "test_family_pipeline.py",
+    "test_device_check.py",
+    "test_loops.py",
+    "test_demo_model.py",
+    "test_tutorial.py",
+    "test_training.py",
+    "test_planner_search.py",
+    "fuzz/test_fuzz.py",
+    "interruptions/test_sweep.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,9 +117,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out single slow tests of modules that are quick: those marked, and what reads the
-    headers of 96,103 tensors.
+    """Put the longest modules first, and leave out single slow tests of modules that are quick:
+    those marked, and what reads the headers of 96,103 tensors.
     """
+    places = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if config.getoption("--quick"):
         slow = [
             item

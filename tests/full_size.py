@@ -1,9 +1,10 @@
-"""The published model's layout, 230 GB of tensors, as sparse files that take a few megabytes of
-disk.
+"""Checkpoints of real size, hundreds of gigabytes of tensors, as sparse files that take a few
+megabytes of disk.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import STORED_DTYPES
@@ -24,20 +25,21 @@ PUBLISHED_SIZES = {
 SHARD_BYTES = 1_850_000_000  # about 125 shards, as published
 
 
-def published_config() -> dict:
-    """The config.json of the published model, in the original style."""
-    return tiny_config(**PUBLISHED_SIZES)
+def published_config(**overrides: int) -> dict[str, Any]:
+    """The config.json of the published MiniMax-M2, in the original style."""
+    return tiny_config(**PUBLISHED_SIZES | overrides)
 
 
-def write_sparse(directory: Path) -> Path:
+def write_sparse(directory: Path, raw: dict[str, Any] | None = None, **overrides: int) -> Path:
     """Write headers, holes in place of the data, and the index; the files' sizes are those of real
-    shards.
+    shards. `raw` is the config.json of a model, by default MiniMax-M2; `overrides` give it other
+    sizes.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    raw = published_config()
-    shards: list[dict] = [{}]
+    raw = (published_config() if raw is None else raw) | overrides
+    shards: list[dict[str, Any]] = [{}]
     position = 0
-    for wanted in schema.expected(ModelConfig.from_dict(raw)):
+    for wanted in schema.declared(ModelConfig.from_dict(raw)):
         end = position + wanted.elements * STORED_DTYPES[wanted.dtype].itemsize
         if end > SHARD_BYTES:
             shards.append({})

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import torch
-import uvicorn
 
 from neuron_minimax.backends.base import Backend, Capabilities
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.app import create_app
+from neuron_minimax.serving.connections import Connections
 from neuron_minimax.serving.engine_thread import Metrics
+from neuron_minimax.serving.server import WebServer, bind, configure
 from neuron_minimax.serving.service import Service, Settings
+from tests.waiting import WAIT, wait_until
 
 MODEL = "tiny"
+# A client with patience, and with a connection of its own for each request.
+web = httpx.Client(timeout=WAIT, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 class ScriptedBackend(Backend):
@@ -92,6 +96,11 @@ class Served:
 
     url: str
     service: Service
+    server: WebServer
+
+    @property
+    def connections(self) -> Connections:
+        return self.server.config.connections
 
     @property
     def port(self) -> int:
@@ -99,18 +108,24 @@ class Served:
 
 
 @contextmanager
-def serving(backend: Backend, **settings: Any) -> Iterator[Served]:
-    """Serve a backend until the block ends."""
-    service = Service(Settings(model_name=MODEL, **settings), Metrics())
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+def serving(backend: Backend, *, send_buffer: int = 0, **settings: Any) -> Iterator[Served]:
+    """Serve a backend until the block ends; with a small buffer for each connection if one is
+    given, in bytes.
+    """
+    settings = {"model_name": MODEL, "exit_timeout": 2.0} | settings
+    service = Service(Settings(**settings), Metrics())
+    config = configure(service, host="127.0.0.1", port=0)
+    listener = bind(config)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    server = WebServer(config, service)
+    server.ended.set()  # the test's process is not for the server to end
     service.use(backend)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
+    wait_until(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
     finally:
         server.should_exit = True
         thread.join()
@@ -118,10 +133,9 @@ def serving(backend: Backend, **settings: Any) -> Iterator[Served]:
 
 
 def open_client(served: Served, **options: Any) -> openai.OpenAI:
-    """The official client, without retries."""
-    return openai.OpenAI(
-        **{"base_url": f"{served.url}/v1", "api_key": "none", "max_retries": 0} | options
-    )
+    """The official client, without retries, and with patience: its own is 5 s to connect."""
+    patient = {"max_retries": 0, "timeout": WAIT}
+    return openai.OpenAI(**{"base_url": f"{served.url}/v1", "api_key": "none"} | patient | options)
 
 
 def ask(client: Any, content: str = "Hello", **options: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import neuron_minimax as nm
-from neuron_minimax.backends.directory import CompileReport
+from neuron_minimax.backends.report import CompileReport
 from neuron_minimax.convert.verify import Verification
 from tests.api_page import render_page
 from tests.tiny import write_tiny
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [name for name in dir(nm) if name != "__version__"]
 USERS = [
     ROOT / "generation_demo.py",
+    *sorted((ROOT / "examples").glob("*.py")),
     *sorted((ROOT / "tools").glob("*.py")),
     *sorted((ROOT / "neuron_minimax" / "cli").glob("*.py")),
 ]
@@ -44,8 +45,10 @@ def test_the_documented_api_is_the_one_there_is():
 
 @pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_demo_the_tools_and_the_commands_use_the_public_api_alone(path):
-    """Beside it they may use each other, and the errors that they print."""
-    allowed = ("neuron_minimax.cli", "neuron_minimax.errors")
+    """Beside it they may use each other, the errors that they print, the signals that end them, and
+    the progress that they show.
+    """
+    allowed = tuple(f"neuron_minimax.{name}" for name in ("cli", "errors", "processes", "progress"))
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("neuron_minimax"):
             public = node.module == "neuron_minimax" and {n.name for n in node.names} <= {

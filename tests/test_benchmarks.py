@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import training
 from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
@@ -129,3 +130,18 @@ def test_the_peak_memory_of_a_call_counts_its_child_processes():
     small = watched(subprocess.run, [sys.executable, "-c", "import time; time.sleep(0.3)"])[1]
     large = watched(subprocess.run, [sys.executable, "-c", program])[1]
     assert large - small > 250
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_trainers_that_are_compared_take_the_same_steps(tmp_path, experts):
+    from neuron_minimax.training.sizes import SIZES
+
+    tiny = SIZES["qwen3_moe"]["tiny"] if experts else SIZES["qwen3"]["tiny"]
+    checkpoint = training.write_model(tmp_path / "model", {**tiny, "num_hidden_layers": 2}, 1280)
+    run = training.Run(checkpoint=checkpoint, steps=6, batch_size=4)
+    ours = training.ours(run, tmp_path)
+    theirs = training.transformers(run, tmp_path)
+    assert len(ours.losses) == 5
+    assert ours.losses[-1] < ours.losses[0] - 0.1
+    assert ours.losses == pytest.approx(theirs.losses, rel=2e-4)
+    assert min(ours.rate, theirs.rate, ours.cpu_rate, theirs.cpu_rate) > 0

@@ -12,6 +12,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.demo import DEMO
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.studies.answering import answer_all, is_right
 from neuron_minimax.studies.quality import (
     HELD_OUT_SEED,
     VARIANTS,
@@ -21,15 +22,9 @@ from neuron_minimax.studies.quality import (
     measure_quality,
     perplexities,
 )
-from neuron_minimax.training.answering import answer_all, is_right
-from neuron_minimax.training.data import KINDS, demo_conversation, held_out
-from neuron_minimax.training.encoding import Encoder
-from neuron_minimax.training.tokenizer import (
-    MARKERS,
-    SPECIAL,
-    load_tokenizer,
-    write_demo_tokenizer,
-)
+from neuron_minimax.training.data.conversations import KINDS, demo_conversation, held_out
+from neuron_minimax.training.data.encoding import Encoder
+from neuron_minimax.training.data.tokenizer import STYLES, load_tokenizer, write_demo_tokenizer
 from tests.opened import inspect
 
 NAMES = [variant.name for variant in VARIANTS]
@@ -63,7 +58,7 @@ def test_every_digit_and_every_special_token_is_one_token(tokenizer) -> None:
     assert [
         tokenizer.decode([token]) for token in tokenizer.encode(" 407", add_special_tokens=False)
     ] == list(" 407")
-    for token in (*SPECIAL, *MARKERS):
+    for token in (*STYLES["minimax_m2"].control, *STYLES["minimax_m2"].tags):
         assert len(tokenizer.encode(token, add_special_tokens=False)) == 1
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("]~!b[", "[e~[")
 

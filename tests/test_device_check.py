@@ -28,6 +28,7 @@ from neuron_minimax.device_check.check import (
 from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault
 from neuron_minimax.device_check.router import ExpertChoice, RouterCase, judge_router
+from neuron_minimax.device_check.schedule import Asked
 from neuron_minimax.device_check.verdicts import (
     Expectation,
     KnownFault,
@@ -38,8 +39,10 @@ from neuron_minimax.device_check.verdicts import (
 )
 from neuron_minimax.errors import BackendError, ConversionError
 from neuron_minimax.kernels.reference import dequantize
+from neuron_minimax.progress import SILENT
 from tests import faulty_device as faults
 from tests.faulty_device import InProcess, with_fault
+from tests.heard import Heard
 from tests.opened import convert
 from tests.tiny import write_tiny
 from tests.tiny_traced import write_traced
@@ -77,9 +80,11 @@ def test_a_device_that_computes_as_the_cpu_does_passes_every_check(
     converted: Path, work: Path, compute: str
 ) -> None:
     request = replace(REQUEST, compute=compute)
-    report = run_checks(converted, work, request, InProcess(request=request))
+    heard = Heard()
+    report = run_checks(converted, work, request, InProcess(request=request), progress=heard)
     assert statuses(report) == "PPPP", report.render()
     assert report.passed
+    assert (tuple(stage.what for stage in heard.stages), heard.lines) == (CHECKS, [])
 
 
 def test_a_device_that_rounds_elsewhere_passes_every_check(converted: Path, work: Path) -> None:
@@ -194,9 +199,7 @@ def compiled(work: Path, *command: str, limit: float = 120.0) -> Device:
         "engine": "eager",
         "compute": "float32",
     }
-    device = CompiledDevice(
-        work=work, backend="cpu", options=options, progress=lambda line: None, limit=limit
-    )
+    device = CompiledDevice(work=work, backend="cpu", options=options, progress=SILENT, limit=limit)
     return replace(device, command=command) if command else device
 
 
@@ -513,20 +516,23 @@ def test_the_command_prints_verdicts_and_exits_by_them(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "said"),
     [
-        (["--layer", "7"], "has layers 0 to 1"),
-        (["--seq-len", "3", "--buckets", "2"], "no room for a prompt of two tokens"),
-        (["--backend", "tpu"], "'tpu' does not exist"),
-        (["--buckets", "a"], "--buckets is 'a'"),
+        (["--layer", "7"], 1, "has layers 0 to 1"),
+        (["--seq-len", "3", "--buckets", "2"], 1, "no room for a prompt of two tokens"),
+        (["--buckets", "a"], 2, "--buckets is 'a'"),
     ],
 )
 def test_bad_input_is_one_message(
-    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    code: int,
+    said: str,
 ) -> None:
-    assert (
-        main(["check-device", str(converted), str(tmp_path), "--backend", "cpu", *arguments]) == 1
-    )
+    command = ["check-device", str(converted), str(tmp_path), "--backend", "cpu"]
+    assert main([*command, *arguments]) == code
     error = capsys.readouterr().err
     assert said in error
     assert error.startswith("error: ")
@@ -539,5 +545,24 @@ def test_a_work_directory_with_other_files_or_a_source_without_conversion_is_ref
     (tmp_path / "router-layer1" / "mine.txt").write_text("mine")
     with pytest.raises(ConversionError, match=r"mine\.txt"):
         run_checks(converted, tmp_path, REQUEST, InProcess(request=REQUEST))
-    with pytest.raises(ConversionError, match="no converted checkpoint"):
+    with pytest.raises(ConversionError, match="is a checkpoint; expected a converted directory"):
         Layer(write_tiny(tmp_path / "source"), 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"rounds": 1}',
+        '{"rounds": [[{"slot": true, "prompt": [1], "continuation": []}]]}',
+        '{"prompts": [["1"]], "tokens": 1}',
+        '{"prompts": [], "tokens": 1, "more": 1}',
+        "[" * 100_000,
+    ],
+)
+def test_a_process_refuses_to_be_asked_something_else(tmp_path, text):
+    (tmp_path / "asked.json").write_text(text)
+    with pytest.raises(BackendError, match=r"asked\.json cannot be used .* check-device again"):
+        Asked.read(tmp_path / "asked.json")
+    with pytest.raises(BackendError, match="does not exist"):
+        Asked.read(tmp_path / "absent.json")

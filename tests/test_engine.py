@@ -10,7 +10,7 @@ import time
 import pytest
 
 from neuron_minimax.backends import load
-from neuron_minimax.generation.engine import Request
+from neuron_minimax.generation.engine import Engine, Request
 from neuron_minimax.generation.events import Content
 from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
@@ -23,12 +23,13 @@ from neuron_minimax.serving.engine_thread import (
 )
 from tests.served import ScriptedBackend
 from tests.tiny_traced import VOCAB, answer_alone
+from tests.waiting import WAIT, wait_until
 
 
 class Client:
     """One request and what it has received."""
 
-    def __init__(self, tokenizer, prompt_ids, new_tokens=8, params=GREEDY, timeout=60.0):
+    def __init__(self, tokenizer, prompt_ids, new_tokens=8, params=GREEDY, timeout=600.0):
         self.outputs = queue.SimpleQueue()
         self.request = Request(
             prompt_ids=prompt_ids,
@@ -47,7 +48,7 @@ class Client:
         """(text, last output)."""
         text = ""
         while True:
-            output = self.outputs.get(timeout=30)
+            output = self.outputs.get(timeout=WAIT)
             text += "".join(event.text for event in output.events if isinstance(event, Content))
             if output.last:
                 return text, output
@@ -123,6 +124,25 @@ def test_a_prompt_that_begins_like_an_earlier_one_starts_from_its_cache_and_answ
     assert (
         again.request.cached_tokens == len(prompt) - 1
     )  # the last token is computed again: its logits are needed
+
+
+def test_a_prompt_starts_only_from_what_its_own_scope_has_left_in_a_slot(tokenizer):
+    """There are as many slots as prompts, so that nothing is overwritten; two prompts share what
+    the shorter one takes from the beginning of `system`.
+    """
+    system = [(5 * place) % 299 for place in range(40)]
+    asked = [("a", 40), ("b", 40), (None, 30), ("a", 20), ("b", 35), (("a", "b"), 40), (None, 40)]
+    engine = Engine(scripted(tokenizer, "hi", slots=len(asked)))
+    for number, (scope, length) in enumerate(asked):
+        request = Request(
+            prompt_ids=[*system[:length], 300 + number],
+            params=GREEDY,
+            max_new_tokens=1,
+            cache_scope=scope,
+        )
+        list(engine.run(request))
+        shared = [min(length, earlier) for other, earlier in asked[:number] if other == scope]
+        assert request.cached_tokens == max(shared, default=0), (number, scope)
 
 
 def test_a_backend_that_cannot_continue_a_slot_gets_every_prompt_whole(make_engine, tokenizer):
@@ -201,11 +221,10 @@ def test_requests_beyond_the_queue_are_refused_and_those_in_it_are_served(make_e
     backend.before_call = gate.wait
     running = Client(tokenizer, [1, 2])
     engine.submit(running.served)
-    while value(engine.metrics.waiting):
-        time.sleep(0.001)
+    wait_until(lambda: not value(engine.metrics.waiting))
     waiting = [Client(tokenizer, [3, 4]), Client(tokenizer, [5, 6])]
     engine.submit(*(client.served for client in waiting))
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+    with pytest.raises(QueueFullError, match="2 requests waiting"):
         engine.submit(Client(tokenizer, [7]).served)
     gate.set()
     assert [client.wait()[0] for client in (running, *waiting)] == ["hi"] * 3
@@ -221,7 +240,7 @@ def test_requests_are_admitted_in_the_order_of_their_arrival(make_engine, tokeni
             order.append(number) if output.last else None
         )
     engine.submit(*(client.served for client in clients))
-    assert engine.drain(30)
+    assert engine.drain(WAIT)
     assert order == list(range(6))
 
 
@@ -244,13 +263,15 @@ def test_a_deadline_ends_running_and_waiting_requests(make_engine, tokenizer):
 def test_draining_finishes_what_runs_and_waits_and_takes_nothing_new(make_engine, tokenizer):
     backend = scripted(tokenizer, "one two three", slots=1)
     engine = make_engine(backend)
-    backend.before_call = lambda: time.sleep(0.002)
+    gate = threading.Event()
+    backend.before_call = gate.wait
     clients = [Client(tokenizer, [number], 50) for number in range(3)]
     engine.submit(*(client.served for client in clients))
     assert not engine.drain(timeout=0.0)
     with pytest.raises(DrainingError):
         engine.submit(Client(tokenizer, [1]).served)
-    assert engine.drain(timeout=30)
+    gate.set()
+    assert engine.drain(timeout=WAIT)
     assert [client.wait()[0] for client in clients] == ["one two three"] * 3
 
 
@@ -283,8 +304,47 @@ def test_a_fault_in_one_request_leaves_the_others_alone(make_engine, tokenizer):
     fine = Client(tokenizer, [3, 4], 50)
     broken.request.reader.push = None
     engine.submit(broken.served, fine.served)
-    assert broken.wait()[1].error[0] == "internal_error"
+    output = broken.wait()[1]
+    assert output.error[0] == "internal_error"
+    assert isinstance(output.cause, TypeError)
     assert fine.wait()[0] == "one two three four"
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_panic_ends_the_requests_that_run_and_not_the_server(make_engine, tokenizer):
+    backend = scripted(tokenizer, "fine")
+    engine = make_engine(backend)
+
+    def burst(*arguments):
+        raise Panic("not yours")
+
+    backend.before_call = burst
+    broken = Client(tokenizer, [1, 2, 3])
+    engine.submit(broken.served)
+    assert broken.wait()[1].error[0] == "internal_error"
+    backend.before_call = lambda: None
+    after = Client(tokenizer, [1, 2, 3])
+    engine.submit(after.served)
+    assert after.wait()[0] == "fine"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_waits_for_a_thread_that_has_ended(make_engine, tokenizer, monkeypatch):
+    engine = make_engine(scripted(tokenizer, "fine"))
+
+    def burst():
+        raise Panic("not yours")
+
+    monkeypatch.setattr(engine, "_round", burst)
+    waiting = Client(tokenizer, [1, 2, 3])
+    engine.submit(waiting.served)
+    assert waiting.wait()[1].error[0] == "shutdown"
+    with pytest.raises(DrainingError):
+        engine.submit(Client(tokenizer, [1, 2, 3]).served)
 
 
 def test_the_metrics_count_tokens_steps_padding_and_reasons(make_engine, tokenizer):

@@ -4,6 +4,9 @@ placement, errors.
 
 import importlib.util
 import json
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,22 @@ import pytest
 from neuron_minimax import cli
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.cache import open_cache
+from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.planner.placement import Placement
-from neuron_minimax.studies.experts.batch import BatchRunner, Prompt, ReportOptions
+from neuron_minimax.studies.experts import command
+from neuron_minimax.studies.experts.batch import (
+    TRACE_NAME,
+    BatchRunner,
+    Prompt,
+    ReportOptions,
+    free_name,
+)
 from neuron_minimax.studies.experts.command import load_any, read_prompts
+from neuron_minimax.studies.experts.report import write_plots
+from neuron_minimax.studies.experts.statistics import Analysis
 from neuron_minimax.studies.experts.trace import Trace
+from tests.heard import Heard
 from tests.opened import build_cache
 
 QUICK = ReportOptions(plots=False)
@@ -48,6 +62,50 @@ def analysed(traced, tmp_path_factory) -> Path:
     ]
     assert cli.main(["experts", str(traced), *arguments, *options]) == 0
     return output
+
+
+def test_every_result_names_its_prompt(analysed):
+    text = "The weather in Paris is sunny."
+    assert Trace.load(analysed / "weather/trace.safetensors").prompt == text
+    assert json.loads((analysed / "weather/summary.json").read_text())["prompt"] == text
+    comparison = json.loads((analysed / "comparison.json").read_text())
+    assert [row["prompt"] for row in comparison["prompts"]] == [text, "one two three 123 {x}"]
+    assert text in (analysed / "weather/report.html").read_text()
+
+
+def test_without_matplotlib_the_report_is_whole_and_what_is_left_out_is_said_first(
+    traced, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said_before = []
+
+    def loading(*arguments):
+        said_before.append(capsys.readouterr().err)
+        return real(*arguments)
+
+    real = command.load_any
+    monkeypatch.setattr(command, "load_any", loading)
+    arguments = ["--prompt", "sunny", "--max-new-tokens", "2", "--output", str(tmp_path)]
+    assert cli.main(["experts", str(traced), *arguments]) == 0
+    assert "matplotlib is not installed" in said_before[0]
+    assert "`pip install matplotlib`" in said_before[0]
+    # A placement has no figures.
+    trace = ["--trace", str(tmp_path / "prompt-1/trace.safetensors"), "--placement", "2"]
+    assert cli.main(["experts", *trace, "--output", str(tmp_path)]) == 0
+    assert "matplotlib" not in capsys.readouterr().err
+    assert "sunny" in (tmp_path / "prompt-1/report.html").read_text()
+    assert not list((tmp_path / "prompt-1").glob("*.png"))
+    with pytest.raises(GenerationError, match=r"needs matplotlib.*`pip install matplotlib`"):
+        write_plots(Analysis(trace=Trace.load(tmp_path / "prompt-1/trace.safetensors")), tmp_path)
+
+
+def test_parquet_without_pyarrow_is_refused_before_the_model_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    options = ["--output-format", "parquet", "--output", str(tmp_path / "out")]
+    assert cli.main(["experts", "no such model", "--prompt", "sunny", *options]) == 1
+    said = capsys.readouterr().err
+    assert "parquet needs pyarrow, which is not installed: `pip install pyarrow`" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_prompt_has_its_folder_and_the_comparison_names_them(analysed):
@@ -187,9 +245,9 @@ def test_an_interruption_keeps_what_is_done(traced, tmp_path):
     model, directory = load_any(traced)
     passes = []
 
-    def interrupt(name, tokens, total):
+    def interrupt(tokens, name):
         passes.append(name)
-        if passes.count("second") == 3:
+        if name == "second" and passes.count(name) == 3:
             raise KeyboardInterrupt
 
     tokenizer = TextTokenizer.from_dir(directory)
@@ -199,15 +257,16 @@ def test_an_interruption_keeps_what_is_done(traced, tmp_path):
         directory=tmp_path,
         options=QUICK,
         max_new_tokens=5,
-        progress=interrupt,
+        progress=Heard(interrupt),
     )
-    result = runner.run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
-    assert result.interrupted
-    assert [analysis.trace.finish_reason for analysis in result.analyses] == [
-        "length",
-        "interrupted",
-    ]
-    assert len(result.analyses[1].trace.tokens) < len(result.analyses[0].trace.tokens)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        runner.run([Prompt(name=name, text="sunny") for name in ("first", "second", "third")])
+    assert stopped.value.__notes__ == [f"2 of 3 prompts kept in {tmp_path}; give the others again"]
+    first, second = (
+        Trace.load(tmp_path / name / "trace.safetensors") for name in ("first", "second")
+    )
+    assert (first.finish_reason, second.finish_reason) == ("length", "interrupted")
+    assert len(second.tokens) < len(first.tokens)
     assert (tmp_path / "second/report.html").exists()
     assert not (tmp_path / "third").exists()
     assert [
@@ -220,7 +279,7 @@ def test_an_interruption_keeps_what_is_done(traced, tmp_path):
 
 def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path):
     model, directory = load_any(traced)
-    seen = []
+    heard = Heard()
     tokenizer = TextTokenizer.from_dir(directory)
     runner = BatchRunner(
         model=model,
@@ -228,13 +287,12 @@ def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path)
         directory=tmp_path,
         options=QUICK,
         max_new_tokens=4,
-        progress=lambda *row: seen.append(row),
+        progress=heard,
     )
     result = runner.run([Prompt(name="one", text="sunny")])
-    assert sum(tokens for _, tokens, _ in seen) == len(result.analyses[0].trace.tokens)
-    assert {total for _, _, total in seen} == {
-        len(runner.encode(Prompt(name="one", text="sunny"))) + 4
-    }
+    stage = heard.named("experts")
+    assert sum(stage.counts) == len(result.analyses[0].trace.tokens)
+    assert stage.total == len(runner.encode(Prompt(name="one", text="sunny"))) + 4
 
 
 def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp_path):
@@ -263,23 +321,54 @@ def test_prompts_are_texts_files_or_directories_with_names_of_their_own(tmp_path
     ]
 
 
+def test_a_word_that_is_no_file_s_name_is_a_text():
+    texts = ["3.5", "Hello.", "What is in notes.txt?"]
+    assert [prompt.text for prompt in read_prompts(texts)] == texts
+
+
+def test_the_results_of_another_prompt_stay(analysed, tmp_path):
+    shutil.copytree(analysed / "weather", tmp_path / "weather")
+    trace = Trace.load(tmp_path / "weather" / TRACE_NAME)
+    tokens = trace.tokens[~trace.is_decode].tolist()
+    assert free_name(tmp_path, "weather", tokens) == "weather"  # of the same prompt, again
+    assert free_name(tmp_path, "weather", [*tokens[:-1], 0]) == "weather-2"
+    assert free_name(tmp_path, "weather", [0], ["weather", "weather-2"]) == "weather-3"
+    assert free_name(tmp_path, "other", [0]) == "other"
+
+
+def test_what_an_interruption_left_of_a_long_prompt_is_replaced_by_the_same_prompt(
+    analysed, tmp_path
+):
+    trace = Trace.load(analysed / "weather" / TRACE_NAME)
+    made = replace(trace, finish_reason="interrupted", prompt="long")
+    (tmp_path / "weather").mkdir()
+    made.save(tmp_path / "weather" / TRACE_NAME)
+    tokens = [*trace.tokens.tolist(), 0, 0]  # it ended amid these
+    assert free_name(tmp_path, "weather", tokens, text="long") == "weather"
+    assert free_name(tmp_path, "weather", tokens, text="another") == "weather-2"
+    assert free_name(tmp_path, "weather", [0, *tokens], text="long") == "weather-2"
+    replace(made, finish_reason="length").save(tmp_path / "weather" / TRACE_NAME)
+    assert free_name(tmp_path, "weather", tokens, text="long") == "weather-2"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        ([], "give either --prompt (and a model) or --trace"),
-        (["--prompt", "x"], "--prompt needs a model"),
-        (["TRACED", "--prompt", " "], "holds no prompt"),
-        (
-            ["TRACED", "--prompt", "x", "--output-format", "csv"],
-            "the output format is 'csv'; expected json, jsonl, parquet",
-        ),
-        (["--trace", "absent"], "absent is no routing trace"),
-        (["--trace", "TRACE", "--placement", "3"], "8 experts cannot be split evenly over 3 ranks"),
-        (["absent", "--prompt", "x"], "absent does not exist"),
+        ([], 2, "give either --prompt (and a model) or --trace"),
+        (["--prompt", "x"], 2, "--prompt needs a model"),
+        (["TRACED", "--prompt", " "], 1, "holds no prompt"),
+        (["TRACED", "--prompt", "x", "--output-format", "csv"], 2, "'csv' is not one of 'json'"),
+        (["TRACED", "--prompt", "nosuch.txt"], 1, "the prompt file nosuch.txt does not exist"),
+        (["--trace", "absent"], 1, "absent is no routing trace"),
+        (["--trace", "TRACE", "--placement", "3"], 1, "8 experts cannot be split evenly over 3"),
+        (["absent", "--prompt", "x"], 1, "absent does not exist"),
     ],
 )
-def test_bad_requests_say_what_is_wrong(traced, analysed, tmp_path, arguments, message, capsys):
+def test_bad_requests_say_what_is_wrong(
+    traced, analysed, tmp_path, arguments, code, message, capsys
+):
     known = {"TRACED": str(traced), "TRACE": str(analysed / "weather/trace.safetensors")}
     given = [known.get(argument, argument) for argument in arguments]
-    assert cli.main(["experts", *given, "--output", str(tmp_path / "out")]) == 1
+    assert cli.main(["experts", *given, "--output", str(tmp_path / "out")]) == code
     assert message in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out").exists() == ("--placement" in arguments)

@@ -51,6 +51,7 @@ seen.reset = map.view.width === before;
 document.querySelector("#tokens span").click();
 seen.choices = [...document.querySelectorAll("#choices tr")].map((row) => row.textContent);
 seen.text = document.getElementById("tokens").textContent;
+seen.facts = [...document.querySelectorAll("dd")].map((fact) => fact.textContent);
 const select = document.querySelector("select");
 select.value = "1";
 select.dispatchEvent(new Event("change"));
@@ -92,6 +93,7 @@ def analysis() -> Analysis:
         scores=scores,
         bias=bias,
         texts=texts,
+        prompt="What is </script> <b>?\nA second line.",
         name="a <prompt>",
     )
     similar = np.stack([np.corrcoef(generator.random((EXPERTS, 8))) for _ in range(LAYERS)])
@@ -145,6 +147,7 @@ def test_a_visitor_reads_values_zooms_picks_tokens_and_changes_the_theme(analysi
     )
     assert seen["choices"][4] == wanted
     assert seen["text"] == "".join(analysis.trace.texts)
+    assert seen["facts"][0] == analysis.trace.prompt
     assert [name.removeprefix("Tokens of class ") for name in seen["classes"]] == list(
         analysis.by_class
     )

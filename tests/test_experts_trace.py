@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.layout import FP8Range, Layout
@@ -16,7 +17,7 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.placement import Placement, as_numbered, place
 from neuron_minimax.studies.experts import batch
 from neuron_minimax.studies.experts.statistics import classify
-from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+from neuron_minimax.studies.experts.trace import FORMAT, Recorder, Trace, record
 from tests.opened import convert
 from tests.test_fp32_cache import slow_weight
 from tests.tiny import write_tiny
@@ -85,6 +86,15 @@ def test_a_saved_trace_reads_back_as_it_was(model, tmp_path):
     (tmp_path / "broken").write_bytes(b"no trace")
     for path in (tmp_path / "broken", tmp_path / "absent"):
         with pytest.raises(GenerationError, match="is no routing trace"):
+            Trace.load(path)
+
+
+def test_a_file_of_dtypes_that_numpy_lacks_is_no_trace(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights = {"tokens": torch.zeros(2, dtype=torch.bfloat16)}
+    for format_, said in (("pt", "expected the format"), (FORMAT, "tokens is BF16; expected one")):
+        save_file(weights, path, {"format": format_})
+        with pytest.raises(GenerationError, match=f"is no routing trace .{said}"):
             Trace.load(path)
 
 
@@ -217,12 +227,12 @@ def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
         Placement(order=np.zeros((2, 8), dtype=int), ranks=4)
     with pytest.raises(ConversionError, match="with 16 experts, as placed"):
         as_numbered(2, 16, 4).apply(model.state_dict(), model.config.family)
-    with pytest.raises(ConversionError, match=r"has 1 layers, but the state dict has layers\.1"):
+    with pytest.raises(ConversionError, match=r"has 1 layer, but the state dict has layers\.1"):
         as_numbered(1, 8, 4).apply(model.state_dict(), model.config.family)
     with pytest.raises(
         ConversionError, match="is for 4 expert-parallel ranks, but moe_ep_degree is 2"
     ):
         as_numbered(2, 8, 4).for_ranks(2)
     (tmp_path / "bad.json").write_text(json.dumps({"format_version": 1}))
-    with pytest.raises(ConversionError, match="is no placement"):
+    with pytest.raises(ConversionError, match=r"bad\.json cannot be used \(moe_ep_degree"):
         Placement.load(tmp_path / "bad.json")

@@ -105,3 +105,10 @@ def test_both_readings_are_shown_for_every_block():
     block = np.abs(subject.original[:128, :128]).max()
     assert float(part.rows[0][2]) == pytest.approx(block, rel=1e-3)
     assert float(part.rows[0][3]) == pytest.approx(448 / subject.scales[0, 0], rel=1e-3)
+
+
+def test_the_dtype_of_the_scale_is_the_files(tmp_path):
+    for family, dtype in (("minimax_m2", "float32"), ("qwen3", "BF16")):
+        checkpoint = Checkpoint(write_tiny(tmp_path / family, family=family))
+        part = explain(from_checkpoint(checkpoint, None, (0, 0)))[1]
+        assert part.text.startswith(f"The block has one {dtype} number")

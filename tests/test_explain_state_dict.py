@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from neuron_minimax.checkpoint.finished import record_of, renew
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.plan import plan_conversion
+from neuron_minimax.families import FAMILIES
 from neuron_minimax.studies.explain.state_dict import walk_state_dict as walk_opened
 from tests.faults import FAULTS
 from tests.opened import convert
@@ -98,7 +100,7 @@ def test_scales_are_counted(checkpoint):
     [
         ("a shard is truncated", "Shards", "model-00002-of-00003.safetensors"),
         ("names are already those of the conversion", "Shards", "self_attn.o_proj.o_proj.weight"),
-        ("one expert of a layer is BF16", "Rules", "experts.0.w1.weight"),
+        ("one expert of a layer is BF16", "Shards", "experts.0.w1.weight"),
         ("some scales are reciprocals", "Rules", "o_proj.weight"),
         ("a scale is NaN", "Rules", "layers.1.self_attn.o_proj.weight_scale_inv"),
         ("FP8 codes are NaN", "Rules", "layers.1.self_attn.o_proj.weight has 1 NaN codes"),
@@ -142,21 +144,41 @@ def spoil_shard(out):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "file", "detail"),
     [
-        (spoil_value, ["layers.0.input_layernorm.weight has other values"]),
-        (spoil_config, ["modules_to_not_convert ['gate']"]),
-        (spoil_shard, ["model-00003", "missing"]),
+        (spoil_value, "model-00002", "layers.0.input_layernorm.weight has other values"),
+        (spoil_config, "config.json has", "modules_to_not_convert ['gate']"),
+        (spoil_shard, "model-00003-of-00003.safetensors is missing", None),
     ],
 )
-def test_a_spoiled_conversion_is_named(checkpoint, tmp_path, spoil, words):
-    convert(checkpoint, tmp_path / "out")
-    spoil(tmp_path / "out")
-    wrong = walk(checkpoint, tmp_path / "out").first_wrong
+def test_a_spoiled_conversion_is_named(checkpoint, tmp_path, spoil, file, detail):
+    out = tmp_path / "out"
+    convert(checkpoint, out)
+    spoil(out)
+    wrong = walk(checkpoint, out).first_wrong
     assert wrong.title == "Converted directory"
-    assert all(word in wrong.wrong for word in words), wrong.wrong
+    assert file in wrong.wrong
+    if detail:  # of what a manifest vouches for, as a wrong conversion would leave it
+        files = {
+            name: record_of(out / name, shard=name.endswith(".safetensors"))
+            for name in files_of(out)
+        }
+        renew(out / "conversion.json", files)
+        assert detail in walk(checkpoint, out).first_wrong.wrong
+
+
+def files_of(out):
+    return json.loads((out / "conversion.json").read_text())["files"]
 
 
 def test_a_conversion_of_another_checkpoint_is_named(checkpoint, tmp_path):
     convert(write_tiny(tmp_path / "other", seed=1), tmp_path / "out")
     assert "another checkpoint" in walk(checkpoint, tmp_path / "out").first_wrong.wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_path_of_every_family_is_right(family, tmp_path):
+    walked = walk(write_tiny(tmp_path / family, family=family))
+    assert walked.first_wrong is None
+    bf16 = family == "qwen2" or family.startswith("minimind")
+    assert ("No weight is stored as FP8" in stage(walked, "Scales").sentence) == bf16

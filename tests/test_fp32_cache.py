@@ -3,6 +3,7 @@ with one.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from neuron_minimax.convert import cache as cache_module
 from neuron_minimax.convert.cache import open_cache
 from neuron_minimax.errors import CheckpointError, ConversionError
 from neuron_minimax.fp8 import ScaleConvention
-from tests.opened import build_cache, convert
+from tests.opened import build_cache, contents, convert
 from tests.tiny import write_tiny
 
 
@@ -37,10 +38,6 @@ def source(tmp_path_factory) -> Path:
 def cache(source) -> Path:
     build_cache(source, source.parent / "cache")
     return source.parent / "cache"
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def slow_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -128,7 +125,7 @@ def fp32_cache_layout():
 
 
 def test_a_bfloat16_cache_rounds_once_and_keeps_routing_in_float32(source, tmp_path):
-    build_cache(source, tmp_path / "cache", "bfloat16")
+    build_cache(source, tmp_path / "cache", "bf16")
     original = Checkpoint(source)
     cached = Checkpoint(tmp_path / "cache")
     assert json.loads((tmp_path / "cache/config.json").read_text())["dtype"] == "bfloat16"
@@ -182,7 +179,7 @@ def test_an_interrupted_build_resumes_to_identical_bytes(source, cache, tmp_path
         open_cache(tmp_path / "resumed", Checkpoint(source))
     result = build_cache(source, tmp_path / "resumed")
     assert result.reused_shards >= 1
-    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     assert build_cache(source, tmp_path / "resumed").was_finished
 
 
@@ -190,11 +187,14 @@ def test_a_damaged_file_is_named_and_only_its_shard_is_rebuilt(source, tmp_path,
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 2_000_000)
     directory = tmp_path / "cache"
     build_cache(source, directory)
-    whole = files(directory)
+    whole = contents(directory)
     victim = Checkpoint(directory).entry("model.layers.1.block_sparse_moe.experts.3.w2.weight")
+    before = (directory / victim.shard).stat()
     with (directory / victim.shard).open("r+b") as file:
         file.seek(victim.start + 5)
         file.write(b"\x55")
+    # As a disk damages a file: nobody has modified it.
+    os.utime(directory / victim.shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     untouched = {
         path: path.stat().st_mtime_ns
         for path in directory.glob("*.safetensors")
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_named_and_only_its_shard_is_rebuilt(source, tmp_path,
     result = build_cache(source, directory, check=True)
     assert result.damaged == (victim.name,)
     assert victim.name in result.render()
-    assert files(directory) == whole
+    assert contents(directory) == whole
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert build_cache(source, directory, check=True).was_finished
 
@@ -225,7 +225,10 @@ def test_a_good_cache_opens_and_is_mapped_not_copied(source, cache):
             "does not exist; run `neuron-minimax cache .* --dtype float32`",
         ),
         "unfinished": (lambda cache: (cache / "cache.json").unlink(), "is not finished; run"),
-        "unreadable": (lambda cache: (cache / "cache.json").write_text("{"), "cannot be read"),
+        "unreadable": (
+            lambda cache: (cache / "cache.json").write_text("{"),
+            r"cache\.json cannot be used",
+        ),
         "other source": (
             lambda cache: edit(cache, source_fingerprint="x"),
             "was made of another checkpoint; run",
@@ -236,7 +239,7 @@ def test_a_good_cache_opens_and_is_mapped_not_copied(source, cache):
         ),
         "lost shard": (
             lambda cache: (cache / "model.safetensors").unlink(),
-            "no safetensors files",
+            r"model\.safetensors is missing; run",
         ),
     }.values(),
     ids=["absent", "unfinished", "unreadable", "other source", "other dtype", "lost shard"],
@@ -259,10 +262,12 @@ def edit(cache: Path, **fields) -> None:
 def test_bad_requests_are_refused_before_the_first_byte(source, cache, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="dtype 'float16' is not supported"):
         build_cache(source, tmp_path / "a", "float16")
+    with pytest.raises(CheckpointError, match="dtype 'float16' is not supported"):
+        open_cache(cache, Checkpoint(source), "float16")
     with pytest.raises(CheckpointError, match="is the checkpoint itself"):
         build_cache(source, source)
     with pytest.raises(ConversionError, match="differs in dtype"):
-        build_cache(source, cache, "bfloat16")
+        build_cache(source, cache, "bf16")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(ConversionError, match="nothing was written"):
         build_cache(source, tmp_path / "small")
@@ -293,5 +298,5 @@ def test_the_command_builds_checks_and_says_so(source, tmp_path):
     ]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     again = subprocess.run([*command, "--check"], capture_output=True, text=True, check=True)
-    assert "GB written" in first.stdout
+    assert ": 9.79 MB written" in first.stdout
     assert "is up to date" in again.stdout

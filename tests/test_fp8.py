@@ -145,7 +145,7 @@ def test_a_bad_scale_is_named_with_its_block(bad):
     scales = np.ones((3, 4), dtype=np.float32)
     fp8.check_scales("w", scales)
     scales[1, 2] = bad
-    with pytest.raises(CheckpointError, match=r"w has 1 scales .* at block \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r"w has 1 scale of no .* at block \[1, 2\]"):
         fp8.check_scales("w", scales)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from neuron_minimax.backends import load
@@ -163,3 +163,25 @@ def test_without_chunks_a_prompt_beyond_the_largest_bucket_is_refused(backend):
 def test_logits_cannot_be_dumped_into_a_directory_that_is_not_there(backend, tmp_path):
     with pytest.raises(GenerationError, match="directory does not exist"):
         answer_alone(backend, PROMPT, max_new_tokens=1, dump_logits=tmp_path / "nowhere" / "logits")
+
+
+def test_logits_replace_earlier_logits_and_nothing_else(backend, tmp_path):
+    other = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.zeros(1)}, other)
+    text = tmp_path / "notes"
+    text.write_text("notes")
+    for path in (other, text):
+        before = path.read_bytes()
+        with pytest.raises(GenerationError, match="exists and holds no logits; name another file"):
+            generate(backend, PROMPT, max_new_tokens=1, dump_logits=path)
+        assert path.read_bytes() == before
+    mine = tmp_path / "logits"
+    mine.touch()
+    for count in (1, 2):
+        answer_alone(backend, PROMPT, max_new_tokens=count, dump_logits=mine)
+        assert len(load_file(mine)["step_logits"]) == count
+
+
+def test_logits_cannot_be_dumped_over_a_directory(backend, tmp_path):
+    with pytest.raises(GenerationError, match="is a directory; name the file"):
+        generate(backend, PROMPT, max_new_tokens=1, dump_logits=tmp_path)

@@ -1,8 +1,11 @@
 """A checkpoint named by its hub id is the snapshot in huggingface_hub's own cache."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,84 @@ def test_every_command_takes_a_hub_id(hub_home, tmp_path):
         )
         assert done.returncode == 0 or command is plan, done.stderr
         assert done.stderr == "" or "error" not in done.stderr
+
+
+DOWNLOAD = """
+import sys
+from neuron_minimax.checkpoint.hub import local_directory
+from tests.heard import Heard
+heard = Heard()
+print(local_directory("org/tiny", progress=heard))
+(stage,) = heard.stages
+print(stage.what)
+print(sum(stage.counts))
+print(stage.doing[-1])
+"""
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """The two questions that huggingface_hub asks of a repository, and its files."""
+
+    checkpoint: Path
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        files = sorted(path for path in self.checkpoint.iterdir())
+        if "/resolve/" in path:
+            data = (self.checkpoint / path.rpartition("/")[2]).read_bytes()
+        elif "/tree/" in path:
+            rows = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in files
+            ]
+            data = json.dumps(rows).encode()
+        else:
+            siblings = [{"rfilename": file.name} for file in files]
+            data = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{len(data)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+def test_a_download_tells_how_many_bytes_and_files_are_there(tmp_path):
+    Hub.checkpoint = write_tiny(tmp_path / "checkpoint", shards=2)
+    nbytes = sum(path.stat().st_size for path in Hub.checkpoint.iterdir())
+    count = len(list(Hub.checkpoint.iterdir()))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-c", DOWNLOAD]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        server.shutdown()
+        serving.join()
+    assert done.returncode == 0, done.stderr
+    directory, what, counted, doing = done.stdout.splitlines()
+    assert Path(directory).name == COMMIT
+    assert {path.name for path in Path(directory).iterdir()} == {
+        path.name for path in Hub.checkpoint.iterdir()
+    }
+    assert what == "downloading org/tiny"
+    assert int(counted) == nbytes
+    assert doing == f"{count} of {count} files are there"
+    assert "%|" not in done.stderr  # huggingface_hub's own bars

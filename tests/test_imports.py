@@ -16,6 +16,10 @@ PACKAGE = Path(neuron_minimax.__file__).parent
 # Left to right: a folder or module of the package imports from itself and from those before it.
 ORDER = [
     "errors",
+    "progress",
+    "files",
+    "processes",
+    "limited",
     "fp8",
     "families",
     "demo",
@@ -33,6 +37,7 @@ ORDER = [
     "training",
     "studies",
     "api",
+    "pipeline",
     "cli",
     "__main__",
 ]
@@ -99,6 +104,12 @@ def test_a_module_imports_only_from_its_left(path):
     allowed = ORDER[: ORDER.index(part) + 1] if part in ORDER else []
     for name in imported_modules(path) - {"neuron_minimax"}:
         assert name.split(".")[1] in allowed, f"{part} imports {name}"
+
+
+def test_training_data_know_nothing_of_the_trainer():
+    for path in (PACKAGE / "training/data").glob("*.py"):
+        ours = {name for name in imported_modules(path) if ".training" in name}
+        assert all(name.startswith("neuron_minimax.training.data") for name in ours), path
 
 
 def circles(imported):

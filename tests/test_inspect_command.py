@@ -1,10 +1,12 @@
 """`neuron-minimax inspect`: its options, exit codes and files, and that it never loads torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import save_file
 
 from neuron_minimax.cli import main
 from tests.faults import FAULTS
@@ -50,6 +52,14 @@ def test_a_value_fault_changes_the_exit_code_only_when_values_are_read(tmp_path,
     assert "o_proj.weight_scale_inv" in out
 
 
+def test_a_checkpoint_without_any_weight_is_not_usable(good, tmp_path, capsys):
+    shutil.copy(good / "config.json", tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    code, out, _ = run(capsys, tmp_path, "--json")
+    assert code == 1
+    assert not json.loads(out)["usable"]
+
+
 def test_a_list_that_breaks_a_run_exits_with_1(good, capsys):
     code, out, _ = run(capsys, good, "--modules-to-not-convert", "self_attn, lm_head")
     assert code == 1
@@ -64,7 +74,7 @@ def test_against_shows_the_differences_without_changing_the_exit_code(good, tmp_
     assert "different values: " in out
     assert "model.layers.0.self_attn.q_proj.weight" in out.partition("different values")[2]
     code, out, _ = run(capsys, good, "--against", other)
-    assert "the same names, dtypes and shapes in all 127 tensors" in out
+    assert "the same names, dtypes and shapes in 127 tensors" in out
 
 
 @pytest.mark.parametrize(

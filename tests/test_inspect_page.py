@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.demo import DEMO
 from neuron_minimax.inspection import charts
 from neuron_minimax.inspection.precision import inspect
 from tests.faults import MOE, Fault, put
@@ -20,29 +21,6 @@ needs_browser = pytest.mark.skipif(
 )
 DEAD = MOE + "experts.5.w2.weight"
 NAN = "model.layers.1.self_attn.o_proj.weight"
-
-# Lowest contrast of any text with what is behind it (WCAG 2.1), its text, and the smallest font
-# size.
-LEGIBILITY = """
-const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const rgb = text => text.match(/[\\d.]+/g).map(Number);
-const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-let worst = [99, ""], smallest = 99;
-for (const element of document.querySelectorAll("main *")) {
-  const texts = [...element.childNodes].filter(n => n.nodeType === 3);
-  const text = texts.map(n => n.data.trim()).join("");
-  if (!text || element.closest("svg") || !element.getClientRects().length) continue;
-  let behind = element;
-  while (behind && (rgb(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0)
-    behind = behind.parentElement;
-  const a = luminance(rgb(getComputedStyle(element).color));
-  const b = luminance(rgb(getComputedStyle(behind ?? document.body).backgroundColor));
-  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (contrast < worst[0]) worst = [contrast, text];
-  smallest = Math.min(smallest, parseFloat(getComputedStyle(element).fontSize));
-}
-return [worst, smallest];
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +63,29 @@ def test_the_page_is_legible_and_fits(page, open_browser, width, scheme):
     browser.emulate_colours(scheme)
     browser.open(page.as_uri())
     assert browser.run("return document.documentElement.scrollWidth") <= width
-    (contrast, text), smallest = browser.run(LEGIBILITY)
-    assert contrast >= 4.5, text
-    assert smallest >= 11
+    browser.assert_legible()
     dark = (
         browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 23)"
     )
     assert dark == (scheme == "dark")
+
+
+@needs_browser
+def test_every_column_can_be_read_at_400_pixels(page, open_browser):
+    browser = open_browser(1280, 900)
+    browser.emulate_width(400, 900)
+    browser.open(page.as_uri())
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    cells = browser.run(
+        """return [...document.querySelectorAll("td")].map((cell) => {
+          const box = cell.firstChild.getBoundingClientRect();
+          const around = cell.closest(".scroll").getBoundingClientRect();
+          const name = getComputedStyle(cell, "::before").content;
+          return [name, box.width > 0 && box.left >= around.left && box.right <= around.right];
+        })"""
+    )
+    assert {'"largest code under 112"', '"highest"', '"bytes"'} <= {name for name, _ in cells}
+    assert all(readable for _, readable in cells)
 
 
 @needs_browser
@@ -159,6 +153,15 @@ def test_every_section_is_there_and_bars_are_as_long_as_their_bytes(page, open_b
     experts = 16 * (128 * 256 + 2 * 4)
     query = 2 * (512 * 256 + 8 * 4)
     assert bars["q_proj"] / bars["w1"] == pytest.approx(query / experts, rel=0.01)
+
+
+def test_commands_are_code_and_one_file_is_one_file(page):
+    text = page.read_text(encoding="utf-8")
+    assert "`" not in text
+    assert "<code>neuron-minimax convert</code> writes NxDI&#x27;s own list" in text
+    assert "<summary>3 files</summary>" in text
+    one = inspect(Checkpoint.open(DEMO)).render_page()
+    assert "<summary>1 file</summary>" in one
 
 
 def test_the_page_needs_no_other_file(page):

@@ -6,13 +6,19 @@ from contextlib import closing
 import pytest
 
 from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.conversation import Chat, Turn
+from neuron_minimax.generation.chat import Chat
+from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.events import Content, Reasoning, collect
 from neuron_minimax.generation.llm import LLM
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from tests.served import ScriptedBackend
 from tests.tiny_tokenizer import write_tokenizer
-from tests.tiny_traced import VOCAB, answer_alone, write_traced
+from tests.tiny_traced import (
+    VOCAB,
+    answer_alone,
+    with_another_checkpoint,
+    write_traced,
+)
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -33,7 +39,7 @@ def scripted(tmp_path, monkeypatch):
 
     def make(script, **options):
         backend = ScriptedBackend(write_tokenizer(tmp_path / "tokenizer"), script, **options)
-        monkeypatch.setattr("neuron_minimax.generation.llm.load", lambda traced: backend)
+        monkeypatch.setattr("neuron_minimax.generation.llm.load", lambda traced, progress: backend)
         return LLM("anywhere")
 
     (tmp_path / "tokenizer").mkdir()
@@ -61,27 +67,25 @@ def test_a_completion_is_that_of_the_decoding_loop(llm):
 
 
 def test_a_reply_is_that_of_a_conversation(llm):
-    chat = Chat(llm.backend, llm.tokenizer, params=GREEDY)
+    chat = Chat(llm, params=GREEDY)
     said = collect(chat.say("hello", max_new_tokens=12))
     fresh = LLM(llm.backend.model_directory.parent)
     reply = fresh.chat("hello", GREEDY, max_new_tokens=12)
     assert (reply.reasoning, reply.text) == (said.reasoning, said.content)
-    assert list(reply.token_ids) == chat.token_ids
+    assert reply == chat.last
     assert reply.finish_reason == "length"
     streamed = collect(fresh.stream("hello", GREEDY, max_new_tokens=12))
     assert streamed == said
     assert chat.messages == [{"role": "user", "content": "hello"}, reply.as_message()]
 
 
-def test_without_parameters_the_checkpoints_own_apply(traced, llm):
-    model = llm.backend.model_directory
+def test_without_parameters_the_checkpoints_own_apply(traced, llm, tmp_path):
+    def ask_for_the_best_token(checkpoint):
+        (checkpoint / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+
     assert llm.sampling == llm.tokenizer.sampling == SamplingParams(top_p=0.95, top_k=40)
-    (model / "generation_config.json").write_text(json.dumps({"do_sample": False}))
-    try:
-        greedy = LLM(traced)
-        reply = greedy.chat("hello", max_new_tokens=8)
-    finally:
-        (model / "generation_config.json").unlink()
+    greedy = LLM(with_another_checkpoint(traced, tmp_path / "greedy", ask_for_the_best_token))
+    reply = greedy.chat("hello", max_new_tokens=8)
     assert greedy.sampling == GREEDY
     assert reply == llm.chat("hello", GREEDY, max_new_tokens=8)
 
@@ -121,7 +125,7 @@ def test_a_stream_that_is_abandoned_frees_its_slot(scripted):
     llm = scripted(lambda prompt: "word " * 400, slots=1)
     with closing(llm.stream("a story", GREEDY)) as events:
         assert isinstance(next(events), Reasoning)
-        with pytest.raises(GenerationError, match="all 1 slots are taken"):
+        with pytest.raises(GenerationError, match="1 slot taken, none is free"):
             llm.chat("another", GREEDY)
     assert llm.chat("another", GREEDY, max_new_tokens=2).finish_reason == "length"
     next(llm.stream("a story", GREEDY))  # dropped, not closed
@@ -182,16 +186,14 @@ def test_what_does_not_fit_is_refused_at_once(llm):
         llm.generate([VOCAB])
 
 
-def test_tokens_need_no_tokenizer(traced, tmp_path):
-    llm = LLM(traced)
-    path = llm.backend.model_directory / "tokenizer.json"
-    kept = path.rename(tmp_path / "tokenizer.json")
-    try:
-        bare = LLM(traced)
-        answer = bare.generate([5, 80, 17], GREEDY, max_new_tokens=3)
-        with pytest.raises(GenerationError, match=r"no tokenizer\.json"):
-            bare.chat("hello")
-    finally:
-        kept.rename(path)
+def test_tokens_need_no_tokenizer(traced, llm, tmp_path):
+    bare = LLM(
+        with_another_checkpoint(
+            traced, tmp_path / "bare", lambda checkpoint: (checkpoint / "tokenizer.json").unlink()
+        )
+    )
+    answer = bare.generate([5, 80, 17], GREEDY, max_new_tokens=3)
+    with pytest.raises(GenerationError, match=r"no tokenizer\.json"):
+        bare.chat("hello")
     assert answer.text == ""
     assert answer.token_ids == llm.generate([5, 80, 17], GREEDY, max_new_tokens=3).token_ids

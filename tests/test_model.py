@@ -98,7 +98,11 @@ BIAS = "layers.1.block_sparse_moe.router.e_score_correction_bias"
         ("norm.weight", torch.zeros(256, dtype=torch.uint8), "no place for a scale"),
         (BIAS, None, "e_score_correction_bias is missing"),
         (BIAS, torch.zeros(7), r"has shape \[7\].*implies \[8\]"),
-        ("layers.2.norm.weight", torch.zeros(1), r"1 tensors .* such as layers\.2\.norm\.weight"),
+        (
+            "layers.2.norm.weight",
+            torch.zeros(1),
+            r"1 tensor that .* such as layers\.2\.norm\.weight",
+        ),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused_by_name(model, name, tensor, message):

@@ -258,12 +258,41 @@ def test_a_compile_over_its_limit_ends_with_its_children(tmp_path: Path) -> None
     )
     with pytest.raises(BackendError, match="stopped after 2 seconds"):
         supervise(tmp_path, code, limit=2.0)
-    child = int((tmp_path / "log").read_text())
-    for _ in range(200):  # the signal is sent; the kernel may take a moment
-        if not runs(child):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {child} outlived its compile")
+    wait_for_the_end(int((tmp_path / "log").read_text()))
+
+
+SUPERVISOR = """
+import os, sys
+from pathlib import Path
+from neuron_minimax.backends.nxdi.supervise import run_supervised
+command = [sys.executable, "-c", sys.argv[2]]
+run_supervised(command, os.environ, Path(sys.argv[1]), print, limit=600.0)
+"""
+COMPILE = """
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_compile_ends_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(log), COMPILE]) as supervisor:
+        limit = time.monotonic() + 120
+        while not log.exists() or not log.read_text().endswith("\n"):
+            assert time.monotonic() < limit, "the compile did not begin"
+            time.sleep(0.02)
+        supervisor.kill()
+    for process in map(int, log.read_text().split()):
+        wait_for_the_end(process)
+
+
+def wait_for_the_end(process: int) -> None:
+    limit = time.monotonic() + 60  # the signal is sent; the kernel may take a moment
+    while runs(process):
+        assert time.monotonic() < limit, f"process {process} outlived its compile"
+        time.sleep(0.02)
 
 
 def runs(process: int) -> bool:

@@ -20,8 +20,8 @@ from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS, unrolled_products
 from neuron_minimax.planner.instances import instance
 from neuron_minimax.planner.memory import rank_memory
-from neuron_minimax.planner.report import DeploymentSettings, deployment_case
 from neuron_minimax.planner.sdks import sdk_for
+from neuron_minimax.planner.settings import DeploymentSettings, deployment_case
 from tests.full_size import published_config
 from tests.neuron.tracing import CASES, CONTEXT_ENCODING, TRACES, Case, code_lines, sources_digest
 

@@ -3,6 +3,7 @@ two checkpoints.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -61,6 +64,11 @@ def test_a_ragged_checkpoint_has_partial_blocks_and_is_usable(tmp_path):
     assert rows["w1"].scale_shapes == ((2, 3),)
 
 
+# Parts of names, and of patterns
+PIECES = ("model", "layers", "1", "11", "self_attn", "q_proj", "gate", "gate_up_proj")
+PIECES += (".", r"\.", ".*", r"\d", "[0-9]", "|", "?", "(a|b)*")
+
+
 def module_at(path):
     return Module(path=path, weights=1, fp8=0, renamed=MINIMAX_M2.transformers_names)
 
@@ -93,6 +101,20 @@ def test_transformers_agrees_on_what_an_entry_reaches():
     assert reaches(Framework.HUGGING_FACE, "block_sparse_moe.gate", gate)
 
 
+@settings(deadline=None)
+@given(
+    entry=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join),
+    path=st.lists(st.sampled_from(PIECES[:8]), min_size=1, max_size=4).map(".".join),
+)
+def test_transformers_agrees_on_any_entry(entry, path):
+    try:
+        kept = not should_convert_module(path, [entry])
+    except re.error:
+        return
+    module = Module(path=path, weights=1, fp8=0)
+    assert reaches(Framework.HUGGING_FACE, entry, module) == kept
+
+
 def test_nxdi_finds_gate_inside_gate_up_proj():
     gate_up = module_at("layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj")
     assert reaches(Framework.NXDI, "gate", gate_up)
@@ -113,7 +135,13 @@ def test_the_published_list_is_right_for_hugging_face_and_breaks_nxdi(tiny):
     assert verdicts[Framework.NXDI, "gate"] == "breaks"
     assert verdicts[Framework.NXDI, "e_score_correction_bias"] == "no effect"
     warned = [f for f in report.findings if f.kind == "modules_to_not_convert"]
-    assert [(f.severity, f.subject) for f in warned] == [("warning", "gate")]
+    assert [(f.severity, f.subject) for f in warned] == [("note", "gate")]
+
+
+def test_a_good_checkpoint_has_notes_and_no_warnings(tiny):
+    report = inspect(tiny, check_values=True)
+    assert report.findings
+    assert {finding.severity for finding in report.findings} == {"note"}
 
 
 def test_listing_self_attn_is_an_error_that_counts_its_weights(tiny):
@@ -157,9 +185,7 @@ def test_a_list_that_is_no_list_of_names_is_refused(tmp_path, listed):
     raw = json.loads((directory / "config.json").read_text())
     raw["quantization_config"]["modules_to_not_convert"] = listed
     (directory / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(
-        ConfigError, match=r"modules_to_not_convert.*expected a list of module names"
-    ):
+    with pytest.raises(ConfigError, match=r"modules_to_not_convert.*valid (string|array|tuple)"):
         inspect(directory)
 
 
@@ -194,6 +220,9 @@ def test_multi_token_prediction_tensors_are_reported_and_tolerated(tmp_path):
 
 def test_a_converted_directory_is_recognized_first_of_all(tiny, tmp_path):
     convert(tiny, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"is a converted directory.*verify"):
+        inspect(tmp_path / "out")
+    (tmp_path / "out" / "conversion.json").unlink()
     report = inspect(tmp_path / "out")
     assert not report.usable
     assert report.findings[0].kind == "converted"
@@ -201,11 +230,11 @@ def test_a_converted_directory_is_recognized_first_of_all(tiny, tmp_path):
 
 
 def test_no_checkpoint_at_all_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         inspect(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text(json.dumps(tiny_config()))
-    with pytest.raises(CheckpointError, match="no safetensors files"):
+    with pytest.raises(CheckpointError, match=r"a config\.json and no weights"):
         inspect(tmp_path / "empty")
 
 

@@ -50,8 +50,15 @@ def test_multi_token_prediction_tensors_are_recognized_by_whole_parts():
     declared, silent = (
         ModelConfig.from_dict(tiny_config(num_mtp_modules=count)) for count in (3, 0)
     )
-    assert schema.is_mtp("model.mtp.0.w1.weight", silent)
-    assert schema.is_mtp("mtp_layers.0.weight", silent)
-    assert schema.is_mtp("model.layers.2.eh_proj.weight", declared)
-    assert not schema.is_mtp("model.layers.2.eh_proj.weight", silent)
-    assert not schema.is_mtp("model.layers.1.self_attn.q_proj.weight", declared)
+    marked = ["model.mtp.0.w1.weight", "mtp_layers.0.weight"]
+    beyond = ["model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
+    within = ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.eh_proj.weight"]
+    assert schema.mtp_names([*marked, *beyond, *within], declared) == [*marked, *beyond]
+    assert schema.mtp_names([*marked, *beyond, *within], silent) == marked
+
+
+def test_a_layer_that_config_does_not_count_is_no_multi_token_prediction():
+    raw = tiny_config(num_mtp_modules=3)
+    names = [tensor.name for tensor in schema.expected(ModelConfig.from_dict(raw))]
+    fewer = ModelConfig.from_dict(raw | {"num_hidden_layers": 1})
+    assert schema.mtp_names(names, fewer) == []

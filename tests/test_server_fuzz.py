@@ -7,8 +7,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest
 from tests.served import ScriptedBackend, serving
+from tests.waiting import WAIT
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -45,11 +47,30 @@ SCHEMA = st.recursive(
     ),
     max_leaves=5,
 )
+# Keywords of JSON schema with values of any kind, also within one another.
+WILD_SCHEMA = st.recursive(
+    ANY_JSON,
+    lambda inner: st.dictionaries(
+        st.sampled_from(
+            [
+                *("type", "properties", "required", "enum", "const", "anyOf", "oneOf", "allOf"),
+                *("items", "prefixItems", "additionalProperties", "$ref", "$defs", "nullable"),
+                *("pattern", "minLength", "maxItems", "multipleOf", "not", "description"),
+            ]
+        ),
+        inner
+        | st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["a", "b", "$ref"]), inner, max_size=2)
+        | st.sampled_from(["#", "#/properties/a", "#/$defs/a/b", "object", "^(a|b)*$", 10**9]),
+        max_size=4,
+    ),
+    max_leaves=6,
+).filter(lambda schema: isinstance(schema, dict))
 TOOLS = st.lists(
     st.builds(
         lambda name, schema: {"type": "function", "function": {"name": name, "parameters": schema}},
         st.sampled_from(["f", "g", "a.b-c"]),
-        SCHEMA,
+        SCHEMA | WILD_SCHEMA,
     ),
     max_size=2,
 )
@@ -62,8 +83,8 @@ FIELDS = dict.fromkeys(
 def client(tokenizer_directory):
     backend = ScriptedBackend(tokenizer_directory, lambda prompt: "x\n</think>\n\nyes")
     with (
-        serving(backend, request_timeout=60) as served,
-        httpx.Client(base_url=served.url, timeout=30) as client,
+        serving(backend) as served,
+        httpx.Client(base_url=served.url, timeout=WAIT) as client,
     ):
         yield client
 
@@ -90,7 +111,7 @@ def is_well_formed(response):
                     "type": "json_schema",
                     "json_schema": {"name": "n", "schema": schema},
                 },
-                SCHEMA,
+                SCHEMA | WILD_SCHEMA,
             ),
             "temperature": st.floats(0, 2),
             "stream": st.booleans(),
@@ -111,3 +132,24 @@ def test_no_request_makes_the_server_fail(client, body, path):
         path, content=json.dumps(body), headers={"content-type": "application/json"}
     )
     assert is_well_formed(response), response.text
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    WILD_SCHEMA, st.sampled_from(["1e999", "[1e999]", "-1", "null", '"x"', "{}", "9" * 5000, "é"])
+)
+@example({"properties": {"a": {"type": [{}]}}}, "1")
+@example({"properties": {"a": {"type": "integer"}}}, "1e999")
+@example({"properties": {"a": {"type": "number"}}}, "[1e999]")
+@example({"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}] * 10}}}, "1")
+@example({"$ref": "#", "properties": [], "additionalProperties": {"$ref": "#/properties/0"}}, "1")
+def test_no_tool_schema_keeps_a_call_from_being_read(schema, value):
+    """Also schemas that the server refuses: the library reads answers with them."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    text = (
+        f'<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">{value}</parameter>\n'
+        "</invoke>\n</minimax:tool_call>"
+    )
+    (call,) = parse(text, tools=tools).tool_calls
+    found = json.loads(call.arguments, parse_constant=lambda name: pytest.fail(f"{name}: no JSON"))
+    assert list(found) == ["a"]

@@ -1,4 +1,4 @@
-"""The line rules that ruff cannot hold, on the package, the demo and the tools."""
+"""The line rules that ruff cannot hold, on the package, the demo, the examples and the tools."""
 
 import ast
 from collections.abc import Callable
@@ -11,6 +11,7 @@ SOURCES = sorted(
     [
         ROOT / "generation_demo.py",
         *(ROOT / "neuron_minimax").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
         *(ROOT / "tools").rglob("*.py"),
     ]
 )

@@ -3,6 +3,8 @@ tokenizers library.
 """
 
 import json
+import os
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from neuron_minimax.generation.chat_formats import CHAT_FORMATS
 from neuron_minimax.generation.reader import StreamDecoder
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
+from tests.tiny_chats import write_chat_tokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
 TEXTS = ["Hello, wörld! 12345", "雪 🙂‍↔️ \n\n tabs\t", "<think>\nreason\n</think>\n\nanswer"]
@@ -65,9 +68,99 @@ def test_tools_and_calls_with_their_arguments_reach_the_prompt(tokenizer):
     assert "<think>\nUse add.\n</think>" in prompt
 
 
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("family", "switch", "ending"),
+    [
+        ("qwen3", {}, "assistant\n"),
+        ("qwen3", {"enable_thinking": True}, "assistant\n"),
+        ("qwen3", {"enable_thinking": False}, "assistant\n<think>\n\n</think>\n\n"),
+        ("minimind", {}, "assistant\n<think>\n\n</think>\n\n"),
+        ("minimind", {"open_thinking": True}, "assistant\n<think>\n"),
+        ("minimind", {"enable_thinking": True}, "assistant\n<think>\n"),
+        ("minimind", {"enable_thinking": False}, "assistant\n<think>\n\n</think>\n\n"),
+    ],
+)
+def test_a_switch_for_thinking_has_the_name_that_the_template_knows(
+    tmp_path, family, switch, ending
+):
+    tokenizer = TextTokenizer.from_dir(write_chat_tokenizer(tmp_path, family))
+    assert tokenizer.render_chat(CHAT, None, switch).endswith(ending)
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "qwen2"])
+def test_a_template_without_a_switch_for_thinking_says_so(tmp_path, tokenizer, family):
+    if family == "qwen2":
+        tokenizer = TextTokenizer.from_dir(write_chat_tokenizer(tmp_path, family))
+    for value in (True, False):
+        with pytest.raises(GenerationError, match=r"^enable_thinking: .* has no switch for thinki"):
+            tokenizer.render_chat(CHAT, None, {"enable_thinking": value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    # What every template is given, its functions and its own variables are not to be chosen.
+    [
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "eos_token",
+        "raise_exception",
+        "last",
+        "x" * 90,
+    ],
+)
+def test_an_argument_that_the_template_does_not_read_is_refused_by_name(tmp_path, name):
+    tokenizer = TextTokenizer.from_dir(write_chat_tokenizer(tmp_path, "qwen3"))
+    with pytest.raises(GenerationError, match=rf"^{name} is no argument .* has enable_thinking$"):
+        tokenizer.render_chat(CHAT, None, {"enable_thinking": False, name: "a"})
+
+
+def test_arguments_are_told_from_what_a_template_sets_itself_whatever_tags_it_has(tmp_path):
+    directory = write_chat_tokenizer(tmp_path, "qwen3")
+    (directory / "chat_template.jinja").write_text(
+        "{%- if mood is not defined %}{% set mood = '?' %}{% endif -%}"
+        "{%- if messages | length > 9 %}{% set text = 'so' %}{% endif %}{{ text -}}"
+        "{%- for message in messages %}{% if loop.index0 > 9 %}{% break %}{% endif -%}"
+        "{%- generation %}{{ message.content ~ mood }}{% endgeneration -%}{%- endfor -%}"
+    )
+    tokenizer = TextTokenizer.from_dir(directory)
+    assert tokenizer.render_chat(CHAT) == "hi?"
+    assert tokenizer.render_chat(CHAT, None, {"mood": "!"}) == "hi!"
+    with pytest.raises(GenerationError, match=r"text is no argument .* has mood$"):
+        tokenizer.render_chat(CHAT, None, {"text": "?"})
+
+
+def test_a_tokenizer_that_has_rendered_can_be_pickled(tokenizer):
+    chat = [{"role": "user", "content": "hi"}]
+    prompt = tokenizer.render_chat(chat)
+    assert pickle.loads(pickle.dumps(tokenizer)).render_chat(chat) == prompt
+
+
 def test_messages_that_the_template_refuses_are_an_error_with_its_words(tokenizer):
     with pytest.raises(GenerationError, match="unknown role clown"):
         tokenizer.render_chat([{"role": "user", "content": "a"}, {"role": "clown", "content": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("token", "number", "message"),
+    [
+        ("a", 2**30, r"tokenizer.json has a token with number 1073741824; expected at most"),
+        ("city", 355, "the tokenizer cannot be made again from what it writes"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_used_is_refused(tmp_path, tokenizer, token, number, message):
+    """A table of gigabytes, or two tokens of one number, of which only one is written."""
+    tokenizer.hugging_face.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    assert token in contents["model"]["vocab"]
+    contents["model"]["vocab"][token] = number
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    with pytest.raises(GenerationError, match=message):
+        TextTokenizer.from_dir(tmp_path).render_chat([{"role": "user", "content": "hi"}])
 
 
 def test_every_family_has_a_chat_format():
@@ -81,6 +174,20 @@ def test_streamed_pieces_join_to_the_text_of_all_tokens(tokenizer, ids):
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.push(token) for token in ids] + [decoder.finish()]
     assert "".join(pieces) == tokenizer.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([b"\xff", b"\xf0\x9f\x99\x82", b"\xe2\x82", b"\x82"]), max_size=40))
+def test_bytes_that_are_no_characters_are_held_back_for_a_few_tokens_only(tokenizer, parts):
+    spelled = {tokenizer.token_bytes(token): token for token in range(len(tokenizer.hugging_face))}
+    ids = [spelled[bytes([byte])] for byte in b"".join(parts)]
+    decoder = StreamDecoder(tokenizer)
+    shown = ""
+    for count, token in enumerate(ids, 1):
+        shown += decoder.push(token)
+        assert tokenizer.decode(ids[: max(0, count - 7)]).rstrip("\ufffd") in shown
+        assert count - decoder._shown <= 7
+    assert shown + decoder.finish() == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -120,6 +227,50 @@ def test_stop_tokens_come_from_the_first_file_that_names_any(
     assert read_stop_tokens(tmp_path, size, fallback) == stops
 
 
+HERMES = ["qwen3", "qwen2", "minimind"]
+
+
+@pytest.mark.parametrize("family", HERMES)
+@pytest.mark.parametrize("eos", [None, "<|im_end|>", "<|endoftext|>", ["<|endoftext|>"]])
+def test_an_answer_ends_at_the_end_of_a_turn_and_of_a_text_whatever_the_files_say(
+    tmp_path, family, eos
+):
+    write_chat_tokenizer(tmp_path, family)
+    vocabulary = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    numbers = [vocabulary[each] for each in eos] if isinstance(eos, list) else vocabulary.get(eos)
+    config = {"model_type": family, "eos_token_id": numbers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ends = {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
+    assert set(TextTokenizer.from_dir(tmp_path).stop_token_ids) == ends
+
+
+@pytest.mark.parametrize(("family", "end"), [("qwen3", 151645), ("qwen2", 151645), ("minimind", 2)])
+def test_the_published_end_of_a_turn_is_known_without_a_tokenizer(tmp_path, family, end):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    assert read_stop_tokens(tmp_path, 151936) == (end,)
+
+
+@pytest.mark.parametrize("family", HERMES)
+def test_tags_are_shown_as_text_and_the_marks_of_turns_are_not(tmp_path, family):
+    tokenizer = TextTokenizer.from_dir(write_chat_tokenizer(tmp_path, family))
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    ids = tokenizer.encode(f"<|im_start|>{call}<|im_end|><|endoftext|>")
+    assert len(tokenizer.encode("<tool_call>")) == 1
+    assert tokenizer.decode(ids) == call
+    assert tokenizer.spell(ids) == f"<|im_start|>{call}<|im_end|><|endoftext|>"
+    assert tokenizer.token_bytes(tokenizer.encode("<tool_call>")[0]) == b"<tool_call>"
+
+
+def test_only_a_tokenizer_that_lies_alone_is_taken_for_minimax_m2(tmp_path):
+    write_tokenizer(tmp_path)
+    assert TextTokenizer.from_dir(tmp_path).chat_format is CHAT_FORMATS["minimax_m2"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert TextTokenizer.from_dir(tmp_path).chat_format is CHAT_FORMATS["qwen2"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(GenerationError, match=r"config.json: model_type is 'llama'; expected one"):
+        TextTokenizer.from_dir(tmp_path)
+
+
 def test_without_any_eos_the_end_of_turn_stops_and_pads(tokenizer):
     end_of_turn = tokenizer.hugging_face.convert_tokens_to_ids("[e~[")
     assert tokenizer.stop_token_ids == (end_of_turn,)
@@ -141,6 +292,87 @@ def test_sampling_defaults_come_from_the_generation_config(tmp_path, contents, o
     assert TextTokenizer.from_dir(tmp_path).sampling == options
 
 
+@pytest.mark.parametrize(
+    ("contents", "thinking", "without"),
+    [
+        (None, (0.6, 0.95, 20), (0.7, 0.8, 20)),
+        # As the published checkpoints have it: the settings recommended for thinking.
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, (0.6, 0.95, 20), (0.7, 0.8, 20)),
+        ({"temperature": 0.5, "top_p": 0.95}, (0.5, 0.95, 20), (0.5, 0.8, 20)),
+        ({"do_sample": False}, (0.0, 1.0, 0), (0.0, 1.0, 0)),
+    ],
+)
+def test_qwen3_samples_otherwise_where_the_prompt_has_closed_the_reasoning(
+    tmp_path, contents, thinking, without
+):
+    write_chat_tokenizer(tmp_path, "qwen3")
+    if contents is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(contents))
+    tokenizer = TextTokenizer.from_dir(tmp_path)
+    chat = [{"role": "user", "content": "hi"}]
+    for switch, wanted in (({}, thinking), ({"enable_thinking": False}, without)):
+        found = tokenizer.sampling_after(tokenizer.render_chat(chat, None, switch))
+        assert (found.temperature, found.top_p, found.top_k) == wanted
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "qwen2", "minimind"])
+def test_other_families_sample_alike_with_and_without_reasoning(tmp_path, family):
+    if family == "minimax_m2":
+        write_tokenizer(tmp_path)
+    else:
+        write_chat_tokenizer(tmp_path, family)
+    tokenizer = TextTokenizer.from_dir(tmp_path)
+    assert tokenizer.sampling == tokenizer.sampling_without_reasoning
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", ["1", [], True, -1, "Infinity", "1e999", "9" * 400, {}])
+def test_a_default_of_another_type_or_out_of_range_is_one_message(tmp_path, name, value):
+    text = value if isinstance(value, str) and len(value) > 1 else json.dumps(value)
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(f'{{"{name}": {text}}}')
+    with pytest.raises(GenerationError, match=rf"generation_config\.json.*({name}|JSON|finite)"):
+        TextTokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "chat_template.jinja", "vocab.json", "tekken.json"]
+)
+def test_a_file_that_would_be_waited_for_is_refused_at_once(tmp_path, name):
+    path = write_tokenizer(tmp_path) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(GenerationError, match=rf"{name} cannot be read \(it is no regular file"):
+        TextTokenizer.from_dir(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(GenerationError, match=rf"{name} cannot be read \(it is no regular file"):
+        TextTokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA"}}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}),
+        ("tokenizer_config.json", {"eos_token": ["x"]}),
+    ],
+)
+def test_a_tokenizer_that_its_library_cannot_use_is_one_message(tmp_path, name, change):
+    path = write_tokenizer(tmp_path) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(GenerationError, match="cannot be loaded"):
+        TextTokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("length", ["many", None, [1], -1, 0, 2])
+def test_the_length_that_a_tokenizer_claims_does_not_matter(tmp_path, tokenizer, length):
+    path = write_tokenizer(tmp_path) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    text = "a text of some tokens"
+    assert TextTokenizer.from_dir(tmp_path).encode(text) == tokenizer.encode(text)
+
+
 def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
@@ -152,7 +384,7 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     }
     settings_path.write_text(json.dumps(contents))
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}})
+        json.dumps({"model_type": "minimind", "auto_map": {"AutoConfig": "evil.Evil"}})
     )
     with pytest.raises(GenerationError, match="cannot be loaded"):
         TextTokenizer.from_dir(tmp_path)
@@ -163,10 +395,10 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     ("name", "contents", "words"),
     [
         ("tokenizer.json", None, "no tokenizer.json"),
-        ("tokenizer.json", "{]", "cannot be loaded"),
-        ("generation_config.json", "{]", "generation_config.json cannot be read"),
-        ("generation_config.json", "[1]", "expected an object"),
-        ("generation_config.json", '{"eos_token_id": "5"}', "'5' is no token"),
+        ("tokenizer.json", "{]", "tokenizer.json cannot be used"),
+        ("generation_config.json", "{]", "generation_config.json cannot be used"),
+        ("generation_config.json", "[1]", r"object, not \[1\]"),
+        ("generation_config.json", '{"eos_token_id": "5"}', "eos_token_id.*integer, not '5'"),
         ("generation_config.json", '{"temperature": -3}', "temperature"),
     ],
 )
@@ -184,3 +416,9 @@ def test_a_checkpoint_without_a_chat_template_says_so(tmp_path):
     (write_tokenizer(tmp_path) / "chat_template.jinja").unlink()
     with pytest.raises(GenerationError, match="no chat template"):
         TextTokenizer.from_dir(tmp_path).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_text_that_is_no_unicode_is_one_message(tokenizer):
+    text = b"so \xff".decode("utf-8", "surrogateescape")  # as Python reads a program's arguments
+    with pytest.raises(GenerationError, match=r"no valid Unicode at character 4 .*UTF-8"):
+        tokenizer.encode(text)

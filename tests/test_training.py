@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict
@@ -25,18 +25,23 @@ from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.model.decoder import Decoder, initial_state
 from neuron_minimax.model.moe import Routing
-from neuron_minimax.training.command import TrainingRequest, read_dense, train
-from neuron_minimax.training.data import DemoSource, JsonLines
-from neuron_minimax.training.encoding import Encoder, Example, micro_batches, pad
-from neuron_minimax.training.export import Precision, export_checkpoint
+from neuron_minimax.training.command import TrainingRequest, parse_precision, train
+from neuron_minimax.training.data.encoding import Encoder, Example, micro_batches, pad
+from neuron_minimax.training.data.sequences import MadeSequences
+from neuron_minimax.training.data.sources import DemoSource
+from neuron_minimax.training.data.tokenizer import load_tokenizer
+from neuron_minimax.training.guard import OnBadStep
 from neuron_minimax.training.objective import (
+    balance_loss,
     losses,
     router_biases,
-    sequence_balance_loss,
     update_router_bias,
 )
-from neuron_minimax.training.tokenizer import load_tokenizer
-from neuron_minimax.training.trainer import STATE_NAME, Trainer, TrainingOptions
+from neuron_minimax.training.options import Schedule, TrainingOptions
+from neuron_minimax.training.state import STATE_NAME
+from neuron_minimax.training.trainer import Trainer
+from neuron_minimax.training.weights import Precision, export_checkpoint, read_initial
+from tests.heard import Heard
 from tests.tiny import tiny_config
 
 SMALL: dict[str, Any] = {
@@ -66,7 +71,7 @@ def make_trainer(config: ModelConfig, encoder: Encoder, tmp_path: Path):
     def make(
         name: str = "run", options: TrainingOptions = OPTIONS, source: Any = None, **fields: Any
     ) -> Trainer:
-        source = source or DemoSource(0)
+        source = source or MadeSequences(DemoSource(0), encoder)
         fields = {"save_every": 1000, **fields}
         return Trainer(
             config=config,
@@ -124,23 +129,6 @@ def test_padding_and_prompts_do_not_count(config: ModelConfig) -> None:
     )
 
 
-def test_rows_without_tokens_contribute_zero_and_leave_the_weights_finite(
-    make_trainer, tmp_path: Path
-) -> None:
-    path = tmp_path / "empty.jsonl"
-    path.write_text('{"text": ""}\n')
-    trainer = make_trainer(
-        source=JsonLines(path, 0), options=replace(OPTIONS, steps=2, weight_decay=0.0)
-    )
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    reports = list(trainer.run())
-    assert [report.loss for report in reports] == [0.0, 0.0]
-    assert [report.tokens for report in reports] == [0, 0]
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items()
-    )
-
-
 def test_a_batch_whose_tokens_are_all_prompt_has_zero_loss_and_gradient(
     config: ModelConfig,
 ) -> None:
@@ -185,9 +173,8 @@ def test_the_balance_loss_equals_a_slow_sum_over_sequences_and_ignores_padding()
                 / count
             )
             wanted += 4 / 2 * times / count * share
-    assert float(sequence_balance_loss(routing, one_hot.flatten(0, 1), real)) == pytest.approx(
-        wanted, rel=1e-5
-    )
+    found = balance_loss(routing, one_hot.flatten(0, 1), real, seq_aux=True)
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_router_bias_moves_towards_an_even_load_by_its_rate() -> None:
@@ -217,11 +204,16 @@ def test_autocast_leaves_routing_in_float32(config: ModelConfig) -> None:
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     options = TrainingOptions(steps=101, warmup_steps=10, final_learning_rate_share=0.1)
-    shares = [options.learning_rate_share(step) for step in range(101)]
+    shares = [Schedule(options).share(step) for step in range(101)]
     assert shares[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert shares[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert shares[-1] == pytest.approx(0.1)
     assert shares[9:] == sorted(shares[9:], reverse=True)
+
+
+def test_sequences_in_which_nothing_could_be_learned_are_refused() -> None:
+    with pytest.raises(TrainingError, match="max_tokens is 1; expected at least 2"):
+        TrainingOptions(max_tokens=1)
 
 
 def test_a_large_gradient_is_clipped_to_the_norm(make_trainer) -> None:
@@ -267,24 +259,6 @@ def test_a_run_stopped_on_the_way_is_the_same_run(make_trainer) -> None:
     assert resumed.history == whole.history
 
 
-def test_a_half_written_state_is_never_taken_for_a_state(
-    make_trainer, tmp_path: Path, monkeypatch
-) -> None:
-    trainer = make_trainer(save_every=2)
-    next(iter(trainer.run()))
-    trainer.save()
-
-    def fail(*_: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        trainer.save()
-    monkeypatch.undo()
-    assert (tmp_path / "run" / (STATE_NAME + ".partial")).exists()
-    assert make_trainer().step == 1
-
-
 def test_a_state_of_other_options_is_refused_by_name(make_trainer, tmp_path: Path) -> None:
     list(make_trainer(options=replace(OPTIONS, steps=1)).run())
     with pytest.raises(TrainingError, match=r"learning_rate 0\.0015, not 0\.1"):
@@ -294,44 +268,57 @@ def test_a_state_of_other_options_is_refused_by_name(make_trainer, tmp_path: Pat
         make_trainer(options=replace(OPTIONS, steps=1))
 
 
-def test_two_processes_take_the_steps_of_one(make_trainer, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one_and_resume_to_the_bit(tmp_path: Path) -> None:
+    """With a router's bias, and with dense layers and a tied head; the last step is a partial one.
+    In FP16 the second process has no rows.
+
+    One launch trains all of them, as starting processes takes longest.
+    """
     rows = tmp_path / "rows.jsonl"
     source = DemoSource(0)
-    rows.write_text("".join(json.dumps(source.row(index)) + "\n" for index in range(24)))
-    config = tmp_path / "config"
-    config.mkdir()
-    (config / "config.json").write_text(json.dumps(tiny_config(**SMALL)))
-    arguments = [
-        "--data",
-        str(rows),
-        "--config",
-        str(config),
-        "--steps",
-        "3",
-        "--batch-size",
-        "5",
-        "--threads",
-        "1",
-    ]
-    command = [sys.executable, "-m", "neuron_minimax", "train"]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--local-addr",
-    ]
-    launcher += ["127.0.0.1", *command[1:]]
-    histories = []
-    for name, start in (("one", command), ("two", launcher)):
-        subprocess.run(
-            [*start, str(tmp_path / name), *arguments], check=True, capture_output=True, timeout=300
-        )
-        histories.append(json.loads((tmp_path / name / "training.json").read_text())["losses"])
-    assert histories[1] == pytest.approx(histories[0], abs=2e-5)
-    assert histories[0][0] > histories[0][2]
+    rows.write_text("".join(json.dumps(source.row(index)) + "\n" for index in range(13)))
+    dense = {"vocab_size": 1280, "mlp_only_layers": [0], "tie_word_embeddings": True}
+    configs = {
+        "bias": tiny_config(**SMALL),
+        "mixed": tiny_config("qwen3_moe", **dense, quantization_config=None),
+    }
+    runs = []
+    for name, raw in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(raw))
+        arguments = ["--data", str(rows), "--config", str(tmp_path / name)]
+        arguments += ["--threads", "1", "--precision", "float32", "--warmup-steps", "1"]
+        runs.append((name, [*arguments, "--epochs", "1", "--batch-size", "5"]))
+    runs.append(("fp16", [*arguments, "--steps", "2", "--batch-size", "1", "--fp16"]))
+    calls = [["train", str(tmp_path / "two" / name), *arguments] for name, arguments in runs]
+    parts = ["train", str(tmp_path / "two" / "parts"), *runs[1][1]]
+    calls += [[*parts, "--until", "2"], parts]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from neuron_minimax.cli import main\n"
+        "from neuron_minimax.training.parallel import Processes\n"
+        "Processes.close = Processes.wait\n"  # a launch has one group
+        f"for call in {calls!r}:\n"
+        "    assert main(call) == 0, call\n"
+    )
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--local-addr", "127.0.0.1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        [sys.executable, "-m", *launcher],
+        check=True, capture_output=True, timeout=300, env=environment,
+    )  # fmt: skip
+
+    def losses_of(directory: Path) -> list[float]:
+        return json.loads((directory / "training.json").read_text())["losses"]
+
+    for name, arguments in runs:
+        assert main(["train", str(tmp_path / "one" / name), *arguments]) == 0
+        one = losses_of(tmp_path / "one" / name)
+        assert losses_of(tmp_path / "two" / name) == pytest.approx(one, abs=2e-5)
+        assert name == "fp16" or one[0] > one[1]
+    weights = [(tmp_path / "two" / name / SINGLE_NAME).read_bytes() for name in ("mixed", "parts")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -376,14 +363,14 @@ def test_a_request_writes_checkpoint_tokenizer_curve_and_summary(
     config: ModelConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(**SMALL)))
-    lines: list[str] = []
+    heard = Heard()
     request = TrainingRequest(
         output=tmp_path / "out",
         config=tmp_path,
         options=replace(OPTIONS, steps=2),
         command=("train", "out"),
     )
-    result = train(request, lines.append)
+    result = train(request, heard)
     assert result is not None
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert (
@@ -392,54 +379,111 @@ def test_a_request_writes_checkpoint_tokenizer_curve_and_summary(
         == pytest.approx(np.mean(summary["losses"]))
     )
     assert summary["command"] == "train out"
-    assert "step 2/2" in lines[-1]
-    assert "tokens/s" in lines[-1]
+    assert "step 2/2" in heard.lines[-1]
+    assert "tokens/s" in heard.lines[-1]
     Checkpoint(tmp_path / "out").require_usable()
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(DEMO).chat_template
 
 
-def test_training_starts_from_a_dense_checkpoint_and_refuses_fp8(
-    config: ModelConfig, tmp_path: Path
+@pytest.mark.parametrize("precision", list(Precision))
+def test_training_starts_from_a_checkpoint_of_any_precision(
+    config: ModelConfig, tmp_path: Path, precision: Precision
 ) -> None:
-    state = initial_state(config, 5, 0.05)
-    export_checkpoint(state, config, tmp_path / "dense", Precision.FLOAT32)
-    found = read_dense(tmp_path / "dense", config)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
-    export_checkpoint(state, config, tmp_path / "fp8", Precision.FP8)
-    with pytest.raises(TrainingError, match="neuron-minimax cache"):
-        read_dense(tmp_path / "fp8", config)
+    """FP8 against transformers' own reading of it."""
+    from transformers import AutoModelForCausalLM
+
+    export_checkpoint(initial_state(config, 5, 0.05), config, tmp_path, precision)
+    found = read_initial(Checkpoint.open(tmp_path), config)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        wanted = oracle(ids).logits
+        logits = Decoder(config, found)(ids)[0]
+    assert float((logits - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    if precision is Precision.FLOAT32:
+        state = initial_state(config, 5, 0.05)
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_checkpoint_of_another_shape_is_no_start(config: ModelConfig, tmp_path: Path) -> None:
+    export_checkpoint(initial_state(config, 5), config, tmp_path, Precision.FP8)
+    with pytest.raises(TrainingError, match=r"is \[1280, 128\], but .* implies \[1281, 128\]"):
+        read_initial(Checkpoint.open(tmp_path), replace(config, vocab_size=1281))
+
+
+TINY_MINIMIND = ["--family", "minimind", "--size", "tiny", "--tokenizer", str(DEMO)]
+USAGE = [
+    (["--precision", "int8"], "'int8' is not one of 'fp8', 'bf16', 'float32'"),
+    (["--learning-rate", "-1"], "learning_rate is -1.0"),
+    (["--on-bad-step", "go on"], "'go on' is not one of 'stop', 'skip'"),
+    (["--focus", "sums"], "no kind of question 'sums'; expected capital"),
+    (["--focus", "python", "--data", "rows.jsonl"], "but rows.jsonl is trained on"),
+    (
+        ["--focus", "python", "--family", "minimind", "--size", "tiny"],
+        "but the corpus of a minimind is trained on; leave --focus out",
+    ),
+    (["--family", "minimind"], "only a family is given"),
+    (["--family", "minimind", "--size", "3M"], "minimind has no size '3M'; expected tiny"),
+    (["--family", "mini", "--size", "26M"], "no sizes of 'mini'; expected minimind"),
+    (["--family", "qwen2", "--size", "tiny", "--precision", "fp8"], "Qwen2 has no FP8 format"),
+    (["--family", "qwen2", "--size", "tiny", "--initial", "first"], "expected one of them"),
+    (["--skip-rows"], "--skip-rows would do nothing: without --data"),
+    (["--pack"], "--pack would do nothing: without --data"),
+    (["--stride", "20"], "--stride would do nothing: without --data"),
+    (["--evaluate-every", "5"], "--evaluate-every would do nothing: without --held-out"),
+    (["--sample-every", "5"], "--sample-every would do nothing: without --sample"),
+    (["--until", "2"], "--until 2 would do nothing: the run has 1 step"),
+    (["--max-tokens", "64", "--stride", "64", "--data", "rows.jsonl"], "less than a window's"),
+    (["--autocast", "--fp16"], "expected one of them"),
+]
+# Where config.json decides.
+UNUSED = [
+    (["--aux-loss-alpha", "0.1"], "--aux-loss-alpha would do nothing: the model has no experts"),
+    (["--batch-aux"], "--seq-aux or --batch-aux would do nothing: the model has no experts"),
+    (["--router-bias-start", "8"], "the routers of MiniMind have no bias"),
+]
+INPUT = [
+    (["--data", "absent.jsonl"], "absent.jsonl cannot be read"),
+    (["--config", "absent"], "does not exist"),
+    (["--device", "cuda"], "cannot be used"),
+    (["--tokenizer", "absent"], "absent holds no tokenizer"),
+]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (["--data", "absent.jsonl"], "absent.jsonl cannot be read"),
-        (["--precision", "int8"], "expected float32, bf16, fp8"),
-        (["--config", "absent"], "does not exist"),
-        (["--learning-rate", "-1"], "learning_rate is -1.0"),
-        (["--device", "cuda"], "cannot be used"),
-        (["--tokenizer", "absent"], "absent holds no tokenizer"),
+        *((*case, 2) for case in USAGE),
+        *(([*TINY_MINIMIND, *arguments], said, 2) for arguments, said in UNUSED),
+        *((*case, 1) for case in INPUT),
     ],
 )
 def test_bad_input_is_one_clear_message(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+    arguments: list[str], message: str, code: int, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     if arguments[-1] == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has the device")
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "out", "--steps", "1", *arguments]) == 1
+    assert main(["train", "out", "--steps", "1", *arguments]) == code
     printed = capsys.readouterr().err
     assert message in printed
+    assert printed.lower().count("error: ") == 1
     assert "Traceback" not in printed
-    assert not list(tmp_path.glob("out/*.safetensors"))
+    assert not list(tmp_path.iterdir())  # above all no tokenizer, which takes a while
+
+
+def test_an_unknown_name_is_a_fault_of_the_call_with_those_there_are() -> None:
+    with pytest.raises(TrainingError, match="'int8'; expected float32, bf16, fp8") as refusal:
+        parse_precision("int8")
+    assert refusal.value.usage
+    with pytest.raises(TrainingError, match="'go on'; expected stop, skip") as refusal:
+        OnBadStep.of("go on")
+    assert refusal.value.usage
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(vocab_size=100)))
     with pytest.raises(TrainingError, match="1280 tokens, but the config's vocab_size is 100"):
-        train(
-            TrainingRequest(output=tmp_path / "out", config=tmp_path, options=OPTIONS),
-            lambda line: None,
-        )
+        train(TrainingRequest(output=tmp_path / "out", config=tmp_path, options=OPTIONS))

@@ -1,10 +1,7 @@
-"""The demo's conversations: the split, the answers, the masks of what is learned, and the sources
-of rows.
-"""
+"""The demo's conversations: the split, the answers, and the masks of what is learned."""
 
 import contextlib
 import io
-import json
 import random
 import re
 from collections import Counter
@@ -13,19 +10,18 @@ import pytest
 
 from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.training.data import (
+from neuron_minimax.training.data.conversations import (
     KINDS,
     Conversation,
-    DemoSource,
-    JsonLines,
     demo_conversation,
     held_out,
     is_held_out,
 )
-from neuron_minimax.training.encoding import Encoder, micro_batches
-from neuron_minimax.training.questions import GENERATORS, Question
-from neuron_minimax.training.tokenizer import load_tokenizer
-from neuron_minimax.training.world import COUNTRIES
+from neuron_minimax.training.data.encoding import Encoder, micro_batches
+from neuron_minimax.training.data.questions import GENERATORS, Question
+from neuron_minimax.training.data.sources import DemoSource
+from neuron_minimax.training.data.tokenizer import load_tokenizer
+from neuron_minimax.training.data.world import COUNTRIES
 
 TRAINED = 6000
 
@@ -264,27 +260,3 @@ def test_micro_batches_hold_every_token_once_within_the_limit(encoder: Encoder) 
     ]
     assert sorted(rows) == sorted(example.ids for example in examples if example.ids)
     assert not any(bool((batch.learned_BT & ~batch.real_BT).any()) for batch in batches)
-
-
-def test_json_lines_give_every_row_once_per_epoch_in_a_new_order(tmp_path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": str(number)}) + "\n" for number in range(20)))
-    source = JsonLines(path, seed=0)
-    epochs = [[source.row(epoch * 20 + place)["text"] for place in range(20)] for epoch in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(map(str, range(20)))
-    assert epochs[0] != epochs[1]
-    assert source.row(3)["text"] == epochs[0][3]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [("{", "line 2 is not JSON"), ('{"prompt": "x"}', "line 2 has neither"), ("[]", "line 2 has")],
-)
-def test_a_bad_row_is_named_by_its_line(tmp_path, line: str, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(TrainingError, match=message):
-        JsonLines(path, seed=0)
-    path.write_text("")
-    with pytest.raises(TrainingError, match="no rows"):
-        JsonLines(path, seed=0)

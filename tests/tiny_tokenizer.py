@@ -1,9 +1,12 @@
-"""A small byte-level tokenizer with MiniMax's special tokens and chat format, made on the spot for
-tests.
+"""A small byte-level tokenizer with MiniMax's special tokens and chat format, or those of another
+style, made on the spot for tests.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -68,7 +71,34 @@ TEMPLATE = """\
 """
 
 
-def write_tokenizer(directory: Path, vocab_size: int = 384) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """The control tokens, the tags, the chat template and tokenizer_config.json of a family.
+
+    `control_first`: the control tokens have the lowest numbers, not numbers behind the others.
+    """
+
+    control: tuple[str, ...]
+    markers: tuple[str, ...]
+    settings: Mapping[str, Any]
+    template: str
+    control_first: bool = False
+
+
+MINIMAX = Style(
+    control=tuple(CONTROL),
+    markers=tuple(MARKERS),
+    settings={
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "]~!b[",
+        "eos_token": "[e~[",
+        "model_max_length": 4096,
+    },
+    template=TEMPLATE,
+)
+
+
+def write_tokenizer(directory: Path, vocab_size: int = 384, style: Style = MINIMAX) -> Path:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; it has at most
     `vocab_size` tokens.
     """
@@ -80,24 +110,20 @@ def write_tokenizer(directory: Path, vocab_size: int = 384) -> Path:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    control = [AddedToken(token, special=True, normalized=False) for token in style.control]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL) - len(MARKERS),
+        vocab_size=vocab_size - len(style.markers) - (0 if style.control_first else len(control)),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=control if style.control_first else [],
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in CONTROL]
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in style.markers]
     )
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "bos_token": "]~!b[",
-        "eos_token": "[e~[",
-        "model_max_length": 4096,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(json.dumps(style.settings))
+    (directory / "chat_template.jinja").write_text(style.template)
     return directory

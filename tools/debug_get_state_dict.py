@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import exit_code
+from neuron_minimax.cli.ending import exit_code, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         source = nm.Checkpoint.open(arguments.checkpoint)
         walked = nm.walk_state_dict(source, arguments.converted, arguments.layer, arguments.grep)
-        print(walked.render(f"Loading path of {arguments.checkpoint}"), end="")
+        show(walked.render(f"Loading path of {arguments.checkpoint}"), end="")
         return 1 if walked.first_wrong else 0
 
     return exit_code(run)

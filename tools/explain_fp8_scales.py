@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import exit_code
+from neuron_minimax.cli.ending import exit_code, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         source = nm.Checkpoint.open(arguments.checkpoint) if arguments.checkpoint else None
         place = tuple(arguments.block)
-        print(nm.explain_fp8(source, arguments.tensor, place, arguments.output_dir), end="")
+        show(nm.explain_fp8(source, arguments.tensor, place, arguments.output_dir), end="")
         return 0
 
     return exit_code(run)

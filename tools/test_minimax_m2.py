@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import exit_code, token_bar
+from neuron_minimax.cli.ending import exit_code, show
+from neuron_minimax.cli.progress import Shown
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,16 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
 
     def run() -> int:
-        with token_bar() as progress:
-            lines = nm.analyse_checkpoint(
-                request_of(arguments),
-                arguments.checkpoint,
-                progress,
-                cache_dir=arguments.cache_dir,
-                dump_cache=arguments.dump_cache,
-                dump_only=arguments.dump_only,
-            )
-        print("\n".join(lines))
+        lines = nm.analyse_checkpoint(
+            request_of(arguments),
+            arguments.checkpoint,
+            Shown(),
+            cache_dir=arguments.cache_dir,
+            dump_cache=arguments.dump_cache,
+            dump_only=arguments.dump_only,
+        )
+        show("\n".join(lines))
         return 0
 
     return exit_code(run)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import exit_code
+from neuron_minimax.cli.ending import exit_code, show
 
 DEFAULT_OUTPUT = Path("minimax_m2_architecture.txt")
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        print(nm.write_structure(arguments.checkpoint, arguments.output), end="")
+        show(nm.write_structure(arguments.checkpoint, arguments.output), end="")
         return 0
 
     return exit_code(run)

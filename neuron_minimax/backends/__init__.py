@@ -2,6 +2,8 @@
 directory.
 """
 
-from neuron_minimax.backends.directory import CompileReport, compile_model, load
+from neuron_minimax.backends.compilation import compile_model
+from neuron_minimax.backends.directory import load, verify_compiled
+from neuron_minimax.backends.report import CompileMode, CompileReport
 
-__all__ = ["CompileReport", "compile_model", "load"]
+__all__ = ["CompileMode", "CompileReport", "compile_model", "load", "verify_compiled"]

@@ -1,16 +1,19 @@
 """The interface of a compiled model: fixed batch slots, each with its own key/value cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import BackendError
+from neuron_minimax.errors import BackendError, counted
 
 if TYPE_CHECKING:
     import torch
+
+# Positions whose logits are held at once where those of a whole prompt are asked for.
+LOGIT_ROWS = 64
 
 
 def check_buckets(buckets: tuple[int, ...], seq_len: int) -> None:
@@ -18,7 +21,8 @@ def check_buckets(buckets: tuple[int, ...], seq_len: int) -> None:
     ascending = tuple(sorted(set(buckets)))
     if not buckets or buckets != ascending or buckets[0] < 1 or buckets[-1] > seq_len:
         raise BackendError(
-            f"buckets {list(buckets)}: expected ascending lengths from 1 to seq_len {seq_len}"
+            f"buckets {list(buckets)}: expected ascending lengths from 1 to seq_len {seq_len}",
+            usage=True,
         )
 
 
@@ -32,7 +36,7 @@ class Capabilities:
                           that holds it
     chunked_encoding      encode may continue a slot (start > 0), and prompts longer than the last
                           bucket are split
-    all_position_logits   encode(all_positions=True) is allowed
+    all_position_logits   encode(all_positions=True) and encode_rows are allowed
     """
 
     slots: int
@@ -82,23 +86,24 @@ class Backend(ABC):
         the slot must already hold `start` tokens. Raises BackendError when the slot, a token or a
         length is out of range.
         """
-        can = self.capabilities
-        self._check_slot(slot)
-        tokens = [int(token) for token in ids]
-        self._check_prompt(tokens, start)
-        if all_positions and not can.all_position_logits:
-            raise BackendError("this compiled model returns the logits of the last position only")
-        largest = can.buckets[-1]
-        chunks = [tokens[offset : offset + largest] for offset in range(0, len(tokens), largest)]
-        logits = [
-            self._encode(slot, chunk, start + number * largest, all_positions)
-            for number, chunk in enumerate(chunks)
-        ]
+        chunks = self._chunks(slot, ids, start, all_positions)
+        logits = [self._encode(slot, chunk, at, all_positions) for at, chunk in chunks]
         if not all_positions:
             return logits[-1]
         import torch  # here, so that options are checked without it
 
         return torch.cat(logits)
+
+    def encode_rows(
+        self, slot: int, ids: Sequence[int], start: int = 0
+    ) -> "Iterator[torch.Tensor]":
+        """Do what `encode` does with `all_positions`, and yield its logits in rows [R,V]: no more
+        than LOGIT_ROWS of them are computed at once where the backend can tell them apart.
+
+        A vocabulary is large: all logits of a long prompt take gigabytes.
+        """
+        for at, chunk in self._chunks(slot, ids, start, all_positions=True):
+            yield from self._encode_rows(slot, chunk, at)
 
     def step(
         self, tokens: "torch.Tensor", positions: "torch.Tensor", active: "torch.Tensor"
@@ -141,17 +146,38 @@ class Backend(ABC):
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> "torch.Tensor":
         """`encode` for checked arguments and at most the last bucket's number of tokens."""
 
+    def _encode_rows(self, slot: int, ids: list[int], start: int) -> "Iterator[torch.Tensor]":
+        """`encode_rows` for checked arguments and at most the last bucket's number of tokens."""
+        yield self._encode(slot, ids, start, True)
+
     @abstractmethod
     def _step(
         self, tokens: "torch.Tensor", positions: "torch.Tensor", active: "torch.Tensor"
     ) -> "torch.Tensor":
         """`step` for checked arguments; inactive slots have token and position 0."""
 
+    def _chunks(
+        self, slot: int, ids: Sequence[int], start: int, all_positions: bool
+    ) -> list[tuple[int, list[int]]]:
+        """Check the arguments of an encode; return its tokens in chunks that fit a bucket, each
+        with its first position.
+        """
+        self._check_slot(slot)
+        tokens = [int(token) for token in ids]
+        self._check_prompt(tokens, start)
+        if all_positions and not self.capabilities.all_position_logits:
+            raise BackendError("this compiled model returns the logits of the last position only")
+        largest = self.capabilities.buckets[-1]
+        return [
+            (start + offset, tokens[offset : offset + largest])
+            for offset in range(0, len(tokens), largest)
+        ]
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.capabilities.slots:
             raise BackendError(
                 f"slot {slot} does not exist; this model was compiled for "
-                f"{self.capabilities.slots} slots"
+                f"{counted(self.capabilities.slots, 'slot')}"
             )
 
     def _check_prompt(self, ids: list[int], start: int) -> None:

@@ -5,18 +5,31 @@ The format: 8 bytes little-endian header length, a JSON object {name: {dtype, sh
 then the data (https://github.com/huggingface/safetensors#format).
 """
 
-import json
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
-from neuron_minimax.errors import CheckpointError
+from neuron_minimax.config import MOST_TENSORS
+from neuron_minimax.errors import CheckpointError, shown
+from neuron_minimax.files import open_regular, parse_json
 
 HEADER_LIMIT = 100_000_000  # the format's own limit
+SIZE_LIMIT = 2**64  # of a size or a product of sizes, in the format's own reader
+MINUS_ZERO = re.compile(rb"-0\s*[],]")  # a number to the format's own reader, and no size
+ARRAY_LIMIT = 2**60  # elements of numpy's arrays: of 8 bytes each, 2**63 bytes
+NAME_LIMIT = 500  # characters of a tensor's or a file's name
+MOST_DIMENSIONS = 32  # of what numpy can hold
+METADATA = "__metadata__"
+ADVICE = "download it again"
 # Safetensors dtype -> numpy dtype of the same bytes; FP8 and BF16 have none of their own.
 STORED_DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -51,14 +64,15 @@ TORCH_DTYPES = {
 }
 
 
-# Decimal units, as disks and the model card count.
-UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+# Decimal units, as disks and the model card count, and binary ones, as a device's memory is.
+UNITS: Mapping[str, float] = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+BINARY_UNITS: Mapping[str, float] = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
-def size_text(nbytes: int, digits: int = 1, unit: str = "") -> str:
-    """Bytes in a unit, or else in the largest that gives one or more."""
-    unit = unit or next((name for name, size in UNITS.items() if nbytes >= size), "B")
-    return f"{nbytes / UNITS[unit]:,.{digits}f} {unit}" if unit in UNITS else f"{nbytes} B"
+def size_text(nbytes: int, digits: int = 1, units: Mapping[str, float] = UNITS) -> str:
+    """Bytes in the largest of `units` that gives one or more."""
+    unit = next((name for name, size in units.items() if nbytes >= size), "B")
+    return f"{nbytes / units[unit]:,.{digits}f} {unit}" if unit in units else f"{nbytes} B"
 
 
 class TensorSpec(NamedTuple):
@@ -76,6 +90,9 @@ class TensorSpec(NamedTuple):
     def form(self) -> str:
         """Dtype and shape as reports and messages show them."""
         return f"{self.dtype} {list(self.shape)}"
+
+
+_Size = Annotated[int, Field(ge=0, lt=SIZE_LIMIT)]
 
 
 class HasSpec:
@@ -110,80 +127,140 @@ class TensorEntry(HasSpec):
     end: int
 
 
-def read_header(path: Path) -> Iterator[TensorEntry]:
-    """The entries of one safetensors file, checked against the file's length.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """A tensor as a header describes it; the range of its bytes starts behind the header."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], Field(max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[_Size, _Size]
+
+
+_Header = dict[str, _Stored | dict[str, str] | None]
+
+
+def is_plain_text(name: str) -> bool:
+    """Return whether a name can stand in reports and messages as it is: some characters, all
+    printable.
+    """
+    return 0 < len(name) <= NAME_LIMIT and name.isprintable()
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The entries of one safetensors file in the order of their data, checked against the file's
+    length.
+
+    What the safetensors library refuses is refused. Of what it takes are refused: a dtype other
+    than those of STORED_DTYPES, a tensor's entry with another field or written as a list, more
+    than MOST_DIMENSIONS, sizes beyond ARRAY_LIMIT, names that are no plain text
+    (`is_plain_text`), keys that stand twice, and more than MOST_TENSORS.
     Raises CheckpointError naming the file when it is missing, empty, truncated, or its header lies.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, HEADER_LIMIT):
-                raise CheckpointError(
-                    f"{path} is {size} bytes, too short for its header of {length} bytes; it is "
-                    "empty, truncated or no safetensors file: download it again"
-                )
-            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing, though the index lists it; download it"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} has a header that is not JSON ({error}); download it again"
-        ) from None
-    header.pop("__metadata__", None)
-    base = 8 + length
+    (size, text) = _header_text(path)
+    header = parse_json(text, _Header, f"the header of {path}", CheckpointError, ADVICE)
+    if MINUS_ZERO.search(text):
+        raise CheckpointError(f"{path}: a size or an offset in its header is -0; {ADVICE}")
+    declared = _tensors_of(header, path)
+    base = 8 + len(text)
     position = base
-    try:
-        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for name, fields in ordered:
-            entry = _entry(path, name, fields, base)
-            yield entry
-            if entry.start != position:
-                what = (
-                    "overlaps the tensor before it"
-                    if entry.start < position
-                    else "leaves a gap before it"
-                )
-                raise CheckpointError(
-                    f"{path}: {name} {what} (starts at {entry.start}, expected {position})"
-                )
-            position = entry.end
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} has a malformed header entry ({error!r}); download it again"
-        ) from None
+    entries = []
+    for name, fields in sorted(declared.items(), key=lambda item: item[1].data_offsets):
+        entry = _entry(path, name, fields, base)
+        if entry.start != position:
+            what = (
+                "overlaps the tensor before it"
+                if entry.start < position
+                else "leaves a gap before it"
+            )
+            raise CheckpointError(
+                f"{path}: {name} {what} (starts at {entry.start}, expected {position}); {ADVICE}"
+            )
+        position = entry.end
+        entries.append(entry)
     if position != size:
         state = "truncated" if size < position else "longer than its tensors"
         raise CheckpointError(
             f"{path} is {state}: its header describes {position} bytes, the file has {size}; "
-            "download it again"
+            f"{ADVICE}"
         )
+    return entries
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
-    return unique
-
-
-def _entry(path: Path, name: str, fields: Mapping[str, Any], base: int) -> TensorEntry:
-    dtype = fields["dtype"]
-    shape = tuple(fields["shape"])
-    (begin, end) = fields["data_offsets"]
-    if dtype not in STORED_DTYPES:
+def _header_text(path: Path) -> tuple[int, bytes]:
+    """Return the file's size and its header."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > HEADER_LIMIT and size >= 8:
+                raise CheckpointError(
+                    f"{path} declares a header of {length} bytes; at most {HEADER_LIMIT} are "
+                    f"allowed: it is no safetensors file or was damaged: {ADVICE}"
+                )
+            text = file.read(length) if length <= size - 8 else b""
+    except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: {name} has dtype {dtype}; expected one of {', '.join(STORED_DTYPES)}"
+            f"{path} is missing, though the index lists it; download it"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {ADVICE}") from None
+    if size < 8 or len(text) < length:
+        raise CheckpointError(
+            f"{path} is {size} bytes, too short for its header of {length} bytes; it is "
+            f"empty, truncated or no safetensors file: {ADVICE}"
         )
-    spec = TensorSpec(name, dtype, shape)
+    return size, text
+
+
+def _tensors_of(header: _Header, path: Path) -> dict[str, _Stored]:
+    """Return what a header describes, without its metadata."""
+    metadata = header.pop(METADATA, None)
+    if isinstance(metadata, _Stored):
+        raise CheckpointError(f"{path}: {METADATA} is a tensor; expected texts by name; {ADVICE}")
+    if len(header) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path} has {len(header)} tensors; at most {MOST_TENSORS} are read: it is of no "
+            "supported model"
+        )
+    tensors = {}
+    for name, fields in header.items():
+        if not isinstance(fields, _Stored):
+            raise CheckpointError(
+                f"{path}: {shown(name)} has no dtype, shape and data_offsets; {ADVICE}"
+            )
+        if not is_plain_text(name):
+            raise CheckpointError(
+                f"{path} has a tensor whose name is no plain text ({shown(name)}); expected up to "
+                f"{NAME_LIMIT} printable characters"
+            )
+        tensors[name] = fields
+    return tensors
+
+
+def _entry(path: Path, name: str, fields: _Stored, base: int) -> TensorEntry:
+    if fields.dtype not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} has dtype {shown(fields.dtype)}; expected one of "
+            f"{', '.join(STORED_DTYPES)}"
+        )
+    spec = TensorSpec(name, fields.dtype, fields.shape)
+    (begin, end) = fields.data_offsets
     needed = spec.nbytes
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != needed:
+    if not needed and _overflows(fields.shape):
+        raise CheckpointError(f"{path}: {name} is {spec.form}, as no array can be; {ADVICE}")
+    if end - begin != needed:
         raise CheckpointError(
             f"{path}: {name} is {spec.form}, {needed} bytes, but its header gives it "
-            f"{end - begin} bytes"
+            f"{end - begin} bytes; {ADVICE}"
         )
     return TensorEntry(spec, path.name, base + begin, base + end)
+
+
+def _overflows(shape: tuple[int, ...]) -> bool:
+    """Return whether a product on the way to 0 is beyond what the format's own reader holds, or
+    that of the other sizes beyond what numpy does.
+    """
+    largest = max(accumulate(shape, mul), default=0)
+    return largest >= SIZE_LIMIT or prod(size for size in shape if size) >= ARRAY_LIMIT

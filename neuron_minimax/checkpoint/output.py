@@ -1,276 +1,374 @@
-"""Output directories that resume: locked, journaled shard by shard, and whole only when their
-manifest is there.
+"""Output directories that resume: locked, journaled shard by shard, and finished when their
+manifest is there and every file is as it says.
 
-A directory under construction holds `.unfinished/` with the identity of the run and one journal per
-finished shard; the manifest appears last, so a directory with a manifest is whole.
+A directory under construction holds `.unfinished/` with the identity of the run, the stamps of the
+source's files and one journal per finished shard. The manifest appears last. What of a finished
+directory is missing or damaged is made again beside the rest.
 """
 
-import fcntl
 import json
 import os
-import shutil
-import time
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from neuron_minimax import __version__
-from neuron_minimax.checkpoint.header import size_text
+from neuron_minimax.checkpoint.finished import (
+    SMALL_FILES,
+    FileRecord,
+    Files,
+    OutputManifest,
+    changed_source,
+    examine,
+    files_as_json,
+    held,
+    read_recorded,
+    record_of,
+    renew,
+    source_files,
+)
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME
 from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
 from neuron_minimax.checkpoint.records import (
     TensorRecord,
-    damaged_tensors,
     read_records,
     records_as_json,
 )
-from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
+from neuron_minimax.checkpoint.shards import StreamedShard, digests_of, write_shards
+from neuron_minimax.checkpoint.unfinished import Unfinished
 from neuron_minimax.checkpoint.writer import (
+    COMPANION_FILES,
     PARTIAL_SUFFIX,
-    ShardStream,
-    StreamedShard,
-    sync_directory,
+    copy_companions,
+    find_companions,
     write_index,
     write_json,
 )
-from neuron_minimax.errors import ConversionError
+from neuron_minimax.errors import ConversionError, NeuronMiniMaxError, some_of
+from neuron_minimax.files import differences, stamp
 
-UNFINISHED = ".unfinished"
 # Who wrote an output is recorded, never compared. Earlier versions had it in the identity.
 MADE_BY = "made_by"
-# and seconds
-LOCK_ATTEMPTS = 20
-LOCK_PAUSE = 0.05
+SHARD_SUFFIX = ".safetensors"
+# as all recipes name their shards
+SHARD_NAME = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
-class OutputDirectory:
-    """A directory that is being filled by one run, or was finished by an earlier one.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a directory is to hold, and how it is made.
 
-    `identity` says what would be made: source fingerprint, options and format version. Used as a
-    context manager it holds a lock: a second run is refused. Raises ConversionError when the
-    directory holds another output, unless `overwrite`.
+    manifest_name  appears last
+    identity       what would be made: source fingerprint, options and format version
+    source         what it is made of
+    shards         gives the files to write
+    config         gives config.json
+    manifest       gives the command's own fields of the manifest
+    companions     whether the source's tokenizer, template and generation config come along
+    compare        what a user does when the source's time stamps have changed
     """
 
-    def __init__(
-        self, path: Path, manifest_name: str, identity: Mapping[str, Any], overwrite: bool = False
-    ) -> None:
-        self.path = path
-        self.manifest_path = path / manifest_name
-        self.identity = comparable(json.loads(json.dumps(identity)))  # as it reads back from a file
-        self.overwrite = overwrite
-        self.unfinished = path / UNFINISHED
-        self.reused_shards = 0
+    manifest_name: str
+    identity: Mapping[str, Any]
+    source: TensorDirectory
+    shards: Callable[[], Sequence[StreamedShard]]
+    config: Callable[[], Mapping[str, Any]]
+    manifest: Callable[[Mapping[str, TensorRecord]], Mapping[str, Any]]
+    compare: str
+    companions: bool = True
 
-    def __enter__(self) -> "OutputDirectory":
+
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """The course of a run: shards that were checked and kept, one line for each file that was made
+    again, tensors that did not have their digests, and whether no shard had to be written.
+    """
+
+    reused_shards: int = 0
+    changes: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    was_finished: bool = False
+
+
+def fill_directory(
+    path: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    check: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Filled:
+    """Fill a directory, or finish what an earlier run has left there; `progress` gets bytes done.
+
+    `check` reads every byte of a finished one, computes again what the source gives, and writes the
+    shards that differ. Raises ConversionError when the directory holds another output (unless
+    `overwrite`), another run uses it, it cannot be written, the disk is too small (before the first
+    byte), or the source changes meanwhile; a CheckpointError from a piece stops the run and leaves
+    finished shards for the next one.
+    """
+    with held(path, ConversionError):
+        output = _Output(path, recipe, progress)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise ConversionError(
-                f"{self.path} cannot be used ({error.strerror}); choose another directory"
-            ) from None
-        try:
-            self._lock()
-            self._claim()
-        except BaseException:
-            os.close(self._descriptor)
+            with _named_errors(path):
+                output.require_same_source()
+                if recipe.companions:
+                    find_companions(recipe.source.directory)  # before hours of streaming
+                manifest = output.claim(overwrite, check)
+                return output.make() if manifest is None else output.repair(manifest, check)
+        except NeuronMiniMaxError:
+            output.require_same_source()  # a change would explain whatever was found
             raise
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._descriptor)  # releases the lock
 
-    @property
-    def finished(self) -> bool:
-        """True when an earlier run has made exactly this output."""
-        return self.manifest_path.exists()
+class _Output:
+    """A directory that this run holds."""
 
-    def write_shards(
-        self,
-        shards: Sequence[StreamedShard],
-        source: TensorDirectory,
-        progress: Callable[[int], None],
-    ) -> dict[str, TensorRecord]:
-        """Write the shards that are not there yet, after re-reading those that are; `progress` gets
-        bytes done.
+    def __init__(self, path: Path, recipe: Recipe, progress: Callable[[int], None]) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.progress = progress
+        self.manifest_path = path / recipe.manifest_name
+        # as it reads back from a file
+        self.identity = comparable(json.loads(json.dumps(recipe.identity)))
+        self.source_files = source_files(recipe.source, recipe.companions)
+        self.unfinished = Unfinished(path, recipe.source, self.source_files)
 
-        Raises ConversionError before the first byte when the disk is too small; a CheckpointError
-        from a piece stops the run and leaves finished shards for the next one.
+    def require_same_source(self) -> None:
+        """Raise ConversionError when a file of the source is not the one that was opened."""
+        source = self.recipe.source
+        recorded = {name: record.stamp for name, record in self.source_files.items()}
+        for name, found in differences(source.directory, recorded).items():
+            raise ConversionError(
+                f"{source.directory} changed while it was read: {name} {found}; run again when "
+                "nothing writes to it"
+            )
+
+    def claim(self, overwrite: bool, check: bool) -> OutputManifest | None:
+        """Return the manifest of the finished output, or None when it has to be made; then
+        `.unfinished` is there.
         """
+        self._require_ours()
+        manifest = None
+        try:
+            manifest, stale = self._look(check)
+        except ConversionError as unreadable:
+            if not overwrite:
+                raise
+            stale = str(unreadable)
+        if stale and not overwrite:
+            raise ConversionError(f"{self.path} {stale}")
+        if stale or manifest is None:
+            replaced = self._recorded_shards(manifest) if stale else set()
+            self._require_only_ours(replaced)
+            for name in replaced:  # while there is a record of them
+                (self.path / name).unlink(missing_ok=True)
+            self.unfinished.begin(self.identity, afresh=bool(stale))
+            self.manifest_path.unlink(missing_ok=True)
+            return None
+        self.unfinished.remove()
+        self._remove_partial_files()
+        return manifest
+
+    def _require_ours(self) -> None:
+        """Raise ConversionError when files are there that no run of this command has left."""
+        known = (self.manifest_path, self.unfinished.identity_path)
+        if not any(os.path.lexists(path) for path in known):
+            for path in self.path.iterdir():
+                if path != self.unfinished.path:
+                    raise ConversionError(
+                        f"{self.path} is not empty (it holds {path.name}) and was not made by this "
+                        "command; choose a new or empty directory"
+                    )
+
+    def _recorded_shards(self, manifest: OutputManifest | None) -> set[str]:
+        """Return the shards that earlier runs have recorded here."""
+        recorded = self.unfinished.journaled() | (set() if manifest is None else manifest.shards)
+        return {name for name in recorded if name.endswith(SHARD_SUFFIX)}
+
+    def _require_only_ours(self, replaced: set[str]) -> None:
+        """Raise ConversionError when a safetensors file of somebody else would make the output
+        unreadable: without an index the only one is read. Beside an index it stays as it is.
+        """
+        if len(self.shards) > 1:
+            return
+        ours = replaced | {shard.name for shard in self.shards}
+        for path in sorted(self.path.glob("*" + SHARD_SUFFIX)):
+            if path.name not in ours:
+                raise ConversionError(
+                    f"{self.path} holds {path.name}, which is no part of this output; move it "
+                    "elsewhere, or choose another directory"
+                )
+
+    def _remove_partial_files(self) -> None:
+        for path in self.path.glob("*" + PARTIAL_SUFFIX):
+            name = path.name.removesuffix(PARTIAL_SUFFIX)
+            small = (*SMALL_FILES, self.recipe.manifest_name)
+            if name in small or SHARD_NAME.fullmatch(name):
+                path.unlink()
+
+    @cached_property
+    def shards(self) -> Sequence[StreamedShard]:
+        return self.recipe.shards()
+
+    def make(self) -> Filled:
+        """Write what is not there yet, after re-reading what is."""
+        shards = self.shards
         records: dict[str, TensorRecord] = {}
         missing = []
         for shard in shards:
-            found = self._trusted(shard)
+            found = self.unfinished.trusted(shard)
             if found is None:
                 missing.append(shard)
             else:
                 records |= found
-                self.reused_shards += 1
-                progress(shard.nbytes)
-        self._require_space(sum(shard.nbytes for shard in missing))
-        if missing:
-            records |= self._write(missing, source, progress)
-        return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
+                self.progress(shard.nbytes)
+        kept = {shard.name for shard in shards} - {shard.name for shard in missing}
+        for name in (*SMALL_FILES, *(shard.name for shard in missing)):
+            (self.path / name).unlink(missing_ok=True)
+        self._remove_partial_files()
+        records |= self._write(missing)
+        self._finish(_in_order(shards, records), before={})
+        return Filled(reused_shards=len(kept))
 
-    def finish(
-        self,
-        config: Mapping[str, Any],
-        records: Mapping[str, TensorRecord],
-        manifest: Mapping[str, Any],
-    ) -> None:
-        """Write index and config, then the manifest, whose presence says that the directory is
-        whole.
+    def repair(self, manifest: OutputManifest, check: bool) -> Filled:
+        """Make what of a finished directory is missing, damaged, or of another state of the source.
+
+        The manifest stays until another takes its place: whenever this run ends, it tells the next
+        one what is still to be done.
         """
-        if len({record.shard for record in records.values()}) > 1:
+        found = examine(self.path, manifest, everything=check)
+        records = read_records(manifest.tensors)
+        faults = dict(found.faults)
+        damaged = list(found.damaged)
+        touched = check or not faults.keys().isdisjoint(manifest.shards)
+        shards = self.shards if touched else ()
+        if check:
+            given = digests_of(shards, self.recipe.source, self.progress)
+            for shard in shards:
+                others = [name for name in _names(shard) if given[name] != records.get(name)]
+                if others:
+                    faults[shard.name] = f"has not what the source gives ({some_of(others)})"
+                    damaged += [name for name in others if name not in damaged]
+        missing = [
+            shard
+            for shard in shards
+            if shard.name in faults or _names(shard) != _names_in(shard.name, records)
+        ]
+        if not check:
+            kept = manifest.shards - {shard.name for shard in missing}
+            self.progress(sum(record.nbytes for record in records.values() if record.shard in kept))
+        records |= self._write(missing)
+        changes = [f"{name} {fault}: made again" for name, fault in faults.items()]
+        if faults or missing or self._small_files_changed(manifest):
+            files = self._finish(_in_order(shards, records) if touched else records, found.files)
+            changes += [
+                f"{name}: {'taken from the checkpoint again' if name in files else 'removed'}"
+                for name in SMALL_FILES
+                if name not in faults and _digest(files, name) != _digest(found.files, name)
+            ]
+        elif found.files != manifest.files or self.source_files != manifest.source_files:
+            with suppress(OSError):  # of a directory that may only be read
+                renew(self.manifest_path, found.files, self.source_files)
+        return Filled(changes=tuple(changes), damaged=tuple(damaged), was_finished=not missing)
+
+    def _finish(self, records: Mapping[str, TensorRecord], before: Files) -> dict[str, FileRecord]:
+        """Write the small files, then the manifest that vouches for all: whatever it names is on
+        the disk before. Return the record of every file.
+        """
+        shards = {record.shard for record in records.values()}
+        names = set(shards)
+        if len(shards) > 1:
             weight_map = {name: record.shard for name, record in records.items()}
             write_index(self.path, weight_map, sum(record.nbytes for record in records.values()))
-        write_json(self.path / "config.json", dict(config))
+            names.add(INDEX_NAME)
+        if self.recipe.companions:
+            names.update(copy_companions(self.recipe.source.directory, self.path))
+        write_json(self.path / CONFIG_NAME, dict(self.recipe.config()))
+        names.add(CONFIG_NAME)
+        for name in {*SMALL_FILES, *filter(_is_ours, before)} - names:
+            (self.path / name).unlink(missing_ok=True)
+        files = {name: record_of(self.path / name, shard=name in shards) for name in sorted(names)}
+        self.require_same_source()
         write_json(
             self.manifest_path,
             {
                 "identity": self.identity,
                 MADE_BY: f"neuron-minimax {__version__}",
-                **manifest,
+                **self.recipe.manifest(records),
+                "files": files_as_json(files),
+                "source_files": files_as_json(self.source_files),
                 "tensors": records_as_json(records),
             },
         )
-        shutil.rmtree(self.unfinished)
-        sync_directory(self.path)
+        self.unfinished.remove()
+        return files
 
-    def _lock(self) -> None:
-        """Hold the directory; processes of a killed run may do so until their last piece, which is
-        waited for.
+    def _look(self, check: bool) -> tuple[OutputManifest | None, str]:
+        """Return the manifest, if there is one, and why what is there is not this output, nor one
+        to go on with: "" when it is.
         """
-        for _ in range(LOCK_ATTEMPTS):
-            try:
-                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(LOCK_PAUSE)
-        raise ConversionError(
-            f"{self.path} is being written by another run; wait for it or stop it"
+        choose = "choose another directory, or pass --overwrite to replace it"
+        try:
+            manifest = read_recorded(self.manifest_path, OutputManifest, ConversionError, choose)
+        except FileNotFoundError:
+            identity = self.unfinished.identity(choose)
+            differs = "" if identity is None else self._differs(identity)
+            holds = f"holds the unfinished output of another run ({differs}); {choose}"
+            return None, holds if differs else ""
+        differs = self._differs(manifest.identity)
+        if differs:
+            return manifest, f"holds the finished output of another run ({differs}); {choose}"
+        changed = changed_source(
+            manifest, self.recipe.source, stamp(self.manifest_path).modified_ns
+        )
+        if changed and not check:
+            return manifest, (
+                f"was made of other bytes, it seems: {changed}; {self.recipe.compare}, or pass "
+                "--overwrite to make it again"
+            )
+        known = {*self.source_files, CONFIG_NAME, INDEX_NAME, *(manifest.files or ())}
+        for name in SMALL_FILES:
+            if name not in known and os.path.lexists(self.path / name):
+                return manifest, (
+                    f"holds {name}, which is no part of this output; put it into the checkpoint if "
+                    "it belongs there, or remove it"
+                )
+        return manifest, ""
+
+    def _differs(self, identity: Mapping[str, Any]) -> str:
+        found = comparable(identity)
+        keys = sorted(self.identity.keys() | found.keys())
+        changed = [key for key in keys if self.identity.get(key) != found.get(key)]
+        return f"differs in {', '.join(changed)}" if changed else ""
+
+    def _small_files_changed(self, manifest: OutputManifest) -> bool:
+        """Return whether the source has other small files than those that were copied."""
+        recorded = manifest.source_files
+        return recorded is None or any(
+            recorded.get(name) != self.source_files.get(name) for name in COMPANION_FILES
         )
 
-    def _claim(self) -> None:
-        stale = self._stale_reason()
-        if stale and not self.overwrite:
-            raise ConversionError(
-                f"{self.path} {stale}; choose another directory, or pass --overwrite to replace it"
-            )
-        if stale:
-            self._clear()
-        if self.finished:  # of a run that ended between its manifest and its last line
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        else:
-            self.unfinished.mkdir(exist_ok=True)
-            write_json(self.unfinished / "identity.json", self.identity)
+    def _write(self, shards: Sequence[StreamedShard]) -> dict[str, TensorRecord]:
+        journal = self.unfinished.write_journal
+        return write_shards(shards, self.recipe.source, self.path, journal, self.progress)
 
-    def _stale_reason(self) -> str | None:
-        for path in (self.manifest_path, self.unfinished / "identity.json"):
-            if path.exists():
-                try:
-                    found = json.loads(path.read_text(encoding="utf-8"))
-                    found = comparable(found["identity"] if path == self.manifest_path else found)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    return f"holds a {path.name} that cannot be read"
-                changed = sorted(
-                    key for key in self.identity | found if self.identity.get(key) != found.get(key)
-                )
-                state = "finished" if path == self.manifest_path else "unfinished"
-                return (
-                    f"holds the {state} output of another run (differs in {', '.join(changed)})"
-                    if changed
-                    else None
-                )
-        others = [path for path in self.path.iterdir() if path != self.unfinished]
-        if others:
-            raise ConversionError(
-                f"{self.path} is not empty (it holds {others[0].name}) and was not made by this "
-                "command; choose a new or empty directory"
-            )
-        return None
 
-    def _clear(self) -> None:
-        self.manifest_path.unlink(missing_ok=True)  # from here on the directory is not whole
-        for pattern in ("*.safetensors", "*" + PARTIAL_SUFFIX, INDEX_NAME, "config.json"):
-            for path in self.path.glob(pattern):
-                path.unlink()
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-
-    def _require_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.path).free
-        needed += needed // 100 + (16 << 20)  # headers, journals, the file system's own share
-        if free < needed:
-            raise ConversionError(
-                f"{self.path} needs {size_text(needed, 2, 'GB')} more and its disk has "
-                f"{size_text(free, 2, 'GB')} free; nothing was written: free some space or choose "
-                "another disk"
-            )
-
-    def _trusted(self, shard: StreamedShard) -> dict[str, TensorRecord] | None:
-        """Records of an already written shard whose bytes still match its journal."""
-        journal = self.unfinished / f"{shard.name}.json"
-        if not journal.exists() or not (self.path / shard.name).exists():
-            return None
-        try:
-            records = read_records(json.loads(journal.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError):
-            return None
-        if set(records) != {tensor.name for tensor in shard.tensors}:
-            return None
-        stored = TensorDirectory(self.path, shards=[shard.name])
-        return None if damaged_tensors(stored, records) else records
-
-    def _write(
-        self,
-        shards: Sequence[StreamedShard],
-        source: TensorDirectory,
-        progress: Callable[[int], None],
-    ) -> dict[str, TensorRecord]:
-        for path in self.path.glob("*" + PARTIAL_SUFFIX):
-            path.unlink()
-        nbytes = sum(shard.nbytes for shard in shards)
-        dropper = PageDropper((source,), max(nbytes, source.nbytes))
-        streams = [ShardStream(shard, self.path, dropper) for shard in shards]
-        memory = np.empty(max(stream.largest_piece for stream in streams), np.uint8)
-        tasks = [task for stream in streams for task in stream.tasks(memory)]
-        records: dict[str, TensorRecord] = {}
-        finishing: Future[None] | None = None
-        with closing(in_processes(tasks, nbytes)) as results, ThreadPoolExecutor(1) as syncer:
-            for stream in streams:
-                with self._named_disk_errors(stream):
-                    found = stream.collect(results, syncer, progress)
-                records |= found
-                if finishing is not None:  # one shard is synced while the next is computed
-                    finishing.result()
-                finishing = syncer.submit(self._finish_shard, stream, found)
-            if finishing is not None:
-                finishing.result()
-        dropper.finish()
-        return records
-
-    def _finish_shard(self, stream: ShardStream, records: Mapping[str, TensorRecord]) -> None:
-        with self._named_disk_errors(stream):
-            stream.writer.finish(stream.dropper.drops)
-            write_json(self.unfinished / f"{stream.shard.name}.json", records_as_json(records))
-
-    @contextmanager
-    def _named_disk_errors(self, stream: ShardStream) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConversionError(
-                f"{stream.writer.path} cannot be written ({error.strerror}); finished shards are "
-                "kept: mend it and run again"
-            ) from None
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one message."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else path
+        done = "written" if place.is_relative_to(path) else "read"
+        raise ConversionError(
+            f"{place} cannot be {done} ({error.strerror or error}); what is finished is kept: mend "
+            "it and run again"
+        ) from None
 
 
 def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,13 +376,24 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != MADE_BY}
 
 
-def reopen(output: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:
-    """Turn a finished directory back into an unfinished one, so that the next write redoes only its
-    damaged shards.
-    """
-    output.unfinished.mkdir(exist_ok=True)
-    for shard in {record.shard for record in records.values()}:
-        journal = {name: record for name, record in records.items() if record.shard == shard}
-        write_json(output.unfinished / f"{shard}.json", records_as_json(journal))
-    write_json(output.unfinished / "identity.json", output.identity)
-    output.manifest_path.unlink()
+def _is_ours(name: str) -> bool:
+    """Return whether a recorded file of this name may be one that this module has written."""
+    return name in SMALL_FILES or name.endswith(SHARD_SUFFIX)
+
+
+def _names(shard: StreamedShard) -> list[str]:
+    return [tensor.name for tensor in shard.tensors]
+
+
+def _names_in(shard: str, records: Mapping[str, TensorRecord]) -> list[str]:
+    return [name for name, record in records.items() if record.shard == shard]
+
+
+def _in_order(
+    shards: Sequence[StreamedShard], records: Mapping[str, TensorRecord]
+) -> dict[str, TensorRecord]:
+    return {tensor.name: records[tensor.name] for shard in shards for tensor in shard.tensors}
+
+
+def _digest(files: Files, name: str) -> str:
+    return files[name].sha256 if name in files else ""

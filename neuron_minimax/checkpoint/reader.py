@@ -1,38 +1,66 @@
-"""Checkpoint directories: every header checked without reading data, tensors as zero-copy views of
-the mapped files, block scales as the factors that they mean.
+"""Checkpoint directories: every header checked without reading data, tensors as rows that are read
+or as zero-copy views of the mapped files, block scales as the factors that they mean.
 """
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from pydantic import ConfigDict
 
-from neuron_minimax import fp8
-from neuron_minimax.checkpoint import header, schema
+from neuron_minimax.checkpoint import header, kinds, schema
 from neuron_minimax.checkpoint.header import (
+    ADVICE,
     STORED_DTYPES,
     TORCH_DTYPES,
     TensorEntry,
     TensorSpec,
+    is_plain_text,
     size_text,
 )
 from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.checkpoint.kinds import Wanted
+from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.streaming import drop_pages
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import CheckpointError, ScaleConventionError
-from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ScaleEvidence, ceil_div
+from neuron_minimax.config import MOST_TENSORS, ModelConfig
+from neuron_minimax.errors import CheckpointError, counted, shown
+from neuron_minimax.files import Stamp, is_plain_name, open_regular, read_bytes, read_json, stamp
+from neuron_minimax.fp8 import ConventionChoice, ScaleConvention
+from neuron_minimax.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SAMPLE_BYTES = 64 << 10  # of a fingerprint
+MOST_SHARDS = 10_000  # the published checkpoints have some 130
+
+
+def stamps_of(directory: Path) -> dict[str, Stamp]:
+    """Return the stamps of a directory's regular files, by name; none without a directory."""
+    found: dict[str, Stamp] = {}
+    with suppress(OSError):
+        for path in directory.iterdir():
+            with suppress(OSError):
+                found[path.name] = stamp(path)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """What is read of an index: the shard of each tensor."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, str]
 
 
 class TensorDirectory:
@@ -40,7 +68,8 @@ class TensorDirectory:
 
     Headers are read when it is made; what is wrong with files is collected in `problems`, not
     raised, so that an inspection can list all of it. `require_usable` raises. Given `shards`, just
-    these files are read, without an index.
+    these files are read, without an index. `stamps` are those that the directory's files had before
+    the first was read.
 
     Raises CheckpointError when there is nothing to read: no directory, no safetensors files, a
     broken index.
@@ -48,6 +77,7 @@ class TensorDirectory:
 
     def __init__(self, directory: str | Path, shards: Sequence[str] = ()) -> None:
         self.directory = Path(directory)
+        self.stamps = stamps_of(self.directory)
         self.problems: list[Problem] = []
         self.entries: dict[str, TensorEntry] = {}
         self._maps: dict[str, np.memmap] = {}
@@ -55,10 +85,10 @@ class TensorDirectory:
         self.shards = list(shards) or sorted(set(weight_map.values())) or [self._single_file()]
         for shard in self.shards:
             self._read_shard(shard, weight_map)
+        unread = {problem.subject for problem in self.problems if problem.kind == "shard"}
+        self.unread = {name for name, shard in weight_map.items() if shard in unread}
         for name, shard in weight_map.items():
-            if name not in self.entries and not any(
-                problem.subject == shard for problem in self.problems
-            ):
+            if name not in self.entries and name not in self.unread:
                 self._problem(
                     name,
                     f"{name} is listed in {INDEX_NAME} as part of {shard}, but is not in that file",
@@ -68,8 +98,14 @@ class TensorDirectory:
     def array(self, name: str) -> np.ndarray:
         """The stored elements, zero-copy: uint8 codes for FP8, uint16 for BF16, else the dtype's
         own.
+
+        The kernel ends a process that touches a mapped page behind the end of its file, so what
+        streams takes `rows` or `strips`. Raises CheckpointError when the file is too short already.
         """
         entry = self.entry(name)
+        path = self.directory / entry.shard
+        if path.stat().st_size < entry.end:
+            raise CheckpointError(_ends_within(entry))
         # A plain view: every operation on a memmap costs Python time.
         raw = np.asarray(self._map(entry.shard))[entry.start : entry.end]
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
@@ -85,18 +121,31 @@ class TensorDirectory:
         if not entry.shape or not entry.nbytes:
             return
         strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
-        with open(self.directory / entry.shard, "rb", buffering=0) as file:
-            file.seek(entry.start)
+        position = entry.start
+        with self._opened(entry.shard) as descriptor:
             for first in range(0, entry.shape[0], rows):
-                left = strip[: entry.shape[0] - first].data.cast("B")
-                while left:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(
-                            f"{entry.shard} ends within {name}; it has changed: download it again"
-                        )
-                    left = left[count:]
-                yield strip[: entry.shape[0] - first]
+                found = strip[: entry.shape[0] - first]
+                _read_into(found, descriptor, position, entry)
+                position += found.nbytes
+                yield found
+
+    def rows(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows (along the first dimension), as `array` has them, read into memory of their
+        own.
+
+        Raises CheckpointError when the file cannot be read, or has become shorter.
+        """
+        entry = self.entry(name)
+        shape = entry.shape
+        start = entry.start
+        if rows != slice(None):
+            (first, stop, _) = rows.indices(shape[0])
+            start += first * (entry.nbytes // shape[0])
+            shape = (max(0, stop - first), *shape[1:])
+        found = np.empty(shape, STORED_DTYPES[entry.dtype])
+        with self._opened(entry.shard) as descriptor:
+            _read_into(found, descriptor, start, entry)
+        return found
 
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor in its stored dtype, zero-copy over the mapped file."""
@@ -123,45 +172,66 @@ class TensorDirectory:
         """Drop the files' pages from the page cache, where no array of any process maps them."""
         self.unmap()
         for shard in self.shards:
-            with open(self.directory / shard, "rb") as file:
+            with open(open_regular(self.directory / shard), "rb") as file:
                 drop_pages(file.fileno())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, every header entry, and three 64 KiB samples of each shard's
-        data.
+        """SHA-256 over config.json, every tensor's name, dtype and shape, and three 64 KiB samples
+        of each shard's data: it tells checkpoints apart before their data are read.
+
+        It does not see a change elsewhere in the data; the files' stamps do, and `verify` and
+        `cache --check`, which read all of it. Raises CheckpointError when a file cannot be read.
         """
         digest = hashlib.sha256()
-        config = self.directory / "config.json"
-        digest.update(config.read_bytes() if config.exists() else b"")
+        config = self.directory / kinds.CONFIG_NAME
+        digest.update(read_bytes(config) if config.exists() else b"")
         for entry in sorted(self.entries.values(), key=lambda entry: entry.name):
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-        for shard in self.shards:
-            ends = [entry.end for entry in self.entries.values() if entry.shard == shard] or [0]
-            data = self._map(shard)
-            for start in (0, max(ends) // 2, max(0, max(ends) - 65536)):
-                digest.update(data[start : start + 65536].tobytes())
+        ends = dict.fromkeys(self.shards, 0)
+        for entry in self.entries.values():
+            ends[entry.shard] = max(ends[entry.shard], entry.end)
+        for shard, end in ends.items():
+            with self._opened(shard) as descriptor:
+                for start in (0, end // 2, max(0, end - SAMPLE_BYTES)):
+                    digest.update(os.pread(descriptor, SAMPLE_BYTES, start))
         return digest.hexdigest()
 
     def require_usable(self) -> None:
         """Raise CheckpointError listing the problems (the first ten of them) when there are any."""
         if self.problems:
-            shown = [str(problem) for problem in self.problems[:10]]
-            more = len(self.problems) - len(shown)
+            lines = [str(problem) for problem in self.problems[:10]]
+            more = len(self.problems) - len(lines)
             tail = (
                 [f"... and {more} more; `neuron-minimax inspect {self.directory}` lists all"]
                 if more
                 else []
             )
-            raise CheckpointError("\n".join([*shown, *tail]))
+            raise CheckpointError("\n".join([*lines, *tail]))
 
     def _problem(self, subject: str, message: str, kind: str) -> None:
         self.problems.append(Problem(subject, message, kind))
 
+    @contextmanager
+    def _opened(self, shard: str) -> Iterator[int]:
+        """Give a descriptor of a file, and name the file in what goes wrong."""
+        path = self.directory / shard
+        try:
+            descriptor = open_regular(path)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}), or no longer; {ADVICE}"
+            ) from None
+
     def _map(self, shard: str) -> np.memmap:
         if shard not in self._maps:
-            # Private copy-on-write pages: writable to torch's mind, never written back.
-            self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="c")
+            with open(open_regular(self.directory / shard), "rb") as file:
+                # Private copy-on-write pages: writable to torch's mind, never written back.
+                self._maps[shard] = np.memmap(file, dtype=np.uint8, mode="c")
         return self._maps[shard]
 
     def _weight_map(self) -> dict[str, str]:
@@ -170,20 +240,30 @@ class TensorDirectory:
                 f"{self.directory} is not a directory; expected a checkpoint directory"
             )
         path = self.directory / INDEX_NAME
-        if not path.exists():
-            return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-                raise ValueError("weight_map is empty or maps to something other than file names")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            weight_map = read_json(path, _Index, CheckpointError, ADVICE).weight_map
+        except FileNotFoundError:
+            return {}
+        if not 0 < len(weight_map) <= MOST_TENSORS:
             raise CheckpointError(
-                f"{path} is no usable index ({error!r}); download it again"
-            ) from None
-        for shard in set(weight_map.values()):
-            if Path(shard).name != shard:
+                f"{path} cannot be used (weight_map has {len(weight_map)} tensors, expected 1 to "
+                f"{MOST_TENSORS}); {ADVICE}"
+            )
+        for name in weight_map:
+            if not is_plain_text(name):
                 raise CheckpointError(
-                    f"{path} names the shard {shard!r}; expected a file name in the same directory"
+                    f"{path} lists {shown(name)}, which is no name of a tensor; {ADVICE}"
+                )
+        shards = set(weight_map.values())
+        if len(shards) > MOST_SHARDS:
+            raise CheckpointError(
+                f"{path} names {len(shards)} shards; at most {MOST_SHARDS} are read: {ADVICE}"
+            )
+        for shard in shards:
+            if not is_plain_name(shard) or not is_plain_text(shard):
+                raise CheckpointError(
+                    f"{path} names the shard {shown(shard)}; expected a file name in the same "
+                    "directory"
                 )
         return weight_map
 
@@ -202,10 +282,15 @@ class TensorDirectory:
 
     def _read_shard(self, shard: str, weight_map: Mapping[str, str]) -> None:
         try:
-            entries = list(header.read_header(self.directory / shard))
+            entries = header.read_header(self.directory / shard)
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
+        if len(self.entries) + len(entries) > MOST_TENSORS:
+            raise CheckpointError(
+                f"{self.directory} has more than {MOST_TENSORS} tensors; it is of no supported "
+                "model"
+            )
         for entry in entries:
             other = self.entries.get(entry.name)
             if other is not None:
@@ -220,88 +305,19 @@ class TensorDirectory:
                     f"{entry.name} is in {shard}, but {INDEX_NAME} does not list it",
                     "index",
                 )
+            elif weight_map and weight_map[entry.name] != shard:
+                self._problem(
+                    entry.name,
+                    f"{entry.name} is in {shard}, but {INDEX_NAME} says {weight_map[entry.name]}",
+                    "index",
+                )
             if other is None or weight_map.get(entry.name) == shard:
                 self.entries[entry.name] = entry
 
 
-class ScaledWeights:
-    """Weights whose FP8 codes have block scales, in files or in memory.
-
-    What a stored `weight_scale_inv` means is decided here, once: `multipliers` gives the factors of
-    the codes, whatever is stored. A subclass sets the fields and gives `array`.
-    """
-
-    title: str  # begins an error message
-    config: ModelConfig
-    convention_choice: ConventionChoice
-
-    @cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor, by name."""
-        raise NotImplementedError
-
-    def array(self, name: str) -> np.ndarray:
-        """The stored elements; see TensorDirectory.array."""
-        raise NotImplementedError
-
-    def is_fp8(self, name: str) -> bool:
-        """Read off the tensor, never off config.json."""
-        return self.specs[name].dtype == "F8_E4M3"
-
-    def sample_scales(self, most: int = 512) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(name, codes of the first block row, their scales [1, blocks]) of FP8 weights spread over
-        the model.
-        """
-        names = [
-            name
-            for name in self.specs
-            if self.is_fp8(name) and schema.scale_name(name) in self.specs
-        ]
-        rows = self.config.weight_block_size[0]
-        for name in names[:: max(1, ceil_div(len(names), most))]:
-            yield name, self.array(name)[:rows], self.array(schema.scale_name(name))[:1]
-
-    @cached_property
-    def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:
-        """The meaning of `weight_scale_inv` that its values show, with the evidence; None when it
-        is mixed. Raises CheckpointError naming sampled scales that are not positive numbers.
-        """
-        return fp8.decide_convention(self.sample_scales(), self.config.weight_block_size)
-
-    @cached_property
-    def convention(self) -> ScaleConvention:
-        """The meaning of `weight_scale_inv`: what the user chose, or else what its values show.
-
-        Raises ScaleConventionError when the evidence is mixed.
-        """
-        if self.convention_choice is not ConventionChoice.AUTO:
-            return ScaleConvention(self.convention_choice)
-        found, evidence = self.scale_reading
-        if found is None and any(spec.dtype == "F8_E4M3" for spec in self.specs.values()):
-            raise ScaleConventionError(
-                f"{self.title}: what weight_scale_inv means is unclear: {evidence.render()} "
-                f"(such as {', '.join(evidence.dissenters) or 'none'}); look at these tensors; "
-                "`neuron-minimax convert` takes --scale-convention"
-            )
-        return found or ScaleConvention.MULTIPLIER
-
-    def multipliers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """The float32 factors of an FP8 weight's codes, one for each block that these rows of the
-        weight touch.
-
-        Raises CheckpointError naming stored scales that are not positive finite numbers.
-        """
-        block_rows = self.config.weight_block_size[0]
-        start, stop, _ = rows.indices(self.specs[name].shape[0])
-        scale_name = schema.scale_name(name)
-        stored = self.array(scale_name)[start // block_rows : ceil_div(stop, block_rows)]
-        fp8.check_scales(scale_name, stored)
-        return np.float32(1) / stored if self.convention is ScaleConvention.RECIPROCAL else stored
-
-
 class Checkpoint(TensorDirectory, ScaledWeights):
-    """A MiniMax-M2 checkpoint in Hugging Face layout, FP8 or dense, checked against the table for
-    its config.
+    """A checkpoint of a supported family in Hugging Face layout, FP8 or dense, checked against the
+    table for its config.
 
     `problems` also holds what `schema.check_against_schema` finds; `mtp_names` the tolerated
     multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
@@ -313,18 +329,27 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         directory: str | Path,
         scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
     ) -> None:
+        kinds.require(Path(directory), Wanted.CHECKPOINT, CheckpointError)
+        before = stamps_of(Path(directory))
         self.config = ModelConfig.from_dir(directory)
         self.convention_choice = ConventionChoice(scale_convention)
         super().__init__(directory)
+        self.stamps = before
         self.config = schema.with_stored_head(self.config, self.entries)
         self.title = str(self.directory)
-        self.mtp_names: list[str] = [
-            name for name in self.entries if schema.is_mtp(name, self.config)
-        ]
-        self.problems += schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
+        self.mtp_names = schema.mtp_names(self.entries, self.config)
+        if self.entries or not self.problems:  # else no file could be read, which is a problem
+            found = schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
+            self.problems += [each for each in found if each.subject not in self.unread]
 
     @classmethod
-    def open(cls, path: str | Path, scale_convention: str = ConventionChoice.AUTO) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        scale_convention: str = ConventionChoice.AUTO,
+        *,
+        progress: Progress = SILENT,
+    ) -> Self:
         """Open a checkpoint by its directory, or by its hub id `org/name[@revision]`.
 
         `scale_convention` is auto, multiplier or reciprocal. Raises CheckpointError for another
@@ -335,9 +360,12 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         except ValueError:
             raise CheckpointError(
                 f"scale_convention is {scale_convention!r}; expected one of "
-                f"{', '.join(ConventionChoice)}"
+                f"{', '.join(ConventionChoice)}",
+                usage=True,
             ) from None
-        return cls(local_directory(path), choice)
+        directory = local_directory(path, progress=progress)
+        with progress.stage(f"opening {directory}"):
+            return cls(directory, choice)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -349,14 +377,35 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         return {
             "convention": str(self.convention),
             "chosen_by": str(self.convention_choice),
-            "evidence": asdict(self.scale_reading[1]),
+            "evidence": {
+                name: None if value != value else value  # a median of nothing is NaN
+                for name, value in asdict(self.scale_reading[1]).items()
+            },
         }
 
     def __str__(self) -> str:
         """The directory, and how much is in it."""
         config = self.config
-        state = f"; {len(self.problems)} problems" if self.problems else ""
+        state = f"; {counted(len(self.problems), 'problem')}" if self.problems else ""
+        experts = "no experts"
+        if config.num_local_experts:
+            experts = counted(config.num_local_experts, "expert")
         return (
-            f"{self.directory}: {len(self.entries):,} tensors, {size_text(self.nbytes)}, "
-            f"{config.num_hidden_layers} layers, {config.num_local_experts} experts{state}"
+            f"{self.directory}: {counted(len(self.entries), 'tensor')}, {size_text(self.nbytes)}, "
+            f"{counted(config.num_hidden_layers, 'layer')}, {experts}{state}"
         )
+
+
+def _read_into(memory: np.ndarray, descriptor: int, position: int, entry: TensorEntry) -> None:
+    """Fill contiguous memory with a file's bytes from a position on. Raises OSError."""
+    left = memory.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(descriptor, [left], position)
+        if not count:
+            raise CheckpointError(_ends_within(entry))
+        left = left[count:]
+        position += count
+
+
+def _ends_within(entry: TensorEntry) -> str:
+    return f"{entry.shard} ends within {entry.name}; it has changed: {ADVICE}"

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
-from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
+from neuron_minimax.checkpoint.header import STORED_DTYPES, HasSpec, TensorSpec
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.streaming import WORKERS, PageDropper
+from neuron_minimax.files import FileName
 
 CHECK_PIECE = 8 << 20
 CRC_POLYNOMIAL = 0xEDB88320  # of crc32, lowest bit first
@@ -27,6 +29,22 @@ class TensorRecord(HasSpec):
     shard: str
     crc32: str
     rounded_codes: int = 0
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFields:
+    """A record as a manifest or a journal holds it, under the tensor's name."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    shard: FileName
+    dtype: Literal[tuple(STORED_DTYPES)]  # type: ignore[valid-type]
+    shape: tuple[Count, ...]
+    crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+    rounded_codes: Count
 
 
 def records_as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, Any]]:
@@ -43,25 +61,28 @@ def records_as_json(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, 
     }
 
 
-def read_records(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
-    """The inverse of records_as_json."""
+def read_records(parsed: Mapping[str, TensorFields]) -> dict[str, TensorRecord]:
+    """The inverse of records_as_json, of fields that were parsed."""
     return {
         name: TensorRecord(
-            spec=TensorSpec(name, fields["dtype"], tuple(fields["shape"])),
-            shard=fields["shard"],
-            crc32=fields["crc32"],
-            rounded_codes=fields.get("rounded_codes", 0),
+            spec=TensorSpec(name, fields.dtype, fields.shape),
+            shard=fields.shard,
+            crc32=fields.crc32,
+            rounded_codes=fields.rounded_codes,
         )
-        for name, fields in raw.items()
+        for name, fields in parsed.items()
     }
 
 
-def crc32_of(array: np.ndarray) -> str:
-    """crc32 of an array's bytes, as manifests spell it."""
-    data = array.reshape(-1).view(np.uint8)
+def _crc32_of(stored: TensorDirectory, name: str) -> str:
+    """Return crc32 of a stored tensor's bytes, as manifests spell it."""
+    entry = stored.entry(name)
+    if not entry.shape:
+        return f"{zlib.crc32(stored.rows(name).tobytes()):08x}"
+    rows = max(1, CHECK_PIECE * entry.shape[0] // max(1, entry.nbytes))
     value = 0
-    for start in range(0, data.size, CHECK_PIECE):
-        value = zlib.crc32(data[start : start + CHECK_PIECE].data, value)
+    for strip in stored.strips(name, rows):
+        value = zlib.crc32(strip.reshape(-1).view(np.uint8).data, value)
     return f"{value:08x}"
 
 
@@ -110,7 +131,7 @@ def damaged_tensors(
         entry = stored.entries.get(name)
         if entry is None or entry.spec != records[name].spec:
             return True
-        damaged = crc32_of(stored.array(name)) != records[name].crc32
+        damaged = _crc32_of(stored, name) != records[name].crc32
         progress(entry.nbytes)
         dropper.advance(entry.nbytes)
         return damaged

@@ -3,18 +3,21 @@
 Reports, coverage checks, planners and tests are derived from it.
 """
 
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 
 from neuron_minimax.checkpoint.header import HasSpec, TensorEntry, TensorSpec
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
+from neuron_minimax.families import module_of
 from neuron_minimax.families.family import Role, Weight
 from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
 DENSE_DTYPES = ("BF16", "F32")
+IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ def dimension_sizes(config: ModelConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "H": config.hidden_size,
         "I": config.intermediate_size,
+        "F": config.dense_intermediate_size,
+        "S": config.shared_intermediate_size,
         "Q": config.query_size,
         "K": config.key_value_size,
         "E": config.num_local_experts,
@@ -59,13 +64,23 @@ def expected(config: ModelConfig) -> Iterator[Expected]:
             continue
         shape = shape_of(weight, config)
         grid = block_grid(shape, config.weight_block_size) if weight.quantized else ()
-        for layer in range(config.num_hidden_layers) if weight.per_layer else (None,):
+        for layer in config.layers_with(weight):
             for expert in range(config.num_local_experts) if weight.per_expert else (None,):
                 name = weight.template.format(l=layer, e=expert)
                 place = partial(Expected, weight=weight, layer=layer, expert=expert)
                 yield place(spec=TensorSpec(name, weight.published_dtype, shape))
                 if weight.quantized:
-                    yield place(spec=TensorSpec(scale_name(name), "F32", grid), is_scale=True)
+                    scales = TensorSpec(scale_name(name), config.family.scale_dtypes[0], grid)
+                    yield place(spec=scales, is_scale=True)
+
+
+def declared(config: ModelConfig) -> Iterator[Expected]:
+    """Every tensor as config.json says: BF16 without scales where it declares no FP8."""
+    for wanted in expected(config):
+        if config.declares_fp8 or not wanted.weight.quantized:
+            yield wanted
+        elif not wanted.is_scale:
+            yield replace(wanted, spec=TensorSpec(wanted.name, "BF16", wanted.shape))
 
 
 def is_tied(weight: Weight, config: ModelConfig) -> bool:
@@ -89,25 +104,37 @@ def scale_name(weight_name: str) -> str:
     return weight_name + SCALE_SUFFIX
 
 
-def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Return whether a tensor belongs to the multi-token-prediction modules, which this project
-    does not run: named so, or a layer beyond the last where config.json declares such modules.
+def mtp_names(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """Return the names of multi-token-prediction tensors, which this project does not run: named
+    so, or of a layer beyond the last where config.json declares such modules.
+
+    Such a layer holds something that no layer of the model has: else config.json counts too few.
     """
-    parts = name.split(".")
-    if any(part.startswith(config.family.ignored_markers) for part in parts):
-        return True
-    in_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
-    return (
-        in_layer
-        and int(parts[2]) >= config.num_hidden_layers
-        and bool(config.raw.get("num_mtp_modules"))
-    )
+    found = []
+    beyond: dict[int, list[tuple[str, str]]] = {}
+    for name in names:
+        layer = IN_LAYER.match(name)
+        if any(part.startswith(config.family.ignored_markers) for part in name.split(".")):
+            found.append(name)
+        elif layer is not None and int(layer[1]) >= config.num_hidden_layers:
+            beyond.setdefault(int(layer[1]), []).append((name, layer[2]))
+    if not beyond or not config.raw.get("num_mtp_modules"):
+        return found
+    own = {
+        match[2]
+        for wanted in expected(replace(config, num_hidden_layers=1))
+        if (match := IN_LAYER.match(wanted.name))
+    }
+    for members in beyond.values():
+        if any(rest not in own for _, rest in members):
+            found += [name for name, _ in members]
+    return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a checkpoint: the file or tensor it concerns, and the sentence that says
-    it.
+    it. Names in it are printable: the reader takes no others.
     """
 
     subject: str
@@ -122,14 +149,22 @@ def check_against_schema(
     entries: Mapping[str, TensorEntry], config: ModelConfig, tolerated: set[str]
 ) -> Iterator[Problem]:
     """Yield every way in which the entries differ from what the table expects for this config."""
+    if CONVERTED_SECTION in config.raw:
+        yield Problem(
+            "config.json",
+            f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a "
+            "conversion, with Neuron's names and shapes. Take the checkpoint it was made of; "
+            "`neuron-minimax verify` compares the two",
+            "converted",
+        )
     known: set[str] = set()
+    joined = _Joined(config)
     for wanted in expected(config):
         known.add(wanted.name)
         entry = entries.get(wanted.name)
         if wanted.is_scale:
-            yield from _check_scale(
-                entry, entries.get(wanted.name.removesuffix(SCALE_SUFFIX)), wanted
-            )
+            scaled = entries.get(wanted.name.removesuffix(SCALE_SUFFIX))
+            yield from _check_scale(entry, scaled, wanted, config.family.scale_dtypes)
         elif entry is None:
             yield Problem(
                 wanted.name,
@@ -137,7 +172,9 @@ def check_against_schema(
                 "missing",
             )
         else:
+            joined.add(entry, wanted)
             yield from _check_weight(entry, wanted)
+    yield from joined.problems()
     for name, entry in entries.items():
         if name not in known and name not in tolerated:
             yield Problem(
@@ -145,6 +182,42 @@ def check_against_schema(
                 f"{name} in {entry.shard} is no weight of this model; check that config.json "
                 "belongs to it",
                 "extra",
+            )
+
+
+class _Joined:
+    """The dtypes of weights that a conversion stores in one tensor, which has one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.targets = {
+            source: rule.target
+            for rule in config.family.rules
+            for source in rule.sources
+            if rule.per_expert or len(rule.sources) > 1
+        }
+        # Target and layer to dtype to how many weights have it, and the first of them.
+        self.found: dict[tuple[str, int | None], dict[str, tuple[int, str]]] = {}
+
+    def add(self, entry: TensorEntry, wanted: Expected) -> None:
+        target = self.targets.get(wanted.weight.template)
+        if target is not None:
+            dtypes = self.found.setdefault((target, wanted.layer), {})
+            count, first = dtypes.get(entry.dtype, (0, entry.name))
+            dtypes[entry.dtype] = (count + 1, first)
+
+    def problems(self) -> Iterator[Problem]:
+        for (target, layer), dtypes in self.found.items():
+            if len(dtypes) == 1:
+                continue
+            (rarest, (_, odd)) = min(dtypes.items(), key=lambda item: item[1][0])
+            listed = sorted(dtypes.items(), key=lambda item: -item[1][0])
+            counts = ", ".join(f"{count} {dtype}" for dtype, (count, _) in listed)
+            yield Problem(
+                odd,
+                f"{odd} is {rarest}, but it is stored in one tensor with others as "
+                f"{module_of(target).format(l=layer)}, whose weights are of several dtypes "
+                f"({counts}); expected one",
+                "dtype",
             )
 
 
@@ -169,7 +242,10 @@ def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
 
 
 def _check_scale(
-    scale: TensorEntry | None, weight: TensorEntry | None, wanted: Expected
+    scale: TensorEntry | None,
+    weight: TensorEntry | None,
+    wanted: Expected,
+    dtypes: Sequence[str],
 ) -> Iterator[Problem]:
     fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
     name = wanted.name
@@ -187,10 +263,10 @@ def _check_scale(
             f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
             "scale",
         )
-    elif scale.shape != wanted.shape or scale.dtype != "F32":
+    elif scale.shape != wanted.shape or scale.dtype not in dtypes:
         yield Problem(
             name,
-            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected F32 "
-            f"{list(wanted.shape)}, one scale for each block of the weight",
+            f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected "
+            f"{' or '.join(dtypes)} {list(wanted.shape)}, one scale for each block of the weight",
             "scale",
         )

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from neuron_minimax.errors import NeuronMiniMaxError
 from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.processes import end_with_parent, first_signal_noted
 
 Result = TypeVar("Result")
 WORKERS = min(8, os.cpu_count() or 1)  # eight stream faster than disks
@@ -52,12 +53,14 @@ def in_processes(
         queue.write(array("q", range(len(tasks))))
         queue.seek(0)  # which writes it, too
         try:
-            for _ in range(workers):
-                reader, writer = Pipe(duplex=False)
-                children[reader] = _fork(
-                    tasks, at_once, queue.fileno(), writer, [*children, reader]
-                )
-                writer.close()
+            # An interruption amidst would leave a process out, or be raised in one.
+            with first_signal_noted():
+                for _ in range(workers):
+                    reader, writer = Pipe(duplex=False)
+                    children[reader] = _fork(
+                        tasks, at_once, queue.fileno(), writer, [*children, reader]
+                    )
+                    writer.close()
             yield from _in_order(children, len(tasks))
         finally:
             for child in children.values():
@@ -84,13 +87,13 @@ def _fork(
         return child
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its processes
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_with_parent(parent)
         gc.disable()  # collecting would copy the caller's pages
         for reader in others:
             reader.close()
         while numbers := array("q", os.read(queue, NUMBER_BYTES * at_once)):
-            writer.send(
-                [(number, *_outcome(tasks[number])) for number in numbers if os.getppid() == parent]
-            )
+            writer.send([(number, *_outcome(tasks[number])) for number in numbers])
         writer.send(None)
     finally:
         os._exit(0)

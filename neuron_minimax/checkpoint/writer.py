@@ -1,29 +1,28 @@
-"""Files that appear whole or not at all, and shards that several processes write: one computes,
-digests and writes a piece of a tensor, another the next.
-"""
+"""Files that appear whole or not at all, under names that no link leads elsewhere."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
+from neuron_minimax.checkpoint.header import TensorSpec, size_text
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME, SNAPSHOTS
 from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
-from neuron_minimax.checkpoint.records import TensorRecord, joined_crc32
-from neuron_minimax.checkpoint.streaming import PageDropper, drop_pages
+from neuron_minimax.checkpoint.streaming import drop_pages
+from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
+from neuron_minimax.files import open_regular
 
 PARTIAL_SUFFIX = ".partial"
+TOKENIZER_BYTES = 100_000_000  # of one file; the published tokenizer.json has a tenth of it
 # What travels with the weights, as it is, when the source has it; code files are never copied.
 COMPANION_FILES = (
     "generation_config.json",
@@ -43,25 +42,117 @@ WRITE_BYTES = 64 << 10
 # Bytes; where the data starts in a file. A register of a mapped weight then lies in one cache line,
 # not in two.
 ALIGNMENT = 64
-SYNC_EVERY = 128 << 20  # bytes between background syncs, so that writing back overlaps computing
+COPY_BYTES = 1 << 20
+# Neither created through a link nor inherited by a program that is started.
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name at the end of the block, whole and synced.
+    """A file to write, which takes its name at the end of the block, whole and synced, with the
+    mode that the umask allows. A link that has the name is replaced, never written through.
 
-    An exception leaves only the partial file, and what had the name before.
+    An exception leaves what had the name before.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    _put_in_place(partial, path)
+    partial.unlink(missing_ok=True)  # of a run that was ended, or a link set by somebody else
+    try:
+        with open(os.open(partial, NEW_FILE | os.O_EXCL, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _put_in_place(partial, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writing and syncing name no file
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
     os.replace(partial, path)
+    sync_directory(path.parent)
+
+
+def copy_file(
+    source: Path, target: Path, progress: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Copy a regular file's bytes; the copy has its name only when it is whole and synced.
+    `progress` is called with the bytes of each piece.
+
+    Raises OSError, also when the source is a FIFO, a socket or a device.
+    """
+    with open(open_regular(source), "rb") as original, replacing(target) as copy:
+        while piece := original.read(COPY_BYTES):
+            copy.write(piece)
+            progress(len(piece))
+
+
+def require_space(
+    directory: Path,
+    needed: int,
+    error: type[NeuronMiniMaxError],
+    advice: str = "free some space or choose another disk",
+) -> None:
+    """Raise `error`, with the advice, when the disk of a directory has not so many bytes free."""
+    free = shutil.disk_usage(directory).free
+    needed += needed // 100 + (16 << 20)  # headers, journals, the file system's own share
+    if free < needed:
+        raise error(
+            f"{directory} needs {size_text(needed, 2)} more and its disk has "
+            f"{size_text(free, 2)} free; nothing was written: {advice}"
+        )
+
+
+def sync_directory(directory: Path) -> None:
+    """Put a directory's entries on the disk. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Put files that other code has written, or links to them, on the disk, bytes and names: before
+    the manifest that vouches for them. Raises OSError.
+    """
+    directories = {}
+    for path in paths:
+        descriptor = open_regular(path)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        directories[path.parent] = True
+    for directory in directories:
+        sync_directory(directory)
+
+
+def require_place(directory: Path, error: type[NeuronMiniMaxError]) -> None:
+    """Raise `error` when no directory can be made there: it, or a folder that it is to be in, is a
+    file. For a command to say so before it works.
+    """
+    for path in (directory, *directory.parents):
+        if path.is_dir():
+            return
+        if os.path.lexists(path):
+            raise error(f"{path} is no directory; choose another place for the output")
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, its parents with it, and put their names on the disk; one that is there
+    stays as it is. Raises OSError.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        found = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        raise found from None
     sync_directory(path.parent)
 
 
@@ -132,7 +223,7 @@ class ShardWriter:
 
     @cached_property
     def _descriptor(self) -> int:
-        return os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(self.partial, NEW_FILE, 0o666)
 
     def _write_all(self, position: int, data: memoryview) -> None:
         # Processes that write into one file wait for each other in any case, and without this lock
@@ -167,22 +258,70 @@ class ShardWriter:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under its final name only when it is whole and synced."""
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config, as far as they exist."""
-    for name in COMPANION_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat template and generation config, as far as they exist; return their
+    names.
+
+    Raises CheckpointError as `find_companions` does, OSError when the target cannot be written.
+    """
+    originals = find_companions(source)
+    for name, path in originals.items():
+        copy_file(path, target / name)
+    return list(originals)
 
 
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def find_companions(source: Path) -> dict[str, Path]:
+    """Return the paths of the files that are copied, links followed, by name.
+
+    Raises CheckpointError naming one that is no regular file within the checkpoint, or that cannot
+    be read.
+    """
+    found = {name: companion(source, name) for name in COMPANION_FILES}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def companion(directory: Path, name: str) -> Path | None:
+    """Return the path of a checkpoint's small file, links followed; None when there is none.
+
+    Links may lead to files of the checkpoint's own directory, and from a snapshot of a hub cache to
+    its blobs: what is copied becomes public with the output. Raises CheckpointError for another
+    link, and for what is no regular file or cannot be read.
+    """
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    home = directory.resolve()
+    allowed = [home]
+    if home.parent.name == SNAPSHOTS:
+        allowed.append(home.parent.parent / "blobs")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        found = path.resolve(strict=True)
+        if found.parent not in allowed:
+            raise CheckpointError(
+                f"{path} is a link to {found}, outside of the checkpoint; put a copy of the file "
+                "there, or remove the link"
+            )
+        os.close(open_regular(found))
+    except (OSError, RuntimeError) as error:
+        problem = getattr(error, "strerror", None) or "it is a link to itself"
+        raise CheckpointError(
+            f"{path} cannot be used ({problem}); expected a regular file, or none"
+        ) from None
+    return found
+
+
+def token_numbers(tokenizer: Mapping[str, Any]) -> list[int]:
+    """Return the numbers that a parsed tokenizer.json gives to its tokens."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = tokenizer.get("added_tokens")
+    numbers = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        numbers += [each.get("id") for each in added if isinstance(each, dict)]
+    return [number for number in numbers if isinstance(number, int)]
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
@@ -198,12 +337,13 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, str, np.ndarray]],
     shards: int = 1,
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write a whole checkpoint directory from (name, safetensors dtype, array of stored elements)
     that fit in memory.
 
     FP8 arrays are uint8 codes, BF16 arrays uint16. Tensors are spread evenly over the shards, in
-    order.
+    order; `progress` is called with the bytes of each.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = list(tensors)
@@ -216,117 +356,7 @@ def write_checkpoint(
             for key, _, array in part:
                 weight_map[key] = name
                 writer.write(np.ascontiguousarray(array))
+                progress(array.nbytes)
     if shards > 1:
         write_index(directory, weight_map, sum(array.nbytes for _, _, array in rows))
-    write_json(directory / "config.json", dict(config))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some elements of a tensor: how many bytes, and the function that puts them into memory
-    (uint8 [nbytes]) and returns how many codes it had to round.
-    """
-
-    nbytes: int
-    fill: Callable[[np.ndarray], int]
-
-
-@dataclass(frozen=True)
-class StreamedTensor(HasSpec):
-    """A tensor to write, and the pieces that give its elements in order."""
-
-    spec: TensorSpec
-    pieces: Sequence[Piece]
-
-
-@dataclass(frozen=True)
-class StreamedShard:
-    """One file to write and its tensors, in order."""
-
-    name: str
-    tensors: tuple[StreamedTensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class WrittenPiece:
-    """The crc32 of a piece on its way to the disk, and how many of its codes were rounded."""
-
-    crc32: int
-    rounded: int
-
-
-class ShardStream:
-    """A shard on its way to its file: the tasks that write its pieces, and the records that their
-    results add up to.
-    """
-
-    def __init__(self, shard: StreamedShard, directory: Path, dropper: PageDropper) -> None:
-        self.shard = shard
-        self.dropper = dropper
-        self.writer = ShardWriter(directory / shard.name, [tensor.spec for tensor in shard.tensors])
-        self.largest_piece = max(
-            (piece.nbytes for tensor in shard.tensors for piece in tensor.pieces), default=0
-        )
-
-    def tasks(self, memory: np.ndarray) -> Iterator[Callable[[], WrittenPiece]]:
-        """Yield one task for each piece, in order; `memory` holds the largest and is used again
-        for each by every process.
-        """
-        start = 0
-        for tensor in self.shard.tensors:
-            position = start
-            for piece in tensor.pieces:
-                yield partial(self._write_piece, position, piece, memory[: piece.nbytes])
-                position += piece.nbytes
-            start += tensor.nbytes
-            assert position == start, (
-                f"the pieces of {tensor.name} end at byte {position}, its elements at {start}"
-            )
-
-    def collect(
-        self,
-        results: Iterator[WrittenPiece],
-        syncer: ThreadPoolExecutor,
-        progress: Callable[[int], None],
-    ) -> dict[str, TensorRecord]:
-        """Take the results of this shard's tasks and join them into records; the file is synced on
-        the way.
-
-        Raises OSError when a sync failed.
-        """
-        records = {}
-        syncing: Future[None] | None = None
-        synced = 0
-        for tensor in self.shard.tensors:
-            crc = 0
-            rounded = 0
-            for piece in tensor.pieces:
-                written = next(results)
-                crc = joined_crc32(crc, written.crc32, piece.nbytes)
-                rounded += written.rounded
-                self.writer.written += piece.nbytes
-                progress(piece.nbytes)
-                self.dropper.advance(piece.nbytes)
-                if self.writer.written - synced >= SYNC_EVERY and (
-                    syncing is None or syncing.done()
-                ):
-                    if syncing is not None:
-                        # The kernel reports an error once: the last sync would not see it again
-                        syncing.result()
-                    syncing = syncer.submit(self.writer.sync, self.dropper.drops)
-                    synced = self.writer.written
-            records[tensor.name] = TensorRecord(tensor.spec, self.shard.name, f"{crc:08x}", rounded)
-        if syncing is not None:
-            syncing.result()
-        return records
-
-    def _write_piece(self, position: int, piece: Piece, memory: np.ndarray) -> WrittenPiece:
-        rounded = piece.fill(memory)
-        crc32 = zlib.crc32(memory.data)
-        self.writer.write_at(position, memory)
-        self.dropper.unmap()
-        return WrittenPiece(crc32, rounded)
+    write_json(directory / CONFIG_NAME, dict(config))

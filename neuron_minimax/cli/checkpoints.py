@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 import neuron_minimax as nm
-from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app, progress_bar
+from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app
+from neuron_minimax.cli.ending import resumable, say, show
+from neuron_minimax.cli.progress import Shown
+
+RESUMES = "finished shards are kept; run the same command again to go on"
 
 
 def _split(names: str | None) -> list[str] | None:
@@ -19,10 +23,11 @@ def inspect(
     checkpoint: CheckpointDir,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="write the report to this file as well")
+        Path | None, typer.Option(metavar="FILE", help="write the report to this file as well")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="write the report as one self-contained page")
+        Path | None,
+        typer.Option(metavar="FILE", help="write the report as one self-contained page"),
     ] = None,
     check_values: Annotated[
         bool, typer.Option("--check-values", help="also read every weight and scale")
@@ -37,35 +42,70 @@ def inspect(
     """Report the precision of every kind of weight, from headers alone; exit 1 when the checkpoint
     cannot be used.
     """
-    found = nm.Checkpoint.open(checkpoint).inspect(
+    progress = Shown()
+    found = nm.Checkpoint.open(checkpoint, progress=progress).inspect(
         values=check_values,
         against=against,
         modules_to_not_convert=_split(modules_to_not_convert),
-        bar=progress_bar,
+        progress=progress,
     )
     text = json.dumps(found.to_json(), indent=2) if as_json else found.render()
     if output is not None:
         nm.write_text(output, text.rstrip() + "\n")
     if html is not None:
         nm.write_text(html, found.render_page())
-    print(text.rstrip())
+    show(text.rstrip())
+    for path in (output, html):
+        if path is not None:
+            say(f"report written to {path}")
     raise typer.Exit(0 if found.usable else 1)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="a .pth or .bin of torch, or a directory of them or of float16"
+        ),
+    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="checkpoint to write")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the model's config.json")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="directory of its tokenizer")
+    ] = None,
+) -> None:
+    """Make a checkpoint of PyTorch's own files; of MiniMind's without a config.json too."""
+    made = nm.import_torch(source, checkpoint, config=config, tokenizer=tokenizer, progress=Shown())
+    show(made.render())
 
 
 @app.command()
 def convert(
     checkpoint: CheckpointDir,
     out: ConvertedDir,
-    attention: Annotated[str, typer.Option(help="fp8 (exact) or bf16")] = "fp8",
+    attention: Annotated[Literal["fp8", "bf16"], typer.Option(help="fp8 is exact")] = "fp8",
     fp8_range: Annotated[
-        str, typer.Option(help="neuron (codes to 240) or ocp (to 448, trn3)")
+        Literal["neuron", "ocp"], typer.Option(help="codes to 240, or to 448 (trn3)")
     ] = "neuron",
-    scale_convention: Annotated[str, typer.Option(help="auto, multiplier or reciprocal")] = "auto",
+    scale_convention: Annotated[
+        Literal["auto", "multiplier", "reciprocal"],
+        typer.Option(help="what weight_scale_inv means; auto: read off the values"),
+    ] = "auto",
     keep_in_bf16: Annotated[
         list[str] | None, typer.Option(metavar="MODULE", help="may be repeated")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and the space it needs")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="compare every byte of a finished output, and its source; rewrite what differs",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace another output in OUT")
@@ -75,14 +115,15 @@ def convert(
     layout = nm.Layout.from_options(
         {"attention": attention, "fp8_range": fp8_range, "keep_in_bf16": keep_in_bf16 or ()}
     )
-    plan = nm.plan_conversion(nm.Checkpoint.open(checkpoint, scale_convention), layout)
+    progress = Shown()
+    source = nm.Checkpoint.open(checkpoint, scale_convention, progress=progress)
+    plan = nm.plan_conversion(source, layout)
     if dry_run:
-        print(plan.render())
-        print(f"space needed: {plan.nbytes / 1e9:.3f} GB")
+        show(plan.render())
         return
-    with progress_bar("converting", plan.nbytes) as advance:
-        converted = plan.write(out, overwrite=overwrite, progress=advance)
-    print(converted.render())
+    with resumable(RESUMES), progress.stage("converting", plan.nbytes) as advance:
+        converted = plan.write(out, check=check, overwrite=overwrite, progress=advance)
+    show(converted.render())
 
 
 @app.command()
@@ -94,15 +135,16 @@ def verify(
     ] = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
-    converted = nm.Converted.open(out)
-    source = nm.Checkpoint.open(checkpoint)
-    with progress_bar("verifying", 2 * converted.nbytes) as advance:
+    progress = Shown()
+    converted = nm.Converted.open(out, read_shards=False)
+    source = nm.Checkpoint.open(checkpoint, progress=progress)
+    with progress.stage("verifying", 2 * converted.nbytes) as advance:
         verification = nm.verify(source, converted, advance)
-    print(verification.render())
+    show(verification.render())
     good = verification.equal
     if logits and good:
-        comparison = nm.compare_logits(source, converted)
-        print(comparison.render())
+        comparison = nm.compare_logits(source, converted, progress=progress)
+        show(comparison.render())
         good = comparison.agrees
     raise typer.Exit(0 if good else 1)
 
@@ -111,9 +153,13 @@ def verify(
 def cache(
     checkpoint: CheckpointDir,
     cache_dir: Annotated[Path, typer.Argument(metavar="CACHE_DIR", help="directory of the cache")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtype: Annotated[Literal["float32", "bf16"], typer.Option(help="of the weights")] = "float32",
     check: Annotated[
-        bool, typer.Option("--check", help="re-read a finished cache and rebuild what is damaged")
+        bool,
+        typer.Option(
+            "--check",
+            help="compare every byte of a finished cache, and its source; rebuild what differs",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace another cache in CACHE_DIR")
@@ -122,7 +168,9 @@ def cache(
     """Dequantize once into a Hugging Face checkpoint that loads without arithmetic; streams, and
     resumes by itself.
     """
-    source = nm.Checkpoint.open(checkpoint)
-    with progress_bar("dequantizing", source.cache_bytes(dtype)) as advance:
+    progress = Shown()
+    source = nm.Checkpoint.open(checkpoint, progress=progress)
+    nbytes = source.cache_bytes(dtype)
+    with resumable(RESUMES), progress.stage("dequantizing", nbytes) as advance:
         result = source.cache(cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
-    print(result.render())
+    show(result.render())

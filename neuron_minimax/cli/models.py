@@ -1,15 +1,17 @@
-"""Commands about compiled models: plan, compile, generate, serve, check-device."""
+"""Commands about compiled models: plan, compile, serve, check-device."""
 
 import json
-import sys
-from dataclasses import replace
+import os
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 import neuron_minimax as nm
 from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, TracedDir, app
+from neuron_minimax.cli.ending import say, show
+from neuron_minimax.cli.progress import Shown
 from neuron_minimax.errors import GenerationError
 
 
@@ -21,71 +23,115 @@ def parse_integers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise GenerationError(
-            f"{option} is {text!r}; expected integers separated by commas, such as 1,2,3"
+            f"{option} is {text!r}; expected integers separated by commas, such as 1,2,3",
+            usage=True,
         ) from None
 
 
-def given_options(buckets: list[str] | None, **options: Any) -> dict[str, Any]:
+def parse_buckets(given: list[str] | None) -> list[int] | None:
+    """The lengths of --buckets, which may be given several times; None where it is not."""
+    return parse_integers("--buckets", ",".join(given)) if given else None
+
+
+def given_options(
+    backend: "BackendName", buckets: list[str] | None, **options: Any
+) -> dict[str, Any]:
     """A backend's options as it takes them: those that were given, with context-encoding lengths as
-    numbers.
+    numbers. Raises BadParameter for one of another backend.
     """
-    lengths = parse_integers("--buckets", ",".join(buckets)) if buckets else None
-    return {
-        name: value for name, value in {**options, "buckets": lengths}.items() if value is not None
-    }
+    named = {**options, "buckets": parse_buckets(buckets)}
+    given = {name: value for name, value in named.items() if value is not None}
+    for other, own in OWN_OPTIONS.items():
+        foreign = [name for name in given if name in own and other != backend]
+        if foreign:
+            raise typer.BadParameter(
+                f"--{foreign[0].replace('_', '-')} is an option of --backend {other}, not {backend}"
+            )
+    return given
 
 
 # Options that several commands take.
 BatchSize = Annotated[int, typer.Option(min=1, help="sequences alive at the same time")]
 Buckets = Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")]
 BlockwiseMatmul = Annotated[
-    str | None,
-    typer.Option(
-        help="neuron: experts in context encoding: torch, shard_on_intermediate or shard_on_block"
-    ),
+    Literal["torch", "shard_on_intermediate", "shard_on_block"] | None,
+    typer.Option(help="neuron: experts in context encoding; default: torch"),
 ]
+ExpertKernel = Annotated[
+    Literal["torch", "nki"] | None,
+    typer.Option(help="neuron: experts in token generation; nki: trn2, not yet run on one"),
+]
+BackendName = Literal["cpu", "neuron"]
+CPUEngine = Annotated[
+    Literal["compiled", "exported", "eager"] | None,
+    typer.Option(help="cpu; default: compiled, or exported without a C++ compiler"),
+]
+# Whose options of `compile` and `check-device` are whose; the others are of both.
+OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
+    "cpu": ("compute", "engine"),
+    "neuron": (
+        "instance",
+        "tp_degree",
+        "moe_tp_degree",
+        "moe_ep_degree",
+        "blockwise_matmul",
+        "expert_kernel",
+        "expert_placement",
+        "allow_untested_versions",
+    ),
+}
 
 
 @app.command()
 def plan(
     checkpoint: CheckpointDir,
     instance: Annotated[
-        str, typer.Option(help="such as trn2.48xlarge, trn1.32xlarge, inf2.48xlarge")
-    ],
-    tp_degree: Annotated[int, typer.Option(min=1, help="ranks")],
+        str | None, typer.Option(help="such as trn2.48xlarge; default: all are searched")
+    ] = None,
+    tp_degree: Annotated[
+        int | None, typer.Option(min=1, help="ranks; default: all degrees are searched")
+    ] = None,
     moe_tp_degree: Annotated[
-        int, typer.Option(min=1, help="ranks that share an expert's channels")
-    ] = 1,
+        int | None, typer.Option(min=1, help="ranks that share an expert's channels")
+    ] = None,
     moe_ep_degree: Annotated[
         int | None, typer.Option(min=1, help="groups that share out the experts")
     ] = None,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="sequences at once; default: 1, or what the goal wants of a search"
+        ),
+    ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="positions per sequence; default 1024")
+        int | None, typer.Option(min=2, help="positions per sequence; default 1024")
     ] = None,
     buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = "torch",
-    expert_kernel: Annotated[
-        str, typer.Option(help="of token generation: torch, or nki")
-    ] = "torch",
+    expert_kernel: ExpertKernel = "torch",
+    goal: Annotated[
+        Literal["latency", "throughput"], typer.Option(help="what a search is for")
+    ] = "latency",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say whether a deployment fits an instance, and why, before anything is compiled; exit 1 when
-    it is refused.
+    """Say whether a deployment fits, why not, and what does, before anything is compiled; without
+    instance or degrees, search for the best. Exit 1 when it is refused.
     """
     report = nm.plan_deployment(
         checkpoint,
+        Shown(),
         instance=instance,
         tp_degree=tp_degree,
         moe_tp_degree=moe_tp_degree,
         moe_ep_degree=moe_ep_degree,
         batch_size=batch_size,
         seq_len=seq_len,
-        context_lengths=parse_integers("--buckets", ",".join(buckets)) if buckets else (),
+        context_lengths=parse_buckets(buckets) or (),
         blockwise_matmul=blockwise_matmul,
         expert_kernel=expert_kernel,
+        goal=goal,
     )
-    print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
+    show(json.dumps(report.to_json(), indent=2) if as_json else report.render())
     raise typer.Exit(1 if report.refused else 0)
 
 
@@ -93,26 +139,29 @@ def plan(
 def compile_(
     out: ConvertedDir,
     traced: TracedDir,
-    backend: Annotated[str, typer.Option(help="cpu or neuron")] = "cpu",
+    backend: Annotated[BackendName, typer.Option(help="what it is compiled for")] = "cpu",
     batch_size: BatchSize = 1,
-    seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="positions per sequence; default: 2048, neuron 1024")
+    ] = None,
     buckets: Buckets = None,
-    compute: Annotated[str | None, typer.Option(help="cpu: float32 or bf16")] = None,
-    engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
+    compute: Annotated[
+        Literal["float32", "bf16"] | None,
+        typer.Option(help="cpu: dtype of activations; default: float32"),
+    ] = None,
+    engine: CPUEngine = None,
     instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
-    tp_degree: Annotated[int | None, typer.Option(help="neuron: ranks")] = None,
+    tp_degree: Annotated[int | None, typer.Option(min=1, help="neuron: ranks")] = None,
     moe_tp_degree: Annotated[
-        int | None, typer.Option(help="neuron: ranks that share an expert's channels")
+        int | None, typer.Option(min=1, help="neuron: ranks that share an expert's channels")
     ] = None,
     moe_ep_degree: Annotated[
-        int | None, typer.Option(help="neuron: groups that share out the experts")
+        int | None, typer.Option(min=1, help="neuron: groups that share out the experts")
     ] = None,
     blockwise_matmul: BlockwiseMatmul = None,
-    expert_kernel: Annotated[
-        str | None, typer.Option(help="neuron: torch, or nki (trn2; not yet run on one)")
-    ] = None,
+    expert_kernel: ExpertKernel = None,
     expert_placement: Annotated[
-        Path | None, typer.Option(help="neuron: file of `experts --placement`")
+        Path | None, typer.Option(metavar="FILE", help="neuron: file of `experts --placement`")
     ] = None,
     allow_untested_versions: Annotated[
         bool,
@@ -123,9 +172,17 @@ def compile_(
     force: Annotated[
         bool, typer.Option("--force", help="compile even if up to date, or advised against")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="read all that is there, and make again what is damaged")
+    ] = False,
+    copy_weights: Annotated[
+        bool,
+        typer.Option("--copy-weights", help="copies, not links: TRACED then needs nothing else"),
+    ] = False,
 ) -> None:
     """Compile a converted directory once; up to date: says so and stops."""
     options = given_options(
+        backend,
         buckets,
         slots=batch_size,
         seq_len=seq_len,
@@ -137,7 +194,7 @@ def compile_(
         moe_ep_degree=moe_ep_degree,
         blockwise_matmul=blockwise_matmul,
         expert_kernel=expert_kernel,
-        expert_placement=str(expert_placement.resolve()) if expert_placement else None,
+        expert_placement=os.path.realpath(expert_placement) if expert_placement else None,
         allow_untested_versions=allow_untested_versions or None,
     )
     report = nm.compile(
@@ -145,53 +202,12 @@ def compile_(
         traced,
         backend=backend,
         force=force,
-        progress=lambda line: print(line, file=sys.stderr),
+        check=check,
+        copy_weights=copy_weights,
+        progress=Shown(),
         **options,
     )
-    print(report.render())
-
-
-@app.command()
-def generate(
-    traced: TracedDir,
-    prompt: Annotated[
-        str | None, typer.Option(help="a user's message, put through the chat template")
-    ] = None,
-    token_ids: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="prompt tokens, taken as they are")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    greedy: Annotated[bool, typer.Option("--greedy")] = False,
-    temperature: Annotated[float | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print {token_ids, text}")] = False,
-    dump_logits: Annotated[Path | None, typer.Option(metavar="FILE.safetensors")] = None,
-) -> None:
-    """Generate from a compiled directory; sampling defaults are the checkpoint's own."""
-    if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give either --prompt or --token-ids")
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if greedy and given:
-        raise GenerationError(
-            f"--greedy excludes --{min(given).replace('_', '-')}; give one or the other"
-        )
-    prompt_ids = parse_integers("--token-ids", token_ids) if token_ids is not None else []
-    llm = nm.LLM(traced)
-    if prompt is not None:
-        rendered = llm.tokenizer.render_chat([{"role": "user", "content": prompt}])
-        prompt_ids = llm.tokenizer.encode(rendered)
-    params = replace(nm.SamplingParams(temperature=0.0) if greedy else llm.sampling, **given)
-    answer = llm.generate(
-        prompt_ids,
-        params if seed is None else replace(params, seed=seed),
-        max_new_tokens=max_new_tokens,
-        on_text=lambda text: None if as_json else print(text, end="", flush=True),
-        dump_logits=dump_logits,
-    )
-    print(json.dumps({"token_ids": answer.token_ids, "text": answer.text}) if as_json else "")
+    show(report.render())
 
 
 @app.command()
@@ -202,6 +218,9 @@ def serve(
             metavar="[TRACED]", help="compiled directory; default: the embedded demo model"
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare every byte with its digest first")
+    ] = False,
     host: Annotated[str, typer.Option(help="address to bind")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8000,
     api_key_file: Annotated[
@@ -217,29 +236,37 @@ def serve(
         str | None, typer.Option(help="default: the directory's name")
     ] = None,
     reasoning_format: Annotated[
-        str, typer.Option(help="separate: reasoning_content; none: in the text")
+        Literal["separate", "none"],
+        typer.Option(help="separate: reasoning_content; none: in the text"),
     ] = "separate",
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="requests in the queue; more get 429")
+        int, typer.Option(min=0, help="requests in the queue beside those that run; more get 429")
     ] = 256,
     request_timeout: Annotated[float, typer.Option(min=0, help="seconds per request")] = 600.0,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="seconds for running requests on SIGTERM")
     ] = 120.0,
+    exit_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0, help="seconds from there to the end; half of them for clients to read errors"
+        ),
+    ] = 10.0,
     max_body_mib: Annotated[int, typer.Option(min=1, help="largest request")] = 8,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="fewer where the limit of open files asks for it")
+    ] = 1024,
+    client_timeout: Annotated[
+        float, typer.Option(min=1, help="seconds to send a request, and to go on reading an answer")
+    ] = 60.0,
+    keep_alive: Annotated[
+        float, typer.Option(min=0, help="seconds an idle connection stays open")
+    ] = 75.0,
     enable_log_requests: Annotated[
         bool, typer.Option("--enable-log-requests", help="put the text of requests into the log")
     ] = False,
 ) -> None:
     """Serve OpenAI's API and a chat page until SIGTERM, which lets running requests finish."""
-    if reasoning_format not in ("separate", "none"):
-        raise typer.BadParameter(
-            f"--reasoning-format is {reasoning_format!r}; expected separate or none"
-        )
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     options = nm.ServerOptions(
         model_name=served_model_name or "",
         host=host,
@@ -247,15 +274,21 @@ def serve(
         api_key_file=api_key_file,
         allow_anonymous=allow_anonymous,
         allowed_hosts=tuple(allowed_host or ()),
+        verify=verify,
         split_reasoning=reasoning_format == "separate",
         max_waiting=max_waiting,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
+        exit_timeout=exit_timeout,
         max_body=max_body_mib << 20,
+        max_connections=max_connections,
+        client_timeout=client_timeout,
+        keep_alive=keep_alive,
         log_requests=enable_log_requests,
     )
-    directory = traced or nm.demo_model(progress=say)
-    nm.serve(directory, options, lambda url: say(f"listening on {url}"))
+    if options.refusal:
+        raise typer.BadParameter(options.refusal)
+    nm.serve(traced, options, lambda url: say(f"listening on {url}"), Shown())
 
 
 @app.command()
@@ -265,26 +298,24 @@ def check_device(
         Path, typer.Argument(metavar="WORK_DIR", help="for probes, their compiles and answers")
     ],
     instance: Annotated[str | None, typer.Option(help="such as trn2.48xlarge")] = None,
-    tp_degree: Annotated[int | None, typer.Option(help="ranks")] = None,
+    tp_degree: Annotated[int | None, typer.Option(min=1, help="ranks")] = None,
     moe_tp_degree: Annotated[
-        int | None, typer.Option(help="ranks that share an expert's channels")
+        int | None, typer.Option(min=1, help="ranks that share an expert's channels")
     ] = None,
     moe_ep_degree: Annotated[
-        int | None, typer.Option(help="groups that share out the experts")
+        int | None, typer.Option(min=1, help="groups that share out the experts")
     ] = None,
     batch_size: BatchSize = 1,
-    seq_len: Annotated[int | None, typer.Option(help="positions per sequence")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="positions per sequence")] = None,
     buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = None,
-    expert_kernel: Annotated[str | None, typer.Option(help="torch or nki")] = None,
+    expert_kernel: ExpertKernel = None,
     layer: Annotated[int, typer.Option(min=0, help="the layer whose weights are tried")] = 0,
     traced: Annotated[
         Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="neuron, or cpu to rehearse without a device")
-    ] = "neuron",
-    engine: Annotated[str | None, typer.Option(help="cpu: compiled, exported or eager")] = None,
+    backend: Annotated[BackendName, typer.Option(help="cpu rehearses without a device")] = "neuron",
+    engine: CPUEngine = None,
     allow_untested_versions: Annotated[
         bool, typer.Option("--allow-untested-versions", help="go on with packages of another SDK")
     ] = False,
@@ -294,6 +325,7 @@ def check_device(
     fails.
     """
     options = given_options(
+        backend,
         buckets,
         slots=batch_size,
         seq_len=seq_len,
@@ -314,7 +346,7 @@ def check_device(
         backend=backend,
         layer=layer,
         traced=traced,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=Shown(),
     )
-    print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
+    show(json.dumps(report.to_json(), indent=2) if as_json else report.render())
     raise typer.Exit(0 if report.passed else 1)

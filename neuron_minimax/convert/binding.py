@@ -15,7 +15,7 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.layout import FP8Range, Layout, check_module_names, kept_in_bf16
-from neuron_minimax.errors import ConversionError
+from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import module_of, target_scale_name
 from neuron_minimax.families.family import Operation, Rule, ScalePolicy
 from neuron_minimax.fp8 import ScaleConvention
@@ -110,7 +110,8 @@ def bind_rules(
         output
         for layer in (None, *range(config.num_hidden_layers))
         for rule in config.family.rules
-        if rule.per_layer == (layer is not None) and not _is_left_out(rule, sources, config)
+        if layer in config.layers_with(config.family.weight(rule.sources[0]))
+        and not _is_left_out(rule, sources, config)
         for output in _bind(rule, layer, sources, config, layout, convention)
     )
     used = Counter(
@@ -119,13 +120,14 @@ def bind_rules(
         for group in (*output.groups, *output.scale_groups)
         for name in group
     )
-    unused = [name for name in sources if name not in used and name not in tolerated]
+    known = used.keys() | set(tolerated)
+    unused = [name for name in sources if name not in known]
     twice = [name for name, count in used.items() if count > 1]
     for names, what in ((unused, "used by no rule"), (twice, "used twice")):
         if names:
             raise ConversionError(
-                f"{len(names)} tensors are {what}, the first {names[0]}; nothing may be dropped "
-                "silently"
+                f"found {counted(len(names), 'tensor')} {what}, the first {names[0]}; nothing may "
+                "be dropped silently"
             )
     return outputs
 

@@ -5,7 +5,7 @@ Written by the same streaming, resuming and disk-checking code as a conversion. 
 holds the fingerprint of its source, so that a cache of something else is never used by mistake.
 """
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,46 +14,76 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.header import STORED_DTYPES, TensorSpec, size_text
-from neuron_minimax.checkpoint.output import OutputDirectory, reopen
-from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.records import damaged_tensors, read_records
-from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor, copy_companions
-from neuron_minimax.errors import CheckpointError
+from neuron_minimax.checkpoint.finished import (
+    Recorded,
+    changed_source,
+    examine,
+    read_recorded,
+    try_to_renew,
+)
+from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorSpec, size_text
+from neuron_minimax.checkpoint.kinds import CACHE_NAME
+from neuron_minimax.checkpoint.output import Recipe, fill_directory
+from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
+from neuron_minimax.checkpoint.shards import Piece, StreamedShard, StreamedTensor
+from neuron_minimax.errors import CheckpointError, counted
+from neuron_minimax.files import stamp
 from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.inspection.document import Rendered
 
-CACHE_NAME = "cache.json"
 FORMAT_VERSION = 1
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "bf16": "BF16"}
 SHARD_BYTES = 5 * 10**9
 PIECE_BYTES = 8 << 20  # of output; a piece is whole rows of blocks
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What decides whether two caches are the same. Earlier versions have recorded here who made
+    it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    source_fingerprint: str
+    dtype: str
+    scale_convention: str
+    format_version: int
+    made_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest(Recorded):
+    """cache.json."""
+
+    identity: CacheIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheResult(Rendered):
-    """The outcome of a build: bytes in the cache, shards kept, tensors found damaged, and whether
-    all was there already.
+    """The outcome of a build: bytes in the cache, shards kept, what was made again, tensors found
+    damaged or of another source, and whether all was there already.
     """
 
     directory: Path
     nbytes: int
     reused_shards: int = 0
+    changes: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
     was_finished: bool = False
 
     def render(self) -> str:
-        size = size_text(self.nbytes, 3, "GB")
+        size = size_text(self.nbytes, 2)
+        lines = [*self.changes[:10]]
+        lines += [f"and {len(self.changes) - 10} more"] if len(self.changes) > 10 else []
         if self.was_finished:
-            return f"{self.directory} is up to date ({size})"
-        lines = [f"{name} did not match its digest" for name in self.damaged[:10]]
-        lines += [f"and {len(self.damaged) - 10} more"] if len(self.damaged) > 10 else []
-        kept = (
-            f", {self.reused_shards} finished shards checked and kept" if self.reused_shards else ""
-        )
+            return "\n".join([*lines, f"{self.directory} is up to date ({size})"])
+        shards = counted(self.reused_shards, "finished shard")
+        kept = f", {shards} checked and kept" if self.reused_shards else ""
         return "\n".join([*lines, f"{self.directory}: {size} written{kept}"])
 
 
@@ -66,42 +96,42 @@ def build_cache(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> CacheResult:
-    """Write the cache, or finish an interrupted one; `check` re-reads a finished one and rebuilds
-    what is damaged.
+    """Write the cache, or finish an interrupted one, or make what of a finished one is missing.
 
-    `progress` is called with the bytes of each piece, in all `cache_bytes`. The router's gate and
-    bias stay float32 in a bfloat16 cache. Raises CheckpointError on an unusable source,
-    ConversionError when the directory holds something else, another run writes it, or the disk is
-    too small (before the first byte).
+    `check` reads every byte of a finished one, computes again what the source gives, and writes the
+    shards that differ. `progress` is called with the bytes of each piece, in all `cache_bytes`. The
+    router's gate and bias stay float32 in a bfloat16 cache. Raises CheckpointError on an unusable
+    source, ConversionError when the directory holds something else, was made of another state of
+    the source, another run uses it, or the disk is too small (before the first byte).
     """
+    _require_dtype(dtype)
     path = Path(directory)
     source.require_usable()
-    identity = _identity(source, dtype)
-    shards = plan_shards(source, dtype)
-    nbytes = sum(shard.nbytes for shard in shards)
-    damaged: list[str] = []
-    if path.resolve() == source.directory.resolve():
+    if os.path.realpath(path) == os.path.realpath(source.directory):
         raise CheckpointError(
             f"{path} is the checkpoint itself; choose another directory for its cache"
         )
-    with OutputDirectory(path, CACHE_NAME, identity, overwrite) as output:
-        if output.finished and check:
-            records = read_records(read_cache_manifest(path)["tensors"])
-            stored = TensorDirectory(path, sorted({record.shard for record in records.values()}))
-            damaged = damaged_tensors(stored, records)
-            if damaged:
-                reopen(output, records)
-        if output.finished:
-            progress(nbytes)
-            return CacheResult(directory=path, nbytes=nbytes, was_finished=True)
-        records = output.write_shards(shards, source, progress)
-        copy_companions(source.directory, path)
-        output.finish(_config(source, dtype), records, {})
+    nbytes = cache_bytes(source, dtype)
+    recipe = Recipe(
+        manifest_name=CACHE_NAME,
+        identity=_identity(source, dtype),
+        source=source,
+        shards=lambda: plan_shards(source, dtype),
+        config=lambda: _config(source, dtype),
+        manifest=lambda records: {},
+        compare=(
+            f"run `neuron-minimax cache {source.directory} {path} --dtype {dtype} --check`, which "
+            "compares every byte and writes what differs"
+        ),
+    )
+    filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
     return CacheResult(
         directory=path,
         nbytes=nbytes,
-        reused_shards=output.reused_shards,
-        damaged=tuple(damaged),
+        reused_shards=filled.reused_shards,
+        changes=filled.changes,
+        damaged=filled.damaged,
+        was_finished=filled.was_finished,
     )
 
 
@@ -112,46 +142,57 @@ def cache_bytes(source: Checkpoint, dtype: str = "float32") -> int:
 
 def open_cache(cache_dir: str | Path, source: Checkpoint, dtype: str = "float32") -> Checkpoint:
     """The cache as a checkpoint, its tensors mmapped, if it is whole, of this source and of this
-    dtype.
+    dtype. Files with another time stamp than recorded are read again.
 
     Raises CheckpointError saying which of these failed and the command that rebuilds it.
     """
+    _require_dtype(dtype)
     path = Path(cache_dir)
     rebuild = f"`neuron-minimax cache {source.directory} {path} --dtype {dtype}"
-    if not (path / CACHE_NAME).exists():
+    try:
+        manifest = read_cache_manifest(path)
+    except FileNotFoundError:
         found = "is not finished" if path.is_dir() and any(path.iterdir()) else "does not exist"
-        raise CheckpointError(f"the cache {path} {found}; run {rebuild}`")
-    identity = read_cache_manifest(path)["identity"]
+        raise CheckpointError(f"the cache {path} {found}; run {rebuild}`") from None
     for name, wanted in _identity(source, dtype).items():
-        if identity.get(name) != wanted:
+        have = getattr(manifest.identity, name)
+        if have != wanted:
             what = {
                 "source_fingerprint": "was made of another checkpoint",
-                "dtype": f"holds {identity.get('dtype')}",
+                "dtype": f"holds {have}",
             }
-            reason = what.get(name, f"has {name} {identity.get(name)!r}, not {wanted!r}")
+            reason = what.get(name, f"has {name} {have!r}, not {wanted!r}")
             raise CheckpointError(f"the cache {path} {reason}; run {rebuild} --overwrite`")
+    changed = changed_source(manifest, source, stamp(path / CACHE_NAME).modified_ns)
+    if changed:
+        raise CheckpointError(
+            f"the cache {path} was made of other bytes, it seems: {changed}; run {rebuild} "
+            "--check`, which compares every byte and writes what differs"
+        )
+    files = examine(path, manifest)
+    files.require_whole(path, f"{rebuild}` again", CheckpointError)
+    try_to_renew(path / CACHE_NAME, manifest, files.files)
     cache = Checkpoint(path)
     cache.require_usable()
     return cache
 
 
-def read_cache_manifest(cache_dir: Path) -> dict[str, Any]:
-    """`cache.json`. Raises CheckpointError when it cannot be read."""
-    path = cache_dir / CACHE_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {"identity": manifest["identity"], "tensors": manifest["tensors"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error!r}); run `neuron-minimax cache CKPT {cache_dir} "
-            "--overwrite`"
-        ) from None
+def read_cache_manifest(cache_dir: Path) -> CacheManifest:
+    """`cache.json`. Raises FileNotFoundError without one, CheckpointError when it cannot be
+    used.
+    """
+    return read_recorded(
+        cache_dir / CACHE_NAME,
+        CacheManifest,
+        CheckpointError,
+        f"run `neuron-minimax cache CKPT {cache_dir} --overwrite`",
+    )
 
 
 def _identity(source: Checkpoint, dtype: str) -> dict[str, Any]:
     return {
         "source_fingerprint": source.fingerprint,
-        "dtype": dtype,
+        "dtype": TORCH_DTYPES[DTYPES[dtype]],
         "scale_convention": str(source.convention),
         "format_version": FORMAT_VERSION,
     }
@@ -163,7 +204,7 @@ def _config(source: Checkpoint, dtype: str) -> dict[str, Any]:
     """
     dropped = ("quantization_config", "torch_dtype", "dtype")
     return {key: value for key, value in source.config.raw.items() if key not in dropped} | {
-        "dtype": dtype
+        "dtype": TORCH_DTYPES[DTYPES[dtype]]
     }
 
 
@@ -188,11 +229,16 @@ def plan_shards(source: Checkpoint, dtype: str) -> list[StreamedShard]:
     ]
 
 
-def _cached_specs(source: Checkpoint, dtype: str) -> Iterator[TensorSpec]:
+def _require_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"a cache of dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}"
+            f"a cache of dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}",
+            usage=True,
         )
+
+
+def _cached_specs(source: Checkpoint, dtype: str) -> Iterator[TensorSpec]:
+    _require_dtype(dtype)
     for wanted in schema.expected(source.config):
         if not wanted.is_scale:
             stored = "F32" if wanted.weight.float32_only else DTYPES[dtype]
@@ -215,10 +261,10 @@ def _fill_rows(source: Checkpoint, spec: TensorSpec, rows: slice, memory: np.nda
     are rounded. Values are checked on the way.
     """
     name = spec.name
-    elements = source.array(name)[rows]
+    elements = source.rows(name, rows)
     values = memory.view(STORED_DTYPES[spec.dtype]).reshape(elements.shape)
     if source.is_fp8(name):
-        _dequantize(source, name, rows, values)
+        _dequantize(source, name, rows, elements, values)
         return 0
     bfloat16.check_finite(name, elements)
     if spec.dtype == "F32":
@@ -230,12 +276,13 @@ def _fill_rows(source: Checkpoint, spec: TensorSpec, rows: slice, memory: np.nda
     return 0
 
 
-def _dequantize(source: Checkpoint, name: str, rows: slice, values: np.ndarray) -> None:
+def _dequantize(
+    source: Checkpoint, name: str, rows: slice, codes: np.ndarray, values: np.ndarray
+) -> None:
     """Put code * scale of its block into `values`, one row of blocks at a time so that temporaries
     stay in the processor's cache.
     """
     block_rows, block_columns = source.config.weight_block_size
-    codes = source.array(name)[rows]
     fp8.check_codes(name, codes)
     scales = source.multipliers(name, rows)
     largest = f"{schema.scale_name(name)} times 448"

@@ -69,7 +69,7 @@ def _choice(name: str, choices: type[Choice], found: str) -> Choice:
         return choices(found)
     except ValueError:
         raise ConversionError(
-            f"{name} is {found!r}; expected one of {', '.join(choices)}"
+            f"{name} is {found!r}; expected one of {', '.join(choices)}", usage=True
         ) from None
 
 
@@ -79,7 +79,7 @@ def check_module_names(modules: Sequence[str], config: ModelConfig) -> None:
     """
     known: set[str] = set()
     for rule in config.family.rules:
-        for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
+        for layer in config.layers_with(config.family.weight(rule.sources[0])):
             for template in (rule.target, *rule.sources):
                 parts = module_of(template.format(l=layer, e=0)).split(".")
                 known |= {

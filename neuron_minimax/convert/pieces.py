@@ -13,9 +13,9 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint.header import STORED_DTYPES
-from neuron_minimax.checkpoint.reader import ScaledWeights
+from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import SCALE_SUFFIX
-from neuron_minimax.checkpoint.writer import Piece
+from neuron_minimax.checkpoint.shards import Piece
 from neuron_minimax.convert.binding import ConvertedTensor, Transform, piece_shape
 from neuron_minimax.families.family import Operation
 from neuron_minimax.fp8 import bfloat16
@@ -92,7 +92,7 @@ def _elements(tensor: ConvertedTensor, source: ScaledWeights, name: str, rows: s
     """Rows of a source as they are stored in the converted tensor, but for halving."""
     if tensor.is_scale:
         return _scales(tensor, source, name)[rows]
-    stored = source.array(name)[rows]
+    stored = source.rows(name, rows)
     match tensor.transform:
         case Transform.DEQUANTIZE:
             fp8.check_codes(name, stored)

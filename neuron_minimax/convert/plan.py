@@ -4,45 +4,97 @@ A checkpoint is streamed into a directory that resumes (checkpoint/output.py); `
 says what every tensor was made of.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from neuron_minimax.checkpoint.finished import (
+    Files,
+    examine,
+    locked,
+    source_files,
+    try_to_renew,
+)
 from neuron_minimax.checkpoint.header import size_text
-from neuron_minimax.checkpoint.output import OutputDirectory
+from neuron_minimax.checkpoint.kinds import CONVERSION_NAME
+from neuron_minimax.checkpoint.output import Recipe, fill_directory
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.records import TensorRecord, read_records
-from neuron_minimax.checkpoint.writer import StreamedShard, StreamedTensor, copy_companions
+from neuron_minimax.checkpoint.records import TensorRecord, read_records, records_as_json
+from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
+from neuron_minimax.checkpoint.writer import COMPANION_FILES, find_companions
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.convert.binding import ConvertedTensor, bind_rules, unquantized_modules
 from neuron_minimax.convert.layout import Layout
+from neuron_minimax.convert.manifest import (
+    FORMAT_VERSION,
+    ConversionManifest,
+    read_manifest,
+)
 from neuron_minimax.convert.pieces import pieces
-from neuron_minimax.errors import ConversionError
+from neuron_minimax.errors import ConversionError, counted
+from neuron_minimax.files import differences
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Rendered
-
-CONVERSION_NAME = "conversion.json"
-FORMAT_VERSION = 1
+from neuron_minimax.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted(Rendered):
-    """A finished converted directory and its manifest; `reused_shards` and `was_finished` say how
-    the run went that gave it.
+    """A finished converted directory and its manifest; `reused_shards`, `was_finished` and
+    `changes` say how the run went that gave it.
     """
 
     directory: Path
-    manifest: Mapping[str, Any]
+    manifest: ConversionManifest
+    files: Files  # as they are now
     reused_shards: int = 0
     was_finished: bool = False
+    changes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Converted":
-        """Raises ConversionError without a finished conversion; headers are read later."""
-        return cls(directory=Path(directory), manifest=read_manifest(directory))
+    def open(
+        cls, directory: str | Path, *, read_shards: bool = True, progress: Progress = SILENT
+    ) -> "Converted":
+        """Open a finished conversion; headers are read later.
+
+        Files that have another time stamp than recorded, as copies have, are read again, and
+        their stamps recorded anew where the directory can be written; shards are not, unless
+        `read_shards`: for a caller who reads all of them anyway. Raises ConversionError without a
+        finished conversion, naming files that are missing or have other bytes.
+        """
+        path = Path(directory)
+        manifest = read_manifest(path)
+        with progress.stage(f"opening {path}") as advance:
+            found = examine(path, manifest, shards=read_shards, progress=advance)
+        found.require_whole(path, f"`neuron-minimax convert CKPT {path}` again")
+        if read_shards:
+            try_to_renew(path / CONVERSION_NAME, manifest, found.files)
+        return cls(directory=path, manifest=manifest, files=found.files)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Hold the directory against runs that write into it, while its files are read.
+
+        Raises ConversionError when one does.
+        """
+        return locked(self.directory, fcntl.LOCK_SH)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over its identity and the digests of every tensor and every small file: of all
+        that it holds, but not of time stamps and the version that wrote it.
+        """
+        identity = asdict(self.manifest.identity)
+        identity.pop("made_by")
+        digests = {name: record.sha256 for name, record in self.files.items() if record.sha256}
+        everything = [identity, digests, records_as_json(self.records)]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def tensors(self) -> TensorDirectory:
@@ -61,7 +113,7 @@ class Converted(Rendered):
     @cached_property
     def records(self) -> Mapping[str, TensorRecord]:
         """The manifest's record of every tensor."""
-        return read_records(self.manifest["tensors"])
+        return read_records(self.manifest.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -70,36 +122,62 @@ class Converted(Rendered):
     @property
     def layout(self) -> Layout:
         """The options that it was made with."""
-        return Layout.from_options(self.manifest["identity"]["options"])
+        options = self.manifest.identity.options
+        return Layout(
+            attention=options.attention,
+            fp8_range=options.fp8_range,
+            keep_in_bf16=options.keep_in_bf16,
+        )
 
     @property
     def convention(self) -> ScaleConvention:
         """The meaning that its source's scales were taken to have."""
-        return ScaleConvention(self.manifest["identity"]["options"]["scale_convention"])
+        return self.manifest.identity.options.scale_convention
 
     @property
     def rounded_codes(self) -> int:
-        return int(self.manifest["rounded_codes"])
+        return self.manifest.rounded_codes
 
     def require_source(self, source: Checkpoint) -> None:
         """Raise ConversionError when the directory was made of another checkpoint."""
-        if source.fingerprint != self.manifest["identity"]["source_fingerprint"]:
+        if source.fingerprint != self.manifest.identity.source_fingerprint:
             raise ConversionError(
                 f"{self.directory} was not made of {source.directory} (its manifest names another "
                 "source fingerprint); verify it against its own source, or convert again"
             )
 
+    def accept(self, source: Checkpoint) -> bool:
+        """Record that all bytes were compared with the source's, and the time stamps that the files
+        of both had when they were opened. Return whether that is recorded, which another run, a
+        change meanwhile or a directory that may only be read prevents.
+        """
+        made_of = source_files(source, companions=False)
+        # The small files that were copied stay as recorded, so that a change of them is seen.
+        made_of |= {
+            name: record
+            for name, record in (self.manifest.source_files or {}).items()
+            if name in COMPANION_FILES
+        }
+        for directory, files in ((self.directory, self.files), (source.directory, made_of)):
+            recorded = {name: record.stamp for name, record in files.items()}
+            if any(name not in COMPANION_FILES for name in differences(directory, recorded)):
+                return False
+        path = self.directory / CONVERSION_NAME
+        return try_to_renew(path, self.manifest, self.files, made_of, verified=True)
+
     def render(self) -> str:
         """The course of the run, and the number of converted scales."""
-        lines = [f"{self.directory} is up to date"] if self.was_finished else []
+        lines = list(self.changes)
         if self.reused_shards:
-            lines.append(f"resumed: {self.reused_shards} finished shards were checked and kept")
-        lines.append(f"FP8 scales converted: {self.manifest['scales_converted']}")
-        left_out = self.manifest["left_out"]
+            kept = counted(self.reused_shards, "finished shard")
+            lines.append(f"resumed: {kept} checked and kept")
+        state = "is up to date" if self.was_finished else "is written"
+        lines.append(f"{self.directory} {state}")
+        lines.append(f"FP8 scales converted: {self.manifest.scales_converted}")
+        left_out = self.manifest.left_out
         if left_out:
-            lines.append(
-                f"left out: {len(left_out)} multi-token-prediction tensors, which are not run"
-            )
+            tensors = counted(len(left_out), "multi-token-prediction tensor")
+            lines.append(f"left out, since they are not run: {tensors}")
         return "\n".join(lines)
 
 
@@ -148,12 +226,14 @@ class ConversionPlan(Rendered):
         width = max(len(key[0]) for key in rows)
         lines = [
             f"{name:{width}}  {dtype:8} {shape:20} x {len(outputs):<4} "
-            f"{size_text(sum(output.nbytes for output in outputs), 3, 'GB'):>12}  {what}"
+            f"{size_text(sum(output.nbytes for output in outputs), 2):>12}  {what}"
             for (name, dtype, shape, what), outputs in rows.items()
         ]
-        lines.append(f"{len(self.outputs)} tensors, {size_text(self.nbytes, 3, 'GB')}")
+        lines.append(counted(len(self.outputs), "tensor"))
+        lines.append(f"space needed: {size_text(self.nbytes, 2)}")
         if self.left_out:
-            lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors")
+            tensors = counted(len(self.left_out), "multi-token-prediction tensor")
+            lines.append(f"left out: {tensors}")
         return "\n".join(lines)
 
     def write(
@@ -161,16 +241,18 @@ class ConversionPlan(Rendered):
         directory: str | Path,
         *,
         overwrite: bool = False,
+        check: bool = False,
         progress: Callable[[int], None] = lambda nbytes: None,
     ) -> Converted:
         """Stream the checkpoint into a directory; an interrupted run is resumed by the next one.
 
-        `progress` is called with the bytes of each piece written, in all `nbytes`. Raises
-        CheckpointError or ConversionError naming what is wrong; the directory then has no manifest,
-        and what was finished is kept for the next run.
+        `check` reads every byte of a finished one, computes again what the checkpoint gives, and
+        writes the shards that differ. `progress` is called with the bytes of each piece, in all
+        `nbytes`. Raises CheckpointError or ConversionError naming what is wrong; an output that was
+        not finished then has no manifest, and what was done is kept for the next run.
         """
         path = Path(directory)
-        if path.resolve() == self.source.directory.resolve():
+        if os.path.realpath(path) == os.path.realpath(self.source.directory):
             raise ConversionError(f"{path} is the source itself; choose another output directory")
         options = self.layout.as_options() | {"scale_convention": str(self.source.convention)}
         identity = {
@@ -178,14 +260,25 @@ class ConversionPlan(Rendered):
             "options": options,
             "format_version": FORMAT_VERSION,
         }
-        with OutputDirectory(path, CONVERSION_NAME, identity, overwrite) as output:
-            if output.finished:
-                progress(self.nbytes)
-                return replace(Converted.open(path), was_finished=True)
-            records = output.write_shards(list(self._shards()), self.source, progress)
-            copy_companions(self.source.directory, path)
-            output.finish(self.converted_config(), records, self._manifest(records))
-        return replace(Converted.open(path), reused_shards=output.reused_shards)
+        recipe = Recipe(
+            manifest_name=CONVERSION_NAME,
+            identity=identity,
+            source=self.source,
+            shards=lambda: list(self._shards()),
+            config=self.converted_config,
+            manifest=self._manifest,
+            compare=(
+                f"run `neuron-minimax verify {self.source.directory} {path}`, which compares every "
+                "byte and takes the checkpoint as it is now when all are equal"
+            ),
+        )
+        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
+        return replace(
+            Converted.open(path),
+            reused_shards=filled.reused_shards,
+            was_finished=filled.was_finished,
+            changes=filled.changes,
+        )
 
     def converted_config(self) -> dict[str, Any]:
         """The output's config.json: the source's, with the quantization that its tensors have."""
@@ -236,10 +329,12 @@ class ConversionPlan(Rendered):
 def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> ConversionPlan:
     """The plan for an opened checkpoint.
 
-    Raises CheckpointError when the checkpoint is unusable or its scale convention is mixed,
-    ConversionError when its tensors do not fit the rules or the layout names no module.
+    Raises CheckpointError when the checkpoint is unusable, its scale convention is mixed, or a file
+    that is copied is no readable one within it, ConversionError when its tensors do not fit the
+    rules or the layout names no module.
     """
     checkpoint.require_usable()
+    find_companions(checkpoint.directory)
     layout = layout or Layout()
     outputs = bind_rules(
         checkpoint.specs,
@@ -254,33 +349,3 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
         outputs=outputs,
         left_out=tuple(checkpoint.mtp_names),
     )
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """conversion.json of a finished converted directory.
-
-    Raises ConversionError when there is none: the directory does not exist, is not a converted
-    checkpoint, or is an unfinished one.
-    """
-    path = Path(directory) / CONVERSION_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["identity"]["format_version"] != FORMAT_VERSION:
-            raise ConversionError(
-                f"{path} has another format version; run `neuron-minimax convert` again"
-            )
-        return manifest
-    except FileNotFoundError:
-        if not Path(directory).is_dir():
-            raise ConversionError(
-                f"{directory} does not exist; expected a converted directory, which "
-                "`neuron-minimax convert CKPT OUT` makes"
-            ) from None
-        raise ConversionError(
-            f"{directory} has no {CONVERSION_NAME}: it is no converted checkpoint, or its "
-            "conversion did not finish; run `neuron-minimax convert CKPT OUT` (again, to resume)"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{path} cannot be read ({error!r}); convert again with --overwrite"
-        ) from None

@@ -10,12 +10,12 @@ import numpy as np
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TORCH_DTYPES, TensorSpec
-from neuron_minimax.checkpoint.reader import ScaledWeights
+from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.binding import bind_rules
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.pieces import pieces, take_apart
-from neuron_minimax.errors import ConversionError
+from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import Role, target_scale_name
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ceil_div
 
@@ -77,7 +77,7 @@ def convert_hf_to_neuron_state_dict(
             name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
         }
     source = StateDict(state_dict, config, scale_convention)
-    tolerated = [name for name in state_dict if schema.is_mtp(name, config)]
+    tolerated = schema.mtp_names(state_dict, config)
     converted: dict[str, torch.Tensor] = {}
     for output in bind_rules(source.specs, config, layout, source.convention, tolerated):
         memory = np.empty(output.nbytes, np.uint8)
@@ -107,7 +107,7 @@ def neuron_to_hf_state_dict(
     unused = set(state_dict)
     for rule in config.family.rules:
         rows = [sizes[source][0] for source in rule.sources]
-        for layer in range(config.num_hidden_layers) if rule.per_layer else (None,):
+        for layer in config.layers_with(config.family.weight(rule.sources[0])):
             target = rule.target.format(l=layer)
             if target not in state_dict:
                 if schema.is_tied(config.family.weight(rule.sources[0]), config):
@@ -133,5 +133,6 @@ def neuron_to_hf_state_dict(
                         source_name = source.format(l=layer, e=expert)
                         published[schema.scale_name(source_name) if scaled else source_name] = part
     if unused:
-        raise ConversionError(f"{len(unused)} tensors belong to no rule, such as {min(unused)}")
+        tensors = counted(len(unused), "tensor")
+        raise ConversionError(f"found {tensors} of no rule, such as {min(unused)}")
     return published

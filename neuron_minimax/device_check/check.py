@@ -13,14 +13,17 @@ from typing import Any, Protocol
 import torch
 
 from neuron_minimax.backends import compile_model
-from neuron_minimax.backends.directory import fingerprint, options_module, read_manifest
+from neuron_minimax.backends.directory import options_module, read_manifest
+from neuron_minimax.backends.model_files import fingerprint, model_directory
 from neuron_minimax.backends.nxdi.supervise import run_supervised
+from neuron_minimax.checkpoint.kinds import Wanted, require
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.plan import Converted
 from neuron_minimax.device_check import reference, router, schedule, tokens
 from neuron_minimax.device_check.probes import Layer, Probe, write_probe
 from neuron_minimax.device_check.reference import Fault, Reference
-from neuron_minimax.device_check.run import read_logits, write_prompts, write_rounds
-from neuron_minimax.device_check.schedule import Limits, Round
+from neuron_minimax.device_check.run import read_logits
+from neuron_minimax.device_check.schedule import Asked, Limits, Round
 from neuron_minimax.device_check.verdicts import (
     Expectation,
     KnownFault,
@@ -29,13 +32,13 @@ from neuron_minimax.device_check.verdicts import (
     Verdict,
     judge_logits,
 )
-from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError
+from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxError, counted
 from neuron_minimax.families import Role
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.progress import SILENT, Progress
 
 RUN_SECONDS = 1800.0
 LOG_NAME = "run.log"
-Progress = Callable[[str], None]
 
 
 # Runs the model in a directory: writes the logits that the second file asks for into the third.
@@ -77,14 +80,15 @@ class CompiledDevice:
         self.run(traced, asked, logits)
 
     def run(self, traced: Path, asked: Path, logits: Path) -> None:
-        run_supervised(
-            [*self.command, str(traced), str(asked), str(logits)],
-            os.environ,
-            logits.with_name(LOG_NAME),
-            self.progress,
-            limit=self.limit,
-            what="the run on the device",
-        )
+        with self.progress.stage(f"running {traced}") as advance:
+            run_supervised(
+                [*self.command, str(traced), str(asked), str(logits)],
+                os.environ,
+                logits.with_name(LOG_NAME),
+                lambda line: advance(doing=line),
+                limit=self.limit,
+                what="the run on the device",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +165,7 @@ def check_device(
     backend: str = "neuron",
     layer: int = 0,
     traced: Path | None = None,
-    progress: Progress = lambda line: None,
+    progress: Progress = SILENT,
 ) -> Report:
     """Compile and run the probes of one layer on this machine's device, then the full model in
     `traced` if given.
@@ -170,10 +174,20 @@ def check_device(
     BackendError for options that cannot work or packages that are missing, and what `run_checks`
     raises.
     """
+    require(converted, Wanted.CONVERTED, ConversionError)
+    config = ModelConfig.from_dir(converted)
+    if not config.family.has(Role.ROUTER_BIAS):
+        raise BackendError(
+            f"{converted} is {config.family.title}; the probes are of layers whose router has a "
+            "bias, as MiniMax-M2's: compile the model itself, and compare its first tokens with "
+            "the CPU backend's"
+        )
     module = options_module(backend)
-    resolved = module.check_options(ModelConfig.from_dir(converted), options)
+    resolved = module.check_options(config, options)
     module.environment()
-    if traced is not None and read_manifest(traced).checkpoint != fingerprint(converted):
+    if traced is not None and read_manifest(traced).checkpoint != fingerprint(
+        Converted.open(converted, read_shards=False)
+    ):
         raise BackendError(
             f"{traced} was compiled from another directory than {converted}; give the one it came "
             "from"
@@ -200,7 +214,7 @@ def run_checks(
     device: Device,
     *,
     full_model: Path | None = None,
-    progress: Progress = lambda line: None,
+    progress: Progress = SILENT,
 ) -> Report:
     """Run all checks on a device; a check that contains what has failed is skipped.
 
@@ -222,28 +236,33 @@ def run_checks(
             f"{work} and the converted directory {converted} lie in each other; choose another "
             "work directory"
         )
-    prompts = [] if full_model is None else tokens.read_prompts(full_model / "model")
+    prompts = [] if full_model is None else _prompts_of(full_model)
     verdicts: list[Verdict] = []
     for check in CHECKS:
         verdict = _skipped(check.name, check.needs, verdicts)
         if verdict is None:
-            progress(f"{check.name} ...")
-            verdict = _run_check(check, layer, limits, request, device, work)
+            with progress.stage(check.name):
+                verdict = _run_check(check, layer, limits, request, device, work)
         verdicts.append(verdict)
     if full_model is not None:
         verdict = _skipped(tokens.CHECK, ("one layer",), verdicts)
         if verdict is None:
-            progress(f"{tokens.CHECK} ...")
-            answer = _answer_directory(work, tokens.CHECK)
-            write_prompts(answer / "asked.json", prompts, tokens.TOKENS)
-            found_PTV = _ask(device.run, full_model, answer, tokens.CHECK)
-            verdict = _first_tokens(converted, prompts, request.compute, found_PTV)
+            with progress.stage(tokens.CHECK):
+                answer = _answer_directory(work, tokens.CHECK)
+                asked = Asked(prompts=tuple(map(tuple, prompts)), tokens=tokens.TOKENS)
+                asked.write(answer / "asked.json")
+                found_PTV = _ask(device.run, full_model, answer, tokens.CHECK)
+                verdict = _first_tokens(converted, prompts, request.compute, found_PTV)
         verdicts.append(verdict)
     title = (
-        f"layer {request.layer} of {converted}: {request.slots} slots, tp {request.tp_degree}, "
-        f"{request.compute}"
+        f"layer {request.layer} of {converted}: {counted(request.slots, 'slot')}, "
+        f"tp {request.tp_degree}, {request.compute}"
     )
     return Report(title=title, verdicts=tuple(verdicts))
+
+
+def _prompts_of(full_model: Path) -> list[list[int]]:
+    return tokens.read_prompts(model_directory(full_model, read_manifest(full_model)))
 
 
 def _answer_directory(work: Path, check: str) -> Path:
@@ -280,7 +299,7 @@ def _run_check(
     expected = Reference(probe, limits, request.compute)
     logits_NV, inputs_NH = expected.run(rounds)
     answer = _answer_directory(work, check.name)
-    write_rounds(answer / "asked.json", rounds)
+    Asked(rounds=tuple(rounds)).write(answer / "asked.json")
     found_NV = _ask(device.run_probe, probe, answer, check.name)
     if isinstance(found_NV, Verdict):
         return found_NV
@@ -333,7 +352,7 @@ def _router_case(layer: Layer, inputs_NH: torch.Tensor) -> router.RouterCase:
         for role in (Role.ROUTER, Role.ROUTER_BIAS)
     )
     return router.RouterCase(
-        bias_name=layer.config.family.weight_of(Role.ROUTER_BIAS).kind,
+        bias_name=layer.config.family.weight_of(Role.ROUTER_BIAS).module,
         gate_EH=gate,
         bias_E=bias,
         inputs_NH=inputs_NH,

@@ -8,7 +8,7 @@ Shapes: V tokens of the probe, H hidden, E experts, I intermediate.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property, partial
 from math import log2, prod
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax import fp8
-from neuron_minimax.backends.directory import fingerprint
 from neuron_minimax.checkpoint.header import STORED_DTYPES, HasSpec, TensorSpec
-from neuron_minimax.checkpoint.output import OutputDirectory
+from neuron_minimax.checkpoint.kinds import CONVERSION_NAME
+from neuron_minimax.checkpoint.output import Recipe, fill_directory
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.checkpoint.writer import Piece, StreamedShard, StreamedTensor
+from neuron_minimax.checkpoint.shards import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.manifest import FORMAT_VERSION, read_manifest
 from neuron_minimax.convert.pieces import PIECE_BYTES
-from neuron_minimax.convert.plan import CONVERSION_NAME, FORMAT_VERSION, read_manifest
+from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.families import Role, module_of, target_scale_name
 from neuron_minimax.fp8 import bfloat16, ceil_div
@@ -209,8 +210,8 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
 
     Raises ConversionError when the disk is too small, or the directory holds something else.
     """
-    identity = dict(layer.manifest["identity"]) | {
-        "source_fingerprint": fingerprint(layer.converted),
+    identity = asdict(layer.manifest.identity) | {
+        "source_fingerprint": Converted.open(layer.converted, read_shards=False).fingerprint,
         "format_version": FORMAT_VERSION,
         "probe": f"{probe} of layer {layer.number}",
     }
@@ -219,12 +220,17 @@ def write_probe(layer: Layer, probe: Probe, directory: Path) -> None:
         StreamedTensor(target.spec, list(_pieces(layer, target, changes)))
         for target in layer.targets()
     )
-    with OutputDirectory(directory, CONVERSION_NAME, identity, overwrite=True) as output:
-        if output.finished:
-            return
-        shard = StreamedShard("model.safetensors", tensors)
-        records = output.write_shards([shard], layer.tensors, lambda nbytes: None)
-        output.finish(layer.probe_config(), records, {"probe": str(probe), "layer": layer.number})
+    recipe = Recipe(
+        manifest_name=CONVERSION_NAME,
+        identity=identity,
+        source=layer.tensors,
+        shards=lambda: [StreamedShard("model.safetensors", tensors)],
+        config=layer.probe_config,
+        manifest=lambda records: {"probe": str(probe), "layer": layer.number},
+        compare="check again",
+        companions=False,
+    )
+    fill_directory(directory, recipe, overwrite=True)
 
 
 def _pieces(layer: Layer, target: Target, changes: Mapping[Role, Change]) -> Iterator[Piece]:

@@ -19,6 +19,7 @@ from neuron_minimax.device_check.verdicts import (
     tool_failure,
     unusable_logits,
 )
+from neuron_minimax.errors import counted
 
 CHECK = "router"
 # An expert that wrote less than this part of what the largest wrote was not chosen: its channel is
@@ -286,7 +287,8 @@ def _affinities(case: RouterCase, found_NE: torch.Tensor, shown_NE: torch.Tensor
         seen = int(shown_NE.any(dim=0).sum())
         experts = shown_NE.shape[1]
         chosen = f"{seen} of {experts} experts were chosen"
-        finding = f"{len(same_N)} tokens have the CPU's experts and affinities ({chosen}){tail}"
+        same = counted(len(same_N), "token")
+        finding = f"{same} with the CPU's experts and affinities ({chosen}){tail}"
         return Verdict(check=CHECK, status=Status.PASS, finding=finding, measured=measured)
     biased_NE = case.choice().choice_NE * shown_NE
     biased_NE = biased_NE / biased_NE.sum(dim=1, keepdim=True)
@@ -327,4 +329,6 @@ def _most_often(shown_NE: torch.Tensor, own_NE: torch.Tensor, wrong_N: torch.Ten
             if n
         }
     )
-    return ", ".join(f"{expert} ({count} tokens)" for expert, count in counts.most_common(4))
+    return ", ".join(
+        f"{expert} ({counted(count, 'token')})" for expert, count in counts.most_common(4)
+    )

@@ -1,70 +1,45 @@
 """The process that runs a check on a compiled model: `python -m neuron_minimax.device_check.run
 TRACED ASKED LOGITS`.
 
-ASKED is a JSON file of `write_rounds` or `write_prompts`; LOGITS a safetensors file, there when all
-went well.
+ASKED is a JSON file of `schedule.Asked`; LOGITS a safetensors file, there when all went well.
 """
 
-import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import NeuronMiniMaxError
+
+if TYPE_CHECKING:  # loading a model for a device sets variables, which torch may read at once
     import torch
 
     from neuron_minimax.backends.base import Backend
-    from neuron_minimax.device_check.schedule import Round
-
-
-def write_rounds(path: Path, rounds: Sequence["Round"]) -> None:
-    """The rounds to run, as the process reads them."""
-    rows = [[asdict(sequence) for sequence in round_] for round_ in rounds]
-    path.write_text(json.dumps({"rounds": rows}), encoding="utf-8")
-
-
-def write_prompts(path: Path, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    """Prompts to continue greedily by so many tokens, as the process reads them."""
-    asked = {"prompts": [list(prompt) for prompt in prompts], "tokens": tokens}
-    path.write_text(json.dumps(asked), encoding="utf-8")
 
 
 def answer(backend: "Backend", asked: Path, logits: Path) -> None:
     """Run what is asked and write {"logits"}: [N,V] of rounds, or [P,tokens,V] of prompts that
-    are continued.
+    are continued. Raises BackendError when ASKED is something else.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    from neuron_minimax.device_check.schedule import SlotTokens, run_rounds
+    from neuron_minimax.device_check.schedule import Asked, run_rounds
 
-    request = json.loads(asked.read_text(encoding="utf-8"))
-    if "rounds" in request:
-        rounds = [
-            tuple(
-                SlotTokens(
-                    slot=row["slot"],
-                    prompt=tuple(row["prompt"]),
-                    continuation=tuple(row["continuation"]),
-                )
-                for row in round_
-            )
-            for round_ in request["rounds"]
-        ]
-        found = run_rounds(backend, rounds)
+    request = Asked.read(asked)
+    if request.rounds:
+        found = run_rounds(backend, request.rounds)
     else:
+        slots = backend.capabilities.slots
         found = torch.stack(
             [
-                continued(backend, prompt, request["tokens"], number % backend.capabilities.slots)
-                for number, prompt in enumerate(request["prompts"])
+                continued(backend, prompt, request.tokens, number % slots)
+                for number, prompt in enumerate(request.prompts)
             ]
         )
-    partial = logits.with_name(logits.name + ".partial")
-    save_file({"logits": found.contiguous()}, partial)
-    os.replace(partial, logits)
+    with replacing(logits) as file:
+        file.write(save({"logits": found.contiguous()}))
 
 
 def continued(backend: "Backend", prompt: Sequence[int], tokens: int, slot: int) -> "torch.Tensor":
@@ -79,7 +54,6 @@ def continued(backend: "Backend", prompt: Sequence[int], tokens: int, slot: int)
 
 def main(argv: Sequence[str] | None = None) -> int:
     from neuron_minimax.backends import load
-    from neuron_minimax.errors import NeuronMiniMaxError
 
     traced, asked, logits = (Path(argument) for argument in (argv or sys.argv[1:]))
     try:

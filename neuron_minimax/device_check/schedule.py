@@ -5,13 +5,17 @@ Shapes: N rows, one for each prompt and each step of each slot; V vocabulary.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import torch
+from pydantic import ConfigDict
 
 from neuron_minimax.backends.base import Backend
+from neuron_minimax.checkpoint.writer import write_json
 from neuron_minimax.errors import BackendError
+from neuron_minimax.files import read_json
 from neuron_minimax.fp8 import ceil_div
 
 SEED = 0
@@ -55,6 +59,29 @@ class SlotTokens:
 
 # Sequences that are alive together, each in its slot; their continuations are of one length.
 Round = tuple[SlotTokens, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a process is to run: rounds, or prompts to continue greedily by so many tokens."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rounds: tuple[Round, ...] = ()
+    prompts: tuple[tuple[int, ...], ...] = ()
+    tokens: int = 0
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON. Raises OSError."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Asked":
+        """Raises BackendError when the file is something else."""
+        try:
+            return read_json(path, cls, BackendError, "run check-device again")
+        except FileNotFoundError:
+            raise BackendError(f"{path} does not exist; run check-device again") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from neuron_minimax.device_check.verdicts import (
     tool_failure,
     unusable_logits,
 )
+from neuron_minimax.errors import counted
 
 CHECK = "first tokens"
 TOKENS = 16
@@ -110,9 +111,9 @@ def judge_tokens(
         status=Status.FAIL,
         finding=finding,
         measured=measured,
-        meaning=f"{where} of the full model goes wrong ({in_prompts} first tokens, {in_steps} "
-        "later ones) where one "
-        "layer is right: another layer, the embedding, the head, or the cache over many layers",
+        meaning=f"{where} of the full model goes wrong ({counted(in_prompts, 'first token')}, "
+        f"{in_steps} later) where one layer is right: another layer, the embedding, the "
+        "head, or the cache over many layers",
         next_step="check more layers with --layer; compare the first token's logits by `generate "
         "--dump-logits`",
     )

@@ -13,6 +13,7 @@ import torch
 
 from neuron_minimax.device_check.reference import Fault
 from neuron_minimax.device_check.schedule import Phase, Row
+from neuron_minimax.errors import counted
 from neuron_minimax.inspection.document import Rendered
 
 # Least relative error that counts as one, per compute dtype: the order of sums alone gives less.
@@ -86,7 +87,7 @@ class Report(Rendered):
 
     def render(self) -> str:
         passed = sum(verdict.status is Status.PASS for verdict in self.verdicts)
-        end = f"{passed} of {len(self.verdicts)} checks passed"
+        end = f"{passed} of {counted(len(self.verdicts), 'check')} passed"
         return "\n".join([self.title, *(verdict.render() for verdict in self.verdicts), end])
 
     def to_json(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def unusable_logits(
         return Verdict(
             check=check,
             status=Status.FAIL,
-            finding=f"{bad} of {len(found_NV)} rows of logits hold NaN or infinity",
+            finding=f"NaN or infinity in {bad} of {counted(len(found_NV), 'row')} of logits",
             meaning="codes above 240 that the chip reads as infinity, or a padding that reaches "
             "a product",
             next_step="see that the directory was converted with --fp8-range neuron, then look "
@@ -212,7 +213,8 @@ def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
     wrong_N = (error_N > expectation.tolerance) & expectation.compared_N
     compared = int(expectation.compared_N.sum())
     left_out = len(error_N) - compared
-    tail = f"; {left_out} rows left out, where experts nearly tie" if left_out else ""
+    rows = counted(left_out, "row")
+    tail = f"; {rows} left out, where experts nearly tie" if left_out else ""
     measured = ProbeMeasurement(
         what="largest relative difference of a row of logits",
         difference=float(error_N[expectation.compared_N].max()),
@@ -220,7 +222,7 @@ def judge_logits(expectation: Expectation, found_NV: torch.Tensor) -> Verdict:
         source=expectation.tolerance_source,
     )
     if not wrong_N.any():
-        finding = f"{compared} rows of logits equal the CPU's{tail}"
+        finding = f"{counted(compared, 'row')} of logits as the CPU's{tail}"
         return Verdict(
             check=expectation.check, status=Status.PASS, finding=finding, measured=measured
         )
@@ -243,7 +245,7 @@ def _why_blind(expectation: Expectation) -> Verdict | None:
     if compared < expectation.minimum_rows:
         return tool_failure(
             expectation.check,
-            f"only {compared} rows of logits can be compared; expected at least "
+            f"only {counted(compared, 'row')} of logits can be compared; expected at least "
             f"{expectation.minimum_rows}",
             "choose another layer with --layer, where fewer tokens have experts that nearly tie",
         )
@@ -275,7 +277,9 @@ def _where(expectation: Expectation, wrong_N: torch.Tensor) -> str:
         if here_N.any():
             counts[phase] = (int((wrong_N & here_N).sum()), int(here_N.sum()))
     parts = [
-        f"{phase} wrong ({wrong} of {total} rows)" if wrong else f"{phase} right ({total} rows)"
+        f"{phase} wrong ({wrong} of {counted(total, 'row')})"
+        if wrong
+        else f"{phase} right ({counted(total, 'row')})"
         for phase, (wrong, total) in counts.items()
     ]
     return ", ".join(parts)

@@ -69,12 +69,28 @@ MODULE_GROUPS: Mapping[Role, str] = {
 }
 
 
+class LayerKind(StrEnum):
+    """A layer by its MLP: one for all tokens, or a mixture of experts."""
+
+    ANY = "any"
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+# The matrices of each kind of MLP; the first has its intermediate channels as rows.
+DENSE_ROLES = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+SHARED_ROLES = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
+SPARSE_ROLES = (Role.ROUTER, Role.ROUTER_BIAS, *EXPERT_ROLES, *SHARED_ROLES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weight:
     """One row of the table: a published tensor's name template, its dimensions, dtype and role.
 
-    `dimensions` are letters: V vocabulary, H hidden, I intermediate, Q query width, K key/value
-    width, E experts, D head_dim.
+    `dimensions` are letters: V vocabulary, H hidden, I intermediate (of an expert, or of the MLP of
+    a dense family), F intermediate of a dense layer among sparse ones, S of the shared expert,
+    Q query width, K key/value width, E experts, D head_dim.
     """
 
     template: str
@@ -83,8 +99,8 @@ class Weight:
     role: Role
 
     @property
-    def kind(self) -> str:
-        """The family's own word for it, the last part of its name: `q_proj`."""
+    def module(self) -> str:
+        """The last part of its name, without a `.weight`: `q_proj`."""
         return self.template.removesuffix(".weight").rpartition(".")[2]
 
     @property
@@ -117,6 +133,13 @@ class Weight:
     @property
     def per_expert(self) -> bool:
         return "{e}" in self.template
+
+    @property
+    def layer_kind(self) -> "LayerKind":
+        """The layers that have it, of a family with experts."""
+        if self.role in DENSE_ROLES:
+            return LayerKind.DENSE
+        return LayerKind.SPARSE if self.role in SPARSE_ROLES else LayerKind.ANY
 
 
 class Operation(StrEnum):
@@ -169,12 +192,21 @@ class RouterKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The switches in which one family's decoder differs from another's (model/decoder.py)."""
+    """The switches in which one family's decoder differs from another's (model/decoder.py).
+
+    `norms_one_expert`: the affinity of a token's only expert is divided by itself as several are by
+    their sum.
+    """
 
     qk_norm: QKNorm
     router: RouterKind
     qkv_bias: bool = False
     shared_expert: bool = False
+    norms_one_expert: bool = True
+
+    @property
+    def has_experts(self) -> bool:
+        return self.router is not RouterKind.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,16 +222,25 @@ class SamplingDefaults:
 class Family:
     """Everything that is particular to one family of models.
 
-    `fixed_fields` are fields of config.json with the values that the architecture allows, the
-    published one first; other values are refused. `field_names` says under which name of
-    config.json a field of ModelConfig is stored, where the two differ. `rank_tensors` are int32
-    [tp_degree] tensors of NxD, each rank's own number after sharding; they are made for a state
-    dict in memory, never stored. `chat_format` is a name in generation/chat_formats; `neuron_class`
-    is "module:class" of the NxDI application. `transformers_names` are the parts of published names
-    that the modules of transformers spell differently. `ignored_markers` begin the name parts of
-    published tensors that are not run (multi-token prediction).
+    `model_type` is config.json's; where several families have the same, `selected_by` says which of
+    its fields are set (to something true) in the family's own, and which are not. `fixed_fields`
+    are fields of config.json with the values that the architecture allows, the published one first;
+    other values are refused. `field_names` says under which names of config.json a field of
+    ModelConfig is stored, where it is not its own; the first that is there counts. `defaults` says
+    what fields mean that config.json lacks. `scale_dtypes` are those of stored block scales, the
+    published one first. `switched_rope_scaling` is what `inference_rope_scaling` in config.json
+    switches on.
+    `rank_tensors` are int32 [tp_degree] tensors of NxD, each rank's own number after sharding; they
+    are made for a state dict in memory, never stored. `chat_format` is a name in
+    generation/chat_formats; `neuron_class` is "module:class" of the NxDI application, or empty.
+    `sampling_without_reasoning` are the settings where a prompt closes the reasoning, if others are
+    recommended there. `transformers_names` are the parts of published names that the modules of
+    transformers spell differently. `ignored_markers` begin the name parts of published tensors that
+    are not run (multi-token prediction). `sums_router_aux_loss`: `router_aux_loss_coef` in
+    config.json weighs the sum of the layers' balance losses; without it their mean.
     """
 
+    name: str
     model_type: str
     title: str
     models: str
@@ -212,9 +253,15 @@ class Family:
     sampling: SamplingDefaults
     neuron_class: str
     rope_theta: float
-    field_names: Mapping[str, str] = field(default_factory=dict)
+    selected_by: Mapping[str, bool] = field(default_factory=dict)
+    field_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    scale_dtypes: tuple[str, ...] = ("F32",)
+    switched_rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     transformers_names: Mapping[str, str] = field(default_factory=dict)
     ignored_markers: tuple[str, ...] = ()
+    sampling_without_reasoning: SamplingDefaults | None = None
+    sums_router_aux_loss: bool = False
 
     def __post_init__(self) -> None:
         templates = [weight.template for weight in self.weights]
@@ -222,9 +269,28 @@ class Family:
         assert len({weight.role for weight in self.weights}) == len(templates), "a role twice"
         assert sorted(used) == sorted(templates), "not every weight is in exactly one rule"
 
+    def describes(self, raw: Mapping[str, Any]) -> bool:
+        """Return whether a config.json is of this family."""
+        return raw.get("model_type") == self.model_type and all(
+            bool(raw.get(name)) == wanted for name, wanted in self.selected_by.items()
+        )
+
+    def has(self, role: Role) -> bool:
+        return any(weight.role is role for weight in self.weights)
+
     def weight(self, template: str) -> Weight:
         """The row of a published name template."""
         return next(weight for weight in self.weights if weight.template == template)
+
+    def kind(self, weight: Weight) -> str:
+        """The family's own word for a row: the last parts of its name that no other row has."""
+        named = [_words(other) for other in self.weights]
+        words = _words(weight)
+        for start in range(len(words) - 1, -1, -1):
+            ending = words[start:]
+            if sum(other[-len(ending) :] == ending for other in named) == 1:
+                return ".".join(ending)
+        raise AssertionError(f"{weight.template} is no row of {self.title}")
 
     def weight_of(self, role: Role) -> Weight:
         """The row of a role that the family has; StopIteration is our own mistake."""
@@ -275,7 +341,7 @@ class Family:
     def unconverted(self) -> tuple[str, ...]:
         """The published `modules_to_not_convert`: routing and head."""
         return tuple(
-            weight.kind for weight in self.weights if weight.module_group in ("router", "head")
+            weight.module for weight in self.weights if weight.module_group in ("router", "head")
         )
 
     @property
@@ -291,7 +357,7 @@ class Family:
 
     @property
     def head_module(self) -> str:
-        return self.weight_of(Role.HEAD).kind
+        return self.weight_of(Role.HEAD).module
 
     @property
     def experts_module(self) -> str:
@@ -316,6 +382,12 @@ class Family:
         own = (module for name in names for module in _around(name) if module not in shared)
         found = sorted(set(own), key=lambda module: (module.count("."), module))
         return tuple(dict.fromkeys(module.rpartition(".")[2] for module in found))
+
+
+def _words(weight: Weight) -> list[str]:
+    """The parts of a name that say what it is: no numbers, and no `weight`."""
+    parts = weight.template.removesuffix(".weight").split(".")
+    return [part for part in parts if not part.startswith("{") and not part.isdigit()]
 
 
 def _around(weight_name: str) -> list[str]:

@@ -80,6 +80,7 @@ RULES = (
 )
 
 MINIMAX_M2 = Family(
+    name="minimax_m2",
     model_type="minimax_m2",
     title="MiniMax-M2",
     models="MiniMax-M2, M2.1, M2.5 and M2.7",
@@ -102,7 +103,7 @@ MINIMAX_M2 = Family(
     architecture=Architecture(qk_norm=QKNorm.FULL_WIDTH, router=RouterKind.SIGMOID_BIAS),
     chat_format="minimax_m2",
     sampling=SamplingDefaults(temperature=1.0, top_p=0.95, top_k=40),
-    neuron_class="neuron_minimax.backends.nxdi.model:NeuronMiniMaxM2ForCausalLM",
+    neuron_class="neuron_minimax.backends.nxdi.model:NeuronForCausalLM",
     rope_theta=5_000_000.0,
     transformers_names={"block_sparse_moe": "mlp"},
     # Declared by config.json (`num_mtp_modules`), in no published checkpoint.

@@ -9,7 +9,7 @@ its block: weight = code * scale.
 
 import numpy as np
 
-from neuron_minimax.errors import CheckpointError
+from neuron_minimax.errors import CheckpointError, counted
 
 OCP_MAX = 448.0
 NEURON_MAX = 240.0
@@ -165,7 +165,7 @@ def check_scales(name: str, scales: np.ndarray) -> None:
         bad = np.argwhere(~good)
         place = tuple(int(index) for index in bad[0])
         raise CheckpointError(
-            f"{name} has {len(bad)} scales that are not positive finite numbers, the first "
+            f"{name} has {counted(len(bad), 'scale')} of no positive finite value, the first "
             f"{scales[place]} at block {list(place)}; every weight of such a block would be wrong: "
             "download its shard again"
         )

@@ -2,22 +2,24 @@
 
 A round encodes at most one largest bucket of prompt tokens (so that a long prompt delays the others
 by one chunk), and advances every running request by one token. A slot keeps its cache when its
-request ends, and a later prompt that begins with the same tokens starts from there, where the
-backend can continue a slot. The engine has no thread and no queue: whoever calls it has those.
+request ends, and a later prompt of the same scope that begins with the same tokens starts from
+there, where the backend can continue a slot. The engine has no thread and no queue: whoever calls
+it has those.
 
 Shapes: S slots, T prompt tokens, V vocabulary.
 """
 
+import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
+from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted
 from neuron_minimax.generation.events import Event
 from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import Sampler, SamplingParams, log_probabilities
@@ -37,32 +39,46 @@ class Constraint(Protocol):
 class Request:
     """One answer to compute.
 
-    The answer ends with one of `stop_token_ids`, after `max_new_tokens`, or where `reader` says so.
-    Without a reader its tokens are not made into events. `top_logprobs` asks for log probabilities:
-    of the token alone (0), or of that many likely ones too. `prompt_logits` receives the prompt's
-    logits, in pieces whose rows join to [T,V], or to [1,V] where the backend has the last position
-    only. `arrived` is in time.monotonic seconds. The engine fills in the counts.
+    The answer ends with one of `stop_token_ids`, which are not chosen before there are
+    `min_new_tokens`, after `max_new_tokens` (0: the prompt alone is read), or where `reader` says
+    so. Without a reader its tokens are not made into events. `top_logprobs` asks for log
+    probabilities: of the token alone (0), or of that many likely ones too; `score_prompt` for those
+    of the prompt's tokens as well, where the backend has the logits of all positions.
+    `prompt_logits` receives the prompt's logits, in pieces whose rows join to [T,V], or to [1,V]
+    where the backend has the last position only. Caches are shared within a `cache_scope` alone, so
+    that neither times nor counts tell one client what another has asked. `arrived` is in
+    time.monotonic seconds. The engine fills in the counts.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     max_new_tokens: int
+    min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     reader: AnswerReader | None = None
     constraint: Constraint | None = None
     top_logprobs: int | None = None
+    score_prompt: bool = False
     prompt_logits: list[torch.Tensor] | None = None
+    cache_scope: Hashable = None
     arrived: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def needs_all_positions(self) -> bool:
+        """Say whether a prompt has to be encoded from its beginning: caches hold no logits."""
+        return self.score_prompt or self.prompt_logits is not None
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probability of a token, and of the most probable ones at its place."""
+    """Natural-log probability of a token, and of the most probable ones at its place; None for a
+    prompt's first token, which nothing precedes.
+    """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
@@ -75,10 +91,13 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One token, or the failure, of a request. The finish reason is "stop" or "length"."""
+    """One token, some tokens of its prompt, or the failure, of a request. The finish reason is
+    "stop" or "length".
+    """
 
     request: Request
     events: Sequence[Event] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     logprobs: TokenLogprobs | None = None
     finish_reason: str | None = None
     error: Failure | None = None
@@ -113,7 +132,7 @@ class Counters:
 
 @dataclass(eq=False)
 class _Slot:
-    """A slot of the backend: what its cache holds, and whom it works for.
+    """A slot of the backend: what its cache holds, for which scope, and whom it works for.
 
     `next_token` is chosen but not yet computed, None while the prompt is being encoded. `last_used`
     is when its last token was chosen, `encoded_at` when its prompt last had its turn.
@@ -121,6 +140,7 @@ class _Slot:
 
     number: int
     tokens: list[int] = field(default_factory=list)
+    scope: Hashable = None
     request: Request | None = None
     sampler: Sampler | None = None
     next_token: int | None = None
@@ -162,11 +182,13 @@ class Engine:
         free = [slot for slot in self._slots if slot.request is None]
         if not free:
             raise GenerationError(
-                f"all {self.slots} slots are taken; finish or close an answer before the next one"
+                f"{counted(self.slots, 'slot')} taken, none is free; finish or close an answer "
+                "before the next one"
             )
         slot, kept = self._choose_slot(free, request)
         slot.request = request
         slot.tokens = slot.tokens[:kept]
+        slot.scope = request.cache_scope
         slot.sampler = Sampler(request.params, request.prompt_ids)
         slot.next_token = None
         slot.encoded_at = request.arrived
@@ -199,10 +221,13 @@ class Engine:
             for request in broken:
                 yield Update(request=request, error=failure, cause=error)
 
-    def run(self, request: Request) -> Generator[NewToken, None, None]:
+    def run(
+        self, request: Request, stopped: Callable[[], bool] = lambda: False
+    ) -> Generator[NewToken, None, None]:
         """Yield the steps of one request, which has its slot until the iterator ends or is closed.
 
-        Raises GenerationError when no slot is free, and the exception that made the request fail.
+        `stopped` is asked before each round whether to end it early. Raises GenerationError when no
+        slot is free, and the exception that made the request fail.
         """
         self.add(request)
         inbox: deque[Update] = deque()
@@ -210,6 +235,8 @@ class Engine:
         try:
             while True:
                 while not inbox:
+                    if stopped():
+                        return
                     self._deliver()
                 update = inbox.popleft()
                 if isinstance(update, NewToken):
@@ -231,13 +258,19 @@ class Engine:
             self._inboxes[update.request].append(update)
 
     def _choose_slot(self, free: list[_Slot], request: Request) -> tuple[_Slot, int]:
-        """Choose the free slot that holds most of the prompt's beginning, else the least recent."""
-        if not self.backend.capabilities.chunked_encoding or request.prompt_logits is not None:
+        """Choose the free slot that holds most of the prompt's beginning, else the least recent.
+
+        What a slot holds for another scope does not count.
+        """
+        if not self.backend.capabilities.chunked_encoding or request.needs_all_positions:
             return min(free, key=lambda slot: slot.last_used), 0
-        prompt = request.prompt_ids[
-            :-1
-        ]  # the logits of the last token are needed: not from a cache
-        kept = {slot.number: _common_prefix(slot.tokens, prompt) for slot in free}
+        prompt = request.prompt_ids[:-1]  # the last token's logits are in no cache
+        kept = {
+            slot.number: _common_prefix(slot.tokens, prompt)
+            if slot.scope == request.cache_scope
+            else 0
+            for slot in free
+        }
         best = min(free, key=lambda slot: (-kept[slot.number], slot.last_used))
         return best, kept[best.number]
 
@@ -255,17 +288,30 @@ class Engine:
             if bucket > budget:
                 continue
             budget -= bucket
-            logits = self._encode_piece(slot, request, piece)
+            logits = yield from self._encode_piece(slot, request, piece)
+            if slot.request is not request:
+                continue
             slot.tokens += piece
             slot.encoded_at = time.monotonic()
             self.counters.encoded_positions += len(piece)
             self.counters.padding_positions += bucket - len(piece)
             if len(slot.tokens) == len(request.prompt_ids):
-                yield self._advance(slot, request, logits)
+                yield self._begin(slot, request, logits)
 
-    def _encode_piece(self, slot: _Slot, request: Request, piece: list[int]) -> torch.Tensor:
+    def _begin(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> Update:
+        """Choose the first token after a prompt, unless the prompt was all that was wanted."""
+        if request.max_new_tokens:
+            return self._advance(slot, request, logits_V)
+        self._release(slot)
+        return Update(request=request, finish_reason="length")
+
+    def _encode_piece(
+        self, slot: _Slot, request: Request, piece: list[int]
+    ) -> Generator[Update, None, torch.Tensor]:
         """Encode a piece of a prompt; return the logits [V] of its last position."""
         start = len(slot.tokens)
+        if request.score_prompt:
+            return (yield from self._score_piece(slot, request, piece))
         if request.prompt_logits is None:
             return self.backend.encode(slot.number, piece, start)
         if self.backend.capabilities.all_position_logits:
@@ -275,6 +321,34 @@ class Engine:
         logits_V = self.backend.encode(slot.number, piece, start)
         request.prompt_logits[:] = [logits_V[None]]
         return logits_V
+
+    def _score_piece(
+        self, slot: _Slot, request: Request, piece: list[int]
+    ) -> Generator[Update, None, torch.Tensor]:
+        """Encode a piece of a prompt; yield the log probabilities of the tokens after each of its
+        positions, some rows of logits at a time, and before all those of the first token.
+        """
+        place = len(slot.tokens)
+        logits_RV = torch.empty(0)
+        first = TokenLogprobs(request.prompt_ids[0], None, [])
+        for logits_RV in self.backend.encode_rows(slot.number, piece, place):
+            followers = request.prompt_ids[place + 1 : place + 1 + len(logits_RV)]
+            scored = [first] if place == 0 else []
+            try:
+                scored += [
+                    _logprobs_of(logits_V, token, request.top_logprobs)
+                    for logits_V, token in zip(logits_RV, followers, strict=False)
+                ]
+            except NeuronMiniMaxError as error:
+                self._release(slot)
+                failure = Failure("sampling", str(error))
+                yield Update(request=request, error=failure, cause=error)
+            else:
+                yield Update(request=request, prompt_logprobs=scored)
+            if slot.request is not request:
+                break
+            place += len(logits_RV)
+        return logits_RV[-1]
 
     def _decode(self) -> Iterator[Update]:
         """Advance every running request by one token."""
@@ -322,14 +396,16 @@ class Engine:
         reader = request.reader
         constraint = request.constraint if reader is None or not reader.in_reasoning else None
         allowed_V = logits_V if constraint is None else constraint.mask(logits_V)
+        if request.output_tokens < request.min_new_tokens:
+            ends = torch.tensor(sorted(request.stop_token_ids), dtype=torch.int64)
+            allowed_V = allowed_V.index_fill(0, ends, -torch.inf)
         token = slot.sampler.choose(allowed_V)
         stops = token in request.stop_token_ids
         if constraint is not None and not stops:
             constraint.advance(token)
         logprobs = None
-        if request.top_logprobs is not None and not stops:
-            likely = log_probabilities(logits_V, token, request.top_logprobs)
-            logprobs = TokenLogprobs(token, *likely)
+        if request.top_logprobs is not None:
+            logprobs = _logprobs_of(logits_V, token, request.top_logprobs)
         request.output_tokens += 1
         self.counters.output_tokens += 1
         slot.last_used = time.monotonic()
@@ -357,6 +433,17 @@ class Engine:
         slot.request = None
         slot.sampler = None
         slot.next_token = None
+
+
+def _logprobs_of(logits_V: torch.Tensor, token: int, top: int | None) -> TokenLogprobs:
+    """Raises GenerationError when the logits hold NaN."""
+    logprob, likely = log_probabilities(logits_V, token, top or 0)
+    if math.isnan(logprob):
+        raise GenerationError(
+            f"the log probability of token {token} is NaN; the model's output is broken, run "
+            "`neuron-minimax verify` on the converted checkpoint"
+        )
+    return TokenLogprobs(token, logprob, likely)
 
 
 def _common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 
 from neuron_minimax.backends.base import Backend, Capabilities
-from neuron_minimax.errors import GenerationError
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import GenerationError, counted
 from neuron_minimax.generation.engine import Engine, NewToken, Request
 from neuron_minimax.generation.reader import StreamDecoder
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
+
+LOGITS = ("prefill_logits", "step_logits")  # what a file of them holds
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ def room_for_answer(
         )
     if max_new_tokens > room:
         raise GenerationError(
-            f"{prompt_length} prompt tokens and {max_new_tokens} new ones do not fit seq_len "
-            f"{can.seq_len}; ask for at most {room} new tokens or compile with a larger --seq-len"
+            f"{counted(prompt_length, 'prompt token')} and {max_new_tokens} new do not fit seq_len "
+            f"{can.seq_len}; ask for at most {counted(room, 'new token')} or compile with a larger "
+            "--seq-len"
         )
     return max_new_tokens
 
@@ -123,10 +128,15 @@ def dumped(steps: Iterator[NewToken], request: Request, path: str | Path) -> Ite
 
     The safetensors file holds float32 `prefill_logits` ([T,V], or [1,V] where the backend has the
     last position only) and `step_logits` [N,V], row i being the logits that chose new token i.
-    Raises GenerationError, at once, when the directory does not exist.
+    Raises GenerationError, at once, when the directory does not exist, or something else than
+    logits is there.
     """
     if not Path(path).absolute().parent.is_dir():
         raise GenerationError(f"{path} cannot be written: its directory does not exist")
+    if Path(path).is_dir():
+        raise GenerationError(f"{path} is a directory; name the file that the logits go to")
+    if Path(path).exists() and not _may_be_replaced(Path(path)):
+        raise GenerationError(f"{path} exists and holds no logits; name another file")
     prompt_logits: list[torch.Tensor] = []
     request.prompt_logits = prompt_logits
 
@@ -136,9 +146,22 @@ def dumped(steps: Iterator[NewToken], request: Request, path: str | Path) -> Ite
             rows.append(step.logits.to(torch.float32).clone())
             yield step
         prefill = torch.cat(prompt_logits).to(torch.float32).contiguous()
-        save_file({"prefill_logits": prefill, "step_logits": torch.stack(rows)}, Path(path))
+        logits = dict(zip(LOGITS, (prefill, torch.stack(rows)), strict=True))
+        with replacing(Path(path)) as file:
+            file.write(serialize(logits))
 
     return run()
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Return whether a file is empty or holds logits, as an earlier run leaves them."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()) == set(LOGITS)
+    except (OSError, SafetensorError):
+        return path.stat().st_size == 0
 
 
 def stream_text(

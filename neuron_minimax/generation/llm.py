@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ from neuron_minimax.generation.engine import Engine, NewToken, Request
 from neuron_minimax.generation.events import Event, Message, ToolCall, collect
 from neuron_minimax.generation.generate import Answer, answer, answer_room, dumped
 from neuron_minimax.generation.sampling import SamplingParams
+from neuron_minimax.generation.template import Scalar
 from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
+from neuron_minimax.progress import SILENT, Progress
 
 Messages = str | Sequence[Mapping[str, Any]]
+STOPPED = "stopped"  # the finish reason of a turn that was ended from outside
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A whole assistant turn: its parts, its tokens, and why it ended ("stop" or "length").
+    """An assistant turn: its parts, its tokens, and why it ended ("stop" or "length"; "stopped"
+    when whoever listened to it ended it).
 
     `as_message` is what goes behind the messages to go on with the conversation.
     """
@@ -33,6 +37,32 @@ class Reply:
     def as_message(self) -> dict[str, Any]:
         """Return the turn in OpenAI's form, arguments of tool calls as objects."""
         return as_history(Message(self.reasoning, self.text, list(self.tool_calls)))
+
+
+@dataclass(kw_only=True)
+class Heard:
+    """What has been said of a turn so far."""
+
+    events: list[Event] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, step: NewToken) -> None:
+        """Take the next token."""
+        self.events += step.events
+        self.token_ids.append(step.token)
+        self.finish_reason = step.finish_reason or ""
+
+    def reply(self) -> Reply:
+        """Return it as a turn, cut off where it has come to."""
+        message = collect(self.events)
+        return Reply(
+            text=message.content,
+            reasoning=message.reasoning,
+            tool_calls=tuple(message.tool_calls),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason or STOPPED,
+        )
 
 
 class LLM:
@@ -55,11 +85,11 @@ class LLM:
     ...
     """
 
-    def __init__(self, traced: str | Path) -> None:
+    def __init__(self, traced: str | Path, *, progress: Progress = SILENT) -> None:
         """Load a compiled directory. Raises BackendError or GenerationError."""
-        self.backend = load(traced)
+        self.backend = load(traced, progress)
         directory = self.backend.model_directory
-        self._engine = Engine(self.backend)
+        self.engine = Engine(self.backend)
         self._tokenizer = (
             TextTokenizer.from_dir(directory) if (directory / "tokenizer.json").is_file() else None
         )
@@ -73,6 +103,20 @@ class LLM:
     def sampling(self) -> SamplingParams:
         """The sampling parameters that apply where none are given."""
         return self._tokenizer.sampling if self._tokenizer else SamplingParams()
+
+    def turn(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Scalar] | None = None,
+    ) -> Turn:
+        """Return the prompt that `chat` gives the model, with its default sampling parameters.
+
+        Raises GenerationError when the messages cannot be rendered.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return Turn.after(messages, self.tokenizer, tools, chat_template_kwargs)
 
     def generate(
         self,
@@ -105,7 +149,7 @@ class LLM:
             max_new_tokens=answer_room(can, prompt_ids, max_new_tokens),
             stop_token_ids=frozenset(stops),
         )
-        with closing(self._engine.run(request)) as run:
+        with closing(self.engine.run(request)) as run:
             steps: Iterator[NewToken] = (
                 run if dump_logits is None else dumped(run, request, dump_logits)
             )
@@ -118,10 +162,16 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         max_new_tokens: int | None = None,
+        chat_template_kwargs: Mapping[str, Scalar] | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+        dump_logits: str | Path | None = None,
     ) -> Reply:
         """Answer messages. Raises GenerationError when they do not fit, or cannot be rendered.
 
-        `tools` are the functions that the model may call, in OpenAI's form.
+        `tools` are the functions that the model may call, in OpenAI's form. `chat_template_kwargs`
+        are arguments of the checkpoint's chat template, such as {"enable_thinking": False} for
+        Qwen3; one that it lacks is refused by name. `on_event` is called with the events of the
+        turn as they appear; `dump_logits`: see `generate`.
 
         >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
         >>> reply = llm.chat(messages)
@@ -129,25 +179,18 @@ class LLM:
         >>> llm.chat([*messages, reply.as_message(), question]).text
         'The capital of Norway is Oslo.'
         """
-        events: list[Event] = []
-        token_ids: list[int] = []
-        reason = "length"
-        request = self._turn(messages, tools).request(
-            self.backend, params or self.sampling, max_new_tokens
-        )
-        with closing(self._engine.run(request)) as steps:
+        turn = self.turn(messages, tools, chat_template_kwargs)
+        request = turn.request(self.backend, params, max_new_tokens)
+        heard = Heard()
+        with closing(self.engine.run(request)) as run:
+            steps: Iterator[NewToken] = (
+                run if dump_logits is None else dumped(run, request, dump_logits)
+            )
             for step in steps:
-                events += step.events
-                token_ids.append(step.token)
-                reason = step.finish_reason or reason
-        message = collect(events)
-        return Reply(
-            text=message.content,
-            reasoning=message.reasoning,
-            tool_calls=tuple(message.tool_calls),
-            token_ids=tuple(token_ids),
-            finish_reason=reason,
-        )
+                heard.add(step)
+                for event in step.events:
+                    on_event(event)
+        return heard.reply()
 
     def stream(
         self,
@@ -156,21 +199,17 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         max_new_tokens: int | None = None,
+        chat_template_kwargs: Mapping[str, Scalar] | None = None,
     ) -> Generator[Event, None, None]:
         """Answer messages as `chat` does, and yield the events of the turn as they appear.
 
         The generator may be closed, or dropped, at any time: the slot is free then. Raises
         GenerationError, at once, when the messages do not fit, or cannot be rendered.
         """
-        turn = self._turn(messages, tools)
-        return self._events(turn.request(self.backend, params or self.sampling, max_new_tokens))
+        turn = self.turn(messages, tools, chat_template_kwargs)
+        return self._events(turn.request(self.backend, params, max_new_tokens))
 
     def _events(self, request: Request) -> Generator[Event, None, None]:
-        with closing(self._engine.run(request)) as steps:
+        with closing(self.engine.run(request)) as steps:
             for step in steps:
                 yield from step.events
-
-    def _turn(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> Turn:
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        return Turn.after(messages, self.tokenizer, tools)

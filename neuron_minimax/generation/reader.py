@@ -7,13 +7,18 @@ from neuron_minimax.generation.events import CallBegin, CallEnd, Content, Event
 from neuron_minimax.generation.tokenizer import TextTokenizer
 
 UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
+# Tokens after which every byte before them is decided: a character has at most this many and one.
+HELD = 3
 
 
 class StreamDecoder:
-    """The text of a growing answer; the pieces join to `TextTokenizer.decode` of all tokens."""
+    """The text of a growing answer; the pieces join to `TextTokenizer.decode` of all tokens, or
+    to `TextTokenizer.spell` with `control_tokens`.
+    """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, *, control_tokens: bool = False) -> None:
+        self._hidden = frozenset() if control_tokens else tokenizer.hidden_ids
+        self._decode = tokenizer.spell if control_tokens else tokenizer.decode
         self._ids: list[int] = []
         # Tokens before `_shown` are out; those from `_context` on give the next ones their context.
         self._context = 0
@@ -21,14 +26,20 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """Return the text that `token` completes, nothing in the middle of a character."""
-        if token in self._tokenizer.hidden_ids:
+        if token in self._hidden:
             return ""
         self._ids.append(token)
         old, new = self._texts()
-        if len(new) <= len(old) or new.endswith(UNFINISHED):
+        end = len(self._ids)
+        if new.endswith(UNFINISHED):
+            # Bytes that are no character, or the character itself, may go on for ever.
+            end -= HELD
+            settled = self._decode(self._ids[self._context : end])
+            new = settled if new.startswith(settled) else ""
+        if end <= self._shown or len(new) <= len(old):
             return ""
         self._context = self._shown
-        self._shown = len(self._ids)
+        self._shown = end
         return new[len(old) :]
 
     def finish(self) -> str:
@@ -41,7 +52,7 @@ class StreamDecoder:
     def _texts(self) -> tuple[str, str]:
         tail = self._ids[self._context :]
         shown = tail[: self._shown - self._context]
-        return self._tokenizer.decode(shown), self._tokenizer.decode(tail)
+        return self._decode(shown), self._decode(tail)
 
 
 class StopStrings:
@@ -79,7 +90,9 @@ class AnswerReader:
     """Turns the tokens of one answer into events.
 
     Without a parser all text is Content. Stop strings apply to the answer's text, not to the
-    reasoning before it or to calls. With `one_call` the answer ends with its first tool call.
+    reasoning before it or to calls, and not to that of its first `min_tokens` tokens. With
+    `one_call` the answer ends with its first tool call. `control_tokens` are text too, if asked
+    for.
     """
 
     def __init__(
@@ -89,10 +102,13 @@ class AnswerReader:
         *,
         stops: Sequence[str] = (),
         one_call: bool = False,
+        min_tokens: int = 0,
+        control_tokens: bool = False,
     ) -> None:
         self._one_call = one_call
         self._called = False
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, control_tokens=control_tokens)
+        self._free = min_tokens  # tokens to come in which no stop string is looked for
         self._parser = parser
         self._stops = StopStrings(stops)
 
@@ -109,7 +125,9 @@ class AnswerReader:
     def push(self, token: int) -> list[Event]:
         """Return the events that `token` completes."""
         text = self._decoder.push(token)
-        return self._cut(self._parse(text)) if text else []
+        events = self._cut(self._parse(text)) if text else []
+        self._free = max(0, self._free - 1)
+        return events
 
     def finish(self) -> list[Event]:
         """Return the events left when no more tokens come."""
@@ -127,7 +145,7 @@ class AnswerReader:
     def _cut(self, events: list[Event]) -> list[Event]:
         shown: list[Event] = []
         for event in events:
-            if isinstance(event, Content):
+            if isinstance(event, Content) and not self._free:
                 shown += _content(self._stops.push(event.text))
             else:
                 shown += _content(self._stops.finish()) if isinstance(event, CallBegin) else []

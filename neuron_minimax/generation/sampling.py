@@ -45,6 +45,9 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        """Raises GenerationError with usage=True; a reader of a file raises its own, which names
+        the file.
+        """
         for name, (low, high, closed) in RANGES.items():
             value = getattr(self, name)
             if (
@@ -52,20 +55,24 @@ class SamplingParams:
                 or isinstance(value, bool)
                 or not math.isfinite(value)
             ):
-                raise GenerationError(f"{name} is {value!r}; expected a number")
+                raise _refusal(f"{name} is {value!r}; expected a number")
             if not (low <= value if closed else low < value) or value > high:
                 bound = "from" if closed else "above"
-                raise GenerationError(
+                raise _refusal(
                     f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
                 )
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
-            raise GenerationError(
+            raise _refusal(
                 f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token"
             )
         if self.seed is not None and (
             not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
         ):
-            raise GenerationError(f"seed is {self.seed!r}; expected a 64-bit integer")
+            raise _refusal(f"seed is {self.seed!r}; expected a 64-bit integer")
+
+
+def _refusal(problem: str) -> GenerationError:
+    return GenerationError(problem, usage=True)
 
 
 GREEDY = SamplingParams(temperature=0.0)

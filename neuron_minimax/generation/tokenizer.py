@@ -1,16 +1,62 @@
 """The checkpoint's tokenizer and chat template, its stop tokens and its sampling defaults."""
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from neuron_minimax.errors import GenerationError
-from neuron_minimax.families import DEFAULT_FAMILY, FAMILIES, Family
+from pydantic import ConfigDict, Field
+
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME
+from neuron_minimax.checkpoint.writer import COMPANION_FILES, TOKENIZER_BYTES, token_numbers
+from neuron_minimax.config import LARGEST
+from neuron_minimax.errors import GenerationError, shown
+from neuron_minimax.families import DEFAULT_FAMILY, FAMILIES, Family, family_of
+from neuron_minimax.families.family import SamplingDefaults
+from neuron_minimax.files import read_bytes, read_json, stamp
+from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import CHAT_FORMATS, ChatFormat
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
+from neuron_minimax.limited import LimitedProcess, OverLimitError, SetupError
+
+READ_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # of what transformers may open
+CONFIG_BYTES = 8 << 20
+NO_LIMIT = 10**30  # tokens; the engine knows how long a prompt may be
+PROBE = "a text"
+ADVICE = "download it again"
+_TYPED = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelFields:
+    """What is read of a config.json; it may be of a family that we do not know."""
+
+    __pydantic_config__ = _TYPED
+
+    eos_token_id: int | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GenerationFields:
+    """What is read of a generation_config.json."""
+
+    __pydantic_config__ = _TYPED
+
+    eos_token_id: int | tuple[int, ...] | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(lt=2**31)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+FIELDS_OF: dict[str, type[_ModelFields] | type[_GenerationFields]] = {
+    "generation_config.json": _GenerationFields,
+    CONFIG_NAME: _ModelFields,
+}
+Fields = TypeVar("Fields", bound=_ModelFields | _GenerationFields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +64,8 @@ class TextTokenizer:
     """Text to tokens and back for one checkpoint.
 
     `stop_token_ids` end an answer and `pad_token_id` fills padding. `sampling` holds the
-    checkpoint's defaults. `chat_format` is the family's. `hidden_ids` are control tokens that are
+    checkpoint's defaults, `sampling_without_reasoning` those where the prompt has closed the
+    reasoning. `chat_format` is the family's. `hidden_ids` are control tokens that are
     never shown as text (the tags of the chat format are shown).
     """
 
@@ -27,6 +74,7 @@ class TextTokenizer:
     stop_token_ids: tuple[int, ...]
     pad_token_id: int
     sampling: SamplingParams
+    sampling_without_reasoning: SamplingParams
     hidden_ids: frozenset[int]
 
     @classmethod
@@ -34,27 +82,13 @@ class TextTokenizer:
         """Load the tokenizer files of a checkpoint or compiled directory; no code from it is run.
 
         The chat format is that of the family which config.json names, MiniMax-M2's without one.
-        Raises GenerationError when there are no tokenizer files, they cannot be read, or no stop
-        token is known.
+        Raises GenerationError when there are no tokenizer files, they cannot be read, they are of
+        another family, or no stop token is known.
         """
-        from transformers import AutoTokenizer
-
         directory = Path(directory)
-        if not (directory / "tokenizer.json").is_file():
-            raise GenerationError(
-                f"{directory} has no tokenizer.json; copy tokenizer.json, tokenizer_config.json "
-                "and chat_template.jinja from the checkpoint"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(directory), trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # tokenizers raises a bare one for a broken tokenizer.json
-            raise GenerationError(
-                f"the tokenizer in {directory} cannot be loaded: {error}"
-            ) from None
+        tokenizer = load_hugging_face(directory)
         family = _family_of(directory)
-        chat_format = CHAT_FORMATS[family.chat_format]
+        chat_format = CHAT_FORMATS[family.chat_format].for_template(str(tokenizer.chat_template))
         vocabulary = tokenizer.get_vocab()
         stops = read_stop_tokens(
             directory,
@@ -66,19 +100,23 @@ class TextTokenizer:
                 f"{directory}: no stop token is known; set eos_token_id in generation_config.json "
                 f"({family.title}: {chat_format.end_of_turn_id})"
             )
+        ends = [vocabulary[marker] for marker in chat_format.always_stops if marker in vocabulary]
+        stops = tuple(dict.fromkeys([*stops, *ends]))
         shown = {vocabulary[marker] for marker in chat_format.tags if marker in vocabulary}
+        turns = {vocabulary[each] for each in chat_format.turn_markers if each in vocabulary}
         return cls(
             hugging_face=tokenizer,
             chat_format=chat_format,
             stop_token_ids=stops,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
-            sampling=_sampling_defaults(family, _read_json(directory / "generation_config.json")),
-            hidden_ids=frozenset(tokenizer.all_special_ids) - shown | set(stops),
+            sampling=_sampling_defaults(family.sampling, directory),
+            sampling_without_reasoning=_sampling_without_reasoning(family, directory),
+            hidden_ids=frozenset(tokenizer.all_special_ids) - shown | turns | set(stops),
         )
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, nothing added; spelled-out special tokens count as such."""
-        return self.hugging_face.encode(text, add_special_tokens=False)
+        return template.encode(self.hugging_face, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, without the control tokens."""
@@ -87,16 +125,21 @@ class TextTokenizer:
 
     def spell(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, control tokens included."""
-        return self.hugging_face.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return template.spell(self.hugging_face, ids)
 
     def token_text(self, token: int) -> str:
         """Return the spelling of one token, control tokens included (for lists of alternatives)."""
-        return self.spell([token])
+        if token not in self._texts:
+            self._texts[token] = self.spell([token])
+        return self._texts[token]
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token, which may be a part of a character."""
+        if token not in self._bytes:
+            self._bytes[token] = self._spelled_bytes(token)
+        return self._bytes[token]
+
+    def _spelled_bytes(self, token: int) -> bytes:
         spelling = self.hugging_face.convert_ids_to_tokens(token)
         if spelling is None or token in self.hugging_face.added_tokens_decoder:
             return self.token_text(token).encode()
@@ -105,31 +148,94 @@ class TextTokenizer:
             return bytes(table[character] for character in spelling)
         return self.token_text(token).encode()
 
+    # Lists of alternatives name the same tokens again and again.
+    @functools.cached_property
+    def _texts(self) -> dict[int, str]:
+        return {}
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, template.Scalar] | None = None,
     ) -> str:
         """Return the prompt for the next assistant turn, from the checkpoint's own chat template.
 
         `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects,
-        not text. Raises GenerationError without a template, or when it refuses the messages.
+        not text. `arguments` are those of the template, such as `enable_thinking`; one that it
+        lacks is refused by name. The template is a program of the checkpoint's authors: it runs in
+        a process of its own. Raises GenerationError without a template, when it refuses the
+        messages, and when it takes too much time or memory.
         """
-        if not self.hugging_face.chat_template:
-            raise GenerationError(
-                "the checkpoint has no chat template; add its chat_template.jinja or use plain text"
-            )
         try:
-            return self.hugging_face.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except Exception as error:  # whatever Jinja or the template itself raises
+            return self._renderer.call(template.render, list(messages), tools, arguments)
+        except OverLimitError as error:
+            raise GenerationError(f"the chat template does not end: {error}") from None
+        except SetupError as error:
             raise GenerationError(
-                f"the chat template does not take these messages: {error}"
+                f"the tokenizer cannot be made again from what it writes ({error}); {ADVICE}"
             ) from None
+
+    @property
+    def opening_token(self) -> int | None:
+        """The token with which the model itself may open the reasoning, where it may at all."""
+        if not self.chat_format.model_opens_reasoning:
+            return None
+        return self.hugging_face.get_vocab().get(self.chat_format.reasoning_tags[0])
+
+    def sampling_after(self, prompt: str) -> SamplingParams:
+        """Return the checkpoint's defaults for an answer to a rendered prompt."""
+        closed = self.chat_format.closes_reasoning(prompt)
+        return self.sampling_without_reasoning if closed else self.sampling
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the fields, not what is kept beside them, a process above all."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @functools.cached_property
+    def _renderer(self) -> LimitedProcess:
+        return template.renderer(self.hugging_face)
+
+
+def load_hugging_face(directory: Path) -> Any:
+    """Load the tokenizer files of a directory with transformers; no code from it is run.
+
+    Raises GenerationError when there are none, or they cannot be read.
+    """
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
+
+    if not (directory / "tokenizer.json").is_file():
+        raise GenerationError(
+            f"{directory} has no tokenizer.json; copy tokenizer.json, tokenizer_config.json "
+            "and chat_template.jinja from the checkpoint"
+        )
+    _check_files(directory)
+    # What transformers does not know it would warn of, without a need of more than its files.
+    known = {} if _model_type(directory) in CONFIG_MAPPING else {"config": PretrainedConfig()}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_max_length=NO_LIMIT,
+            **known,
+        )
+        template.spell(tokenizer, template.encode(tokenizer, PROBE))  # some fail only then
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # For a broken tokenizer.json tokenizers raises a bare one, or panics, which is no Exception
+    except BaseException as error:
+        raise GenerationError(f"the tokenizer in {directory} cannot be loaded: {error}") from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise GenerationError(
+            f"{directory / 'tokenizer_config.json'}: model_max_length is "
+            f"{tokenizer.model_max_length!r}; expected a number"
+        )
+    return tokenizer
 
 
 @functools.cache
@@ -153,18 +259,10 @@ def read_stop_tokens(
     cannot occur. Raises GenerationError when a file cannot be read, or holds something other than
     tokens.
     """
-    for name in ("generation_config.json", "config.json"):
-        stops = _read_json(Path(directory) / name).get("eos_token_id")
-        if not isinstance(stops, list):
-            stops = [] if stops is None else [stops]
-        bad = next(
-            (stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool)), None
-        )
-        if bad is not None:
-            raise GenerationError(
-                f"{Path(directory) / name}: eos_token_id {bad!r} is no token; expected an integer"
-            )
-        possible = tuple(stop for stop in stops if 0 <= stop < vocab_size)
+    for name, kind in FIELDS_OF.items():
+        named = _read(Path(directory) / name, kind).eos_token_id
+        stops = named if isinstance(named, tuple) else (named,)
+        possible = tuple(stop for stop in stops if stop is not None and 0 <= stop < vocab_size)
         if possible:
             return possible
     if fallback is not None:
@@ -173,31 +271,107 @@ def read_stop_tokens(
     return (published,) if vocab_size > published else ()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[Fields]) -> Fields:
+    """Return what a file says, which says nothing where there is none."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, kind, GenerationError, ADVICE, CONFIG_BYTES)
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return kind()
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse what transformers would wait for, or build more of than fits into memory.
+
+    Raises GenerationError naming the file that is no regular one, too large or no JSON object.
+    """
+    for path in sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")]):
+        companion = path.name in COMPANION_FILES
+        if path.suffix not in READ_SUFFIXES or (path.is_dir() and not companion):
+            continue
+        try:
+            if not companion:
+                stamp(path)
+            elif path.suffix == ".json":
+                read = read_json(path, dict[str, Any], GenerationError, ADVICE, TOKENIZER_BYTES)
+                _check_numbers(path, read)
+            else:
+                read_bytes(path, TOKENIZER_BYTES)
+        except FileNotFoundError:  # a link to nothing is as no file
+            continue
+        except OSError as error:
+            raise GenerationError(f"{path} cannot be read ({error.strerror}); {ADVICE}") from None
+
+
+def _check_numbers(path: Path, read: Mapping[str, Any]) -> None:
+    """Refuse a token number for which the tokenizers library would make a table of gigabytes."""
+    largest = max(token_numbers(read), default=0)
+    if largest > LARGEST["vocab_size"]:
         raise GenerationError(
-            f"{path} cannot be read as JSON ({error}); download it again"
-        ) from None
-    if not isinstance(contents, dict):
-        raise GenerationError(f"{path} holds a {type(contents).__name__}; expected an object")
-    return contents
+            f"{path} has a token with number {shown(largest)}; expected at most "
+            f"{LARGEST['vocab_size']}; {ADVICE}"
+        )
 
 
 def _family_of(directory: Path) -> Family:
-    """Return the family that config.json names, MiniMax-M2 where it names none we know."""
-    return FAMILIES.get(
-        str(_read_json(directory / "config.json").get("model_type")), DEFAULT_FAMILY
-    )
+    """Return the family that config.json is of, MiniMax-M2 where a tokenizer lies alone.
+
+    Raises GenerationError when config.json is of none that we know.
+    """
+    path = directory / CONFIG_NAME
+    if not path.exists():
+        return DEFAULT_FAMILY
+    raw = read_json(path, dict[str, Any], GenerationError, ADVICE, CONFIG_BYTES)
+    family = family_of(raw)
+    named = raw.get("model_type")
+    if family is None and named is not None:
+        known = dict.fromkeys(each.model_type for each in FAMILIES.values())
+        raise GenerationError(
+            f"{path}: model_type is {shown(named)}; expected one of {', '.join(known)}: the chat "
+            "formats of others are not known"
+        )
+    return family or DEFAULT_FAMILY
 
 
-def _sampling_defaults(family: Family, generation: Mapping[str, Any]) -> SamplingParams:
-    """Return what generation_config.json says, else what the family's authors recommend."""
-    if generation.get("do_sample") is False:
+def _model_type(directory: Path) -> str:
+    """Return what config.json calls its model, MiniMax-M2 without one, nothing where it says none.
+
+    Raises GenerationError when config.json cannot be read.
+    """
+    path = directory / CONFIG_NAME
+    if not path.exists():
+        return DEFAULT_FAMILY.model_type
+    named = read_json(path, dict[str, Any], GenerationError, ADVICE, CONFIG_BYTES).get("model_type")
+    return named if isinstance(named, str) else ""
+
+
+def _sampling_defaults(
+    recommended: SamplingDefaults, directory: Path, passed_over: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """Return what generation_config.json says, else what the family's authors recommend.
+
+    A value that `passed_over` has as well does not count.
+    """
+    path = directory / "generation_config.json"
+    generation = _read(path, _GenerationFields)
+    if generation.do_sample is False:
         return GREEDY
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: generation[name] for name in names if generation.get(name) is not None}
-    return SamplingParams(**{**asdict(family.sampling), **given})
+    given = {name: getattr(generation, name) for name in names}
+    stated = {name: value for name, value in given.items() if value is not None}
+    counted = dict(stated.items() - (passed_over or {}).items())
+    try:
+        return SamplingParams(**{**asdict(recommended), **counted})
+    except GenerationError as error:
+        raise GenerationError(f"{path}: {error}") from None
+
+
+def _sampling_without_reasoning(family: Family, directory: Path) -> SamplingParams:
+    """Return the defaults of answers without reasoning, where the authors recommend others.
+
+    generation_config.json has but one value for both: where it is the one recommended for
+    reasoning, it is not meant for the others.
+    """
+    recommended = family.sampling_without_reasoning
+    if recommended is None:
+        return _sampling_defaults(family.sampling, directory)
+    return _sampling_defaults(recommended, directory, passed_over=asdict(family.sampling))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.errors import counted
 from neuron_minimax.inspection.document import Rendered
 
 SHOWN = 10
@@ -52,7 +53,7 @@ class Comparison(Rendered):
             else "names, dtypes, shapes and bytes"
         )
         verdict = (
-            f"the same {compared} in all {self.tensors:,} tensors"
+            f"the same {compared} in {counted(self.tensors, 'tensor')}"
             if self.equal
             else f"different in {compared}"
         )
@@ -112,19 +113,24 @@ def _different(
     first: Checkpoint, second: Checkpoint, names: list[str], progress: Callable[[int], None]
 ) -> Iterator[str]:
     def differs(name: str) -> bool:
-        one, other = (
-            checkpoint.array(name).reshape(-1).view(np.uint8) for checkpoint in (first, second)
-        )
-        return any(
-            not np.array_equal(one[start : start + PIECE], other[start : start + PIECE])
-            for start in range(0, one.size, PIECE)
-        )
+        pairs = zip(_bytes_of(first, name), _bytes_of(second, name), strict=True)
+        return any(not np.array_equal(one, other) for one, other in pairs)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name, different in zip(names, pool.map(differs, names), strict=True):
             progress(first.entry(name).nbytes)
             if different:
                 yield name
+
+
+def _bytes_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes, some at a time."""
+    entry = checkpoint.entry(name)
+    if not entry.shape:
+        yield checkpoint.rows(name).reshape(1).view(np.uint8)
+        return
+    for strip in checkpoint.strips(name, max(1, PIECE * entry.shape[0] // max(1, entry.nbytes))):
+        yield strip.reshape(-1).view(np.uint8)
 
 
 def _listed(title: str, names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 tables and the page that all reports share.
 """
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import NeuronMiniMaxError, printable
 
 WIDTH = 120  # columns of a report in plain text
+STACKED = 8  # columns at most of a table whose cells a narrow screen shows below each other
 
 
 class Rendered:
@@ -56,13 +59,15 @@ def to_text(title: str, parts: Sequence[Part]) -> str:
 
 
 def to_markdown(title: str, parts: Sequence[Part]) -> str:
-    """GitHub's Markdown; a figure is a link to its file."""
+    """GitHub's Markdown, in which no name becomes HTML; a figure is a link to its file."""
     sections = [f"# {title}"]
     for part in parts:
-        sections += [f"## {part.title}", *_paragraphs(part)]
+        sections += [f"## {part.title}", *map(_without_html, _paragraphs(part))]
         if part.rows:
             lines = [part.head, ("---",) * len(part.head), *part.rows]
-            escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+            escaped = [
+                [_cell(_without_html(x)).replace("|", "\\|") for x in line] for line in lines
+            ]
             sections.append("\n".join(f"| {' | '.join(line)} |" for line in escaped))
         if part.figure:
             sections.append(f"![{part.title}]({part.figure_file})")
@@ -73,9 +78,9 @@ def to_html(title: str, parts: Sequence[Part]) -> str:
     """One page without network or script; figures are in it."""
     sections = []
     for part in parts:
-        content = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in _paragraphs(part))
+        content = "".join(f"<p>{html_text(paragraph)}</p>" for paragraph in _paragraphs(part))
         if part.rows:
-            rows = [tuple(escape(cell) for cell in row) for row in part.rows]
+            rows = [tuple(html_text(cell) for cell in row) for row in part.rows]
             content += html_table(part.head, rows)
         sections.append((part.title, content + part.figure))
     return html_page(title, f"<header><h1>{escape(title)}</h1></header>", sections)
@@ -95,20 +100,39 @@ def html_page(title: str, head: str, sections: Iterable[tuple[str, str]]) -> str
     )
 
 
+def html_text(text: str) -> str:
+    """Text as HTML; what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls when it is too wide; cells are HTML already."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    """A table whose cells, HTML already, stand below each other on a narrow screen, each beside its
+    column's name; one of many columns scrolls.
+    """
+    names = [escape(cell) for cell in head]
+    top = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-head="{name}"><span>{cell}</span></td>'
+            for name, cell in zip(names, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    css = "stacks" if len(names) <= STACKED else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
+        f'<div class="scroll"><table class="{css}"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain text table: title (where there is one), header, rule, rows, two spaces between
-    columns.
+    columns. A line end in a cell is escaped.
     """
+    head = tuple(map(_cell, head))
+    rows = [tuple(map(_cell, row)) for row in rows]
     widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -135,13 +159,29 @@ def wrapped(text: str, indent: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a report file; raises NeuronMiniMaxError naming it when that is impossible."""
+    """Write a report, whole or not at all, or into the pipe or device of that name; what a terminal
+    would obey is escaped. Raises NeuronMiniMaxError naming it when that is impossible.
+    """
+    path = Path(path)
+    data = printable(text, kept="\n\t").encode()
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+        else:
+            with replacing(path) as file:
+                file.write(data)
     except OSError as error:
         raise NeuronMiniMaxError(
             f"{path} cannot be written ({error.strerror}); name another file"
         ) from None
+
+
+def _cell(text: str) -> str:
+    return printable(text, kept="")
+
+
+def _without_html(text: str) -> str:
+    return text.replace("<", "&lt;")
 
 
 def _paragraphs(part: Part) -> list[str]:

@@ -2,18 +2,20 @@
 config.json, a list of modules and the tensors disagree.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.config import CONVERTED_SECTION
+from neuron_minimax.errors import CheckpointError, counted, some_of
+from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
 Severity = Literal["error", "warning", "note"]
+ABSENT = "absent"  # from a layer that is of another kind
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -43,7 +45,8 @@ class KindRow:
     scale_shapes: tuple[tuple[int, ...], ...]
     bytes: int
     scale_bytes: int
-    # Dtype of each layer's weights, "F8_E4M3", "mixed", "missing"; one entry when not per layer.
+    # Dtype of each layer's weights, "F8_E4M3", "mixed", "missing", or ABSENT where the layer is of
+    # another kind; one entry when not per layer.
     layers: tuple[str, ...]
     per_layer: bool = True
 
@@ -85,6 +88,22 @@ class ModuleList:
     entries: tuple[str, ...]
     verdicts: tuple[EntryVerdict, ...]
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the list is for a run of one's own, and not the checkpoint's."""
+        return self.origin != "config.json"
+
+    @property
+    def note(self) -> str:
+        """What to know about the whole list, or nothing."""
+        if self.is_given or not self.entries:
+            return ""
+        return "This list is for transformers; `neuron-minimax convert` writes NxDI's own."
+
+    def is_rewritten(self, verdict: EntryVerdict) -> bool:
+        """Whether the verdict is of what a conversion does not take over."""
+        return not self.is_given and verdict.framework is Framework.NXDI
+
 
 def kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
     """Yield one row for each kind of weight in the family's table."""
@@ -93,7 +112,8 @@ def kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
     rows: dict[str, dict[str, Any]] = {}
     for wanted in schema.expected(config):
         row = rows.setdefault(
-            wanted.weight.kind, {"weight": wanted.weight, "expected": 0, "scales": [], "found": []}
+            config.family.kind(wanted.weight),
+            {"weight": wanted.weight, "expected": 0, "scales": [], "found": []},
         )
         entry = entries.get(wanted.name)
         if wanted.is_scale:
@@ -106,10 +126,12 @@ def kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
         by_layer: dict[int, set[str]] = {}
         for layer, entry in row["found"]:
             by_layer.setdefault(layer, set()).add(entry.dtype)
-        count = config.num_hidden_layers if row["weight"].per_layer else 1
+        weight = row["weight"]
+        layers = range(config.num_hidden_layers) if weight.per_layer else range(1)
+        absent = set(layers) - set(config.layers_with(weight)) if weight.per_layer else set()
         yield KindRow(
             kind=kind,
-            group=row["weight"].module_group,
+            group=weight.module_group,
             expected=row["expected"],
             found=len(found),
             dtypes=dict(Counter(entry.dtype for entry in found).most_common()),
@@ -118,8 +140,11 @@ def kind_rows(checkpoint: Checkpoint) -> Iterator[KindRow]:
             scale_shapes=_by_frequency(entry.shape for entry in row["scales"]),
             bytes=sum(entry.nbytes for entry in found),
             scale_bytes=sum(entry.nbytes for entry in row["scales"]),
-            layers=tuple(_one_dtype(by_layer.get(layer, set())) for layer in range(count)),
-            per_layer=row["weight"].per_layer,
+            layers=tuple(
+                ABSENT if layer in absent else _one_dtype(by_layer.get(layer, set()))
+                for layer in layers
+            ),
+            per_layer=weight.per_layer,
         )
 
 
@@ -149,23 +174,14 @@ def shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
         )
 
 
-def configuration_findings(
-    checkpoint: Checkpoint, kinds: Sequence[KindRow], modules: Sequence[Module]
-) -> Iterator[Finding]:
+def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
     """Yield where config.json and the tensors disagree, and what is unusual without being wrong."""
-    if CONVERTED_SECTION in checkpoint.config.raw:
-        message = (
-            f"config.json has a {CONVERTED_SECTION} section: this directory is the output of a "
-            "conversion, with Neuron's names and shapes. Inspect the checkpoint it was made of; "
-            "`neuron-minimax verify` compares the two"
-        )
-        yield Finding(severity="error", kind="converted", subject="config.json", message=message)
     fp8 = sum(row.dtypes.get("F8_E4M3", 0) for row in kinds)
     if fp8 and not checkpoint.config.declares_fp8:
         message = (
-            f"config.json has no quantization_config, but {fp8} weights are FP8: transformers "
-            "would load their codes as values, silently; the tensors decide here. Restore the "
-            "section from the published config.json"
+            "config.json has no quantization_config, but the dtype of "
+            f"{counted(fp8, 'weight')} is FP8: transformers would load the codes as values, "
+            "silently; the tensors decide here. Restore the section from the published config.json"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
     if checkpoint.config.declares_fp8 and not fp8 and any(row.found for row in kinds):
@@ -174,24 +190,14 @@ def configuration_findings(
             "not exist; the tensors decide here. Remove quantization_config"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
-    for module in modules:
-        if module.odd_weight is None:
-            continue
-        found = ", ".join(f"{count} {dtype}" for dtype, count in module.dtypes)
-        message = (
-            f"{module.odd_weight} is {checkpoint.entry(module.odd_weight).dtype}, but it is stored "
-            f"in one tensor with others as {module.path}, whose weights are of several dtypes "
-            f"({found}); expected one"
-        )
-        yield Finding(severity="error", kind="dtype", subject=module.odd_weight, message=message)
     for row in kinds:
         if len(row.dtypes) > 1:
             message = f"{row.kind} is {row.precision}: not the same everywhere"
             yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
     if checkpoint.mtp_names:
         message = (
-            f"{len(checkpoint.mtp_names)} multi-token-prediction tensors (for one "
-            f"{checkpoint.mtp_names[0]}) are not part of the model and are left out of a conversion"
+            f"{counted(len(checkpoint.mtp_names), 'tensor')} of multi-token prediction (for one "
+            f"{checkpoint.mtp_names[0]}), no part of the model, will be left out of a conversion"
         )
         yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
 
@@ -200,16 +206,16 @@ def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A note when no file of the checkpoint names the token that ends an answer."""
     path = checkpoint.directory / "generation_config.json"
     try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        message = f"{path.name} cannot be read as JSON ({error}); download it again"
-        yield Finding(severity="warning", kind="generation", subject=path.name, message=message)
+        named = read_json(path, dict[str, Any], CheckpointError, ADVICE).get("eos_token_id")
+    except FileNotFoundError:
+        named = None
+    except CheckpointError as error:
+        yield Finding(severity="warning", kind="generation", subject=path.name, message=str(error))
         return
-    named = generation.get("eos_token_id") if isinstance(generation, dict) else None
     if not checkpoint.config.eos_token_ids and named in (None, []):
         message = (
             f"neither config.json nor {path.name} names eos_token_id: transformers would not stop; "
-            "here an answer ends at the tokenizer's end-of-turn token (MiniMax-M2: 200020)"
+            "here an answer ends at the tokenizer's end-of-turn token"
         )
         yield Finding(severity="note", kind="generation", subject="eos_token_id", message=message)
 
@@ -219,36 +225,38 @@ def list_findings(
 ) -> Iterator[Finding]:
     """Yield what a list breaks, and which modules without FP8 weights no entry of it reaches."""
     for listed in lists:
-        given = listed.origin != "config.json"
+        given = listed.is_given
         if not given and not listed.entries:
             continue  # nothing is said, so nothing is wrong: `needed` says what to list
         for verdict in listed.verdicts:
             if verdict.verdict != "breaks" or (given and verdict.framework is not Framework.NXDI):
                 continue
+            is_rewritten = listed.is_rewritten(verdict)
             advice = (
-                "leave this file as it is: `neuron-minimax convert` writes NxDI's own list"
-                if not given and verdict.framework is Framework.NXDI
+                "nothing to do, since `neuron-minimax convert` writes NxDI's own list"
+                if is_rewritten
                 else "take it off the list"
             )
             message = f"{listed.origin}, {verdict.framework}: {verdict.reason}; {advice}"
-            severity: Severity = "error" if given else "warning"
+            own: Severity = "note" if is_rewritten else "warning"
+            severity: Severity = "error" if given else own
             yield Finding(
                 severity=severity,
                 kind="modules_to_not_convert",
                 subject=verdict.entry,
                 message=message,
             )
-        lacking = uncovered(Framework.NXDI, listed.entries, modules[Framework.NXDI])
+        unreached = uncovered(Framework.NXDI, listed.entries, modules[Framework.NXDI])
+        lacking = [module.path for module in unreached]
         if lacking and any(module.fp8 for module in modules[Framework.NXDI]):
             message = (
-                f"{listed.origin}, NxDI: no entry reaches {lacking[0].path}"
-                + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
-                + ", which has no scales: NxDI stops with `Cannot find ... .scale`; add the "
+                f"{listed.origin}, NxDI: no entry reaches {some_of(lacking)}"
+                ", which has no scales: NxDI stops with `Cannot find ... .scale`; add the "
                 "entries listed as needed"
             )
             yield Finding(
                 severity="error" if given else "warning",
                 kind="modules_to_not_convert",
-                subject=lacking[0].path,
+                subject=lacking[0],
                 message=message,
             )

@@ -1,20 +1,27 @@
 """Judge the entries of `modules_to_not_convert` in transformers and in NxDI, and find the needed.
 
 The two match differently. transformers (`should_convert_module`) takes an entry as a pattern from
-the start of the module path up to a dot, or as the path's ending. NxDI (`quantize.py:122` of NxD
-0.18) looks for it anywhere in the path, so Hugging Face's `gate` also reaches NxDI's
-`gate_up_proj`.
+the start of the module path up to a dot, or as the path's ending. Here an engine runs it that takes
+linear time; what that cannot compile (a look around, a reference back) is judged as a name. NxDI
+(`quantize.py:122` of NxD 0.18) looks for it anywhere in the path, so Hugging Face's `gate` also
+reaches NxDI's `gate_up_proj`.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Annotated
+
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TensorEntry
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import MODULE_NAME, ModelConfig
+from neuron_minimax.errors import counted
 from neuron_minimax.families import Family, Role, module_of
 from neuron_minimax.families.family import Weight
 
@@ -56,18 +63,24 @@ class Module:
     """One module: its path, its weights, how many are FP8 with scales, and whether the framework
     would swap it.
 
-    `odd_weight` is the first weight of the rarest dtype where its weights have several; `renamed`
-    are the parts of the path that the framework spells differently.
+    `renamed` are the parts of the path that the framework spells differently.
     """
 
     path: str
     weights: int
     fp8: int
     swapped: bool = True
-    dtypes: tuple[tuple[str, int], ...] = ()
-    odd_weight: str | None = None
     is_attention: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def spelled(self, text: str) -> str:
+        """A path or an entry as the framework spells it."""
+        return ".".join(self.renamed.get(part, part) for part in text.split("."))
+
+    @cached_property
+    def own_path(self) -> str:
+        """The path as the framework spells it."""
+        return self.spelled(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +99,68 @@ class EntryVerdict:
 
 def reaches(framework: Framework, entry: str, module: Module) -> bool:
     """Return whether an entry keeps a module from being converted."""
+    return _reaches_any(framework, entry, [module])
+
+
+def reached(framework: Framework, entry: str, modules: Sequence[Module]) -> list[Module]:
+    """The modules that an entry keeps from being converted."""
+    matches = _matcher(framework, entry, modules)
+    return [module for module in modules if matches(module.own_path)]
+
+
+def _unreached(framework: Framework, entry: str, modules: Sequence[Module]) -> list[Module]:
+    matches = _matcher(framework, entry, modules)
+    return [module for module in modules if not matches(module.own_path)]
+
+
+def _reaches_any(framework: Framework, entry: str, modules: Sequence[Module]) -> bool:
+    matches = _matcher(framework, entry, modules)
+    return any(matches(module.own_path) for module in modules)
+
+
+def _matcher(framework: Framework, entry: str, modules: Sequence[Module]) -> Callable[[str], bool]:
+    """Return what says whether an entry reaches the path of one of these modules."""
+    entry = modules[0].spelled(entry) if modules else entry
     if framework is Framework.NXDI:
-        return entry in module.path
-    entry, path = (
-        ".".join(module.renamed.get(part, part) for part in text.split("."))
-        for text in (entry, module.path)
-    )
+        return lambda path: entry in path
+    if MODULE_NAME.fullmatch(entry):
+        match = _name_pattern(entry).match
+        return lambda path: path.endswith(entry) or match(path) is not None
+    return lambda path: path.endswith(entry) or _matches_beginning(entry, path)
+
+
+@cache
+def _name_pattern(name: str) -> re.Pattern[str]:
+    """Return the pattern that transformers makes of an entry."""
+    return re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")
+
+
+def _matches_beginning(entry: str, path: str) -> bool:
+    """Return whether an entry matches the path from its start up to a dot, before or behind it."""
+    up_to_dot = _acceptor(rf"^(?:{entry})(?:\.|$)")
+    dot_included = _acceptor(rf"^(?:{entry})$")
+    beginnings = accumulate(path.split(".")[:-1], "{}.{}".format)
+    return up_to_dot(path) or any(dot_included(f"{beginning}.") for beginning in beginnings)
+
+
+@cache
+def _acceptor(pattern: str) -> Callable[[str], bool]:
+    """Return what says whether a text has the pattern: no text where it is not one of linear
+    time.
+    """
     try:
-        pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
-    except re.error:
-        pattern = re.compile(re.escape(entry))
-    return bool(pattern.match(path)) or path.endswith(entry)
+        parser = TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])
+    except SchemaError:
+        return lambda text: False
+
+    def accepts(text: str) -> bool:
+        try:
+            parser.validate_python(text)
+        except ValidationError:
+            return False
+        return True
+
+    return accepts
 
 
 def modules_of(
@@ -131,8 +195,6 @@ def _module(
     renamed: Mapping[str, str],
 ) -> Module:
     weights = [entries[each.name] for each in wanted]
-    dtypes = Counter(weight.dtype for weight in weights)
-    rarest = min(dtypes, key=lambda dtype: dtypes[dtype])
     return Module(
         path=path,
         weights=len(weights),
@@ -141,10 +203,6 @@ def _module(
             for weight in weights
         ),
         swapped=not any(each.weight.role in NEVER_SWAPPED for each in wanted),
-        dtypes=tuple(dtypes.most_common()),
-        odd_weight=next(weight.name for weight in weights if weight.dtype == rarest)
-        if len(dtypes) > 1
-        else None,
         is_attention=wanted[0].weight.module_group == "attention",
         renamed=renamed,
     )
@@ -156,10 +214,10 @@ def judge(
     """One verdict for each entry, with the reason."""
     verdicts = []
     for entry in entries:
-        reached = [module for module in modules if reaches(framework, entry, module)]
-        fp8 = sum(module.fp8 for module in reached)
-        others = sum(module.weights for module in reached) - fp8
-        verdict = "right" if reached else "no effect"
+        kept = reached(framework, entry, modules)
+        fp8 = sum(module.fp8 for module in kept)
+        others = sum(module.weights for module in kept) - fp8
+        verdict = "right" if kept else "no effect"
         verdicts.append(
             EntryVerdict(
                 entry=entry,
@@ -167,7 +225,7 @@ def judge(
                 verdict="breaks" if fp8 else verdict,
                 fp8_weights=fp8,
                 other_weights=others,
-                reason=_reason(framework, entry, reached, fp8, others),
+                reason=_reason(framework, entry, kept, fp8, others),
             )
         )
     return tuple(verdicts)
@@ -179,13 +237,10 @@ def uncovered(
     """Modules without FP8 weights that no entry reaches: the framework would look for their
     scales.
     """
-    return [
-        module
-        for module in modules
-        if module.swapped
-        and not module.fp8
-        and not any(reaches(framework, entry, module) for entry in entries)
-    ]
+    left = [module for module in modules if module.swapped and not module.fp8]
+    for entry in entries:
+        left = _unreached(framework, entry, left)
+    return left
 
 
 def needed(framework: Framework, modules: Sequence[Module]) -> tuple[str, ...]:
@@ -199,13 +254,13 @@ def needed(framework: Framework, modules: Sequence[Module]) -> tuple[str, ...]:
     chosen: list[str] = []
     while plain:
         covered = {
-            entry: sum(reaches(framework, entry, module) for module in plain)
+            entry: len(reached(framework, entry, plain))
             for entry in _parts_of(plain[0].path)
-            if not any(reaches(framework, entry, module) for module in quantized)
+            if not _reaches_any(framework, entry, quantized)
         }
         best = max(covered, key=lambda entry: (covered[entry], -entry.count("."), -len(entry)))
         chosen.append(best)
-        plain = [module for module in plain if not reaches(framework, best, module)]
+        plain = _unreached(framework, best, plain)
     return tuple(sorted(chosen))
 
 
@@ -225,16 +280,13 @@ def _reason(
         where = "any part" if framework is Framework.NXDI else "the start or the end"
         return f"{entry} is not {where} of the path of a module that {framework} converts"
     if not fp8:
-        return f"{entry} reaches {_count(others)}, no FP8 among them (for one, {reached[0].path})"
+        weights = counted(others, "weight")
+        return f"{entry} reaches {weights}, no FP8 among them (for one, {reached[0].path})"
     example = next(module for module in reached if module.fp8)
     return (
-        f"{entry} reaches {_count(fp8)} in FP8 with scales (for one, {example.path}); listing it "
-        f"makes {_consequence(framework, example)}"
+        f"{entry} reaches {counted(fp8, 'weight')} in FP8 with scales (for one, {example.path}); "
+        f"listing it makes {_consequence(framework, example)}"
     )
-
-
-def _count(weights: int) -> str:
-    return "1 weight" if weights == 1 else f"{weights:,} weights"
 
 
 def _consequence(framework: Framework, module: Module) -> str:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neuron_minimax.checkpoint.header import size_text
+from neuron_minimax.errors import counted
 from neuron_minimax.inspection import charts
-from neuron_minimax.inspection.document import html_page, html_table
-from neuron_minimax.inspection.findings import Finding, KindRow
+from neuron_minimax.inspection.document import html_page, html_table, html_text
+from neuron_minimax.inspection.findings import ABSENT, Finding, KindRow, ModuleList
+from neuron_minimax.inspection.modules import EntryVerdict
 from neuron_minimax.inspection.values import SAMPLE, ScaleRow, ValueReport
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ DTYPE_CLASSES = {
     "F32": "f32",
     "mixed": "mixed",
     "missing": "missing",
+    ABSENT: "absent",
 }
 VERDICT_CLASSES = {"breaks": "error", "right": "good", "no effect": "note"}
 DTYPE_NAMES = {
@@ -33,6 +36,7 @@ DTYPE_NAMES = {
     "F32": "float32",
     "mixed": "mixed",
     "missing": "missing",
+    ABSENT: "not in this layer",
 }
 
 
@@ -46,7 +50,7 @@ def _head(report: "PrecisionReport", name: str) -> str:
     verdict = ("good", "Usable as it is") if report.usable else ("error", "Not usable as it is")
     fp8 = report.dtypes.get("F8_E4M3", (0, 0))[1]
     numbers = (
-        (f"{report.tensors:,}", "tensors"),
+        (f"{report.tensors:,}", "tensor" if report.tensors == 1 else "tensors"),
         (size_text(report.bytes), "of tensor data"),
         (f"{report.parameters:,}", "parameters"),
         (f"{100 * fp8 / max(1, report.bytes):.1f} %", "of bytes in FP8"),
@@ -71,7 +75,8 @@ def _sections(report: "PrecisionReport") -> Iterator[tuple[str, str]]:
         yield from _value_sections(report.values, report.kinds)
     rows = [(escape(row.name), f"{row.tensors:,}", size_text(row.bytes)) for row in report.shards]
     table = html_table(("file", "tensors", "bytes"), rows)
-    yield "Files", f"<details><summary>{len(report.shards)} files</summary>{table}</details>"
+    files = counted(len(report.shards), "file")
+    yield "Files", f"<details><summary>{files}</summary>{table}</details>"
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -82,7 +87,7 @@ def _findings(findings: Sequence[Finding]) -> str:
         findings, key=lambda finding: (finding.severity, finding.kind)
     ):
         listed = list(group)
-        messages = [escape(finding.message) for finding in listed[:SHOWN_PER_KIND]]
+        messages = [html_text(finding.message) for finding in listed[:SHOWN_PER_KIND]]
         if len(listed) > SHOWN_PER_KIND:
             more = len(listed) - SHOWN_PER_KIND
             messages.append(f"and {more:,} more ({escape(kind)}); --json lists all")
@@ -154,12 +159,19 @@ def _module_lists(report: "PrecisionReport") -> str:
     lists = []
     for listed in report.module_lists:
         items = "".join(
-            f'<li class="{VERDICT_CLASSES[verdict.verdict]}"><b>{verdict.verdict}</b>'
-            f"<span>{escape(str(verdict.framework))}: {escape(verdict.reason)}</span></li>"
+            f'<li class="{_verdict_class(listed, verdict)}"><b>{verdict.verdict}</b>'
+            f"<span>{verdict.framework}: {html_text(verdict.reason)}</span></li>"
             for verdict in listed.verdicts
         )
-        lists.append(f'<h3>{escape(listed.origin)}</h3><ul class="findings">{items}</ul>')
+        note = f'<p class="quiet">{html_text(listed.note)}</p>' if listed.note else ""
+        lists.append(f'<h3>{escape(listed.origin)}</h3>{note}<ul class="findings">{items}</ul>')
     return f"<ul>{needs}</ul>{''.join(lists)}"
+
+
+def _verdict_class(listed: ModuleList, verdict: EntryVerdict) -> str:
+    if listed.is_rewritten(verdict):
+        return "note"
+    return VERDICT_CLASSES[verdict.verdict]
 
 
 def _value_sections(values: ValueReport, kinds: Sequence[KindRow]) -> Iterator[tuple[str, str]]:

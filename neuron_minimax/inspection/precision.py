@@ -6,8 +6,7 @@ compared with those of another checkpoint.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.errors import counted, printable
 from neuron_minimax.inspection.compare import Comparison, compare
 from neuron_minimax.inspection.document import Rendered, table, wrapped
 from neuron_minimax.inspection.findings import (
@@ -32,19 +32,12 @@ from neuron_minimax.inspection.findings import (
 from neuron_minimax.inspection.modules import Framework, Module, judge, modules_of, needed
 from neuron_minimax.inspection.values import SAMPLE, ValueReport
 from neuron_minimax.inspection.values import check_values as read_values
+from neuron_minimax.progress import SILENT, Progress
 
 SHOWN_PER_KIND = 10  # findings of one kind that are printed; to_json has all
 # Magnitudes of zero, of what trn1, inf2 and trn2 cannot read (256 to 448), and of 448.
 CODE_GROUPS = ((0x00,), tuple(range(0x78, 0x7F)), (0x7E,))
 MARKS = {"error": "ERROR", "warning": "warning", "note": "note"}
-# Opens a progress bar for (what, total bytes) and gives the function that advances it.
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@contextmanager
-def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that nobody sees."""
-    yield lambda nbytes: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +83,7 @@ class PrecisionReport(Rendered):
     def render(self) -> str:
         """The report as plain text of at most 120 columns: sections parted by an empty line."""
         text = "\n\n".join(_sections(self)) + "\n"
-        return f"{text}\n{self.comparison.render()}" if self.comparison else text
+        return printable(f"{text}\n{self.comparison.render()}" if self.comparison else text)
 
     def render_page(self) -> str:
         """One self-contained HTML page."""
@@ -159,7 +152,7 @@ def inspect(
     modules_to_not_convert: Sequence[str] | None = None,
     check_values: bool = False,
     against: Checkpoint | None = None,
-    bar: Bar = no_bar,
+    progress: Progress = SILENT,
 ) -> PrecisionReport:
     """Report what an opened checkpoint holds and what is wrong with it; all faults are findings.
 
@@ -170,10 +163,11 @@ def inspect(
     values = None
     comparison = None
     if check_values:
-        with bar("reading values", checkpoint.nbytes) as advance:
+        with progress.stage("reading values", checkpoint.nbytes) as advance:
             values = read_values(checkpoint, advance)
     if against is not None:
-        with bar("comparing", checkpoint.nbytes) if check_values else no_bar("", 0) as advance:
+        total = checkpoint.nbytes if check_values else None
+        with progress.stage("comparing", total) as advance:
             comparison = compare(checkpoint, against, check_values, advance)
     return _report(checkpoint, modules_to_not_convert, values, comparison)
 
@@ -185,6 +179,7 @@ def _report(
     comparison: Comparison | None,
 ) -> PrecisionReport:
     config = checkpoint.config
+    left_out = set(checkpoint.mtp_names)
     dtypes: dict[str, tuple[int, int]] = {}
     for entry in checkpoint.entries.values():
         count, size = dtypes.get(entry.dtype, (0, 0))
@@ -195,11 +190,11 @@ def _report(
     if modules_to_not_convert is not None:
         lists.append(_judged("--modules-to-not-convert", tuple(modules_to_not_convert), modules))
     findings = [
-        *configuration_findings(checkpoint, kinds, modules[Framework.NXDI]),
         *(
             Finding(severity="error", kind=p.kind, subject=p.subject, message=p.message)
             for p in checkpoint.problems
         ),
+        *configuration_findings(checkpoint, kinds),
         *list_findings(lists, modules),
         *end_token_findings(checkpoint),
         *(values.findings if values else ()),
@@ -213,7 +208,7 @@ def _report(
         parameters=sum(
             prod(entry.shape)
             for name, entry in checkpoint.entries.items()
-            if not name.endswith(schema.SCALE_SUFFIX) and not schema.is_mtp(name, checkpoint.config)
+            if not name.endswith(schema.SCALE_SUFFIX) and name not in left_out
         ),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
         kinds=kinds,
@@ -240,12 +235,11 @@ def _judged(
 
 def headline(report: PrecisionReport) -> str:
     """Three lines: the directory, its size, and whether it can be used."""
-    config = (
-        f"{report.layers} layers, {report.experts} experts, blocks of {report.block[0]} x "
-        f"{report.block[1]}"
-    )
+    experts = counted(report.experts, "expert") if report.experts else "no experts"
+    block = " x ".join(map(str, report.block))
+    config = f"{counted(report.layers, 'layer')}, {experts}, blocks of {block}"
     return (
-        f"{report.directory}\n{report.tensors:,} tensors, {size_text(report.bytes)}, "
+        f"{report.directory}\n{counted(report.tensors, 'tensor')}, {size_text(report.bytes)}, "
         f"{report.parameters:,} parameters; {config}\n"
         + ("Usable as it is." if report.usable else "NOT usable as it is: see the errors below.")
     )
@@ -321,7 +315,8 @@ def _value_sections(values: ValueReport) -> Iterator[str]:
         low = min(pair[0] for pair in values.router_bias)
         high = max(pair[1] for pair in values.router_bias)
         lines.append(
-            f"  router bias from {low:.3f} to {high:.3f} over {len(values.router_bias)} layers"
+            f"  router bias from {low:.3f} to {high:.3f} over "
+            f"{counted(len(values.router_bias), 'layer')}"
         )
     yield "\n".join(lines)
 
@@ -347,6 +342,8 @@ def _list_lines(report: PrecisionReport) -> Iterator[str]:
         yield f"  needed by {framework}: {list(entries)}"
     for listed in report.module_lists:
         yield wrapped(f"{listed.origin} has {list(listed.entries)}", "  ")
+        if listed.note:
+            yield wrapped(listed.note, "    ")
         for verdict in listed.verdicts:
             yield wrapped(f"{verdict.framework}: {verdict.verdict}: {verdict.reason}", "    ")
 

@@ -23,7 +23,7 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
-from neuron_minimax.errors import CheckpointError
+from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.families import Role, module_of
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.findings import Finding
@@ -165,7 +165,7 @@ def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = 
         return replace(found, findings=tuple(_findings_of(found)))
     scale_name = schema.scale_name(weight.name)
     scaled = scale_name in checkpoint.entries and scale_name not in broken
-    scales = checkpoint.array(scale_name) if scaled else None
+    scales = checkpoint.scales(weight.name) if scaled else None
     found = _measure_codes(weight, checkpoint, scales)
     findings = tuple(_findings_of(found))
     medians = None
@@ -287,7 +287,8 @@ class _Tally:
         self.histogram += found.histogram
         if found.scales is not None:
             scales = np.array(found.scales, np.float32)
-            self.grids[weight.weight.kind, weight.layer or 0].append(
+            kind = self.checkpoint.config.family.kind(weight.weight)
+            self.grids[kind, weight.layer or 0].append(
                 (scales.reshape(-1), found.maxima.reshape(-1))
             )
             self.medians.append((weight.name, found.medians))
@@ -335,6 +336,8 @@ class _Tally:
 
     def _dead_experts(self) -> Iterator[Finding]:
         family = self.checkpoint.config.family
+        if not self.dead:
+            return
         weights = sum(weight.per_expert for weight in family.weights)
         module = module_of(module_of(family.weight_of(Role.EXPERT_GATE).template))
         for (layer, expert), count in sorted(self.dead.items()):
@@ -350,14 +353,11 @@ class _Tally:
 def _findings_of(found: Measurement) -> Iterator[Finding]:
     name = found.weight.name
     if found.bad:
-        what = (
-            "NaN codes (0x7f or 0xff)"
-            if found.histogram is not None
-            else "NaN or infinite elements"
-        )
+        codes = f"{counted(found.bad, 'NaN code')} (0x7f or 0xff)"
+        elements = counted(found.bad, "NaN or infinite element")
         message = (
-            f"{name} has {found.bad} {what} of {found.elements}; expected none: download its shard "
-            "again"
+            f"{name} has {elements if found.histogram is None else codes} of {found.elements}; "
+            "expected none: download its shard again"
         )
         yield Finding(severity="error", kind="values", subject=name, message=message)
     if found.all_zero and found.weight.expert is None:

@@ -107,6 +107,22 @@ class ExpertWeights(NamedTuple):
             self.block,
         )
 
+    def experts(self) -> "list[ExpertWeights]":
+        """Every expert's weights. Their gradients come back in one tensor, each written once, where
+        those of single experts would be a whole tensor for each expert.
+        """
+        nones = [None] * len(self.down)
+        return [
+            ExpertWeights(*parts, self.block)
+            for parts in zip(
+                self.gate_up.unbind(),
+                nones if self.gate_up_scale is None else self.gate_up_scale.unbind(),
+                self.down.unbind(),
+                nones if self.down_scale is None else self.down_scale.unbind(),
+                strict=True,
+            )
+        ]
+
 
 class ExpertMLP(Protocol):
     """`out[t] = sum over k of affinity[t,k] * MLP of expert_index[t,k] (hidden[t])`.
@@ -144,12 +160,14 @@ def expert_mlp(
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
     out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+    learns = torch.is_grad_enabled() and weights.down.requires_grad
+    weights_of = weights.experts().__getitem__ if learns else weights.expert
     for expert in expert_index_TK.unique().tolist():
-        if not 0 <= expert < weights.down.shape[0]:
+        if not 0 <= expert < len(weights.down):
             continue
         tokens, places = torch.where(expert_index_TK == expert)
-        product = one_expert(hidden_TH[tokens], weights.expert(expert))
-        out_TH = out_TH.index_add(0, tokens, product.float() * affinity_TK[tokens, places, None])
+        product = one_expert(hidden_TH[tokens], weights_of(expert))
+        out_TH.index_add_(0, tokens, product.float() * affinity_TK[tokens, places, None])
     return out_TH.to(hidden_TH.dtype)
 
 
@@ -194,9 +212,11 @@ def attend(
     key_BKCD: torch.Tensor,
     value_BKCD: torch.Tensor,
     positions_BT: torch.Tensor,
+    mask_BTC: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention to [B,T,N*D]; the key at index c is at position c, or below the query's
-    position if c is.
+    position if c is. A `mask_BTC` of who sees whom, or of floats that are added to scores, is in
+    place of that; every token has to see a key.
 
     The G query heads that share a key head become G times as many query rows, so that keys are
     never repeated.
@@ -205,13 +225,30 @@ def attend(
     key_heads = key_BKCD.shape[1]
     group = heads // key_heads
     query = query_BTND.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    visible_BTC = (
-        torch.arange(key_BKCD.shape[2], device=positions_BT.device) <= positions_BT[:, :, None]
-    )
-    mask = visible_BTC[:, None].repeat(1, 1, group, 1)
+    if mask_BTC is None:
+        mask_BTC = (
+            torch.arange(key_BKCD.shape[2], device=positions_BT.device) <= positions_BT[:, :, None]
+        )
+    elif mask_BTC.is_floating_point():
+        mask_BTC = mask_BTC.to(query.dtype)
+    mask = mask_BTC[:, None].repeat(1, 1, group, 1)
     attended = F.scaled_dot_product_attention(query, key_BKCD, value_BKCD, attn_mask=mask)
     return (
         attended.unflatten(2, (group, tokens))
         .permute(0, 3, 1, 2, 4)
         .reshape(batch, tokens, heads * head_dim)
     )
+
+
+def attend_documents(
+    query_BTND: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    positions_BT: torch.Tensor,
+) -> torch.Tensor:
+    """Causal attention to [B,T,N*D] within each of several documents in a row, for use without a
+    cache: a document begins where the position is 0, and sees itself alone.
+    """
+    documents_BT = (positions_BT == 0).cumsum(1)
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return attend(query_BTND, key_BKTD, value_BKTD, positions_BT, same_BTT.tril())

@@ -1,1 +1,1 @@
-"""MiniMax-M2 in torch over the converted checkpoint."""
+"""The decoder of every family in torch, over converted checkpoints."""

@@ -9,6 +9,7 @@ from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.progress import SILENT, Progress
 
 # Halving rounds 16 of 254 codes (0.011 % of a gaussian weight's elements); BF16 attention rounds
 # all of its weights.
@@ -37,22 +38,25 @@ class LogitComparison(Rendered):
 
 
 def compare_logits(
-    source: Checkpoint, converted: Converted, positions: int = 64
+    source: Checkpoint, converted: Converted, positions: int = 64, progress: Progress = SILENT
 ) -> LogitComparison:
     """Compare what the source (its codes as they are) and the converted directory give.
 
     The tokens are random and seeded.
     """
-    original = Decoder.from_checkpoint(
-        source, Layout(fp8_range=FP8Range.OCP), scale_convention=converted.convention
-    )
+    with progress.stage(f"arranging {source.directory} in memory"):
+        original = Decoder.from_checkpoint(
+            source, Layout(fp8_range=FP8Range.OCP), scale_convention=converted.convention
+        )
     positions = min(positions, source.config.max_position_embeddings)
     tokens = torch.randint(
         source.config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(0)
     )
     with torch.inference_mode():
-        expected = original(tokens)[0]
-        found = Decoder.from_converted(converted)(tokens)[0]
+        with progress.stage(f"running {source.directory}"):
+            expected = original(tokens)[0]
+        with progress.stage(f"running {converted.directory}"):
+            found = Decoder.from_converted(converted)(tokens)[0]
     rounded = converted.layout.attention is AttentionPrecision.BF16 or converted.layout.keep_in_bf16
     return LogitComparison(
         positions=positions,

@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, S cache slots.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,18 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
-from neuron_minimax.errors import CheckpointError, GenerationError
-from neuron_minimax.families.family import RouterKind
+from neuron_minimax.errors import CheckpointError, GenerationError, counted
 from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.kernels.reference import attend
 from neuron_minimax.model.attention import Attention
-from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.cache import Cache, KVCache, as_cache, heads_of
 from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Step, StoredWeight
+from neuron_minimax.model.masks import checked_lengths, checked_mask, checked_positions
 from neuron_minimax.model.moe import DenseMLP, Router, Routing, SparseMoE
 from neuron_minimax.model.rope import rope_table
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 FIRST_CAPACITY = 256
@@ -35,22 +40,17 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        family = config.family
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The family's layout names the MLP: what else its rules put into a layer.
-        in_layers = {rule.target.split(".")[2] for rule in family.rules if rule.per_layer}
+        in_layers = {rule.target.split(".")[2] for rule in config.family.rules if rule.per_layer}
         [self.mlp_name] = in_layers - self._modules.keys()
-        dense = family.architecture.router is RouterKind.NONE
-        self.add_module(
-            self.mlp_name,
-            DenseMLP(config, config.intermediate_size) if dense else SparseMoE(config),
-        )
+        self.add_module(self.mlp_name, _mlp(config, layer))
 
     @property
     def moe(self) -> SparseMoE:
-        """The mixture of experts, which a dense family does not have."""
+        """The mixture of experts, which a dense layer does not have."""
         moe = self.get_submodule(self.mlp_name)
         assert isinstance(moe, SparseMoE)
         return moe
@@ -64,6 +64,14 @@ class DecoderLayer(nn.Module):
             return hidden_BTH + mlp(normed_BTH, step), None
         mixed_BTH, routing = mlp(normed_BTH, step)
         return hidden_BTH + mixed_BTH, routing
+
+
+def _mlp(config: ModelConfig, layer: int) -> nn.Module:
+    if not config.family.architecture.has_experts:
+        return DenseMLP(config, config.intermediate_size)
+    if layer in config.dense_layers:
+        return DenseMLP(config, config.dense_intermediate_size)
+    return SparseMoE(config)
 
 
 class Decoder(nn.Module):
@@ -99,7 +107,7 @@ class Decoder(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
-        """The router of every layer; none in a dense family."""
+        """The router of every layer that has experts."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     @classmethod
@@ -153,50 +161,75 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        past_key_values: KVCache | None = None,
-        use_cache: bool = False,
+        past_key_values: "Cache | DynamicCache | None" = None,
+        use_cache: bool | None = None,
         *,
+        mask: str | torch.Tensor = "causal",
+        position_ids: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         return_routing: bool = False,
     ) -> Any:
-        """Logits [B,T,V] in the compute dtype for `input_ids` [B,T], and the cache (None unless
-        used).
+        """Logits [B,T,V] in the compute dtype for `input_ids` [B,T], and the cache, or None.
 
-        Positions continue from the cache. `lengths` [B] says how many of the T tokens of each
-        sequence are real: pad on the right; padding leaves no trace in the cache, and its logits
-        mean nothing. With `return_routing` a third value follows: one Routing per layer, tokens
-        flattened over the batch.
+        `past_key_values` is a KVCache, FullCache or BatchingCache, or a DynamicCache of
+        transformers; it is extended in place and returned. Without one, `use_cache=True` makes a
+        KVCache. With `use_cache=False` a past is read and left as it was, and None is returned.
+
+        Positions continue from the cache; `position_ids` [B,T] are others, for RoPE alone. `mask`
+        is "causal", or says for C = past + T positions what each token sees: [T,C] or [B,T,C],
+        bool, or floats that are added to scores; docs/cache.md has its rules. `lengths` [B] says
+        how many of the T tokens of each sequence are real: pad on the right; padding leaves no
+        trace in the cache, and its logits mean nothing. With `return_routing` a third value
+        follows: one Routing per layer, tokens flattened over the batch.
+
+        Raises GenerationError when one does not fit the others, before the cache is changed.
         """
         batch, tokens = input_ids.shape
-        cache = past_key_values
-        if cache is None and use_cache:
+        past = past_key_values
+        if past is None and use_cache:
             capacity = max(tokens, FIRST_CAPACITY)
-            cache = KVCache.allocate(self.config, batch, capacity, self.compute)
-        steps_BT = torch.arange(tokens).expand(batch, tokens)
-        real_BT = None if lengths is None else steps_BT < lengths[:, None]
-        if cache is None:
-            hidden_BTH, routing = self.hidden_states(input_ids, steps_BT, real_BT=real_BT)
-        else:
-            if cache.slots != batch:
-                raise GenerationError(
-                    f"the cache holds {cache.slots} sequences, but the batch has {batch}"
-                )
-            filled = int(cache.lengths.max()) + tokens
-            cache.reserve(filled)
-            positions_BT = cache.lengths[:, None] + steps_BT
-            hidden_BTH, routing = self.hidden_states(
-                input_ids, positions_BT, cache=cache, filled=filled, real_BT=real_BT
+            past = KVCache.allocate(self.config, batch, capacity, self.compute)
+        cache = None if past is None else as_cache(past, batch, heads_of(self.config, self.compute))
+        before_B = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.lengths
+        if len(before_B) != batch:
+            raise GenerationError(
+                f"the cache holds {len(before_B)} sequences, but the batch has {batch}"
             )
-            cache.lengths = cache.lengths + (tokens if lengths is None else lengths)
-        logits_BTV = self.logits(hidden_BTH)
-        return (logits_BTV, cache, routing) if return_routing else (logits_BTV, cache)
+        real_B = checked_lengths(lengths, batch, tokens)
+        filled = tokens if cache is None else cache.reserve(tokens, real_B)
+        steps_BT = torch.arange(tokens).expand(batch, tokens)
+        positions_BT = before_B[:, None] + steps_BT
+        kernels = Kernels()
+        if not (isinstance(mask, str) and mask == "causal"):
+            mask_BTC = checked_mask(mask, positions_BT, real_B, filled)
+            kernels = Kernels(attend=partial(attend, mask_BTC=mask_BTC))
+        turned_BT = checked_positions(position_ids, positions_BT)
+        step = Step(
+            positions_BT=positions_BT,
+            rope=rope_table(self.config, turned_BT, self.compute),
+            cache=cache,
+            filled=filled,
+            real_BT=None if lengths is None else steps_BT < real_B[:, None],
+            kernels=kernels,
+        )
+        after_B = before_B
+        try:
+            hidden_BTH, routing = self._through_layers(input_ids, step)
+            logits_BTV = self.logits(hidden_BTH)
+            if use_cache is not False:
+                after_B = before_B + real_B
+        finally:
+            if cache is not None:
+                cache.lengths = after_B  # what a pass has written that failed is not there
+        kept = None if use_cache is False else past
+        return (logits_BTV, kept, routing) if return_routing else (logits_BTV, kept)
 
     def hidden_states(
         self,
         input_ids: torch.Tensor,
         positions_BT: torch.Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         rows_B: torch.Tensor | None = None,
         filled: int = 0,
         real_BT: torch.Tensor | None = None,
@@ -216,6 +249,11 @@ class Decoder(nn.Module):
             real_BT=real_BT,
             kernels=kernels or Kernels(),
         )
+        return self._through_layers(input_ids, step)
+
+    def _through_layers(
+        self, input_ids: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, list[Routing]]:
         hidden_BTH = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute)
         routings = []
         for layer in self.layers:
@@ -240,9 +278,9 @@ class Decoder(nn.Module):
                 module.assign(name, left)
         if left:
             raise CheckpointError(
-                f"the state dict holds {len(left)} tensors that this model has no place for, such "
-                f"as {min(left)}; expected the converted names of a checkpoint with this "
-                "config.json"
+                f"the state dict holds {counted(len(left), 'tensor')} that this model has no "
+                f"place for, such as {min(left)}; expected the converted names of a checkpoint "
+                "with this config.json"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.families.family import LayerKind
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.memory import Deployment
 
@@ -90,9 +91,14 @@ def token_blocks(config: ModelConfig, deployment: Deployment) -> int:
     return min(ceil_div(choices - (experts - 1), TOKEN_BLOCK) + experts - 1, choices)
 
 
+def sparse_layers(config: ModelConfig) -> int:
+    """Layers with experts."""
+    return len(config.layers_of(LayerKind.SPARSE))
+
+
 def unrolled_products(way: BlockwiseMatmul, config: ModelConfig, deployment: Deployment) -> int:
     """Expert products that the context-encoding graph holds one after another: every block of every
-    layer, or one kernel call per layer.
+    layer with experts, or one kernel call for each.
     """
     per_layer = 1 if way.is_kernel else token_blocks(config, deployment)
-    return per_layer * config.num_hidden_layers
+    return per_layer * sparse_layers(config)

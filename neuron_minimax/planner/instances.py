@@ -9,6 +9,7 @@ from typing import Any
 from neuron_minimax.errors import ConfigError
 
 GIB = 2**30
+BANDWIDTH_UNITS = {"GiB/s": 2**30, "TB/s": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,21 @@ class Instance:
     logical_cores: int
     logical_nc_config: int
     memory_per_core: int
+    bandwidth_per_core: float  # bytes a second that a logical core reads at most, as documented
     host_memory: int
-    tp_degrees: tuple[int, ...]  # the ones NxDI documents; empty where it documents none
+    # Those that NxDI documents for the chip and this machine has cores for; empty where it
+    # documents none.
+    tp_degrees: tuple[int, ...]
     nki_kernels: bool
     e4m3_max: int
     # The newest Neuron SDK that supports NxDI models on this chip, of those this project has been
     # run with
     sdk: str
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes of all cores."""
+        return self.logical_cores * self.memory_per_core
 
 
 @cache
@@ -42,6 +51,11 @@ def data() -> dict[str, Any]:
 def scratch_bytes() -> int:
     """Bytes to leave free per core for activations and graphs; instances.json says why."""
     return data()["scratch_gib"] * GIB
+
+
+def most_reported_batch() -> int:
+    """The most sequences at once that a report of instances.json has run."""
+    return max(known["plan"]["batch_size"] for known in data()["known_cases"] if "plan" in known)
 
 
 def names() -> list[str]:
@@ -67,17 +81,22 @@ def instance(name: str) -> Instance:
     """The instance of that name. Raises ConfigError listing the known ones."""
     known = data()["instances"]
     if name not in known:
-        raise ConfigError(f"instance {name!r} is not known; expected one of {', '.join(known)}")
+        raise ConfigError(
+            f"instance {name!r} is not known; expected one of {', '.join(known)}", usage=True
+        )
     row = known[name]
     chip = data()["chips"][known[name]["chip"]]
+    (amount, unit) = chip["memory_bandwidth"].split()
+    bandwidth = float(amount) * BANDWIDTH_UNITS[unit]
     return Instance(
         name=name,
         family=chip["family"],
         logical_cores=row["logical_cores"],
         logical_nc_config=row["logical_nc_config"],
         memory_per_core=row["hbm_gib_per_logical_core"] * GIB,
+        bandwidth_per_core=bandwidth * row["chips"] / row["logical_cores"],
         host_memory=row["host_memory_gib"] * GIB,
-        tp_degrees=tuple(row["tp_degrees"]),
+        tp_degrees=tuple(each for each in row["tp_degrees"] if each <= row["logical_cores"]),
         nki_kernels=chip["nki_kernels"],
         e4m3_max=chip["e4m3_max"],
         sdk=chip["sdk"],

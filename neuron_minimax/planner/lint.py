@@ -1,170 +1,166 @@
 """Find settings that cannot work or will disappoint, before a compile.
 
 A requirement is a function of a `Case` that yields findings: numbered, explained, with what fixes
-each. Sources: NxD 0.18.0 and NxDI 0.9.0
-(SDK 2.29), NxD 0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on a CPU, their guides, and the reports
-named in planner/instances.json.
+each. Sources: NxD 0.18.0 and NxDI 0.9.0 (SDK 2.29), NxD 0.17.0 and NxDI 0.8.0 (SDK 2.28) as run on
+a CPU, their guides, and the reports named in planner/instances.json.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import gcd
 
-from neuron_minimax.config import ModelConfig
-from neuron_minimax.fp8 import ceil_div
-from neuron_minimax.planner.blockwise import (
-    DEFAULT,
-    TOKEN_BLOCK,
-    blockwise_matmul,
-    token_blocks,
-    unrolled_products,
-)
-from neuron_minimax.planner.instances import GIB, Instance
+from neuron_minimax.checkpoint import schema
+from neuron_minimax.checkpoint.header import BINARY_UNITS, size_text
+from neuron_minimax.errors import counted
+from neuron_minimax.families import Role
+from neuron_minimax.families.family import DENSE_ROLES, EXPERT_ROLES, SHARED_ROLES
+from neuron_minimax.planner.cases import REFUSE, WARN, Case, Objection, Requirement
+from neuron_minimax.planner.expert_lint import EXPERT_REQUIREMENTS, expert_kernel
 from neuron_minimax.planner.memory import (
-    KERNEL_TOKENS,
     NEURON_E4M3_MAX,
-    Deployment,
+    cache_bytes_per_token,
+    has_fp8,
     heads,
-    rank_memory,
 )
 from neuron_minimax.planner.sdks import SDKS
 
-REFUSE = "refuse"
-WARN = "warn"
-USE_TORCH = "use expert_kernel torch"
-
-
-@dataclass(frozen=True)
-class Objection:
-    """One numbered finding; `refuse` means the compile cannot lead to a working model."""
-
-    rule: str
-    severity: str
-    message: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.rule} {self.severity}: {self.message}; {self.fix}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model in a deployment on an instance; `fp8_max` is the largest code stored."""
-
-    config: ModelConfig
-    deployment: Deployment
-    instance: Instance
-    fp8_max: int = NEURON_E4M3_MAX
-
-
-Requirement = Callable[[Case], Iterator[Objection]]
+PROJECTIONS = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+# The MLPs whose intermediate channels ranks share: what a message calls them, and their matrices.
+MLPS = (
+    ("expert", EXPERT_ROLES),
+    ("dense MLP", DENSE_ROLES),
+    ("shared expert", SHARED_ROLES),
+)
 
 
 def lint(case: Case) -> list[Objection]:
-    """All findings of all requirements, in their order."""
-    return [finding for requirement in REQUIREMENTS for finding in requirement(case)]
+    """All findings of all requirements, in their order; those of experts only where there are
+    some.
+    """
+    requirements = REQUIREMENTS
+    if case.config.family.architecture.has_experts:
+        requirements = EXPERT_REQUIREMENTS + REQUIREMENTS
+    found = [finding for requirement in requirements for finding in requirement(case)]
+    return sorted(found, key=lambda finding: int(finding.rule.removeprefix("R")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """The intermediate channels of one kind of MLP, and the ranks that share them."""
+
+    kind: str
+    size: int
+    degree_name: str
+    degree: int
+    fp8: bool
+
+
+def shared_channels(case: Case) -> Iterator[Channels]:
+    """The channels of every kind of MLP that the model has."""
+    config = case.config
+    family = config.family
+    deployment = case.deployment
+    for kind, roles in MLPS:
+        if not family.has(roles[0]) or not config.layers_with(family.weight_of(roles[0])):
+            continue
+        of_experts = family.weight_of(roles[0]).per_expert
+        yield Channels(
+            kind=kind,
+            size=schema.shape_of(family.weight_of(roles[0]), config)[0],
+            degree_name="moe_tp_degree" if of_experts else "tp_degree",
+            degree=deployment.moe_tp_degree if of_experts else deployment.tp_degree,
+            fp8=stored_fp8(roles, case),
+        )
 
 
 def shares(case: Case) -> Iterator[Objection]:
-    """R1: experts have to divide among the ranks, once each."""
+    """R1: experts, channels and the hidden size have to divide among the ranks, once each."""
     deployment = case.deployment
     config = case.config
     product = deployment.moe_tp_degree * deployment.moe_ep_degree
-    if product != deployment.tp_degree:
+    if config.family.architecture.has_experts and product != deployment.tp_degree:
         yield Objection(
             "R1",
             REFUSE,
             f"moe_tp_degree {deployment.moe_tp_degree} * moe_ep_degree {deployment.moe_ep_degree} "
             f"is {product}, not tp_degree {deployment.tp_degree}",
-            "choose degrees whose product is tp_degree",
+            "needs degrees whose product is tp_degree",
         )
-    for name, size, degree in (
-        ("num_local_experts", config.num_local_experts, deployment.moe_ep_degree),
-        ("intermediate_size", config.intermediate_size, deployment.moe_tp_degree),
-        ("hidden_size", config.hidden_size, deployment.tp_degree),
+    for what, size, degree_name, degree in (
+        ("experts", config.num_local_experts, "moe_ep_degree", deployment.moe_ep_degree),
+        ("channels of the hidden size", config.hidden_size, "tp_degree", deployment.tp_degree),
+        *(
+            (f"{shared.kind} channels", shared.size, shared.degree_name, shared.degree)
+            for shared in shared_channels(case)
+        ),
     ):
         if size % degree:
-            fix = f"choose a divisor of {size}"
-            yield Objection("R1", REFUSE, f"{name} {size} cannot be shared by {degree} ranks", fix)
+            yield Objection(
+                "R1",
+                REFUSE,
+                f"{size} {what} cannot be shared by the {degree} ranks of {degree_name}",
+                f"needs a {degree_name} that divides {size}",
+            )
 
 
 def whole_blocks(case: Case) -> Iterator[Objection]:
     """R2: a rank's share of a scaled weight is whole blocks; NxD floor-divides the scale shape."""
+    rows = case.config.weight_block_size[0]
+    for shared in shared_channels(case):
+        if shared.fp8 and shared.size // shared.degree % rows:
+            yield _partial_blocks(shared, rows, case.config.hidden_size)
+
+
+def whole_heads(case: Case) -> Iterator[Objection]:
+    """R2: the hidden size and a head are whole blocks, at whatever degrees."""
     config = case.config
-    deployment = case.deployment
     rows = config.weight_block_size[0]
-    channels = config.intermediate_size // deployment.moe_tp_degree
-    if deployment.fp8_experts and channels % rows:
-        good = [
-            d
-            for d in divisors(config.intermediate_size)
-            if config.intermediate_size // d % rows == 0
-        ]
+    if stored_fp8(tuple(Role), case) and config.hidden_size % rows:
         yield Objection(
             "R2",
             REFUSE,
-            f"moe_tp_degree {deployment.moe_tp_degree} leaves {channels} expert channels per rank, "
-            f"not whole blocks of {rows} (moe_tp 64 was seen to repeat itself after 30 tokens)",
-            "moe_tp_degree can be "
-            f"{', '.join(map(str, good)) or 'nothing: the size itself is not whole blocks'}",
+            f"hidden_size {config.hidden_size} is not whole blocks of {rows}, which NxD's scales "
+            "have to be",
+            "needs the checkpoint in BF16",
         )
-    if deployment.fp8_attention and config.head_dim % rows:
+    if stored_fp8(PROJECTIONS, case) and config.head_dim % rows:
         yield Objection(
             "R2",
             REFUSE,
             f"head_dim {config.head_dim} is not whole blocks of {rows}",
-            "convert with --attention bf16",
+            "needs a conversion with --attention bf16",
         )
 
 
-def expert_decoding(case: Case) -> Iterator[Objection]:
-    """R3: NxD's expert-parallel token generation runs only when enough experts are chosen."""
-    config = case.config
-    batch = case.deployment.batch_size
-    needed = ceil_div(config.num_local_experts, config.num_experts_per_tok)
-    if case.deployment.expert_kernel == "nki":
-        return  # the kernel visits the chosen experts of this rank, however few
-    if case.deployment.moe_ep_degree > 1 and batch < needed:
-        yield Objection(
-            "R3",
-            REFUSE,
-            f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
-            f"{config.num_local_experts} experts is below 1, for which NxD raises "
-            "NotImplementedError",
-            f"use batch_size {needed} or more, moe_ep_degree 1, or expert_kernel nki on trn2",
-        )
-
-
-def expert_encoding(case: Case) -> Iterator[Objection]:
-    """R4: below one token block NxD takes a path that ignores expert parallelism."""
-    tokens = case.deployment.smallest_context
-    top_k = case.config.num_experts_per_tok
-    if case.deployment.moe_ep_degree > 1 and tokens * top_k < TOKEN_BLOCK:
-        yield Objection(
-            "R4",
-            REFUSE,
-            f"a context of {tokens} tokens * {top_k} experts is below the block of {TOKEN_BLOCK}, "
-            "and NxD then ignores expert parallelism (IndexError)",
-            f"make the smallest bucket at least {ceil_div(TOKEN_BLOCK, top_k)} tokens",
-        )
-
-
-def trn1_groups(case: Case) -> Iterator[Objection]:
-    """R5: NxD orders groups of four specially on trn1 and inf2, and not together with expert
-    parallelism.
+def stored_fp8(roles: Collection[Role], case: Case) -> bool:
+    """Return whether a weight of one of the roles is FP8 on the device; of a model in BF16 no layer
+    is looked at.
     """
     deployment = case.deployment
-    if (
-        case.instance.family in ("trn1", "inf2")
-        and deployment.moe_tp_degree == 4
-        and deployment.moe_ep_degree > 1
-    ):
-        yield Objection(
-            "R5",
-            REFUSE,
-            "moe_tp_degree 4 with expert parallelism raises NotImplementedError on trn1 and inf2 "
-            "(NxD 0.17, 0.18)",
-            f"use moe_tp_degree 2 and moe_ep_degree {deployment.tp_degree // 2}",
+    any_fp8 = deployment.fp8_attention or deployment.fp8_experts
+    return any_fp8 and has_fp8(roles, case.config, deployment)
+
+
+def _partial_blocks(shared: Channels, rows: int, hidden_size: int) -> Objection:
+    of_experts = shared.degree_name == "moe_tp_degree"
+    # tp_degree has to divide the hidden size too (R1).
+    both = shared.size if of_experts else gcd(shared.size, hidden_size)
+    good = [degree for degree in divisors(both) if shared.size // degree % rows == 0]
+    seen = " (MiniMax-M2 at moe_tp 64 was seen to repeat itself after 30 tokens)"
+    kept = ", or a conversion with its projections in --keep-in-bf16"
+    needed = f"needs a {shared.degree_name} of {' or '.join(map(str, good))}"
+    if not good:
+        needed = (
+            f"no {shared.degree_name} does, as {shared.size} is not whole blocks: needs the "
+            "checkpoint in BF16"
         )
+    return Objection(
+        "R2",
+        REFUSE,
+        f"{shared.degree_name} {shared.degree} leaves {shared.size // shared.degree} {shared.kind} "
+        f"channels per rank, not whole blocks of {rows}{seen if of_experts else ''}",
+        f"{needed}{'' if of_experts else kept}",
+    )
 
 
 def cores(case: Case) -> Iterator[Objection]:
@@ -177,7 +173,7 @@ def cores(case: Case) -> Iterator[Objection]:
             REFUSE,
             f"tp_degree {tp} is more than the {instance.logical_cores} logical cores of "
             f"{instance.name}",
-            "lower it",
+            f"needs a tp_degree of {instance.logical_cores} or less",
         )
     if instance.tp_degrees and tp not in instance.tp_degrees:
         listed = ", ".join(map(str, instance.tp_degrees))
@@ -185,7 +181,7 @@ def cores(case: Case) -> Iterator[Objection]:
             "R6",
             WARN,
             f"tp_degree {tp} is not among those documented for {instance.name}",
-            f"use {listed}",
+            f"documented are {listed}",
         )
 
 
@@ -204,107 +200,21 @@ def head_padding(case: Case) -> Iterator[Objection]:
         )
 
 
-def unrolled_blocks(case: Case) -> Iterator[Objection]:
-    """R8: blockwise context encoding in torch is a Python loop, unrolled in the graph."""
-    way = blockwise_matmul(case.deployment.blockwise_matmul)
-    if way.is_kernel:
-        return
-    products = unrolled_products(way, case.config, case.deployment)
-    elsewhere = f". Elsewhere, on trn2: {way.known}" if case.instance.nki_kernels else ""
-    yield Objection(
-        "R8",
-        WARN,
-        f"context encoding of {case.deployment.context_length} tokens in torch operations unrolls "
-        f"{token_blocks(case.config, case.deployment)} blocks in each of "
-        f"{case.config.num_hidden_layers} layers, {products} expert products in one graph",
-        f"lower the largest bucket or raise moe_ep_degree; expect a long compile{elsewhere}",
-    )
-
-
-def blockwise_kernels(case: Case) -> Iterator[Objection]:
-    """R13: the NKI kernels of context encoding need two cores per rank and whole tiles, and have
-    not run here.
+def repeated_keys(case: Case) -> Iterator[Objection]:
+    """R16: key/value heads that tp_degree neither divides nor is a multiple of are repeated to one
+    per query head, in the cache too.
     """
-    way = blockwise_matmul(case.deployment.blockwise_matmul)
-    instance = case.instance
-    deployment = case.deployment
-    if not way.is_kernel:
-        return
-    fix = f"use blockwise_matmul {DEFAULT}"
-    if not instance.nki_kernels or instance.logical_nc_config != 2:
+    heads_stored = case.config.num_key_value_heads
+    tp = case.deployment.tp_degree
+    if heads_stored % tp and tp % heads_stored:
+        cached = len(heads(case.config, tp).key_value_slots)
         yield Objection(
-            "R13",
-            REFUSE,
-            f"blockwise_matmul {way.name} is a kernel for trn2 and later with logical_nc_config 2; "
-            f"on {instance.name} NxD leaves it out, with a warning in the log only",
-            fix,
-        )
-        return
-    channels = case.config.intermediate_size // deployment.moe_tp_degree
-    if channels % way.channel_multiple:
-        yield Objection(
-            "R13",
-            REFUSE,
-            f"blockwise_matmul {way.name} takes multiples of {way.channel_multiple} expert "
-            f"channels per rank; moe_tp_degree {deployment.moe_tp_degree} leaves {channels}",
-            f"lower moe_tp_degree, or {fix}",
-        )
-    if deployment.moe_ep_degree == 2:
-        yield Objection(
-            "R13",
-            REFUSE,
-            f"with moe_ep_degree 2 the kernels of SDK 2.29, {way.name} among them, were reported "
-            "to give wrong output (a Kimi-K2 port)",
-            f"choose another moe_ep_degree, or {fix}",
-        )
-    yield Objection(
-        "R13",
-        WARN,
-        f"blockwise_matmul {way.name} has not run with this class; elsewhere: {way.known}",
-        "check it with `neuron-minimax check-device` first",
-    )
-
-
-def expert_kernel(case: Case) -> Iterator[Objection]:
-    """R14: the NKI expert kernel needs trn2's NKI, and reads codes as the E4M3 that ends at 240."""
-    if case.deployment.expert_kernel != "nki":
-        return
-    if not case.instance.nki_kernels:
-        yield Objection(
-            "R14",
-            REFUSE,
-            f"expert_kernel nki needs trn2 or later; {case.instance.name} has no such NKI",
-            USE_TORCH,
-        )
-    elif not case.deployment.fp8_experts or case.config.weight_block_size != (128, 128):
-        yield Objection(
-            "R14",
-            REFUSE,
-            "expert_kernel nki takes FP8 experts with 128 x 128 block scales only",
-            USE_TORCH,
-        )
-    elif case.deployment.batch_size > KERNEL_TOKENS:
-        yield Objection(
-            "R14",
-            REFUSE,
-            f"expert_kernel nki takes batches of at most {KERNEL_TOKENS}, not "
-            f"{case.deployment.batch_size}",
-            f"lower the batch size, or {USE_TORCH}",
-        )
-    else:
-        yield Objection(
-            "R14",
+            "R16",
             WARN,
-            "expert_kernel nki has run on a simulator only",
-            "check it with `neuron-minimax check-device` first",
-        )
-    if case.fp8_max > NEURON_E4M3_MAX:
-        yield Objection(
-            "R14",
-            REFUSE,
-            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has "
-            f"codes up to {case.fp8_max}, which it would read as infinity or NaN",
-            f"convert with --fp8-range neuron, or {USE_TORCH}",
+            f"num_key_value_heads {heads_stored} and tp_degree {tp} do not divide: NxDI repeats "
+            f"them to {cached}, one for each query head, and the cache takes "
+            f"{cached / heads_stored:.3g} times the memory",
+            f"tp degrees that divide {heads_stored} or are a multiple of it avoid it",
         )
 
 
@@ -320,7 +230,7 @@ def code_range(case: Case) -> Iterator[Objection]:
             REFUSE,
             f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 "
             f"ends at {case.instance.e4m3_max}",
-            "convert with --fp8-range neuron",
+            "needs a conversion with --fp8-range neuron",
         )
     else:
         yield Objection(
@@ -328,8 +238,8 @@ def code_range(case: Case) -> Iterator[Objection]:
             REFUSE,
             f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has "
             "shown that it reads them so once NxDI's FP8 switch, which ends at 240, is left out",
-            "convert with --fp8-range neuron, whose codes are as exact and read alike with and "
-            "without the switch",
+            "needs a conversion with --fp8-range neuron, whose codes are as exact and read alike "
+            "with and without the switch",
         )
 
 
@@ -337,13 +247,13 @@ def host_memory(case: Case) -> Iterator[Objection]:
     """R11: NxD's ModelBuilder.shard_checkpoint keeps the shards of all ranks in host memory until
     the last is made.
     """
-    needed = rank_memory(case.config, case.deployment).weights * case.deployment.tp_degree
+    needed = case.memory.weights * case.deployment.tp_degree
     if needed > case.instance.host_memory:
         yield Objection(
             "R11",
             WARN,
-            f"the shards of all ranks take {needed / GIB:.0f} GiB of host memory while they are "
-            f"made, and {case.instance.name} has {case.instance.host_memory / GIB:.0f} GiB",
+            f"the shards of all ranks take {memory_text(needed)} of host memory while they are "
+            f"made, and {case.instance.name} has {memory_text(case.instance.host_memory)}",
             "compile on a larger machine of the same chip, or add swap",
         )
 
@@ -371,26 +281,69 @@ def positions(case: Case) -> Iterator[Objection]:
             REFUSE,
             f"seq_len {case.deployment.seq_len} is beyond max_position_embeddings {most} of "
             "config.json",
-            f"use seq_len {most} or less",
+            f"needs a seq_len of {most} or less",
         )
+
+
+def neuron_class(case: Case) -> Iterator[Objection]:
+    """R17: not every family has a class for Neuron."""
+    family = case.config.family
+    if not family.neuron_class:
+        yield Objection(
+            "R17",
+            REFUSE,
+            f"{family.title} has no class for Neuron",
+            "needs --backend cpu; the numbers are those it would take",
+        )
+
+
+def core_memory(case: Case) -> Iterator[Objection]:
+    """R18: weights, cache and what is left free have to be within the core of a rank."""
+    memory = case.memory
+    core = case.instance.memory_per_core
+    if memory.total <= core:
+        return
+    room = core - memory.weights - memory.scratch
+    tokens = room // cache_bytes_per_token(case.config, case.deployment.tp_degree)
+    yield Objection(
+        "R18",
+        REFUSE,
+        f"a rank takes {memory_text(memory.total)}: {memory_text(memory.weights)} of weights, "
+        f"{memory_text(memory.key_value_cache)} of keys and values, {memory_text(memory.scratch)} "
+        f"left free; a core of {case.instance.name} has {memory_text(core)}",
+        f"needs {counted(tokens, 'position')} or fewer over all sequences at these degrees"
+        if tokens > 0
+        else "needs less of the weights on each rank",
+    )
+
+
+def memory_text(nbytes: int) -> str:
+    """Bytes of a device's or a host's memory, in binary units."""
+    return size_text(nbytes, 2, units=BINARY_UNITS)
 
 
 REQUIREMENTS: tuple[Requirement, ...] = (
     shares,
     whole_blocks,
-    expert_decoding,
-    expert_encoding,
-    trn1_groups,
+    whole_heads,
     cores,
     head_padding,
-    unrolled_blocks,
+    repeated_keys,
     code_range,
     host_memory,
     supported_sdk,
-    blockwise_kernels,
     expert_kernel,
     positions,
+    neuron_class,
+    core_memory,
 )
+# Those that no degrees, batch or length can meet.
+OF_MODEL_AND_CHIP: tuple[Requirement, ...] = (whole_heads, code_range, neuron_class)
+
+
+def refusals(case: Case) -> list[Objection]:
+    """The findings that refuse a case; where there are none, it fits."""
+    return [finding for finding in lint(case) if finding.severity == REFUSE]
 
 
 def divisors(number: int) -> list[int]:

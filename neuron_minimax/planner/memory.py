@@ -1,13 +1,13 @@
 """Count the bytes of one rank from the table of weights and the sharding of each module."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.families.family import Weight
+from neuron_minimax.families.family import Role, Weight
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
@@ -15,6 +15,7 @@ from neuron_minimax.planner.sharding import HeadLayout, head_layout
 BF16_BYTES = 2
 FP8_BYTES = 1
 FLOAT32_BYTES = 4
+DTYPE_BYTES = {"BF16": BF16_BYTES, "F32": FLOAT32_BYTES}
 # Largest finite values of Neuron's own E4M3 and of OCP's E4M3FN.
 NEURON_E4M3_MAX = 240
 OCP_E4M3_MAX = 448
@@ -27,7 +28,11 @@ KERNEL_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model's place on ranks; lengths in tokens. FP8 weights have float32 block scales."""
+    """A model's place on ranks; lengths in tokens. FP8 weights have float32 block scales.
+
+    `moe_tp_degree` ranks share the channels of an expert, or, as all ranks, those of the MLP of a
+    family without experts. `fp8_experts` is of experts and of dense MLPs.
+    """
 
     tp_degree: int
     moe_tp_degree: int
@@ -47,6 +52,7 @@ class RankMemory:
     """Bytes on one rank; `replicated` is the part of the weights that every rank holds whole."""
 
     experts: int
+    mlp: int  # dense
     attention: int
     embedding_and_head: int
     replicated: int
@@ -55,7 +61,8 @@ class RankMemory:
 
     @property
     def weights(self) -> int:
-        return self.experts + self.attention + self.embedding_and_head + self.replicated
+        shared = self.experts + self.mlp + self.attention + self.embedding_and_head
+        return shared + self.replicated
 
     @property
     def total(self) -> int:
@@ -74,13 +81,16 @@ def largest_code(config: ModelConfig) -> int:
 
 
 def rank_memory(config: ModelConfig, deployment: Deployment) -> RankMemory:
-    """Bytes of one rank; all ranks hold as much, padded heads included."""
-    layers = config.num_hidden_layers
-    parts = {"experts": 0, "attention": 0, "embedding_and_head": 0, "replicated": 0}
+    """Bytes of one rank; all ranks hold as much, padded heads included, and a head of its own where
+    config.json ties it to the embedding.
+    """
+    names = ("experts", "mlp", "attention", "embedding_and_head", "replicated")
+    parts = dict.fromkeys(names, 0)
     for weight in config.family.weights:
         group, shape = local_shape(weight, config, deployment)
-        count = layers if weight.per_layer else 1
-        parts[group] += count * weight_bytes(weight, shape, config, deployment)
+        for layer in config.layers_with(weight):
+            fp8_kept = stays_fp8(weight, layer, config, deployment)
+            parts[group] += weight_bytes(weight, shape, config, fp8_kept)
     return RankMemory(
         **parts,
         key_value_cache=deployment.batch_size
@@ -109,8 +119,8 @@ def local_shape(
     experts, in front).
 
     Attention is split by whole heads, the embedding along the hidden size, the head along the
-    padded vocabulary, experts by expert and intermediate channel; the rest, router included, is on
-    every rank.
+    padded vocabulary, experts by expert and intermediate channel, dense MLPs by channel; the rest,
+    router included, is on every rank.
     """
     layout = heads(config, deployment.tp_degree)
     tp = deployment.tp_degree
@@ -119,6 +129,8 @@ def local_shape(
         "Q": layout.query_heads_per_rank * config.head_dim,
         "K": layout.key_value_heads_per_rank * config.head_dim,
         "I": sizes["I"] // deployment.moe_tp_degree,
+        "F": sizes["F"] // tp,
+        "S": sizes["S"] // tp,
     }
     shape = tuple(split.get(symbol, sizes[symbol]) for symbol in weight.dimensions)
     if weight.per_expert:
@@ -127,30 +139,73 @@ def local_shape(
         return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
     if weight.module_group == "head":
         return "embedding_and_head", (ceil_div(sizes["V"], tp), sizes["H"])
+    if weight.module_group == "mlp":
+        return "mlp", shape
     return ("attention" if set(weight.dimensions) & {"Q", "K"} else "replicated"), shape
 
 
 def weight_bytes(
-    weight: Weight, shape: tuple[int, ...], config: ModelConfig, deployment: Deployment
+    weight: Weight, shape: tuple[int, ...], config: ModelConfig, fp8_kept: bool
 ) -> int:
-    """Bytes of a local shape: FP8 codes with their scales where the deployment keeps them, float32
-    routing, BF16.
+    """Bytes of a local shape: FP8 codes with their float32 scales where they are kept, the router
+    in float32, to which NxDI's is widened, and else BF16.
     """
-    if weight.float32_only:
+    if weight.module_group == "router":
         return FLOAT32_BYTES * prod(shape)
-    kept_fp8 = weight.quantized and (
-        deployment.fp8_experts if weight.per_expert else deployment.fp8_attention
-    )
-    if not kept_fp8:
+    if not fp8_kept:
         return BF16_BYTES * prod(shape)
     *experts, rows, columns = shape
     blocks = prod(fp8.block_grid((rows, columns), config.weight_block_size))
     return FP8_BYTES * prod(shape) + FLOAT32_BYTES * prod(experts) * blocks
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of the published checkpoint, to a part in a thousand those of the converted
-    directory.
+def stays_fp8(
+    weight: Weight, layer: int | None, config: ModelConfig, deployment: Deployment
+) -> bool:
+    """Return whether a weight of a layer is FP8 codes on the device.
+
+    In a converted directory those that `modules_to_not_convert` names are not.
     """
-    width = {"BF16": BF16_BYTES, "F32": FLOAT32_BYTES, "F8_E4M3": FP8_BYTES}
-    return sum(width[tensor.dtype] * tensor.elements for tensor in schema.expected(config))
+    in_attention = weight.module_group == "attention"
+    if not weight.quantized:
+        return False
+    if not (deployment.fp8_attention if in_attention else deployment.fp8_experts):
+        return False
+    if CONVERTED_SECTION not in config.raw:
+        return True
+    module = config.family.module(weight.role).format(l=layer)
+    return not any(entry in module for entry in config.modules_to_not_convert)
+
+
+def has_fp8(roles: Collection[Role], config: ModelConfig, deployment: Deployment) -> bool:
+    """Return whether a weight of one of the roles is FP8 on the device in some layer."""
+    return any(
+        stays_fp8(weight, layer, config, deployment)
+        for weight in config.family.weights
+        if weight.role in roles
+        for layer in config.layers_with(weight)
+    )
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of the published checkpoint, as its config.json declares it; to a part in a thousand
+    those of the converted directory. The same as of `schema.declared`, without listing tensors.
+    """
+    return sum(
+        len(config.layers_with(weight))
+        * (config.num_local_experts if weight.per_expert else 1)
+        * _published_bytes(weight, config)
+        for weight in config.family.weights
+        if not schema.is_tied(weight, config)
+    )
+
+
+def _published_bytes(weight: Weight, config: ModelConfig) -> int:
+    """Bytes of one tensor of a row, and of its scales."""
+    shape = schema.shape_of(weight, config)
+    if not weight.quantized:
+        return DTYPE_BYTES[weight.published_dtype] * prod(shape)
+    if not config.declares_fp8:
+        return BF16_BYTES * prod(shape)
+    blocks = prod(fp8.block_grid(shape, config.weight_block_size))
+    return FP8_BYTES * prod(shape) + DTYPE_BYTES[config.family.scale_dtypes[0]] * blocks

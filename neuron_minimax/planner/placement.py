@@ -10,18 +10,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
-from neuron_minimax.errors import ConversionError
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import Family
+from neuron_minimax.files import read_json
 
 if TYPE_CHECKING:
     import torch
 
 Tensor = TypeVar("Tensor", np.ndarray, "torch.Tensor")
 FORMAT_VERSION = 1
+_Number = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A placement as its file holds it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    # No Literal: it takes what equals 1, such as true.
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    moe_ep_degree: _Number
+    expert_order: Annotated[
+        list[Annotated[list[_Number], Field(min_length=1)]], Field(min_length=1)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +53,8 @@ class Placement:
         experts = self.order.shape[1]
         if self.ranks < 1 or experts % self.ranks:
             raise ConversionError(
-                f"{experts} experts cannot be split evenly over {self.ranks} ranks"
+                f"{counted(experts, 'expert')} cannot be split evenly over "
+                f"{counted(self.ranks, 'rank')}"
             )
         if not (np.sort(self.order, axis=1) == np.arange(experts)).all():
             raise ConversionError("a placement has to name every expert of a layer exactly once")
@@ -65,13 +84,15 @@ class Placement:
                     continue
                 if name not in state or state[name].shape[0] != len(order):
                     raise ConversionError(
-                        f"{name} is not in the state dict with {len(order)} experts, as placed"
+                        f"{name} is not in the state dict with "
+                        f"{counted(len(order), 'expert')}, as placed"
                     )
                 result[name] = _reordered(state[name], order)
         extra = family.expert_targets[0].format(l=len(self.order))
         if extra in state:
             raise ConversionError(
-                f"the placement has {len(self.order)} layers, but the state dict has {extra}"
+                f"the placement has {counted(len(self.order), 'layer')}, but the state "
+                f"dict has {extra}"
             )
         return result
 
@@ -87,31 +108,29 @@ class Placement:
         return self
 
     def save(self, path: str | Path) -> None:
-        """JSON: `format_version`, `moe_ep_degree`, `expert_order` (one list per layer)."""
+        """Write JSON, whole or not at all: `format_version`, `moe_ep_degree`, `expert_order` (one
+        list per layer). Raises OSError.
+        """
         contents = {
             "format_version": FORMAT_VERSION,
             "moe_ep_degree": self.ranks,
             "expert_order": self.order.tolist(),
         }
-        Path(path).write_text(json.dumps(contents) + "\n", encoding="utf-8")
+        with replacing(Path(path)) as file:
+            file.write((json.dumps(contents) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
+        """Read what `save` wrote. Raises ConversionError when it is no placement."""
+        advice = "`neuron-minimax experts --trace FILE --placement RANKS` makes one"
         try:
-            contents = json.loads(Path(path).read_text(encoding="utf-8"))
-            if contents["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"format version {contents['format_version']}, expected {FORMAT_VERSION}"
-                )
-            return cls(
-                order=np.array(contents["expert_order"], dtype=np.int64),
-                ranks=contents["moe_ep_degree"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ConversionError(
-                f"{path} is no placement ({error}); `neuron-minimax experts --trace FILE "
-                "--placement RANKS` makes one"
-            ) from None
+            stored = read_json(Path(path), _Stored, ConversionError, advice)
+        except FileNotFoundError:
+            raise ConversionError(f"{path} does not exist; {advice}") from None
+        experts = len(stored.expert_order[0])
+        if any(len(row) != experts for row in stored.expert_order):
+            raise ConversionError(f"{path} has layers of different numbers of experts; {advice}")
+        return cls(order=np.array(stored.expert_order, np.int64), ranks=stored.moe_ep_degree)
 
 
 def _reordered(stacked: Tensor, order: np.ndarray) -> Tensor:
@@ -140,7 +159,9 @@ def place(counts_LE: np.ndarray, ranks: int) -> Placement:
     """
     experts = counts_LE.shape[1]
     if ranks < 1 or experts % ranks:
-        raise ConversionError(f"{experts} experts cannot be split evenly over {ranks} ranks")
+        raise ConversionError(
+            f"{counted(experts, 'expert')} cannot be split evenly over {counted(ranks, 'rank')}"
+        )
     return Placement(
         order=np.stack([_balance(row.astype(float), ranks) for row in counts_LE]), ranks=ranks
     )

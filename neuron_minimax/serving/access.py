@@ -2,12 +2,12 @@
 
 import contextvars
 import hmac
-import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from importlib import resources
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -17,25 +17,19 @@ from neuron_minimax.serving.protocol import RequestError
 
 logger = logging.getLogger("neuron_minimax.serving")
 access_log = logging.getLogger("neuron_minimax.serving.access")
-OPEN_PATHS = ("/", "/chat.js", "/chat.css", "/health", "/health/live", "/health/ready")
+HEALTH_PATHS = ("/health", "/health/live", "/health/ready")
+PROBED_PATHS = (*HEALTH_PATHS, "/metrics")  # every few seconds, by programs
+# The chat page's files by their path; index.html is the page itself.
+PAGE_FILES = {
+    f"/{file.name}".removesuffix("index.html"): file
+    for file in (resources.files("neuron_minimax.serving") / "page").iterdir()
+}
+OPEN_PATHS = (*PAGE_FILES, *HEALTH_PATHS)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # What a request's handler adds to its line in the log.
 log_fields: contextvars.ContextVar[MutableMapping[str, Any]] = contextvars.ContextVar("log_fields")
-
-
-class JsonLogFormatter(logging.Formatter):
-    """One JSON object per line; fields come from the record's `fields`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": f"{record.created:.3f}",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+# Whose request it is: the number of its API key; None for everybody who needs none.
+client: contextvars.ContextVar[int | None] = contextvars.ContextVar("client", default=None)
 
 
 class AccessControl:
@@ -85,7 +79,7 @@ class AccessControl:
             await send(message)
 
         try:
-            self._check(scope, headers)
+            client.set(self._check(scope, headers))
             await self._app(scope, receive, send_with_id)
         except RequestError as error:
             self._on_error(error.kind)
@@ -100,34 +94,46 @@ class AccessControl:
                 await error_response(fault)(scope, receive, send_with_id)
         finally:
             fields["seconds"] = round(time.monotonic() - started, 4)
-            access_log.info("request", extra={"fields": fields})
+            level = logging.DEBUG if _is_probe(fields) else logging.INFO
+            access_log.log(level, "request", extra={"fields": fields})
             log_fields.reset(token)
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check(self, scope: Scope, headers: dict[str, str]) -> int | None:
+        """Return the number of the request's API key, if it needs one. Raises RequestError."""
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if self._hosts and host not in self._hosts:
             raise RequestError(
                 f"host {host!r} is not served here; see --allowed-host", status=421, kind="host"
             )
-        if self._api_keys and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
+        key = None
+        if self._api_keys and scope["path"] not in OPEN_PATHS:
+            key = self._key_of(headers)
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and content_type != "application/json":
+            raise RequestError(
+                f"content type {content_type!r}; expected application/json", status=415
+            )
+        return key
+
+    def _key_of(self, headers: dict[str, str]) -> int:
+        """Return the number of the key that was sent. Raises RequestError (401)."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip(" \t").encode("latin-1")  # the bytes that came
+        # Every key is compared, so that the time says nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
+        if scheme.lower() != "bearer" or not any(matches):
             raise RequestError(
                 "no valid API key; send it as `Authorization: Bearer KEY`",
                 status=401,
                 kind="authentication_error",
                 code="invalid_api_key",
             )
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and content_type != "application/json":
-            raise RequestError(
-                f"content type {content_type!r}; expected application/json", status=415
-            )
+        return matches.index(True)
 
-    def _authorized(self, headers: dict[str, str]) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "surrogateescape")
-        # Every key is compared, so that the time says nothing.
-        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
-        return scheme.lower() == "bearer" and any(matches)
+
+def _is_probe(fields: MutableMapping[str, Any]) -> bool:
+    """Say whether a request has asked how the server is, and was told."""
+    return fields["path"] in PROBED_PATHS and fields.get("status") in (200, 503)
 
 
 def error_response(error: RequestError) -> JSONResponse:

@@ -1,26 +1,32 @@
 """The routes: OpenAI's endpoints, health, metrics and the chat page."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib import resources
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from neuron_minimax.serving.access import AccessControl, error_response, log_fields, read_body
-from neuron_minimax.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Model,
-    RequestError,
-    TokenizeRequest,
-    parse_request,
-    tool_objects,
+from neuron_minimax.serving.access import (
+    PAGE_FILES,
+    AccessControl,
+    error_response,
+    log_fields,
+    read_body,
 )
+from neuron_minimax.serving.preparation import (
+    Preparation,
+    check_model_name,
+    detokenize,
+    prepare_chat,
+    prepare_completion,
+    tokenize,
+)
+from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest, RequestError
 from neuron_minimax.serving.responses import (
     DONE,
     ChatChoice,
@@ -28,17 +34,15 @@ from neuron_minimax.serving.responses import (
     CompletionObject,
     TextChoice,
     sse,
-    usage,
 )
-from neuron_minimax.serving.service import Service, Submission, render_turn
+from neuron_minimax.serving.service import Service, Submission
 
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/chat.js": ("chat.js", "text/javascript"),
-    "/chat.css": ("chat.css", "text/css"),
-}
+Result = TypeVar("Result")
+PAGE_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
+    "'script'; trusted-types 'none'"
 )
 
 
@@ -80,16 +84,15 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
-        on_error(error.kind)
+        if not error.counted:
+            on_error(error.kind)
         return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
-        return error_response(
-            RequestError(
-                f"{request.method} {request.url.path}: {error.detail}", status=error.status_code
-            )
-        )
+        place = f"{request.method} {request.url.path}"
+        refusal = RequestError(f"{place}: {error.detail}", status=error.status_code)
+        return await refuse(request, refusal)
 
     _add_completion_routes(app, service)
     _add_token_routes(app, service)
@@ -101,12 +104,37 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _read(request: Request, kind: type[Model], service: Service) -> Model:
-    """Read a request's body as `kind`."""
+@asynccontextmanager
+async def _deadline(service: Service) -> AsyncIterator[float]:
+    """Give the time (of time.monotonic) by which a request that arrives now has to be answered.
+
+    Raises RequestError (504) when the block, which ends where the engine begins, takes longer.
+    """
+    allowed = service.settings.request_timeout
+    deadline = time.monotonic() + allowed
+    try:
+        async with asyncio.timeout(allowed):
+            yield deadline
+    except TimeoutError:
+        raise RequestError(
+            "the request took longer than the server allows", status=504, kind="timeout"
+        ) from None
+
+
+async def _prepare(
+    request: Request, service: Service, function: Callable[[Preparation, bytes], Result]
+) -> Result:
+    """Read a request's body and have a limited process make something of it. Raises RequestError.
+
+    The place in the line comes after the body, which a client may be slow to send: what unfinished
+    bodies hold is limited where connections are.
+    """
     body = await read_body(request.receive, service.settings.max_body)
     if service.settings.log_requests:
         log_fields.get()["body"] = body.decode("utf-8", "replace")
-    return parse_request(kind, body)
+    desk = service.model.desks.for_text(len(body))
+    with desk.place():
+        return await desk.work(function, body)
 
 
 def _add_completion_routes(app: FastAPI, service: Service) -> None:
@@ -114,22 +142,31 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await _read(request, ChatRequest, service)
-        submission = await service.start_chat(asked)
+        async with _deadline(service) as deadline:
+            prepared = await _prepare(request, service, prepare_chat)
+            submission = await service.start_chat(prepared, deadline)
+        asked = prepared.asked
         tokenizer = service.model.tokenizer
         choices: list[Choice] = [
-            ChatChoice(index, tokenizer, settings.split_reasoning) for index in range(asked.n)
+            ChatChoice(index, tokenizer, settings.split_reasoning, streamed=asked.stream)
+            for index in range(asked.n)
         ]
-        completion = CompletionObject(True, settings.model_name)
+        completion = CompletionObject(True, settings.model_name, asked.n)
         return await _respond(request, asked, submission, choices, completion)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        asked = await _read(request, CompletionRequest, service)
-        submission = await service.start_completion(asked)
+        async with _deadline(service) as deadline:
+            prepared = await _prepare(request, service, prepare_completion)
+            submission = service.start_completion(prepared, deadline)
+        asked = prepared.asked
         tokenizer = service.model.tokenizer
-        choices: list[Choice] = [TextChoice(index, tokenizer) for index in range(asked.n)]
-        completion = CompletionObject(False, settings.model_name)
+        echoed = [prompt.echoed for prompt in prepared.prompts for _ in range(asked.n)]
+        choices: list[Choice] = [
+            TextChoice(index, tokenizer, text, streamed=asked.stream)
+            for index, text in enumerate(echoed)
+        ]
+        completion = CompletionObject(False, settings.model_name, asked.n)
         return await _respond(request, asked, submission, choices, completion)
 
 
@@ -137,30 +174,16 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
     """Add text to tokens and back."""
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        asked = await _read(request, TokenizeRequest, service)
-        service.check_model_name(asked.model)
-        if (asked.prompt is None) == (asked.messages is None):
-            raise RequestError("expected either prompt or messages", param="prompt")
-        tokenizer = service.model.tokenizer
-        text = asked.prompt or ""
-        if asked.messages is not None:
-            tools = tool_objects(asked.tools)
-            turn = await asyncio.to_thread(render_turn, tokenizer, asked.messages, tools)
-            text = turn.prompt
-        tokens = await asyncio.to_thread(tokenizer.encode, text)
-        seq_len = service.model.backend.capabilities.seq_len
-        return JSONResponse({"count": len(tokens), "max_model_len": seq_len, "tokens": tokens})
+    async def to_tokens(request: Request) -> Response:
+        async with _deadline(service):
+            tokens = await _prepare(request, service, tokenize)
+        return Response(tokens, media_type="application/json")
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        asked = await _read(request, DetokenizeRequest, service)
-        service.check_model_name(asked.model)
-        size = service.model.backend.capabilities.vocab_size
-        if any(not 0 <= token < size for token in asked.tokens):
-            raise RequestError(f"tokens: expected 0 to {size - 1}", param="tokens")
-        text = await asyncio.to_thread(service.model.tokenizer.spell, asked.tokens)
-        return JSONResponse({"prompt": text})
+    async def to_text(request: Request) -> Response:
+        async with _deadline(service):
+            text = await _prepare(request, service, detokenize)
+        return Response(text, media_type="application/json")
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
@@ -172,7 +195,7 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model_name(name)
+        check_model_name(name, service.settings.model_name)
         return _model_card(service)
 
     @app.get("/health/live")
@@ -192,11 +215,10 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
             service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    page = resources.files("neuron_minimax.serving") / "page"
-    for path, (name, kind) in PAGE_FILES.items():
-        contents = (page / name).read_bytes()
-        headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
-        app.add_route(path, _static(contents, kind, headers))
+    headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
+    for path, file in PAGE_FILES.items():
+        kind = PAGE_TYPES[file.name.rpartition(".")[2]]
+        app.add_route(path, _static(file.read_bytes(), kind, headers))
 
 
 def _static(
@@ -226,7 +248,8 @@ async def _respond(
     choices: list[Choice],
     completion: CompletionObject,
 ) -> Response:
-    log_fields.get()["prompt_tokens"] = len(submission.requests[0].prompt_ids)
+    prompts = submission.requests[:: asked.n]
+    log_fields.get()["prompt_tokens"] = sum(len(each.prompt_ids) for each in prompts)
     if asked.stream:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return EventStream(
@@ -237,18 +260,15 @@ async def _respond(
     try:
         await asyncio.wait((collecting, gone), return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            raise RequestError("the client went away", status=499, kind="cancelled")
+            raise RequestError("the client went away", status=499, kind="cancelled", counted=True)
         collecting.result()
     finally:
         submission.cancel()
         gone.cancel()
         collecting.cancel()
     log_fields.get()["completion_tokens"] = sum(each.output_tokens for each in submission.requests)
-    return JSONResponse(
-        completion.whole(
-            [choice.whole(asked.top() is not None) for choice in choices], submission.requests
-        )
-    )
+    body = completion.whole([choice.whole() for choice in choices], submission.requests)
+    return Response(body, media_type="application/json")
 
 
 async def _collect(submission: Submission, choices: list[Choice]) -> None:
@@ -261,18 +281,17 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     """Yield the stream of one response; an error in its midst is an event that clients raise."""
     for choice in choices:
-        if isinstance(choice, ChatChoice):
-            delta = {"role": "assistant", "content": ""}
-            yield completion.chunk([{"index": choice.index, "delta": delta, "finish_reason": None}])
+        for chunk in choice.opening():
+            yield completion.chunk([chunk])
     try:
         async for index, update in submission.updates():
             for chunk in choices[index].add(update):
                 yield completion.chunk([chunk])
     except RequestError as error:
         yield sse(error.body())
-        return
-    if include_usage:
-        yield completion.chunk([], usage=usage(submission.requests))
+    else:
+        if include_usage:
+            yield completion.usage_chunk(submission.requests)
     yield DONE
 
 

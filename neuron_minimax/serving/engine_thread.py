@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.errors import NeuronMiniMaxError, counted
 from neuron_minimax.generation.engine import (
     Counters,
     Engine,
@@ -117,11 +117,13 @@ class ServedRequest:
     receive: Callable[[Update], None]
     deadline: float
     cancelled: bool = False
+    ended: bool = field(default=False, init=False)  # the last update was received
     last_token_at: float = field(default=0.0, init=False)
 
 
 class EngineThread:
-    """Owns an engine over `backend`, with at most `max_waiting` requests in the queue.
+    """Owns an engine over `backend`, with at most `max_waiting` requests in the queue beside those
+    that have a slot at once.
 
     Each round it drops what was cancelled or is late, admits waiting requests in order of arrival,
     and lets the engine do one round.
@@ -139,6 +141,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.slots.set(self._engine.slots)
 
+    @property
+    def capacity(self) -> int:
+        """The number of requests that may run and wait at the same time."""
+        return self._engine.slots + self._max_waiting
+
+    @property
+    def _unserved(self) -> int:
+        return len(self._waiting) + len(self._running)
+
     def start(self) -> None:
         self._thread.start()
 
@@ -147,9 +158,9 @@ class EngineThread:
         with self._changed:
             if self._draining:
                 raise DrainingError("the server is shutting down; try another one")
-            if len(self._waiting) + len(served) > self._max_waiting:
+            if self._unserved + len(served) > self.capacity:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting already; try again later"
+                    f"{counted(len(self._waiting), 'request')} waiting already; try again later"
                 )
             for one in served:
                 one.request.arrived = time.monotonic()
@@ -172,14 +183,24 @@ class EngineThread:
             self._draining = True
             return self._changed.wait_for(self._idle, timeout)
 
-    def stop(self) -> None:
-        """End the thread after the current round; whatever is unfinished fails."""
+    def give_up(self) -> None:
+        """Take nothing new, and let everything fail at once that is unfinished, however long the
+        current round takes.
+        """
         with self._changed:
             self._draining = True
             self._stopping = True
+            unfinished = [*self._running.values(), *self._waiting]
+            self._waiting.clear()
             self._changed.notify()
+        for served in unfinished:
+            self._tell_failure(served, Failure("shutdown", "the server stopped"))
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Give up; wait at most `timeout` seconds for the end of the thread."""
+        self.give_up()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout)
 
     @property
     def alive(self) -> bool:
@@ -199,19 +220,24 @@ class EngineThread:
         return not self._waiting and not self._running
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.notify_all()  # drain() may be waiting for idleness
-                self._changed.wait_for(lambda: self._stopping or not self._idle())
-                if self._stopping:
-                    break
-            self._round()
+        try:
+            while self._has_work():
+                self._round()
+        finally:
+            self._end()
+
+    def _has_work(self) -> bool:
+        """Wait for work; False when the thread is to stop."""
+        with self._changed:
+            self._changed.notify_all()  # drain() may be waiting for idleness
+            self._changed.wait_for(lambda: self._stopping or not self._idle())
+            return not self._stopping
+
+    def _end(self) -> None:
+        """Let everything fail that is unfinished, whatever has ended the thread."""
+        self.give_up()
         for served in list(self._running.values()):
-            self._fail(served, "shutdown", "the server stopped")
-        while self._waiting:
-            served = self._waiting.popleft()
-            error = Failure("shutdown", "the server stopped")
-            served.receive(Update(request=served.request, error=error))
+            self._release(served)
 
     def _round(self) -> None:
         try:
@@ -220,7 +246,9 @@ class EngineThread:
             for update in self._engine.step():
                 self.metrics.follow(self._engine.counters)
                 self._deliver(self._running[update.request], update)
-        except Exception:  # a fault of ours ends the requests that run, not the server
+        # A fault of ours, or of a library, whose panic is no Exception, ends the requests that run,
+        # not the server.
+        except BaseException:
             logger.exception("the engine's thread failed")
             for served in list(self._running.values()):
                 self._fail(served, "internal_error", INTERNAL_ERROR)
@@ -245,10 +273,11 @@ class EngineThread:
                 self._waiting.remove(served)
             self.metrics.waiting.set(len(self._waiting))
         for served in gone:
-            self.metrics.errors.labels("cancelled" if served.cancelled else "timeout").inc()
-            if not served.cancelled:
-                error = Failure("timeout", "the request waited longer than the server allows")
-                served.receive(Update(request=served.request, error=error))
+            if served.cancelled:
+                self.metrics.errors.labels("cancelled").inc()
+            else:
+                message = "the request waited longer than the server allows"
+                self._tell_failure(served, Failure("timeout", message))
 
     def _admit(self) -> None:
         while self._engine.occupied < self._engine.slots:
@@ -261,7 +290,13 @@ class EngineThread:
             self._engine.add(served.request)
 
     def _deliver(self, served: ServedRequest, update: Update) -> None:
-        """Measure an update and tell the client, unless there is nothing to tell."""
+        """Measure an update and tell the client, unless there is nothing to tell, or it has been
+        told that the request failed.
+        """
+        if update.last:
+            self._release(served)
+        if served.ended or (update.last and not self._ends(served)):
+            return
         if isinstance(update, NewToken):
             self._measure(served)
         if update.finish_reason:
@@ -274,10 +309,8 @@ class EngineThread:
         if update.error and update.error.kind == "internal_error":
             error = Failure("internal_error", INTERNAL_ERROR)
             update = replace(update, error=error)
-        if update.last:
-            self._release(served)
-        if update.last or update.events or update.logprobs:
-            served.receive(update)
+        if update.last or update.events or update.logprobs or update.prompt_logprobs:
+            served.receive(_without_logits(update))
 
     def _measure(self, served: ServedRequest) -> None:
         now = time.monotonic()
@@ -289,10 +322,35 @@ class EngineThread:
 
     def _fail(self, served: ServedRequest, kind: str, message: str) -> None:
         self._release(served)
-        self.metrics.errors.labels(kind).inc()
-        served.receive(Update(request=served.request, error=Failure(kind, message)))
+        self._tell_failure(served, Failure(kind, message))
+
+    def _tell_failure(self, served: ServedRequest, failure: Failure) -> None:
+        """Count and tell a failure, unless the request has ended before; from any thread."""
+        if self._ends(served):
+            self.metrics.errors.labels(failure.kind).inc()
+            served.receive(Update(request=served.request, error=failure))
+
+    def _ends(self, served: ServedRequest) -> bool:
+        """Note that a request ends; say whether it did not before."""
+        with self._changed:
+            ends = not served.ended
+            served.ended = True
+            return ends
 
     def _release(self, served: ServedRequest) -> None:
         self._engine.cancel(served.request)
         with self._changed:
             del self._running[served.request]
+
+
+def _without_logits(update: Update) -> Update:
+    """Return what a client is told: logits would wait with it until the client has read."""
+    return Update(
+        request=update.request,
+        events=update.events,
+        prompt_logprobs=update.prompt_logprobs,
+        logprobs=update.logprobs,
+        finish_reason=update.finish_reason,
+        error=update.error,
+        cause=update.cause,
+    )

@@ -1,39 +1,58 @@
 """Requests in OpenAI's format with vLLM's extensions; everything else is refused by name.
 
-Chat messages and tools are brought here into the form that chat templates expect.
+Nothing here imports torch: bodies are read in limited processes.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     StrictBool,
+    StrictFloat,
+    StrictInt,
     StrictStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from neuron_minimax.errors import GenerationError, NeuronMiniMaxError
-from neuron_minimax.generation.sampling import SamplingParams
+from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted, shortened
+
+if TYPE_CHECKING:
+    from neuron_minimax.generation.sampling import SamplingParams
 
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+# Arguments of a chat template; which there are, the template says.
+TemplateArguments = Annotated[
+    dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | None], Field(max_length=16)
+]
+# A list that is given up at its first wrong item.
+Items = Annotated[list[Item], Field(fail_fast=True)]
+
+# A prompt of as many token numbers as the longest model takes, and the values of a hundred tools.
+MAX_VALUES = 300_000
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_CHOICES = 16
+MAX_ANSWERS = 128  # of all prompts of one request
 MAX_TOP_LOGPROBS = 20
-MAX_SCHEMA_DEPTH = 32
+MAX_SALT_LENGTH = 256
+UNKNOWN = "unknown_field"  # the type of pydantic's error
 
 
 class RequestError(NeuronMiniMaxError):
-    """A request that is answered with an HTTP error in OpenAI's form."""
+    """A request that is answered with an HTTP error in OpenAI's form; what it quotes of the request
+    is cut off where it is long. `counted`: the metrics of the engine's thread have it already.
+    """
 
     def __init__(
         self,
@@ -44,13 +63,15 @@ class RequestError(NeuronMiniMaxError):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        counted: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message))
         self.status = status
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else shortened(param)
         self.code = code
         self.retry_after = retry_after
+        self.counted = counted
 
     def body(self) -> dict[str, Any]:
         return {
@@ -64,7 +85,18 @@ class RequestError(NeuronMiniMaxError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """An object without other fields than its own.
+
+    The first one is told: pydantic's `extra="forbid"` makes an error of a kilobyte of each.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _has_only_its_fields(self) -> Self:
+        for name in self.model_extra or ():
+            raise PydanticCustomError(UNKNOWN, "it is not supported", {"field": name})
+        return self
 
 
 class TextPart(_Strict):
@@ -98,14 +130,14 @@ class Call(_Strict):
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Items[TextPart] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Items[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     refusal: None = None
     audio: None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
+    annotations: Items[Any] | None = Field(None, max_length=0)
     function_call: None = None
 
     def text(self) -> str:
@@ -152,13 +184,23 @@ class _Sampled(_Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
+    # These four as in vLLM.
+    stop_token_ids: Items[StrictInt] | None = Field(None, max_length=MAX_STOPS)
+    min_tokens: StrictInt = Field(0, ge=0)
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # names the end user; has no effect on the answer
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_LENGTH)  # as in vLLM
 
-    @field_validator("n", "stream", mode="before")
+    @field_validator(
+        *("n", "stream", "min_tokens", "ignore_eos", "skip_special_tokens", "echo"),
+        mode="before",
+        check_fields=False,
+    )
     @classmethod
     def _default_for_null(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
@@ -172,29 +214,31 @@ class _Sampled(_Strict):
             )
         return stops
 
-    def sampling(self, defaults: SamplingParams, choice: int = 0) -> SamplingParams:
+    def sampling(self, defaults: "SamplingParams", choice: int = 0) -> "SamplingParams":
         """Return the parameters of choice number `choice`; each has a seed of its own.
 
         Raises RequestError that names the field.
         """
-        values = asdict(defaults)
-        values |= {name: value for name in values if (value := getattr(self, name)) is not None}
-        values["top_k"] = max(0, values["top_k"])  # vLLM's -1: all tokens
+        given = {name: getattr(self, name) for name in vars(defaults)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if "top_k" in given:
+            given["top_k"] = max(0, given["top_k"])  # vLLM's -1: all tokens
         if self.seed is not None:
-            values["seed"] = self.seed + choice
+            given["seed"] = self.seed + choice
         try:
-            return SamplingParams(**values)
+            return replace(defaults, **given)
         except GenerationError as error:
             raise RequestError(str(error), param=str(error).split()[0]) from None
 
 
 class ChatRequest(_Sampled):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: TemplateArguments | None = None  # as in vLLM
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -212,8 +256,47 @@ class ChatRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[StrictInt] | Items[str] | Items[Items[StrictInt]]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: StrictBool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _name_the_forms(cls, value: Any, read: Callable[[Any], Any]) -> Any:
+        """Say once what a prompt may be, instead of what is wrong with the first of four forms."""
+        try:
+            return read(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "prompt",
+                "expected a text, a list of texts, a list of token numbers, or a list of such "
+                "lists",
+            ) from None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts. Raises RequestError when there are none, or too many answers."""
+        prompt = self.prompt
+        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+        prompts: Any = prompt if several else [prompt]
+        if not prompts:
+            raise RequestError("prompt: the list is empty; expected a prompt", param="prompt")
+        if len(prompts) * self.n > MAX_ANSWERS:
+            raise RequestError(
+                f"prompt: {counted(len(prompts), 'prompt')} with n {self.n}: "
+                f"{len(prompts) * self.n} answers; at most {MAX_ANSWERS} are given at once",
+                param="prompt",
+            )
+        return prompts
+
+    def check(self) -> None:
+        """Raise RequestError for a limit of 0 where that leaves nothing to answer."""
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError(
+                "max_tokens is 0, which leaves an empty answer; expected at least 1, or echo to "
+                "have the prompt back",
+                param="max_tokens",
+            )
 
     def limit(self) -> int | None:
         return self.max_tokens if self.max_tokens is not None else 16  # OpenAI's default here
@@ -224,136 +307,40 @@ class CompletionRequest(_Sampled):
 
 class TokenizeRequest(_Strict):
     model: str | None = None
+    add_special_tokens: Literal[False] | None = None  # as everywhere here: none are added
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    messages: Items[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    chat_template_kwargs: TemplateArguments | None = None
 
 
 class DetokenizeRequest(_Strict):
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 def parse_request(model: type[Model], body: bytes) -> Model:
     """Read a JSON body as `model`. Raises RequestError that names the first field at fault."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise RequestError(f"the body has more than {MAX_VALUES} values")
     try:
-        text = body.decode("utf-8")
-        values = json.loads(text)
-        if "\\u" in text:  # half a surrogate pair is valid JSON, but no text that can be tokenized
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {type(error).__name__}") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"the body is a JSON {type(values).__name__}; expected an object")
-    try:
-        return model.model_validate(values)
-    except (ValidationError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            raise RequestError("the body is nested too deeply") from None
+        return model.model_validate_json(body)
+    except ValidationError as error:
         raise _named(error) from None
 
 
 def _named(error: ValidationError) -> RequestError:
     """Return the first problem of a validation; an unknown field is named as unsupported."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    unknown = next((problem for problem in problems if problem["type"] == "extra_forbidden"), None)
+    problems = error.errors(include_url=False, include_input=False)
+    unknown = next((problem for problem in problems if problem["type"] == UNKNOWN), None)
     problem = unknown or problems[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "json_invalid":
+        return RequestError(f"the body cannot be read as JSON: {problem['msg']}")
+    path = [str(part) for part in problem["loc"]]
     if unknown:
+        name = ".".join([*path, unknown["ctx"]["field"]])
         return RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
+    if not path:
+        return RequestError(f"the body: {problem['msg']}")
+    name = ".".join(path)
     return RequestError(f"{name}: {problem['msg']}", param=name)
-
-
-def check_depth(value: Any, name: str, limit: int = MAX_SCHEMA_DEPTH) -> None:
-    """Raise RequestError when lists and objects in `value` are nested deeper than `limit`."""
-    level = [value]
-    for _ in range(limit):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return
-    raise RequestError(f"{name} is nested deeper than {limit} levels", param=name)
-
-
-def tool_objects(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    """Return tools as plain objects, without what was not given; None without tools.
-
-    Raises RequestError when they are nested too deeply.
-    """
-    if not tools:
-        return None
-    objects = [tool.model_dump(exclude_none=True) for tool in tools]
-    check_depth(objects, "tools")
-    return objects
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages for a chat template: content as text, arguments of calls as objects.
-
-    One system message comes first: developer messages are system messages, and several join to one.
-    Raises RequestError when they cannot be brought into that form.
-    """
-    head = next(
-        (place for place, message in enumerate(messages) if not _is_system(message)), len(messages)
-    )
-    late = next(
-        (place for place in range(head, len(messages)) if _is_system(messages[place])), None
-    )
-    if late is not None:
-        raise RequestError(
-            f"messages.{late}: a {messages[late].role} message after the conversation has begun is "
-            "not supported; put it first",
-            param=f"messages.{late}.role",
-        )
-    system = "\n\n".join(message.text() for message in messages[:head])
-    rendered = [{"role": "system", "content": system}] if head else []
-    return rendered + [
-        _template_message(place, messages[place]) for place in range(head, len(messages))
-    ]
-
-
-def _is_system(message: ChatMessage) -> bool:
-    return message.role in ("system", "developer")
-
-
-def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
-    if message.role != "assistant" and (
-        message.tool_calls or message.reasoning_content is not None
-    ):
-        raise RequestError(
-            f"messages.{place}: only assistant messages have tool_calls or reasoning_content",
-            param=f"messages.{place}",
-        )
-    if message.content is None and not message.tool_calls and message.reasoning_content is None:
-        raise RequestError(
-            f"messages.{place}.content is missing", param=f"messages.{place}.content"
-        )
-    rendered: dict[str, Any] = {"role": message.role, "content": message.text()}
-    if message.reasoning_content is not None:
-        rendered["reasoning_content"] = message.reasoning_content
-    if message.tool_calls:
-        rendered["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": _called(place, call)}
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        rendered["tool_call_id"] = message.tool_call_id
-    return rendered
-
-
-def _called(place: int, call: Call) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise RequestError(
-            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON "
-            "object",
-            param=f"messages.{place}.tool_calls",
-        )
-    return {"name": call.function.name, "arguments": arguments}

@@ -19,68 +19,115 @@ from neuron_minimax.generation.events import (
     collect,
 )
 from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.preparation import Prompt
+from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest, RequestError
 
 DONE = b"data: [DONE]\n\n"
+# The log probabilities of one response that is not streamed: some hundred bytes each.
+MAX_LOGPROBS = 200_000
+
+
+def check_logprobs(
+    asked: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], rooms: Sequence[int]
+) -> None:
+    """Raise RequestError when a response would hold too many log probabilities. A stream holds
+    those of the prompts, which come faster than a client may read.
+    """
+    top = asked.top()
+    if top is None:
+        return
+    echo = isinstance(asked, CompletionRequest) and asked.echo
+    of_prompts = sum(prompt.length for prompt in prompts) if echo else 0
+    of_answers = 0 if asked.stream else sum(rooms)
+    each = asked.n * (1 + top)
+    entries = (of_prompts + of_answers) * each
+    if entries <= MAX_LOGPROBS:
+        return
+    if of_prompts * each > MAX_LOGPROBS:
+        found = f"{of_prompts * each} log probabilities of prompts"
+        advice = "lower logprobs or n, send fewer or shorter prompts at once, or leave out echo"
+    else:
+        found = f"{entries} log probabilities"
+        advice = "lower logprobs, max_tokens or n, send fewer prompts at once, or stream"
+        if isinstance(asked, ChatRequest):
+            advice = "lower top_logprobs, max_tokens or n, or stream"
+    raise RequestError(
+        f"{found} in one response; at most {MAX_LOGPROBS} are kept: {advice}", param="logprobs"
+    )
 
 
 def sse(value: Any) -> bytes:
     """Return one server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + _json(value).encode() + b"\n\n"
 
 
-def usage(requests: Sequence[Request]) -> dict[str, Any]:
-    """Return the token counts of one response; the prompt counts once for all choices."""
-    prompt = len(requests[0].prompt_ids)
+def usage(requests: Sequence[Request], n: int) -> dict[str, Any]:
+    """Return the token counts of one response; a prompt counts once for its `n` choices."""
+    first_choices = requests[::n]
+    prompt = sum(len(request.prompt_ids) for request in first_choices)
+    cached = sum(request.cached_tokens for request in first_choices)
     answer = sum(request.output_tokens for request in requests)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": requests[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
 class Choice:
-    """One answer as it grows."""
+    """One answer as it grows; it is kept for `whole` unless it is `streamed`."""
 
-    def __init__(self, index: int, tokenizer: TextTokenizer) -> None:
+    def __init__(self, index: int, tokenizer: TextTokenizer, *, streamed: bool) -> None:
         self.index = index
         self.tokenizer = tokenizer
+        self._streamed = streamed
         self.finish_reason: str | None = None
         self._events: list[Event] = []
-        self._logprobs: list[TokenLogprobs] = []
+        # The log probabilities so far, by list of the answer: each entry is JSON already, so that
+        # the end of a long answer is not one long piece of work.
+        self._logprobs: dict[str, list[str]] = {}
 
     def add(self, update: Update) -> list[dict[str, Any]]:
         """Add an update; return the choices of the chunks that tell a client about it."""
         events = self._adapted(update.events)
-        self._events += events
-        new_logprobs = [update.logprobs] if update.logprobs else []
-        self._logprobs += new_logprobs
+        rendered: dict[str, list[Any]] = {}
+        for each in (*update.prompt_logprobs, *([update.logprobs] if update.logprobs else [])):
+            for name, entry in self._render_logprobs(each).items():
+                rendered.setdefault(name, []).append(entry)
+        if not self._streamed:
+            self._events += events
+            for name, entries in rendered.items():
+                self._logprobs.setdefault(name, []).extend(map(_json, entries))
         self.finish_reason = self._reason(update.finish_reason)
         chunks: list[dict[str, Any]] = [
             self._chunk(event) for event in events if not _is_silent(event)
         ]
-        if not chunks and (new_logprobs or self.finish_reason):
+        if not chunks and (rendered or self.finish_reason):
             chunks = [self._chunk(None)]
         for number, chunk in enumerate(chunks):
             chunk["index"] = self.index
             chunk["finish_reason"] = None
-            if new_logprobs:
-                chunk["logprobs"] = self._render_logprobs(new_logprobs) if number == 0 else None
+            if rendered:
+                chunk["logprobs"] = rendered if number == 0 else None
         if self.finish_reason:
             chunks[-1]["finish_reason"] = self.finish_reason
         return chunks
 
-    def whole(self, with_logprobs: bool) -> dict[str, Any]:
-        """Return the finished choice of a response that is not streamed."""
-        logprobs = self._render_logprobs(self._logprobs) if with_logprobs else None
-        body = self._body(collect(self._events))
-        return {
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the choices of the chunks that a stream begins with."""
+        return []
+
+    def whole(self) -> str:
+        """Return the finished choice of a response that is not streamed, as JSON."""
+        choice = {
             "index": self.index,
-            **body,
-            "logprobs": logprobs,
+            **self._body(collect(self._events)),
             "finish_reason": self.finish_reason,
         }
+        lists = [f'"{name}": [{", ".join(each)}]' for name, each in self._logprobs.items()]
+        logprobs = f"{{{', '.join(lists)}}}" if lists else "null"
+        return f'{_json(choice)[:-1]}, "logprobs": {logprobs}}}'
 
     def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
         return events
@@ -94,36 +141,54 @@ class Choice:
     def _body(self, message: Message) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _render_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _render_logprobs(self, logprobs: TokenLogprobs) -> dict[str, Any]:
+        """Return what a token adds to each list of log probabilities."""
         raise NotImplementedError
 
 
 class TextChoice(Choice):
-    """A choice of /v1/completions."""
+    """A choice of /v1/completions, which begins with the text `echoed`."""
 
-    _offset = 0
+    def __init__(
+        self, index: int, tokenizer: TextTokenizer, echoed: str = "", *, streamed: bool
+    ) -> None:
+        super().__init__(index, tokenizer, streamed=streamed)
+        self._echoed = echoed
+        self._offset = 0
+
+    def opening(self) -> list[dict[str, Any]]:
+        if not self._echoed:
+            return []
+        chunk = {"index": self.index, "text": self._echoed, "logprobs": None}
+        return [chunk | {"finish_reason": None}]
 
     def _chunk(self, event: Event | None) -> dict[str, Any]:
         return {"text": event.text if isinstance(event, Content) else ""}
 
     def _body(self, message: Message) -> dict[str, Any]:
-        self._offset = 0
-        return {"text": message.content}
+        return {"text": self._echoed + message.content}
 
-    def _render_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        text = self.tokenizer.token_text
-        offsets = []
-        for entry in logprobs:
-            offsets.append(self._offset)
-            self._offset += len(text(entry.token))
+    def _render_logprobs(self, logprobs: TokenLogprobs) -> dict[str, Any]:
+        text = self.tokenizer.token_text(logprobs.token)
+        offset = self._offset
+        self._offset += len(text)
         return {
-            "tokens": [text(entry.token) for entry in logprobs],
-            "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [
-                {text(token): value for token, value in entry.top} for entry in logprobs
-            ],
-            "text_offset": offsets,
+            "tokens": text,
+            "token_logprobs": logprobs.logprob,
+            "top_logprobs": self._render_top(logprobs),
+            "text_offset": offset,
         }
+
+    def _render_top(self, logprobs: TokenLogprobs) -> dict[str, float] | None:
+        """Return the likely tokens and the chosen one, as OpenAI does; of those that are spelled
+        alike, as parts of characters are, the likeliest.
+        """
+        if logprobs.logprob is None:
+            return None
+        likely: dict[str, float] = {}
+        for token, value in (*logprobs.top, (logprobs.token, logprobs.logprob)):
+            likely.setdefault(self.tokenizer.token_text(token), value)
+        return likely
 
 
 class ChatChoice(Choice):
@@ -132,12 +197,23 @@ class ChatChoice(Choice):
     Without `split_reasoning` the reasoning stays in the content, with its tags.
     """
 
-    def __init__(self, index: int, tokenizer: TextTokenizer, split_reasoning: bool = True) -> None:
-        super().__init__(index, tokenizer)
+    def __init__(
+        self,
+        index: int,
+        tokenizer: TextTokenizer,
+        split_reasoning: bool = True,
+        *,
+        streamed: bool,
+    ) -> None:
+        super().__init__(index, tokenizer, streamed=streamed)
         self._split = split_reasoning
         self._reasoned = False
         self._complete_calls = 0
         self._call_ids: dict[int, str] = {}
+
+    def opening(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": self.index, "delta": delta, "finish_reason": None}]
 
     def _adapted(self, events: Sequence[Event]) -> Sequence[Event]:
         self._complete_calls += sum(
@@ -201,8 +277,8 @@ class ChatChoice(Choice):
     def _call_id(self, index: int) -> str:
         return self._call_ids.setdefault(index, f"call_{uuid.uuid4().hex[:24]}")
 
-    def _render_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
+    def _render_logprobs(self, logprobs: TokenLogprobs) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
             spelled = self.tokenizer.token_bytes(token)
             return {
                 "token": self.tokenizer.token_text(token),
@@ -210,34 +286,30 @@ class ChatChoice(Choice):
                 "bytes": list(spelled),
             }
 
-        return {
-            "content": [
-                {
-                    **entry(one.token, one.logprob),
-                    "top_logprobs": [entry(*pair) for pair in one.top],
-                }
-                for one in logprobs
-            ]
-        }
+        chosen = entry(logprobs.token, logprobs.logprob)
+        return {"content": {**chosen, "top_logprobs": [entry(*pair) for pair in logprobs.top]}}
 
 
 class CompletionObject:
-    """The object of one response, without its choices: id, kind, model and time."""
+    """The object of one response, without its choices: id, kind, model and time. Each of its
+    prompts has `n` choices.
+    """
 
-    def __init__(self, chat: bool, model: str) -> None:
+    def __init__(self, chat: bool, model: str, n: int) -> None:
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._kind = "chat.completion" if chat else "text_completion"
         self._chunk_kind = "chat.completion.chunk" if chat else "text_completion"
+        self._n = n
         self._rest = {"created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[dict[str, Any]], requests: Sequence[Request]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": self._kind,
-            **self._rest,
-            "choices": choices,
-            "usage": usage(requests),
-        }
+    def whole(self, choices: list[str], requests: Sequence[Request]) -> bytes:
+        """Return a whole response as JSON; the choices are JSON already."""
+        counts = usage(requests, self._n)
+        head = {"id": self.id, "object": self._kind, **self._rest, "usage": counts}
+        return f'{_json(head)[:-1]}, "choices": [{", ".join(choices)}]}}'.encode()
+
+    def usage_chunk(self, requests: Sequence[Request]) -> bytes:
+        return self.chunk([], usage=usage(requests, self._n))
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return sse(
@@ -247,3 +319,7 @@ class CompletionObject:
 
 def _is_silent(event: Event) -> bool:
     return isinstance(event, ReasoningEnd | CallEnd)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

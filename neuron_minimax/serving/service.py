@@ -1,23 +1,29 @@
 """The loaded model behind the HTTP routes: requests go to the engine, updates come back."""
 
 import asyncio
+import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends import load
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.backends.directory import read_manifest
-from neuron_minimax.errors import GenerationError
-from neuron_minimax.generation.conversation import Turn
+from neuron_minimax.backends.directory import check_compiled, read_manifest
+from neuron_minimax.errors import GenerationError, counted
 from neuron_minimax.generation.engine import Request, Update
-from neuron_minimax.generation.generate import answer_room
+from neuron_minimax.generation.generate import room_for_answer
 from neuron_minimax.generation.reader import AnswerReader
+from neuron_minimax.generation.sampling import SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.serving.constraints import ANY_OBJECT, Constraint, Grammars
+from neuron_minimax.limited import warm_up
+from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.serving.access import client
+from neuron_minimax.serving.constraints import Constraint
+from neuron_minimax.serving.desks import MODULES, Desks, check_tokenizer
 from neuron_minimax.serving.engine_thread import (
     DrainingError,
     EngineThread,
@@ -25,16 +31,13 @@ from neuron_minimax.serving.engine_thread import (
     QueueFullError,
     ServedRequest,
 )
-from neuron_minimax.serving.protocol import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    NamedToolChoice,
-    RequestError,
-    check_depth,
-    template_messages,
-    tool_objects,
-)
+from neuron_minimax.serving.grammars import GrammarError, Grammars, make_grammar
+from neuron_minimax.serving.preparation import Prepared, Prompt
+from neuron_minimax.serving.protocol import ChatRequest, CompletionRequest, RequestError
+from neuron_minimax.serving.responses import check_logprobs
+
+# The answers, running or waiting, that follow a grammar: each may hold its own megabytes.
+MAX_CONSTRAINED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,12 @@ class Settings:
     max_waiting: int = 256
     request_timeout: float = 600.0
     drain_timeout: float = 120.0
+    exit_timeout: float = 10.0
     split_reasoning: bool = True
     max_body: int = 8 << 20
+    max_connections: int = 1024
+    client_timeout: float = 60.0
+    keep_alive: float = 75.0
     api_keys: tuple[bytes, ...] = ()
     hosts: frozenset[str] = frozenset()
     log_requests: bool = False
@@ -59,6 +66,7 @@ class Model:
     backend: Backend
     tokenizer: TextTokenizer
     grammars: Grammars
+    desks: Desks
     engine: EngineThread
 
 
@@ -67,6 +75,7 @@ class Submission:
 
     def __init__(self, engine: EngineThread, deadline: float, requests: Sequence[Request]) -> None:
         self.requests = requests
+        self.on_end: Callable[[], None] = lambda: None
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
@@ -90,19 +99,24 @@ class Submission:
             if update.error:
                 kind, message = update.error
                 status = {"timeout": 504, "shutdown": 503}.get(kind, 500)
-                raise RequestError(message, status=status, kind=kind)
+                if isinstance(update.cause, GrammarError):  # the client's
+                    status = 400
+                raise RequestError(message, status=status, kind=kind, counted=True)
             unfinished -= update.last
             yield index, update
 
     def cancel(self) -> None:
+        """End the requests, whether or not they have ended; call it once."""
         for served in self._served:
             self._engine.cancel(served)
+        self.on_end()
 
     def _receiver(self, index: int) -> Callable[[Update], None]:
         """Return where choice number `index` puts its updates, from the engine's thread."""
 
         def receive(update: Update) -> None:
-            self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
 
         return receive
 
@@ -115,25 +129,61 @@ class Service:
         self.metrics = metrics
         self.failure: Exception | None = None
         self._model: Model | None = None
+        self._stopped = False
+        self._starting = threading.Lock()  # held where either of the two changes
+        self._following = 0
+
+    def check(self, traced: Path, progress: Progress = SILENT) -> None:
+        """Find out what can be known without loading the weights: whether the directory can be
+        loaded, and its tokenizer works in the processes that are to use it.
+
+        Raises BackendError, GenerationError or SetupError.
+        """
+        warm_up(*MODULES)
+        opened = check_compiled(traced, progress)
+        check_tokenizer(TextTokenizer.from_dir(opened.directory))
 
     def load(self, traced: Path) -> None:
         """Load a compiled directory, start the engine. Raises BackendError or GenerationError."""
         started = time.monotonic()
         backend = load(traced)
         self.metrics.load_seconds.set(time.monotonic() - started)
-        self.metrics.compile_seconds.set(_compile_seconds(traced))
+        self.metrics.compile_seconds.set(read_manifest(traced).compile_seconds)
         self.use(backend)
+        # What is loaded stays: the garbage collector would look at all of it again and again, and
+        # everybody waits for that.
+        gc.collect()
+        gc.freeze()
 
     def use(self, backend: Backend) -> None:
-        """Serve a loaded backend, with the tokenizer from its directory."""
+        """Serve a loaded backend, with the tokenizer from its directory; nothing is started after
+        `drain`, `give_up` or `stop`.
+        """
         tokenizer = TextTokenizer.from_dir(backend.model_directory)
-        grammars = Grammars(tokenizer, backend.capabilities.vocab_size)
-        engine = EngineThread(backend, self.metrics, self.settings.max_waiting)
-        engine.start()
-        self._model = Model(backend, tokenizer, grammars, engine)
+        can = backend.capabilities
+        grammars = Grammars(
+            tokenizer.hugging_face,
+            tokenizer.chat_format,
+            tokenizer.stop_token_ids,
+            can.vocab_size,
+        )
+        with self._starting:
+            if self._stopped:
+                return
+            desks = Desks(tokenizer, self.settings.model_name, can.seq_len, can.vocab_size)
+            engine = EngineThread(backend, self.metrics, self.settings.max_waiting)
+            engine.start()
+            self._model = Model(backend, tokenizer, grammars, desks, engine)
 
-    def load_in_background(self, traced: Path, on_failure: Callable[[], None]) -> None:
-        """Load while the server already answers health checks; a failure is kept in `failure`."""
+    def load_in_background(
+        self,
+        traced: Path,
+        on_loaded: Callable[[], None],
+        on_failure: Callable[[], None],
+    ) -> None:
+        """Load while the server already answers health checks; a failure is kept in `failure`. A
+        model that is stopped before it is loaded is neither.
+        """
 
         def run() -> None:
             try:
@@ -141,6 +191,9 @@ class Service:
             except Exception as error:
                 self.failure = error
                 on_failure()
+            else:
+                if self._model is not None:
+                    on_loaded()
 
         threading.Thread(target=run, name="load", daemon=True).start()
 
@@ -159,147 +212,141 @@ class Service:
         return self._model
 
     def drain(self) -> bool:
-        """Finish what runs; False when it took longer than the settings allow."""
-        return self._model is None or self._model.engine.drain(self.settings.drain_timeout)
-
-    def stop(self) -> None:
-        if self._model is not None:
-            self._model.engine.stop()
-
-    def check_model_name(self, name: str | None) -> None:
-        if name is not None and name != self.settings.model_name:
-            raise RequestError(
-                f"model {name!r} does not exist; this server has {self.settings.model_name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-
-    async def start_chat(self, request: ChatRequest) -> Submission:
-        """Queue a chat completion. Raises RequestError."""
-        tokenizer = self.model.tokenizer
-        self.check_model_name(request.model)
-        tools = None if request.tool_choice == "none" else tool_objects(request.tools)
-        constraints = await asyncio.to_thread(self._constraints, request, tools)
-        turn = await asyncio.to_thread(render_turn, tokenizer, request.messages, tools)
-        self._check_length(turn.prompt)
-        ids = await asyncio.to_thread(lambda: turn.prompt_ids)
-        one_call = request.parallel_tool_calls is False
-        readers = [turn.reader(stops=request.stops(), one_call=one_call) for _ in constraints]
-        return self._submit(request, ids, readers, constraints)
-
-    async def start_completion(self, request: CompletionRequest) -> Submission:
-        """Queue a plain completion of one prompt. Raises RequestError."""
-        self.check_model_name(request.model)
-        ids = await asyncio.to_thread(self._prompt_ids, request.prompt)
-        tokenizer = self.model.tokenizer
-        readers = [AnswerReader(tokenizer, stops=request.stops()) for _ in range(request.n)]
-        return self._submit(request, ids, readers, [None] * request.n)
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self._encode(prompt)
-        if prompt and all(isinstance(token, int) for token in prompt):
-            return prompt
-        if len(prompt) == 1:
-            return self._prompt_ids(prompt[0])
-        raise RequestError(
-            "prompt: one prompt per request is supported; send the others separately",
-            param="prompt",
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        self._check_length(text)
-        return self.model.tokenizer.encode(text)
-
-    def _check_length(self, text: str) -> None:
-        """Refuse far too long texts before they are made into tokens.
-
-        A token stands for at most a few dozen characters.
+        """Finish what runs, give up what has not reached the engine; False when it took longer
+        than the settings allow.
         """
-        limit = self.model.backend.capabilities.seq_len * 64
-        if len(text) > limit:
-            raise RequestError(
-                f"the prompt has {len(text)} characters; at most {limit} can fit", param="messages"
-            )
+        model = self._stop_starting()
+        if model is None:
+            return True
+        finished = model.engine.drain(self.settings.drain_timeout)
+        model.desks.close()
+        return finished
 
-    def _constraints(
-        self, request: ChatRequest, tools: list[dict[str, Any]] | None
-    ) -> list[Constraint | None]:
-        """Return one state of the request's grammar, if it asks for one, per choice."""
-        grammar = self._grammar(request, tools)
-        return [
-            self.model.grammars.constraint(grammar) if grammar else None for _ in range(request.n)
+    def give_up(self) -> None:
+        """Let all requests fail at once that are unfinished."""
+        model = self._stop_starting()
+        if model is not None:
+            model.desks.close()
+            model.engine.give_up()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End everything. Wait at most `timeout` seconds for the engine."""
+        model = self._stop_starting()
+        if model is not None:
+            model.desks.close()
+            model.engine.stop(timeout)
+
+    def _stop_starting(self) -> Model | None:
+        """Let no model start from now on; return the one that has."""
+        with self._starting:
+            self._stopped = True
+            return self._model
+
+    async def start_chat(self, prepared: Prepared[ChatRequest], deadline: float) -> Submission:
+        """Queue a chat completion; `deadline` is in time.monotonic seconds. Raises RequestError."""
+        asked = prepared.asked
+        tokenizer = self.model.tokenizer
+        parsers = [
+            tokenizer.chat_format.parser(in_reasoning=prepared.in_reasoning, tools=prepared.tools)
+            for _ in range(asked.n)
         ]
+        one_call = asked.parallel_tool_calls is False
+        readers = [
+            AnswerReader(tokenizer, parser, one_call=one_call, **reading(asked))
+            for parser in parsers
+        ]
+        if prepared.wish is None:
+            return self._submit(prepared, deadline, readers, [None] * asked.n)
+        with ExitStack() as places:
+            places.enter_context(self._places(asked.n))
+            constraints = await self._constraints(prepared, prepared.wish, asked.n)
+            submission = self._submit(prepared, deadline, readers, constraints)
+            submission.on_end = places.pop_all().close
+        return submission
 
-    def _grammar(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> str | None:
-        """Return the grammar that the request asks for, if any."""
-        choice = request.tool_choice
-        answer = request.response_format
-        wants_json = answer is not None and answer.type != "text"
-        forced = choice == "required" or isinstance(choice, NamedToolChoice)
-        if forced and not tools:
-            raise RequestError("tool_choice needs tools", param="tool_choice")
-        if forced and wants_json:
+    def start_completion(
+        self, prepared: Prepared[CompletionRequest], deadline: float
+    ) -> Submission:
+        """Queue the choices of each prompt in turn; as `start_chat`. Raises RequestError."""
+        asked = prepared.asked
+        model = self.model
+        scores = asked.echo and asked.logprobs is not None
+        if scores and not model.backend.capabilities.all_position_logits:
             raise RequestError(
-                "response_format and a forced tool_choice exclude each other",
-                param="response_format",
+                "echo with logprobs needs the logits of every position of a prompt, which this "
+                "compiled model does not give; leave one of them out, or serve a model that is "
+                "compiled for the cpu backend",
+                param="echo",
             )
+        count = len(prepared.prompts) * asked.n
+        readers = [AnswerReader(model.tokenizer, **reading(asked)) for _ in range(count)]
+        return self._submit(prepared, deadline, readers, [None] * count)
+
+    @contextmanager
+    def _places(self, count: int) -> Iterator[None]:
+        """Have places for answers that follow a grammar. Raises RequestError (429) without any."""
+        if self._following + count > MAX_CONSTRAINED:
+            raise RequestError(
+                f"{counted(self._following, 'answer')} with a grammar already; try again later",
+                status=429,
+                kind="rate_limit_error",
+                retry_after=1,
+            )
+        self._following += count
         try:
-            if forced and tools:
-                if isinstance(choice, NamedToolChoice):
-                    tools = [
-                        tool for tool in tools if tool["function"]["name"] == choice.function.name
-                    ]
-                    if not tools:
-                        raise RequestError(
-                            f"tool_choice: no tool is named {choice.function.name!r}",
-                            param="tool_choice",
-                        )
-                several = choice == "required" and request.parallel_tool_calls is not False
-                return self.model.grammars.tool_calls(tools, several)
-            if answer is not None and wants_json:
-                if answer.type == "json_object":
-                    return self.model.grammars.json(ANY_OBJECT)
-                if answer.json_schema is None:
-                    raise RequestError(
-                        "response_format.json_schema is missing", param="response_format"
-                    )
-                check_depth(answer.json_schema.schema_, "response_format.json_schema.schema")
-                return self.model.grammars.json(answer.json_schema.schema_)
-        except GenerationError as error:
-            param = "tools" if forced else "response_format"
-            raise RequestError(f"{param}: {error}", param=param) from None
-        return None
+            yield
+        finally:
+            self._following -= count
+
+    async def _constraints(
+        self, prepared: Prepared[ChatRequest], wish: bytes, count: int
+    ) -> Sequence[Constraint]:
+        """Return one state of the request's grammar per choice.
+
+        It holds for the answer; reasoning may come first, unless the prompt has closed it. What a
+        limited process has compiled within its limits, our library compiles in a thread.
+        """
+        model = self.model
+        try:
+            with model.desks.grammars.place():
+                grammar = await model.desks.grammars.work(make_grammar, wish)
+                first = await asyncio.to_thread(model.grammars.matcher, grammar)
+        except GrammarError as error:
+            raise RequestError(f"{error.param}: {error}", param=error.param) from None
+        opening = None if prepared.without_reasoning else model.tokenizer.opening_token
+        matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
+        return [Constraint(matcher, opening) for matcher in matchers]
 
     def _submit(
         self,
-        asked: ChatRequest | CompletionRequest,
-        ids: Sequence[int],
+        prepared: Prepared[ChatRequest] | Prepared[CompletionRequest],
+        deadline: float,
         readers: Sequence[AnswerReader],
         constraints: Sequence[Constraint | None],
     ) -> Submission:
-        """Queue one request per choice."""
-        model = self.model
-        try:
-            room = answer_room(model.backend.capabilities, ids, asked.limit())
-        except GenerationError as error:
-            param = "messages" if isinstance(asked, ChatRequest) else "prompt"
-            raise RequestError(str(error), param=param, code="context_length_exceeded") from None
+        """Queue one request per choice of each prompt."""
+        rooms = [self._room(prepared.asked, prompt) for prompt in prepared.prompts]
+        check_logprobs(prepared.asked, prepared.prompts, rooms)
+        engine = self.model.engine
+        if len(readers) > engine.capacity:
+            raise RequestError(
+                f"{len(readers)} answers at once; this server runs and lets wait at most "
+                f"{engine.capacity}: lower n, or send fewer prompts at once"
+            )
+        tokens = [prompt.ids.tolist() for prompt in prepared.prompts]
+        n = prepared.asked.n
         requests = [
             Request(
-                prompt_ids=ids,
-                params=asked.sampling(model.tokenizer.sampling, index),
-                max_new_tokens=room,
-                stop_token_ids=frozenset(model.tokenizer.stop_token_ids),
+                prompt_ids=tokens[index // n],
+                max_new_tokens=rooms[index // n],
+                params=self._params(prepared, index % n),
                 reader=reader,
                 constraint=constraint,
-                top_logprobs=asked.top(),
+                **self._same_for_all(prepared.asked),
             )
             for index, (reader, constraint) in enumerate(zip(readers, constraints, strict=True))
         ]
-        deadline = time.monotonic() + self.settings.request_timeout
-        submission = Submission(model.engine, deadline, requests)
+        submission = Submission(engine, deadline, requests)
         try:
             submission.start()
         except QueueFullError as error:
@@ -310,18 +357,49 @@ class Service:
             raise RequestError(str(error), status=503, kind="unavailable", retry_after=10) from None
         return submission
 
+    def _params(
+        self, prepared: Prepared[ChatRequest] | Prepared[CompletionRequest], choice: int
+    ) -> SamplingParams:
+        tokenizer = self.model.tokenizer
+        without_reasoning = prepared.without_reasoning
+        defaults = tokenizer.sampling_without_reasoning if without_reasoning else tokenizer.sampling
+        return prepared.asked.sampling(defaults, choice)
 
-def render_turn(
-    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
-) -> Turn:
-    """Render the prompt of a chat. Raises RequestError when the messages cannot be rendered."""
-    try:
-        return Turn.after(template_messages(messages), tokenizer, tools)
-    except GenerationError as error:
-        raise RequestError(str(error), param="messages") from None
+    def _same_for_all(self, asked: ChatRequest | CompletionRequest) -> dict[str, Any]:
+        """Return what the engine is told alike of all answers to a request."""
+        stops = frozenset(asked.stop_token_ids or ())
+        if not asked.ignore_eos:
+            stops |= frozenset(self.model.tokenizer.stop_token_ids)
+        echo = isinstance(asked, CompletionRequest) and asked.echo
+        return {
+            "min_new_tokens": asked.min_tokens,
+            "stop_token_ids": stops,
+            "top_logprobs": asked.top(),
+            "score_prompt": echo and asked.top() is not None,
+            "cache_scope": (client.get(), asked.cache_salt),
+        }
+
+    def _room(self, asked: ChatRequest | CompletionRequest, prompt: Prompt) -> int:
+        """Return how many tokens the answers to a prompt may have. Raises RequestError."""
+        limit = asked.limit()
+        try:
+            room = room_for_answer(self.model.backend.capabilities, prompt.length, limit or None)
+        except GenerationError as error:
+            param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            raise RequestError(str(error), param=param, code="context_length_exceeded") from None
+        room = 0 if limit == 0 else room
+        if asked.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {asked.min_tokens}, but the answer may have at most {room}",
+                param="min_tokens",
+            )
+        return room
 
 
-def _compile_seconds(traced: Path) -> float:
-    """Return what the manifest says its graphs took; 0 where nothing was compiled."""
-    graphs = read_manifest(traced).graphs.values()
-    return sum(float(graph.get("seconds", 0)) for graph in graphs)
+def reading(asked: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    """Return what a request says about how its answer is read, as AnswerReader takes it."""
+    return {
+        "stops": asked.stops(),
+        "min_tokens": asked.min_tokens,
+        "control_tokens": not asked.skip_special_tokens,
+    }

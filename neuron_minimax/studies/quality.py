@@ -28,10 +28,11 @@ from neuron_minimax.families import Role
 from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
-from neuron_minimax.training.answering import Graded, answer_all, prompt_ids
-from neuron_minimax.training.data import KINDS, Conversation, held_out
-from neuron_minimax.training.encoding import Encoder, Example
-from neuron_minimax.training.tokenizer import load_tokenizer
+from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.studies.answering import Graded, answer_all, prompt_ids
+from neuron_minimax.training.data.conversations import KINDS, Conversation, held_out
+from neuron_minimax.training.data.encoding import Encoder, Example
+from neuron_minimax.training.data.tokenizer import load_tokenizer
 
 State = dict[str, torch.Tensor]
 HELD_OUT_SEED = 2026
@@ -101,7 +102,10 @@ class QualityReport(Rendered):
 
 
 def measure_quality(
-    checkpoint: str | Path, questions: int = 500, variants: Sequence[Variant] | None = None
+    checkpoint: str | Path,
+    questions: int = 500,
+    variants: Sequence[Variant] | None = None,
+    progress: Progress = SILENT,
 ) -> QualityReport:
     """Ask `questions` held-out questions of each variant.
 
@@ -109,7 +113,7 @@ def measure_quality(
     checkpoint's precision has. Raises CheckpointError when the checkpoint cannot be used,
     TrainingError when its tokenizer is not the demo's.
     """
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(checkpoint, progress=progress)
     opened.require_usable()
     published = {name: opened.tensor(name) for name in opened.entries}
     tokenizer = load_tokenizer(opened.directory)
@@ -118,9 +122,13 @@ def measure_quality(
     scores = []
     quantized = any(entry.dtype == "F8_E4M3" for entry in opened.entries.values())
     for variant in variants or (VARIANTS if quantized else DENSE_VARIANTS):
-        model = variant.model(published, opened.config)
-        logits = prompt_logits(model, tokenizer, conversations)
-        graded = answer_all(model, tokenizer, conversations)
+        with progress.stage(variant.name, questions, "questions") as advance:
+            advance(doing="arranging weights")
+            model = variant.model(published, opened.config)
+            advance(doing="reading prompts")
+            logits = prompt_logits(model, tokenizer, conversations)
+            advance(doing="answering")
+            graded = answer_all(model, tokenizer, conversations, progress=advance)
         reference = reference or (logits, graded)
         scores.append(_score(variant.name, logits, graded, *reference))
     return QualityReport(scores=scores)
@@ -268,13 +276,14 @@ def measure_lengths(
     chats: int = 8,
     bounds: Sequence[int] = (512, 1024, 2048),
     factor: float = 4.0,
+    progress: Progress = SILENT,
 ) -> LengthReport:
     """Measure the perplexity of the assistant's tokens in chats as long as the last bound.
 
     The chats are of held-out questions. RoPE is as trained, and scaled by `factor`, linearly and by
     YaRN. Raises CheckpointError on an unusable checkpoint.
     """
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(checkpoint, progress=progress)
     opened.require_usable()
     published = {name: opened.tensor(name) for name in opened.entries}
     encoder = Encoder(load_tokenizer(opened.directory), bounds[-1])
@@ -290,8 +299,9 @@ def measure_lengths(
     rows = {}
     for name, scaling in settings.items():
         config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
-        model = Decoder(config, convert_hf_to_neuron_state_dict(published, config))
-        rows[name] = perplexities(model, examples, bounds)
+        with progress.stage(f"perplexity, RoPE {name}", chats, "chats") as advance:
+            model = Decoder(config, convert_hf_to_neuron_state_dict(published, config))
+            rows[name] = perplexities(model, examples, bounds, advance)
     return LengthReport(bounds=tuple(bounds), rows=rows)
 
 
@@ -304,9 +314,14 @@ def long_chat(encoder: Encoder, seed: int) -> Example:
 
 @torch.inference_mode()
 def perplexities(
-    model: Decoder, examples: Sequence[Example], bounds: Sequence[int]
+    model: Decoder,
+    examples: Sequence[Example],
+    bounds: Sequence[int],
+    progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, ...]:
-    """Return exp of the mean -log p of learned tokens, by ranges of positions up to each bound."""
+    """Return exp of the mean -log p of learned tokens, by ranges of positions up to each bound.
+    `progress` is called for each example.
+    """
     sums = [0.0] * len(bounds)
     counts = [0] * len(bounds)
     for example in examples:
@@ -319,4 +334,5 @@ def perplexities(
             sums[number] += float(loss[part][learned[part]].sum())
             counts[number] += int(learned[part].sum())
             start = bound - 1
+        progress(1)
     return tuple(math.exp(total / max(1, count)) for total, count in zip(sums, counts, strict=True))

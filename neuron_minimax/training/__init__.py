@@ -1,1 +1,1 @@
-"""Training of small models of this architecture, the demo among them, and how right they answer."""
+"""Training of models of any family, from nothing or from a checkpoint."""

@@ -1,51 +1,51 @@
 """A whole training run from plain arguments: read, train, write checkpoint, summary and curve."""
 
+import hashlib
+import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from neuron_minimax.checkpoint.finished import held
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.writer import write_json
-from neuron_minimax.config import ModelConfig
 from neuron_minimax.demo import DEMO
-from neuron_minimax.errors import TrainingError
+from neuron_minimax.errors import TrainingError, counted
+from neuron_minimax.files import sha256_of
 from neuron_minimax.inspection.document import Rendered
-from neuron_minimax.model.decoder import Decoder
-from neuron_minimax.training.data import DemoSource, JsonLines, Source
-from neuron_minimax.training.encoding import Encoder
-from neuron_minimax.training.export import Precision, copy_tokenizer, export_checkpoint
-from neuron_minimax.training.tokenizer import load_tokenizer
-from neuron_minimax.training.trainer import Processes, StepReport, Trainer, TrainingOptions
-
-FINAL_STEPS = 100  # the final loss is the mean of so many last steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRequest:
-    """A run: its data, its model and where the result goes.
-
-    `data` None stands for the demo's own conversations, every other one of a kind in `focus`;
-    `initial` is a float32 or BF16 checkpoint to start from; `until` stops the schedule at an
-    earlier step.
-    """
-
-    output: Path
-    options: TrainingOptions
-    data: Path | None = None
-    focus: tuple[str, ...] = ()
-    initial: Path | None = None
-    config: Path = DEMO
-    tokenizer: Path = DEMO
-    precision: Precision = Precision.FP8
-    device: str = "cpu"
-    threads: int | None = None
-    save_every: int = 200
-    until: int | None = None
-    command: tuple[str, ...] = ()
+from neuron_minimax.processes import first_signal_noted
+from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.training.data.encoding import Encoder
+from neuron_minimax.training.data.prepared import Length, Prepared, prepare
+from neuron_minimax.training.data.tokenizer import (
+    load_tokenizer,
+    make_tokenizer,
+    require_same_tokens,
+)
+from neuron_minimax.training.options import CHANGEABLE
+from neuron_minimax.training.parallel import (
+    Processes,
+    device_of,
+    is_first_process,
+)
+from neuron_minimax.training.progress import Meter, Sampler
+from neuron_minimax.training.request import DEFAULT_EVERY, TOKENIZER_NAME, TrainingRequest
+from neuron_minimax.training.results import (
+    FINAL_STEPS,
+    Results,
+    changed_files,
+    read_summary,
+    remove_partial,
+    require_matplotlib,
+    require_ours,
+)
+from neuron_minimax.training.state import STATE_NAME
+from neuron_minimax.training.trainer import Trainer
+from neuron_minimax.training.weights import TOKENIZER_FILES, Precision, precision_of, read_initial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,103 +55,255 @@ class TrainingResult(Rendered):
     output: Path
     steps: int
     final_loss: float
+    was_finished: bool = False
 
     def render(self) -> str:
-        return (
-            f"{self.output}: {self.steps} steps, final loss {self.final_loss:.4f}; checkpoint and "
-            "loss.png written"
-        )
+        taken = f"{counted(self.steps, 'step')}, final loss {self.final_loss:.4f}"
+        if self.was_finished:
+            return f"{self.output} is up to date: {taken}"
+        return f"{self.output}: {taken}; checkpoint and loss.png written"
 
 
-class Meter:
-    """Turns step reports into a line every `every` steps: mean loss, rate and time left."""
-
-    def __init__(self, steps: int, every: int = 25) -> None:
-        self.steps = steps
-        self.every = every
-        self._waiting: list[StepReport] = []
-
-    def line(self, report: StepReport) -> str | None:
-        self._waiting.append(report)
-        if report.step % self.every and report.step != self.steps:
-            return None
-        seconds = sum(step.seconds for step in self._waiting)
-        count = len(self._waiting)
-        text = (
-            f"step {report.step}/{self.steps}  loss "
-            f"{sum(step.loss for step in self._waiting) / count:.4f}  balance {report.balance:.3f} "
-            f" busiest expert {report.busiest_expert_share:.0%}  gradient norm "
-            f"{report.gradient_norm:.2f}  learning rate {report.learning_rate:.2e}  "
-            f"{sum(step.tokens for step in self._waiting) / seconds:.0f} tokens/s  "
-            f"{(self.steps - report.step) * seconds / count / 60:.1f} min left"
-        )
-        self._waiting = []
-        return text
-
-
-def train(request: TrainingRequest, progress: Callable[[str], None]) -> TrainingResult | None:
+def train(request: TrainingRequest, progress: Progress = SILENT) -> TrainingResult | None:
     """Train, or go on training; write the checkpoint, its tokenizer, training.json and loss.png.
 
-    Of several processes, the first alone writes, reports progress and returns a result.
+    What an earlier run has finished is recognized, what of it is missing is written again. SIGINT
+    and SIGTERM end a run after its step, with a saved state. `progress` gets a line now and
+    then, and stages of what comes before the first step and after the last. Of several processes,
+    the first alone writes, reports progress and returns a result.
 
-    Raises TrainingError or ConfigError on input that cannot be used, before the first step.
+    Raises TrainingError or ConfigError on input that cannot be used, before the first step, and
+    TrainingError when a loss is not finite or something cannot be written, which keeps the last
+    state; ConversionError when another run holds the directory.
     """
     require_matplotlib()
-    config = ModelConfig.from_dir(request.config)
-    encoder = Encoder(load_tokenizer(request.tokenizer), request.options.max_tokens)
-    if len(encoder.tokenizer) > config.vocab_size:
+    require_ours(request.output)
+    device_of(request.device)
+    if not is_first_process():
+        progress = SILENT
+    try:
+        with ExitStack() as stack:
+            if request.tokenizer is None and request.family is not None:
+                directory = request.output / TOKENIZER_NAME
+                if not is_first_process():  # it alone writes there; the bytes are the same
+                    directory = Path(stack.enter_context(TemporaryDirectory()))
+                with progress.stage("making a tokenizer from the corpus"):
+                    make_tokenizer(directory, [], request.family)
+                request = replace(request, tokenizer=directory)
+            return _run(request, progress)
+    except KeyboardInterrupt as stop:
+        if not getattr(stop, "__notes__", ()):
+            stop.add_note(
+                f"no step was taken, what {request.output} held is kept; {_same_again(request)}"
+            )
+        raise
+
+
+def _run(request: TrainingRequest, progress: Progress) -> TrainingResult | None:
+    """Train, the tokenizer of a model from nothing being made."""
+    start = None
+    if request.initial is not None:
+        start = Checkpoint.open(request.initial, progress=progress)
+    directory = _tokenizer_directory(request, start)
+    tokenizer = load_tokenizer(directory)
+    if start is not None and directory != start.directory:
+        require_same_tokens(tokenizer, directory, start.directory)
+    encoder = Encoder(tokenizer, request.options.max_tokens, request.read.stride)
+    config = request.model_config(tokenizer, start)
+    request.require_used(config)
+    precision = precision_of(config.family, request.precision)
+    if len(tokenizer) > config.vocab_size:
         raise TrainingError(
-            f"{request.tokenizer} has {len(encoder.tokenizer)} tokens, but the config's vocab_size "
-            f"is {config.vocab_size}; make it at least as large"
+            f"{directory} has {len(tokenizer)} tokens, but the config's vocab_size is "
+            f"{config.vocab_size}; make it at least as large"
         )
-    seed = request.options.seed
-    source: Source = (
-        DemoSource(seed, request.focus) if request.data is None else JsonLines(request.data, seed)
-    )
+    initial = None
+    if start is not None:
+        with progress.stage(f"reading the weights of {start.directory}"):
+            initial = read_initial(start, config)
+    request = replace(request, tokenizer=directory, precision=precision)
+    prepared, inputs = _read_inputs(request, encoder, start, progress)
+    request = replace(request, options=replace(request.options, steps=prepared.steps))
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    processes = Processes("gloo" if request.device == "cpu" else "nccl")
-    trainer = Trainer(
-        config=config,
-        options=request.options,
-        source=source,
-        encoder=encoder,
-        directory=request.output,
-        initial=None if request.initial is None else read_dense(request.initial, config),
-        device=_device(request.device, processes),
-        save_every=request.save_every,
-        processes=processes,
-    )
-    meter = Meter(min(request.until or request.options.steps, request.options.steps))
-    for step in trainer.run(request.until):
-        line = meter.line(step)
-        if line and processes.rank == 0:
-            progress(line)
-    last = trainer.history[-FINAL_STEPS:]
-    result = TrainingResult(
-        output=request.output, steps=trainer.step, final_loss=sum(last) / len(last)
-    )
-    if processes.rank == 0:
-        _write(request, trainer, result)
+    processes = Processes(on_cuda=request.device != "cpu")
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            stack.enter_context(held(request.output, TrainingError))
+            require_ours(request.output)
+            remove_partial(request.output)
+            for line in [*prepared.lines(), *request.options.warmup_warning()]:
+                progress(line)
+        with progress.stage(f"preparing the model of {request.output}"):
+            trainer = Trainer(
+                config=config,
+                options=request.options,
+                source=prepared.training,
+                encoder=encoder,
+                directory=request.output,
+                initial=initial,
+                device=device_of(request.device),
+                save_every=request.save_every,
+                keep=request.keep,
+                from_step=request.from_step,
+                guard=request.guard,
+                held_out=prepared.held_out,
+                evaluate_every=request.evaluate_every or DEFAULT_EVERY,
+                processes=processes,
+                inputs=inputs,
+            )
+        try:
+            result = _finish(request, trainer, progress)
+        except KeyboardInterrupt as stop:
+            stop.add_note(_what_is_saved(request, trainer))
+            raise
     processes.close()
     return result if processes.rank == 0 else None
 
 
-def read_dense(directory: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Read a dense checkpoint as a float32 state dict of converted names.
-
-    Raises TrainingError when it is FP8, and ConversionError when its shapes are not those of
-    `config`.
-    """
-    checkpoint = Checkpoint.open(directory)
-    checkpoint.require_usable()
-    if any(checkpoint.is_fp8(name) for name in checkpoint.entries):
+def _tokenizer_directory(request: TrainingRequest, start: Checkpoint | None) -> Path:
+    if request.tokenizer is not None:
+        return request.tokenizer
+    if start is None:
+        return DEMO
+    if not (start.directory / "tokenizer.json").exists():
         raise TrainingError(
-            f"{directory} holds FP8 weights, which have no gradient; expand it: neuron-minimax "
-            "cache"
+            f"{start.directory} has no tokenizer.json; name the tokenizer that its weights were "
+            "trained with: --tokenizer DIR"
         )
-    state = Decoder.from_checkpoint(checkpoint, config=config).state_dict()
-    return {name: tensor.float() for name, tensor in state.items()}
+    return start.directory
+
+
+def _read_inputs(
+    request: TrainingRequest, encoder: Encoder, start: Checkpoint | None, progress: Progress
+) -> tuple[Prepared, dict[str, str]]:
+    """Return the data, and the digests of what is read."""
+    assert request.tokenizer is not None
+    inputs = {
+        "tokenizer_sha256": _digest(request.tokenizer),
+        "initial_fingerprint": "" if start is None else start.fingerprint,
+    }
+    options = request.options
+    length = Length(steps=options.steps, batch_size=options.batch_size, seed=options.seed)
+    prepared = prepare(request.source(), encoder, request.read, length, progress)
+    return prepared, {**inputs, **prepared.inputs}
+
+
+def _last_step(request: TrainingRequest) -> int:
+    return min(request.until or request.options.steps, request.options.steps)
+
+
+def _digest(tokenizer: Path) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            digest.update(f"{name} {sha256_of(tokenizer / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _finish(request: TrainingRequest, trainer: Trainer, progress: Progress) -> TrainingResult:
+    """Train to the end and write the results, as far as an earlier run has not done that."""
+    last = _last_step(request)
+    assert request.tokenizer is not None
+    assert request.precision is not None
+    tokenizer = request.tokenizer
+    goes_back = request.from_step is not None
+    summary = read_summary(request.output, trainer.identity(), CHANGEABLE if goes_back else ())
+    goes_on = goes_back or trainer.new_changes
+    if summary is not None and not goes_on and summary.steps >= max(last, trainer.step):
+        changed = changed_files(request.output, summary, tokenizer)
+        whole = not changed and summary.precision == request.precision
+        if whole and summary.final_loss is not None:
+            return TrainingResult(
+                output=request.output,
+                steps=summary.steps,
+                final_loss=summary.final_loss,
+                was_finished=True,
+            )
+        if trainer.saved_step == 0:
+            progress(f"{request.output}: {STATE_NAME} is missing: trained again from the start")
+        for name, phrase in changed.items():
+            progress(f"{request.output}: {name} {phrase}: made again")
+    for change in trainer.new_changes:
+        progress(f"{request.output}: {change.render()}")
+    results = Results(
+        trainer=trainer,
+        precision=request.precision,
+        tokenizer=tokenizer,
+        command=request.command,
+    )
+    if trainer.step < last:
+        _train(request, trainer, results, progress)
+    final_loss = trainer.final_loss(FINAL_STEPS)
+    if math.isnan(final_loss):
+        raise TrainingError(
+            f"each step of {trainer.step} was skipped: nothing was learned; look at the data, and "
+            "try a lower --learning-rate"
+        )
+    if trainer.processes.rank == 0:
+        with progress.stage(f"writing the checkpoint to {request.output}"):
+            results.write()
+    return TrainingResult(output=request.output, steps=trainer.step, final_loss=final_loss)
+
+
+def _train(
+    request: TrainingRequest, trainer: Trainer, results: Results, progress: Progress
+) -> None:
+    last = _last_step(request)
+    progress(_what_is_ahead(trainer, last))
+    meter = Meter(last)
+    sampler = Sampler(
+        tokenizer=trainer.encoder.tokenizer,
+        prompts=request.samples,
+        every=request.sample_every or DEFAULT_EVERY,
+        last=last,
+    )
+    first = trainer.processes.rank == 0
+    with first_signal_noted() as noted:
+        for step in trainer.run(last):
+            for line in meter.lines(step):
+                progress(line)
+            if first:
+                for line in sampler.lines(trainer.model, step.step):
+                    progress(line)
+            if first and trainer.saved_step == trainer.step < last:
+                results.write_progress()
+            # All processes stop after the same step, or some would wait for others for ever.
+            if trainer.processes.any(noted.number is not None):
+                if trainer.saved_step != trainer.step:
+                    trainer.save()
+                raise noted.interruption()
+
+
+def _what_is_ahead(trainer: Trainer, last: int) -> str:
+    millions = sum(weight.numel() for weight in trainer.model.parameters()) / 1e6
+    place = (
+        f"{counted(torch.get_num_threads(), 'thread')} of {counted(os.cpu_count() or 1, 'core')}"
+    )
+    if trainer.device.type != "cpu":
+        place = str(trainer.device)
+    if trainer.processes.count > 1:
+        place += f" in each of {trainer.processes.count} processes"
+    steps = counted(last - trainer.step, "step")
+    return (
+        f"{trainer.config.family.title} with {millions:.1f} million parameters: {steps} of "
+        f"{counted(trainer.options.batch_size, 'sequence')} from step {trainer.step + 1} on, with "
+        f"{place}; the first steps tell how long that takes, and Ctrl-C keeps what is done"
+    )
+
+
+def _what_is_saved(request: TrainingRequest, trainer: Trainer) -> str:
+    saved = f"the state of step {trainer.saved_step} of {trainer.options.steps} is saved"
+    return f"{saved if trainer.saved_step else 'no step is saved'}; {_same_again(request)}"
+
+
+def _same_again(request: TrainingRequest) -> str:
+    """Say with which command an interrupted run goes on."""
+    words = [*request.command]
+    if "--from-step" in words:  # the state that was just saved goes on from there
+        chosen = words.index("--from-step")
+        del words[chosen : chosen + 2]
+    return f"to go on: {shlex.join(words) if words else 'the same request'}"
 
 
 def parse_precision(name: str) -> Precision:
@@ -159,60 +311,6 @@ def parse_precision(name: str) -> Precision:
     try:
         return Precision(name)
     except ValueError:
-        raise TrainingError(f"precision is {name!r}; expected {', '.join(Precision)}") from None
-
-
-def _device(name: str, processes: Processes) -> torch.device:
-    try:
-        device = torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
         raise TrainingError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu"
+            f"precision is {name!r}; expected {', '.join(Precision)}", usage=True
         ) from None
-    return device
-
-
-def _write(request: TrainingRequest, trainer: Trainer, result: TrainingResult) -> None:
-    export_checkpoint(trainer.model.state_dict(), trainer.config, request.output, request.precision)
-    copy_tokenizer(request.tokenizer, request.output)
-    plot_losses(trainer.history, request.output / "loss.png")
-    summary = {
-        "command": shlex.join(request.command),
-        "options": trainer.identity(),
-        "precision": request.precision,
-        "threads": torch.get_num_threads(),
-        "processes": trainer.processes.count,
-        "torch": torch.__version__,
-        "cpu_threads_available": os.cpu_count(),
-        "steps": result.steps,
-        "final_loss": round(result.final_loss, 5),
-        "losses": [round(loss, 5) for loss in trainer.history],
-    }
-    write_json(request.output / "training.json", summary)
-
-
-def require_matplotlib() -> None:
-    """Raise TrainingError before a long run rather than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise TrainingError(
-            "the loss curve needs matplotlib; pip install 'neuron-minimax[plots]'"
-        ) from None
-
-
-def plot_losses(losses: Sequence[float], path: Path, window: int = 50) -> None:
-    """Write a PNG of the loss per step and its running mean over `window` steps, on a log scale."""
-    from matplotlib.figure import Figure
-
-    steps = range(1, len(losses) + 1)
-    means = [sum(part := losses[max(0, step - window) : step]) / len(part) for step in steps]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="0.75", linewidth=0.7, label="per step")
-    axes.plot(steps, means, color="tab:blue", linewidth=1.5, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (nats per learned token)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=110)

@@ -5,245 +5,329 @@ depends on, replaced atomically.
 """
 
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
 
-from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.checkpoint.writer import make_directory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import TrainingError
-from neuron_minimax.families import DEFAULT_FAMILY, Role
+from neuron_minimax.families import Role
+from neuron_minimax.families.family import RouterKind
 from neuron_minimax.model.decoder import Decoder, initial_state
-from neuron_minimax.training.data import Source
-from neuron_minimax.training.encoding import Encoder, micro_batches
+from neuron_minimax.training.data.encoding import Encoder, micro_batches
+from neuron_minimax.training.data.sequences import MadeSequences, Sequences
+from neuron_minimax.training.guard import MOST_IN_A_ROW, Guard, OnBadStep, bad_in_a_row
 from neuron_minimax.training.objective import losses, router_biases, update_router_bias
+from neuron_minimax.training.options import Change, Schedule, TrainingOptions
+from neuron_minimax.training.parallel import Processes
+from neuron_minimax.training.state import (
+    SCALER_STATE,
+    WHAT_TO_TRY,
+    TrainingState,
+    differences,
+    forget_states,
+    keep_state,
+    load_state,
+    save_state,
+)
 
-STATE_NAME = "training_state.pt"
-# What a state says of a config's field that the version which saved it did not know.
-CONFIG_DEFAULTS: dict[str, Any] = {
-    "model_type": DEFAULT_FAMILY.model_type,
-    **{each.name: each.default for each in fields(ModelConfig) if each.default is not MISSING},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Everything that decides the result of a run, except the data and the model's config.
-
-    `batch_size` counts rows of data per step, over all processes; `micro_batch_tokens` only how
-    many tokens, padding included, go through the model at once.
-    """
-
-    steps: int = 2000
-    batch_size: int = 16
-    micro_batch_tokens: int = 1024
-    max_tokens: int = 512
-    learning_rate: float = 1.5e-3
-    final_learning_rate_share: float = 0.02
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
-    balance_coefficient: float = 1e-3
-    router_bias_rate: float = 1e-3
-    router_bias_start: float = 0.0
-    initial_deviation: float = 0.04
-    autocast: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("learning_rate", "clip_norm", "initial_deviation"):
-            if not getattr(self, name) > 0:
-                raise TrainingError(f"{name} is {getattr(self, name)}; expected a positive number")
-
-    def learning_rate_share(self, step: int) -> float:
-        """Rise linearly to 1, then fall along a cosine to `final_learning_rate_share`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        low = self.final_learning_rate_share
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+FIRST_SCALE = 2.0**16  # of an FP16 loss; halved until no gradient overflows
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One finished step. `loss` is in nats per learned token; `tokens` leaves padding out."""
+    """One finished step. `loss` is in nats per learned token; `tokens` leaves padding out.
+
+    `balance` is the mean of the layers' balance losses, `busiest_expert_share` the largest part of
+    a layer's choices; both are None without experts. `skipped` says why the weights stayed as they
+    were. `evaluation` is the loss on the held-out rows, where this step has one.
+    """
 
     step: int
     loss: float
-    balance: float
+    balance: float | None
     gradient_norm: float
     learning_rate: float
     tokens: int
     seconds: float
-    busiest_expert_share: float
-
-
-class Processes:
-    """The processes of one run: this one alone, or all that torchrun started.
-
-    Rank and count come from the environment that torchrun sets; sums go over gloo or nccl.
-    """
-
-    def __init__(self, backend: str = "gloo") -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if self.count > 1 and not distributed.is_initialized():
-            distributed.init_process_group(backend)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, in place."""
-        if self.count > 1:
-            distributed.all_reduce(tensor)
-        return tensor
-
-    def wait(self) -> None:
-        """Return when all processes are here."""
-        if self.count > 1:
-            distributed.barrier()
-
-    def close(self) -> None:
-        if self.count > 1:
-            distributed.destroy_process_group()
+    busiest_expert_share: float | None
+    skipped: str | None = None
+    evaluation: float | None = None
 
 
 @dataclass
 class Trainer:
     """A run over `source` towards `directory`; it resumes where the last one left off.
 
-    The state after step n is a function of options, config, data and n: stopping and resuming
-    changes no bit on one machine with one number of threads and processes.
+    `inputs` are digests of what the run is made from, which a resumed run must agree with. The
+    state after step n is a function of options, config, data, guard and n: stopping and resuming
+    changes no bit on one machine with one number of threads and processes. `keep` states stay,
+    those of the last multiples of `save_every`; `from_step` chooses the one to go on from. Every
+    `evaluate_every` steps and after the last one the loss on the `held_out` sequences is taken.
     """
 
     config: ModelConfig
     options: TrainingOptions
-    source: Source
+    source: Sequences | MadeSequences
     encoder: Encoder
     directory: Path
     initial: dict[str, torch.Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     save_every: int = 200
+    keep: int = 2
+    from_step: int | None = None
+    guard: Guard = field(default_factory=Guard)
+    held_out: Sequences | None = None
+    evaluate_every: int = 0
     processes: Processes = field(default_factory=Processes)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
+        self.options = self.options.of_model(self.config)
         state = self._fresh_state() if self.initial is None else self.initial
         self.model = Decoder(
             self.config, {name: tensor.to(self.device) for name, tensor in state.items()}
         )
         self.model.requires_grad_()
         self.optimizer = self._make_optimizer()
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=FIRST_SCALE, enabled=self.options.fp16
+        )
+        # Its scale is made by the first loss, which a process without rows in a step does not have.
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.step = 0
         self.history: list[float] = []
-        saved = load_state(self.directory, self.identity())
+        self.skipped: list[int] = []
+        self.overflows: list[int] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self.changes: list[Change] = []
+        saved = load_state(
+            self.directory,
+            self.identity(),
+            self.model.state_dict(),
+            self.optimizer,
+            self.from_step,
+        )
+        self.saved_step = 0 if saved is None else saved.step
+        self.new_changes: list[Change] = []
         if saved is not None:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
-            self.history = saved["history"]
-            torch.set_rng_state(saved["random_state"])
+            self._restore(saved)
+        self.schedule = Schedule(self.options, self.changes)
 
     def run(self, until: int | None = None) -> Iterator[StepReport]:
         """Train to the last step or to step `until`, and yield a report per step.
 
-        The state is saved every `save_every` steps and at the end.
+        The state is saved every `save_every` steps and at the end. Raises TrainingError naming a
+        step that the guard stops at.
         """
         last = min(until or self.options.steps, self.options.steps)
         while self.step < last:
             report = self._take_step()
+            every = self.evaluate_every
+            if (
+                self.held_out is not None
+                and every
+                and (self.step % every == 0 or self.step == last)
+            ):
+                self.evaluations.append((self.step, self.evaluate()))
+                report = replace(report, evaluation=self.evaluations[-1][1])
             if self.step % self.save_every == 0 or self.step == last:
                 self.save()
             yield report
 
     def save(self) -> None:
-        """Replace the saved state on disk; only the first process writes."""
+        """Replace the saved state on disk; only the first process writes.
+
+        Raises TrainingError when it is not finite or cannot be written; the last one stays.
+        """
         if self.processes.rank == 0:
-            state = {
-                "step": self.step,
-                "history": self.history,
-                "options": self.identity(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "random_state": torch.get_rng_state(),
-            }
-            save_state(self.directory, state)
+            state = TrainingState(
+                step=self.step,
+                history=self.history,
+                options=self.identity(),
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                random_state=torch.get_rng_state(),
+                skipped=self.skipped,
+                overflows=self.overflows,
+                evaluations=self.evaluations,
+                changes=self.changes,
+                scaler=self._scaler_state(),
+            )
+            saved = self.saved_step
+            if saved and saved != self.from_step:
+                forget_states(self.directory, saved, self.keep - 1)
+            if self.keep > 1 and saved and saved % self.save_every == 0 and saved < self.step:
+                keep_state(self.directory, saved)
+            save_state(self.directory, state, saved)
+            forget_states(self.directory, self.step, self.keep - 1)
+        self.saved_step = self.step
         self.processes.wait()
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the loss on the held-out sequences, in nats per learned token."""
+        assert self.held_out is not None
+        mine = list(islice(self.held_out, self.processes.rank, None, self.processes.count))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro_batches(mine, self.options.micro_batch_tokens):
+            with self._precision():
+                part = losses(self.model, batch.to(self.device))
+            sums[0] += part.tokens
+            sums[1] += batch.learned_BT.sum()
+        loss, tokens = self.processes.sum(sums).tolist()
+        return loss / max(1, tokens)
+
+    def final_loss(self, steps: int) -> float:
+        """Return the mean loss of the last steps, those left out that were skipped; NaN without
+        any.
+        """
+        skipped = {*self.skipped}
+        taken = [loss for step, loss in enumerate(self.history, 1) if step not in skipped]
+        recent = taken[-steps:]
+        return sum(recent) / len(recent) if recent else math.nan
+
+    def _restore(self, saved: TrainingState) -> None:
+        self.model.load_state_dict(saved.model)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.step = saved.step
+        self.history = saved.history
+        self.skipped = saved.skipped
+        self.overflows = saved.overflows
+        self.evaluations = saved.evaluations
+        self.new_changes = [
+            replace(change, step=saved.step)
+            for change in differences(saved.options, self.identity())
+        ]
+        self.changes = [*saved.changes, *self.new_changes]
+        for change in self.changes:
+            lengthens = change.name == "epochs" and isinstance(change.before, int)
+            if lengthens and isinstance(self.source, Sequences):  # rows that are made have none
+                self.source.go_on(change.step, change.before, self.options.batch_size)
+        if saved.scaler and self.options.fp16:
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.scaler})
+        torch.set_rng_state(saved.random_state)
+
+    def _scaler_state(self) -> dict[str, float]:
+        state = self.scaler.state_dict()
+        return {name: state[name] for name in SCALER_STATE if name in state}
 
     def _fresh_state(self) -> dict[str, torch.Tensor]:
         state = initial_state(self.config, self.options.seed, self.options.initial_deviation)
-        template = self.config.family.rule_of(Role.ROUTER_BIAS).target
-        biases = {template.format(l=layer) for layer in range(self.config.num_hidden_layers)}
-        for name, tensor in state.items():
-            if name in biases:
-                tensor.fill_(self.options.router_bias_start)
+        family = self.config.family
+        if family.architecture.router is RouterKind.SIGMOID_BIAS:
+            template = family.rule_of(Role.ROUTER_BIAS).target
+            for layer in range(self.config.num_hidden_layers):
+                state[template.format(l=layer)].fill_(self.options.router_bias_start)
         return state
 
     def _take_step(self) -> StepReport:
         started = time.perf_counter()
         options = self.options
-        share = options.learning_rate_share(self.step)
+        share = self.schedule.share(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * share
         sums, loads_LE = self._accumulate()
         self._share_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for bias_E, load_E in zip(router_biases(self.model), loads_LE, strict=True):
-            update_router_bias(bias_E, load_E, options.router_bias_rate * share)
-        self.step += 1
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm))
         loss, balance, tokens = sums.tolist()
+        checked = loss if math.isfinite(balance) else balance
+        overflow = self._overflow(checked, norm)
+        skipped = overflow or self._why_skipped(checked, norm)
+        if skipped is None:
+            self.scaler.step(self.optimizer)
+            biases = router_biases(self.model)
+            for bias_E, load_E in zip(biases, loads_LE[: len(biases)], strict=True):
+                update_router_bias(bias_E, load_E, options.router_bias_rate * share)
+        else:
+            self.skipped.append(self.step + 1)
+            self.overflows += [] if overflow is None else [self.step + 1]
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
         self.history.append(loss)
+        layers = len(loads_LE)
+        shares_L = loads_LE.amax(1) / loads_LE.sum(1).clamp(min=1) if layers else None
         return StepReport(
             step=self.step,
             loss=loss,
-            balance=balance,
-            gradient_norm=float(norm),
+            balance=balance / layers if layers else None,
+            gradient_norm=norm,
             learning_rate=options.learning_rate * share,
             tokens=int(tokens),
             seconds=time.perf_counter() - started,
-            busiest_expert_share=float((loads_LE.amax(1) / loads_LE.sum(1).clamp(min=1)).max()),
+            busiest_expert_share=None if shares_L is None else float(shares_L.max()),
+            skipped=skipped,
         )
+
+    def _overflow(self, loss: float, norm: float) -> str | None:
+        """Return what is said of a step whose gradient overflows by FP16's scale, else None.
+
+        The scale is found by overflowing: it is halved, and the next step tried.
+        """
+        scale = self.scaler.get_scale()
+        if self.options.fp16 and math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
+            return f"a gradient overflows in FP16 with the loss times {scale:g}, now halved"
+        return None
+
+    def _why_skipped(self, loss: float, norm: float) -> str | None:
+        """Return why this step is to leave the weights alone, None when it is not.
+
+        Raises TrainingError when the guard stops at such a step, or too many come in a row.
+        """
+        skipped = {*self.skipped}
+        problem = self.guard.problem(loss, norm, self.history, skipped)
+        if problem is None:
+            return None
+        stays = f"step {self.step + 1}: {problem}; the state of step {self.saved_step} stays"
+        if self.guard.on_bad_step is OnBadStep.STOP:
+            raise TrainingError(f"{stays}: {WHAT_TO_TRY}")
+        in_a_row = bad_in_a_row(self.step, skipped, {*self.overflows})
+        if in_a_row >= MOST_IN_A_ROW:
+            raise TrainingError(
+                f"{stays}, as {in_a_row} bad steps before were skipped: {WHAT_TO_TRY}"
+            )
+        return problem
 
     def _accumulate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Add up the gradients of this process's rows, divided by the counts of the whole batch.
 
         Returns [loss, balance, tokens] and the experts' loads [L,E], both summed over all
-        processes.
+        processes. The gradients are those of the loss times the scaler's scale.
         """
         options = self.options
-        first = self.step * self.options.batch_size
-        rows = range(first + self.processes.rank, first + options.batch_size, self.processes.count)
+        indices = self.source.indices(self.step, options.batch_size)
+        mine = indices[self.processes.rank :: self.processes.count]
         batches = list(
             micro_batches(
-                [self.encoder(self.source.row(index)) for index in rows], options.micro_batch_tokens
+                [self.source.example(index) for index in mine], options.micro_batch_tokens
             )
         )
         counts = torch.tensor(
-            [[int(b.learned_BT.sum()), len(b.ids_BT), int(b.real_BT.sum())] for b in batches]
+            [[int(b.learned_BT.sum()), b.documents, int(b.real_BT.sum())] for b in batches]
             or [[0] * 3]
         )
         learned, sequences, tokens = self.processes.sum(counts.sum(0)).tolist()
+        balanced = sequences if options.seq_aux else tokens
+        alpha = options.aux_loss_alpha or 0.0
         sums = torch.zeros(2, device=self.device)
         loads_LE = torch.zeros(
-            len(self.model.layers), self.config.num_local_experts, device=self.device
+            len(self.model.routers), self.config.num_local_experts, device=self.device
         )
         for batch in batches:
             with self._precision():
-                part = losses(self.model, batch.to(self.device))
-            mean = torch.stack((part.tokens / max(1, learned), part.balance / max(1, sequences)))
-            (mean[0] + options.balance_coefficient * mean[1]).backward()
+                part = losses(self.model, batch.to(self.device), bool(options.seq_aux))
+            mean = torch.stack((part.tokens / max(1, learned), part.balance / max(1, balanced)))
+            self.scaler.scale(mean[0] + alpha * mean[1]).backward()
             sums += mean.detach()
             loads_LE += part.loads_LE
         totals = torch.cat((self.processes.sum(sums).cpu(), torch.tensor([float(tokens)])))
@@ -260,8 +344,10 @@ class Trainer:
             parameter.grad = gradient.view_as(parameter)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Compute matrix products in BF16 where asked for; everything else stays float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
+        """Compute matrix products in BF16 or FP16 where asked for; all else stays float32."""
+        options = self.options
+        dtype = torch.float16 if options.fp16 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=options.autocast or options.fp16)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.model.parameters())
@@ -279,36 +365,8 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """Return what a saved state must agree with, in types that a state file holds."""
         options = {**asdict(self.options), "betas": list(self.options.betas)}
-        options["source"] = self.source.name
+        options |= {"source": self.source.name, "epochs": self.source.epochs, **self.inputs}
         sizes = {n: v for n, v in vars(self.config).items() if n not in ("family", "raw")}
-        return {**options, "config": {"model_type": self.config.family.model_type, **sizes}}
-
-
-def save_state(directory: Path, state: dict[str, Any]) -> None:
-    """Replace the state on disk; the final name only ever holds a whole, synced file."""
-    path = directory / STATE_NAME
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def load_state(directory: Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the saved state, or None where there is none.
-
-    Raises TrainingError when a run with other `options` saved it: going on would be neither run.
-    """
-    path = directory / STATE_NAME
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise TrainingError(f"{path} cannot be read ({error}); remove it to start again") from None
-    saved = {**state["options"], "config": CONFIG_DEFAULTS | state["options"].get("config", {})}
-    differing = sorted(name for name in options if saved.get(name) != options[name])
-    if differing:
-        name = differing[0]
-        raise TrainingError(
-            f"{path} belongs to a run with {name} {saved.get(name)!r}, not {options[name]!r}; "
-            "give the same options to resume it, or another output directory"
-        )
-    return state
+        family = self.config.family
+        named = {"model_type": family.model_type, "family": family.name}
+        return {**options, "config": {**named, **sizes}}

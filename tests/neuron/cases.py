@@ -12,6 +12,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "padded": {"intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2},
     "converted": {"intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3},
 }
+# Models of the other families: a family of tests/tiny.py, and the changed fields. With FP8
+# their sizes are whole blocks; in BF16 they are odd.
+FP8 = {"hidden_size": 256, "head_dim": 128}
+BF16: dict[str, Any] = {"quantization_config": None}
+SHARED_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe fp8": ("qwen3_moe", FP8 | {"moe_intermediate_size": 256, "num_experts": 8}),
+    "qwen3_moe bf16": ("qwen3_moe", BF16 | SHARED_HEADS),
+    # A dense layer among sparse ones, and affinities that are not divided by their sum.
+    "qwen3_moe mixed": (
+        "qwen3_moe",
+        FP8
+        | {"moe_intermediate_size": 256, "num_experts": 8, "intermediate_size": 512}
+        | {"mlp_only_layers": [0], "norm_topk_prob": False},
+    ),
+    "qwen3 fp8": ("qwen3", FP8 | {"intermediate_size": 512}),
+    "qwen3 bf16": ("qwen3", BF16 | SHARED_HEADS | {"tie_word_embeddings": False}),
+    "qwen2 bf16": ("qwen2", BF16 | SHARED_HEADS | {"tie_word_embeddings": True}),
+}
 SEED = 5
 STEPS = 12
 SEQ_LEN = 64

@@ -110,14 +110,17 @@ def slots(model: str, length: str) -> None:
         return theirs.argmax(-1).tolist()
 
     masks: list[Any] = []
-    experts = application.models[0].model.layers[0].block_sparse_moe.expert_mlps
-    watch = experts.register_forward_pre_hook(
+    layer = application.models[0].model.layers[0]
+    mlp = layer.get_submodule(layer.mlp_name)
+    experts = getattr(mlp, "expert_mlps", None)
+    watch = (experts or mlp).register_forward_pre_hook(
         lambda _, __, named: masks.append(named.get("padding_mask")), with_kwargs=True
     )
     first = encode(2, [5, 9, 2, 77, 31])
     watch.remove()
-    assert masks[0] is not None, "padding is not masked"
-    assert masks[0].flatten().tolist() == [1.0] * 5 + [0.0] * (options.seq_len - 5)
+    if experts is not None:
+        assert masks[0] is not None, "padding is not masked"
+        assert masks[0].flatten().tolist() == [1.0] * 5 + [0.0] * (options.seq_len - 5)
     tokens = step([0, 0, first], [0, 0, 5], [False, False, True])
     second = encode(
         0, [44]
@@ -236,9 +239,9 @@ def on_device_sampling(model: str) -> None:
     assert torch.equal(found.flatten().long(), wanted), (found, wanted)
 
 
-def rank_files(model: str, graphs: str) -> None:
-    """NxD's real sharding writes files that hold what the model needs; a file that lost a tensor is
-    refused.
+def rank_files(model: str, graphs: str, name: str, moe_tp_degree: str) -> None:
+    """NxD's real sharding writes files that hold what the model needs; a file that lost a tensor of
+    this name is refused.
     """
     from safetensors.torch import load_file, save_file
 
@@ -252,14 +255,15 @@ def rank_files(model: str, graphs: str) -> None:
     from neuron_minimax.errors import CheckpointError
 
     os.environ.pop("NXD_CPU_MODE", None)
-    options = NeuronOptions(**(OPTIONS | {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2}))
+    shared = int(moe_tp_degree)
+    degrees = {"tp_degree": 4, "moe_tp_degree": shared, "moe_ep_degree": 4 // shared}
+    options = NeuronOptions(**(OPTIONS | degrees))
     application = make_application(Path(model), options)
     application.shard_weights(graphs)
     record_parameters(application, Path(graphs))
     path = rank_file(Path(graphs), 3)
     tensors = load_file(path)
-    name = "layers.1.self_attn.k_norm.weight"
-    for change in ({}, {name: tensors[name].float()}):
+    for change in ({}, {name: tensors[name].half()}):
         save_file({key: tensor for key, tensor in tensors.items() if key != name} | change, path)
         with pytest.raises(CheckpointError, match=f"(?s){name}.*tp3|tp3.*{name}"):
             check_rank_files(Path(graphs), 4)
@@ -285,7 +289,7 @@ def settings(model: str) -> None:
     for field, value, said in (
         ("quantized_mlp_kernel_enabled", True, "dense MLP"),
         ("padding_side", "left", "left padding"),
-        ("fused_qkv", True, "full query"),
+        ("fused_qkv", True, "separate projections"),
         ("sequence_parallel_enabled", True, "not been run"),
         ("moe_tp_degree", 2, "not tp_degree"),
         ("quantization_type", "per_channel_symmetric", "blockwise_symmetric"),
@@ -329,6 +333,42 @@ def settings(model: str) -> None:
     assert neuron_config.names_module(
         ["gate"], "layers.0.block_sparse_moe.expert_mlps.mlp_op.gate_up_proj"
     )
+
+
+def family_settings(dense: str, sparse: str) -> None:
+    """What of other families cannot work is refused by name before anything is built; a tied head
+    is not quantized.
+    """
+    from neuron_minimax.backends.nxdi.application import make_application
+    from neuron_minimax.backends.nxdi.options import NeuronOptions
+    from neuron_minimax.errors import ConfigError
+
+    for model, degrees, said in (
+        (
+            dense,
+            {"tp_degree": 8, "moe_tp_degree": 8},
+            "the intermediate size of dense layers, 512 over tp_degree 8 leaves 64 channels per "
+            "rank, not whole blocks of 128; lower tp_degree, or convert",
+        ),
+        (dense, {"moe_ep_degree": 2}, "moe_ep_degree is 2, and Qwen3 has no experts to spread"),
+        (dense, {"tp_degree": 3}, "hidden_size 256 cannot be shared by tp_degree 3 ranks"),
+        (
+            sparse,
+            {"tp_degree": 4, "moe_tp_degree": 4},
+            "intermediate_size 256 over moe_tp_degree 4 leaves 64 channels per rank",
+        ),
+        (sparse, {"tp_degree": 2}, "is not tp_degree 2; every rank needs one share of the experts"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            make_application(Path(model), NeuronOptions(**OPTIONS | degrees))
+    for field in ("fused_qkv", "mlp_kernel_enabled", "qkv_kernel_enabled"):
+        with pytest.raises(ConfigError, match=f"{field}=True is refused for Qwen3 "):
+            make_application(Path(dense), NeuronOptions(**OPTIONS), **{field: True})
+    application = make_application(Path(dense), NeuronOptions(**OPTIONS))
+    assert application.config.model_config.tie_word_embeddings
+    assert "lm_head" in application.neuron_config.modules_to_not_convert
+    flag = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
+    assert all(flag in wrapper.compiler_args for wrapper in application.models)
 
 
 def code_range(model: str, directory: str) -> None:
@@ -382,7 +422,7 @@ def vllm(model: str) -> None:
     from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
     from neuron_minimax.backends.nxdi import vllm_plugin
-    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi.model import NeuronForCausalLM
     from neuron_minimax.errors import CheckpointError
 
     assert vllm_plugin.register()
@@ -390,7 +430,7 @@ def vllm(model: str) -> None:
     architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
     name, task = architecture.split("For", 1)
     found = table.MODEL_TYPES[name.lower()][re.sub("([a-z])([A-Z])", r"\1-\2", task).lower()]
-    assert found is NeuronMiniMaxM2ForCausalLM
+    assert found is NeuronForCausalLM
     assert len(table.MODEL_TYPES) == len(keys.split()) + 1
     fields = {
         "torch_dtype": "bfloat16",
@@ -415,10 +455,57 @@ def vllm(model: str) -> None:
         found.save_quantized_state_dict(model, config)
 
 
+def vllm_families(model: str, key: str) -> None:
+    """A family that NxDI has a class of its own for is replaced when asked, and its converted
+    directory is configured through the fields that transformers reads.
+    """
+    import json
+    import types
+
+    table = types.ModuleType("neuronx_distributed_inference.utils.constants")
+    table.MODEL_TYPES = {name: {"causal-lm": object} for name in ("qwen2", "qwen3", "qwen3_moe")}  # type: ignore[attr-defined]
+    sys.modules[table.__name__] = table
+    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+
+    from neuron_minimax.backends.nxdi import vllm_plugin
+    from neuron_minimax.backends.nxdi.model import NeuronForCausalLM
+    from neuron_minimax.config import ModelConfig
+
+    assert vllm_plugin.register()
+    assert all(table.MODEL_TYPES[name]["causal-lm"] is object for name in ("qwen2", "qwen3_moe"))
+    os.environ["NEURON_MINIMAX_FAMILIES"] = key
+    assert vllm_plugin.register()
+    architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
+    name = architecture.split("For", 1)[0].lower()
+    found = table.MODEL_TYPES[{"qwen3moe": "qwen3_moe"}.get(name, name)]["causal-lm"]
+    assert found is NeuronForCausalLM
+    replaced = [name for name in table.MODEL_TYPES if table.MODEL_TYPES[name]["causal-lm"] is found]
+    assert sorted(replaced) == sorted(["minimaxm2", key])
+    overrides = vllm_plugin.override_neuron_config(model, buckets=(32, 64))
+    options = found.get_neuron_config_cls()(
+        batch_size=2,
+        seq_len=64,
+        torch_dtype="bfloat16",
+        on_cpu=True,
+        logical_nc_config=1,
+        is_continuous_batching=True,
+        **json.loads(json.dumps(overrides)),
+    )
+    config = found.get_config_cls()(options, load_config=load_pretrained_config(model))
+    own = ModelConfig.from_dir(model)
+    for field in ("family", "head_dim", "rope_theta", "num_local_experts", "intermediate_size"):
+        assert getattr(config.model_config, field) == getattr(own, field), field
+    reread = found.get_config_cls().from_json_string(config.to_json_string())
+    assert reread.model_config == config.model_config
+    found(model, config)
+    if own.declares_fp8:
+        found.save_quantized_state_dict(model, config)
+
+
 def trace(model: str, dtype: str) -> None:
     """Both submodels as XLA graphs, by the real torch_xla on its CPU device: the values are those
-    of eager torch, the router is float32, and no tensor enters a graph but weights, caches and
-    NxDI's inputs.
+    of eager torch, the router is float32, FP8 codes enter as such, and no tensor enters a graph but
+    weights, caches and NxDI's inputs.
     """
     import torch
     import torch_xla
@@ -429,6 +516,7 @@ def trace(model: str, dtype: str) -> None:
     from neuron_minimax.backends.nxdi import imports
     from neuron_minimax.backends.nxdi.application import make_application
     from neuron_minimax.backends.nxdi.options import NeuronOptions
+    from neuron_minimax.families.family import RouterKind
 
     os.environ.pop("NXD_CPU_MODE", None)
     torch.manual_seed(0)  # random prompts meet near-ties of experts, which BF16 flips
@@ -461,6 +549,7 @@ def trace(model: str, dtype: str) -> None:
             places = torch.arange(tokens) if tokens > 1 else torch.tensor([5])
             inputs[2] = places.to(inputs[2].dtype).expand(batch, tokens).contiguous()
             eager = module(*inputs)[0].float()
+            codes = sum(tensor.dtype == torch.float8_e4m3fn for tensor in module.parameters())
             device = torch_xla.device()
             traced = module.to(device)(*[value.to(device) for value in inputs])[0]
             graph = torch_xla._XLAC._get_xla_tensors_hlo([traced])
@@ -471,8 +560,14 @@ def trace(model: str, dtype: str) -> None:
             shapes = {tuple(map(int, shape.split(","))) for shape in entered if shape}
             assert shapes
             assert shapes <= known, shapes - known
-            experts = module.config.num_local_experts
-            assert re.search(rf"f32\[\d+,{experts}\]\S* logistic\(f32", graph)
+            model_config = module.config.model_config
+            scored = {RouterKind.SIGMOID_BIAS: "logistic", RouterKind.SOFTMAX: "exponential"}
+            operation = scored.get(model_config.family.architecture.router)
+            if operation is not None:
+                experts = model_config.num_local_experts
+                assert re.search(rf"f32\[\d+,{experts}\]\S* {operation}\(f32", graph)
+            entry = graph[graph.index("ENTRY") :]
+            assert len(re.findall(r"= f8e4m3fn\[[\d,]*\]\S* parameter\(", entry)) == codes
             print(
                 f"{wrapper.tag}: largest difference {difference:.1e}, {len(entered)} graph inputs"
             )
@@ -493,8 +588,10 @@ def main() -> None:
             on_device_sampling,
             rank_files,
             settings,
+            family_settings,
             code_range,
             vllm,
+            vllm_families,
         )
     }
     checks[sys.argv[1]](*sys.argv[2:])

@@ -34,10 +34,13 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     expert_kernel: str = "torch"
     expert_placement: str | None = None
+    stock: bool = False  # NxDI's own class of the family, over a Hugging Face checkpoint
+    forward: bool = True  # False: weights are loaded and counted only
 
 
 def run(configuration: Run, output: Path, timeout: float = 300.0) -> dict[str, Any]:
-    """{"tokens", "logits", "parameters", "routers"} of rank 0.
+    """{"tokens", "logits", "parameters", "routers", "bytes"} of rank 0, the first two and the
+    routers unless `forward` is False.
 
     Raises AssertionError with the output of a rank that failed.
     """
@@ -116,9 +119,10 @@ def build(configuration: Run) -> Any:
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
 
     from neuron_minimax.backends.nxdi import imports
-    from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig, read_config
-    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi.application import application_class
+    from neuron_minimax.backends.nxdi.config import read_config
     from neuron_minimax.backends.nxdi.options import MOE_SETTINGS, quantization_options
+    from neuron_minimax.config import ModelConfig
     from tests.neuron.cases import LENGTHS, SEQ_LEN
 
     options = {
@@ -134,17 +138,19 @@ def build(configuration: Run) -> Any:
         "moe_tp_degree": configuration.moe_tp_degree,
         "moe_ep_degree": configuration.moe_ep_degree,
         **MOE_SETTINGS,
-        **quantization_options(configuration.directory),
-        **configuration.options,
     }
-    neuron_config = imports.MoENeuronConfig(**options)
-    config = MiniMaxM2InferenceConfig(
-        neuron_config,
-        load_config=read_config(configuration.directory),
-        expert_kernel=configuration.expert_kernel,
-        expert_placement=configuration.expert_placement,
-    )
-    application = NeuronMiniMaxM2ForCausalLM(configuration.directory, config)
+    if configuration.stock:
+        application = stock_application(configuration.directory, options)
+    else:
+        options |= quantization_options(configuration.directory) | configuration.options
+        application_cls = application_class(ModelConfig.from_dir(configuration.directory).family)
+        config = application_cls.get_config_cls()(
+            imports.MoENeuronConfig(**options),
+            load_config=read_config(configuration.directory),
+            expert_kernel=configuration.expert_kernel,
+            expert_placement=configuration.expert_placement,
+        )
+        application = application_cls(configuration.directory, config)
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=configuration.tp_degree, skip_collective_init=True
@@ -167,6 +173,42 @@ def build(configuration: Run) -> Any:
     for wrapper in application.models:
         wrapper.model = module
     return application.eval()
+
+
+def stock_application(directory: str, options: dict[str, Any]) -> Any:
+    """NxDI's own application of the checkpoint's model type; its layer markers, which call the
+    compiler on a CPU too, are left out.
+    """
+    import importlib
+
+    import torch
+    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+
+    from neuron_minimax.backends.nxdi import imports
+    from tests.neuron.standins import stand_in_for
+
+    # A kernel that NxDI's dense MLP imports and runs on devices only. nki-library d2ad3a57 has a
+    # part of its docstring twice (line 203: IndentationError).
+    stand_in_for("nkilib.core.mlp.mlp")
+    model_type = json.loads((Path(directory) / "config.json").read_text())["model_type"]
+    package = f"neuronx_distributed_inference.models.{model_type}.modeling_{model_type}"
+    module = importlib.import_module(package)
+    for marker in ("ModuleMarkerStartWrapper", "ModuleMarkerEndWrapper"):
+        if hasattr(module, marker):
+            setattr(module, marker, torch.nn.Identity)
+    name = {"qwen3_moe": "NeuronQwen3MoeForCausalLM"}.get(
+        model_type, f"Neuron{model_type.capitalize()}ForCausalLM"
+    )
+    # With the method that NxDI 0.8 calls in CPU mode and has not.
+    application_cls = type(name, (getattr(module, name), imports.CausalLM), {})
+    config_cls = application_cls.get_config_cls()
+    if model_type != "qwen3_moe":
+        options = {name: value for name, value in options.items() if "moe" not in name}
+    config = config_cls(
+        config_cls.get_neuron_config_cls()(**options),
+        load_config=load_pretrained_config(directory),
+    )
+    return application_cls(directory, config)
 
 
 def generate(application: Any) -> dict[str, Any]:
@@ -196,16 +238,26 @@ def generate(application: Any) -> dict[str, Any]:
             positions = lengths + step
             mask = (torch.arange(int(positions.max())) < positions).long()
     module = application.models[0].model
-    parameters = {
-        name: (str(tensor.dtype), list(tensor.shape))
-        for name, tensor in module.state_dict().items()
-    }
     routers = {name: tensor for name, tensor in module.state_dict().items() if ".router." in name}
     return {
         "tokens": torch.stack(chosen, 1),
         "logits": torch.stack(rows, 1),
-        "parameters": parameters,
         "routers": routers,
+    }
+
+
+def held(module: Any) -> dict[str, Any]:
+    """Dtype and shape of every entry of the state dict; bytes of every weight, each once."""
+    return {
+        "parameters": {
+            name: (str(tensor.dtype), list(tensor.shape))
+            for name, tensor in module.state_dict().items()
+        },
+        "bytes": {
+            name: tensor.nbytes
+            for name, tensor in module.named_parameters()
+            if not name.startswith("kv_mgr.")
+        },
     }
 
 
@@ -213,12 +265,13 @@ def interpret_kernel() -> Any:
     """The NKI kernel's module, run by the NumPy interpreter; gives the machine that counts its
     instructions.
     """
+    from neuron_minimax.kernels import nki as package
     from tests import nki_interpreter
 
     name = "neuron_minimax.kernels.nki.expert_mlp"
     module, machine = nki_interpreter.load(ROOT / f"{name.replace('.', '/')}.py")
     sys.modules[name] = module
-    vars(sys.modules["neuron_minimax.kernels.nki"])["expert_mlp"] = module
+    vars(package)["expert_mlp"] = module
     return machine
 
 
@@ -231,7 +284,10 @@ def main() -> None:
 
     configuration = Run(**json.loads(sys.argv[1]))
     machine = interpret_kernel() if configuration.expert_kernel == "nki" else None
-    result = generate(build(configuration))
+    application = build(configuration)
+    result = held(application.models[0].model)
+    if configuration.forward:
+        result |= generate(application)
     result["kernel_matmuls"] = machine.counts["nc_matmul"] if machine else 0
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[2])

@@ -124,10 +124,10 @@ def shard(
 
     from neuron_minimax.backends.nxdi import imports
     from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig, read_config
-    from neuron_minimax.backends.nxdi.model import NeuronMiniMaxM2ForCausalLM
+    from neuron_minimax.backends.nxdi.model import NeuronForCausalLM
     from neuron_minimax.backends.nxdi.options import quantization_options
 
-    class Recorded(NeuronMiniMaxM2ForCausalLM):
+    class Recorded(NeuronForCausalLM):
         def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
             if state is None:
                 return super().checkpoint_loader_fn(mmap)

@@ -1,22 +1,23 @@
 """The engines of the CPU backend: eager, and over compiled or exported graphs; how each is made."""
 
 import ctypes
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neuron_minimax.backends.base import Backend, Capabilities
-from neuron_minimax.backends.cpu.options import CPUOptions, compiler_is_there
-from neuron_minimax.backends.directory import Manifest
+from neuron_minimax.backends.base import LOGIT_ROWS, Backend, Capabilities
+from neuron_minimax.backends.cpu.options import EXPORTED, CPUOptions, compiler
+from neuron_minimax.backends.manifest import Manifest
 from neuron_minimax.convert.plan import Converted
-from neuron_minimax.errors import BackendError
+from neuron_minimax.errors import BackendError, counted
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
+from neuron_minimax.progress import Progress
 
 TESTED_TORCH = (2, 13)
 EAGER_AS_ASKED = "eager engine, as asked: nothing was compiled"
@@ -37,9 +38,7 @@ class EagerBackend(Backend):
         self.model = Decoder.from_converted(model, compute=COMPUTE_DTYPES[options.compute])
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
-        self.cache = KVCache.allocate(
-            self.config, options.slots, options.seq_len, self.model.compute
-        )
+        self.cache = cache_for(self.model, options, options.seq_len)
 
     def reset(self, slot: int) -> None:
         """Nothing to do: a position is written before it is read, whatever a slot held before."""
@@ -47,10 +46,14 @@ class EagerBackend(Backend):
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
-        positions_BT = torch.arange(start, start + len(ids))[None]
-        hidden_BTH = self._run(torch.tensor([ids]), positions_BT, torch.tensor([slot]))
-        logits_TV = self._head(hidden_BTH[0] if all_positions else hidden_BTH[0, -1:])
+        hidden_TH = self._encode_hidden(slot, ids, start)
+        logits_TV = self._head(hidden_TH if all_positions else hidden_TH[-1:])
         return logits_TV if all_positions else logits_TV[0]
+
+    def _encode_rows(self, slot: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
+        with torch.inference_mode():
+            hidden_TH = self._encode_hidden(slot, ids, start)
+        yield from rows_of(hidden_TH, self._head)
 
     @torch.inference_mode()
     def _step(
@@ -62,6 +65,10 @@ class EagerBackend(Backend):
             hidden_BTH = self._run(tokens[rows, None], positions[rows, None], rows)
             logits_SV[rows] = self._head(hidden_BTH[:, 0])
         return logits_SV
+
+    def _encode_hidden(self, slot: int, ids: list[int], start: int) -> torch.Tensor:
+        positions_BT = torch.arange(start, start + len(ids))[None]
+        return self._run(torch.tensor([ids]), positions_BT, torch.tensor([slot]))[0]
 
     def _run(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, rows_B: torch.Tensor
@@ -79,7 +86,10 @@ class EagerBackend(Backend):
 class CompiledBackend(Backend):
     """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
 
-    def __init__(self, model: Converted, graphs: Path, options: CPUOptions) -> None:
+    def __init__(
+        self, model: Converted, read: Callable[[str], bytes], engine: str, options: CPUOptions
+    ) -> None:
+        """`read` gives the bytes of a compiled file; `engine` is the one that it was made for."""
         # Here, because it imports Numba, which the eager engine does without.
         from neuron_minimax.backends.cpu import graphs as cpu_graphs
 
@@ -88,17 +98,15 @@ class CompiledBackend(Backend):
         self.model = Decoder.from_converted(model, compute=compute, byte_codes=True)
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
-        self.cache = KVCache.allocate(
-            self.config, options.slots, options.seq_len + 1, self.model.compute
-        )
-        cpu_graphs.load_kernels(self.model, pickle.loads((graphs / cpu_graphs.LOOPS).read_bytes()))
+        self.cache = cache_for(self.model, options, options.seq_len + 1)
+        cpu_graphs.load_kernels(self.model, cpu_graphs.load_loops(read(cpu_graphs.LOOPS)))
         self.kernels = cpu_graphs.OPERATORS
         state = cpu_graphs.Graph(self.model, self.cache, options.seq_len).state_dict()
-        self.token_generation = cpu_graphs.load_graph(graphs, cpu_graphs.TOKEN_GENERATION, state)
-        self.context_encoding = {
-            size: cpu_graphs.load_graph(graphs, cpu_graphs.context_name(size), state)
-            for size in options.buckets
-        }
+        self.token_generation, *encoding = (
+            cpu_graphs.load_graph(read, engine, name, state)
+            for name in cpu_graphs.graph_names(options)
+        )
+        self.context_encoding = dict(zip(options.buckets, encoding, strict=True))
 
     def reset(self, slot: int) -> None:
         """Nothing to do: a position is written before it is read, whatever a slot held before."""
@@ -106,19 +114,56 @@ class CompiledBackend(Backend):
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
-        bucket = self.capabilities.bucket_for(len(ids))
-        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
-        place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
-        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
-        if not all_positions:
-            return logits_V
-        return self.model.logits(hidden_TH[: len(ids)], self.kernels).float()
+        logits_V, hidden_TH = self._encode_bucket(slot, ids, start)
+        return self._head(hidden_TH) if all_positions else logits_V
+
+    def _encode_rows(self, slot: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
+        with torch.inference_mode():
+            _, hidden_TH = self._encode_bucket(slot, ids, start)
+        yield from rows_of(hidden_TH, self._head)
 
     @torch.inference_mode()
     def _step(
         self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor
     ) -> torch.Tensor:
         return self.token_generation(tokens, positions, active)
+
+    def _encode_bucket(
+        self, slot: int, ids: list[int], start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits [V] of the last position, and the hidden states [T,H] of all."""
+        bucket = self.capabilities.bucket_for(len(ids))
+        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
+        place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
+        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
+        return logits_V, hidden_TH[: len(ids)]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(hidden, self.kernels).float()
+
+
+def rows_of(
+    hidden_TH: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yield the logits [R,V] of hidden states, LOGIT_ROWS at a time.
+
+    Inference mode is a thread's, not a generator's: it ends before each of them is given.
+    """
+    for hidden_RH in hidden_TH.split(LOGIT_ROWS):
+        with torch.inference_mode():
+            logits_RV = head(hidden_RH)
+        yield logits_RV
+
+
+def cache_for(model: Decoder, options: CPUOptions, positions: int) -> KVCache:
+    """The empty cache of all slots. Raises BackendError when it does not fit into memory."""
+    try:
+        return KVCache.allocate(model.config, options.slots, positions, model.compute)
+    except (RuntimeError, MemoryError):
+        raise BackendError(
+            f"the cache of {counted(options.slots, 'slot')} of {options.seq_len} positions does "
+            "not fit into memory; compile with fewer"
+        ) from None
 
 
 def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
@@ -133,7 +178,7 @@ def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
 
 
 def build(
-    model: Path, graphs: Path, options: Mapping[str, Any], progress: Callable[[str], None]
+    model: Path, graphs: Path, options: Mapping[str, Any], progress: Progress
 ) -> tuple[dict[str, float], list[str]]:
     """Compile graphs into `graphs`; returns file name to seconds, and notes for the manifest.
 
@@ -149,7 +194,7 @@ def build(
     notes = []
     try:
         if parsed.engine == "exported":
-            notes = [EXPORTED_AS_ASKED if compiler_is_there() else NO_COMPILER]
+            notes = [EXPORTED_AS_ASKED if compiler() else NO_COMPILER]
         return build_graphs(model, graphs, parsed, progress), notes
     except Exception as error:  # whatever an export or a compiler may raise
         said = str(error).strip().splitlines() or ["no message"]
@@ -171,12 +216,17 @@ def build(
 
 
 def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:
-    """The backend over the weights in `model`."""
-    options = CPUOptions.parse(manifest.options)
+    """The backend over the weights in `model`. Raises BackendError when a graph is missing, or is
+    not what the manifest says.
+    """
+    options = CPUOptions.parse(manifest.options, "compile again")
     _keep_freed_memory()
-    if not manifest.graphs:
+    if options.engine == "eager":
         return EagerBackend(model, options)
-    return CompiledBackend(model, graphs, options)
+    # Where the compiler failed the exported graphs run instead.
+    exported = any(name.endswith(EXPORTED) for name in manifest.graphs)
+    engine = "exported" if exported else options.engine
+    return CompiledBackend(model, partial(manifest.read_graph, graphs), engine, options)
 
 
 def _keep_freed_memory() -> None:

@@ -3,29 +3,34 @@
 Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
 """
 
+import io
 import json
 import os
-import pickle
-import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import safetensors
 import torch
 from torch import nn
 
-from neuron_minimax.backends.cpu.options import CPUOptions
-from neuron_minimax.errors import BackendError
-from neuron_minimax.kernels.cpu.jit import code_of
+from neuron_minimax.backends.cpu.compiling import FinishedGraphs, GraphCompilers, doing
+from neuron_minimax.backends.cpu.options import EXPORTED, CPUOptions
+from neuron_minimax.checkpoint.header import TensorSpec
+from neuron_minimax.checkpoint.writer import ShardWriter
+from neuron_minimax.kernels.cpu.jit import Code, registered
 from neuron_minimax.kernels.cpu.operators import attend, compile_loops, expert_mlp, linear
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.model.layers import Kernels, Linear
 from neuron_minimax.model.moe import StackedExperts
+from neuron_minimax.progress import Progress
 
 
 class WithState(nn.Module):
@@ -49,18 +54,48 @@ def save_exported(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Pat
     torch.export.save(program, path)
 
 
-def load_exported(path: Path, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves; `load_kernels` must have made its operators."""
-    graph = torch.export.load(path).module()
+def load_exported(data: bytes, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """The graph over these tensors themselves, from its file's bytes; `load_kernels` must have made
+    its operators.
+    """
+    graph = torch.export.load(io.BytesIO(data)).module()
     return lambda *inputs: graph(state, inputs)
 
 
-MODULE = "neuron_minimax.backends.cpu.graphs"
+def save_compiled(
+    module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    path: Path,
+    exported: Callable[[], None] = lambda: None,
+) -> None:
+    """Compile `module` for inputs of these shapes to a library, `path` with .so appended, and to a
+    description of the operators that it calls, .json; `exported` is called between the two.
+    """
+    with torch.no_grad():
+        program = torch.export.export(module, inputs)
+        exported()
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{path}.pt2", inductor_configs=INDUCTOR_OPTIONS
+        )
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+        (library,) = (name for name in names if name.endswith(LIBRARY))
+        for suffix in (LIBRARY, OPERATORS_CALLED):
+            content = archive.read(library.removesuffix(LIBRARY) + suffix)
+            path.with_name(path.name + suffix).write_bytes(content)
+    os.unlink(package)
+
+
 TOKEN_GENERATION = "token_generation"
-LOOPS = "loops.pickle"  # operator to compiled code
-SUFFIXES = {"compiled": ".pt2", "exported": ".exported.pt2"}
+LOOPS = "loops.safetensors"  # "operator symbol" to the bytes of its ELF object
+LIBRARY = ".so"
+OPERATORS_CALLED = ".json"
+SUFFIXES = {"compiled": (LIBRARY, OPERATORS_CALLED), "exported": (EXPORTED,)}
 OPERATORS = Kernels(linear=linear, attend=attend, expert_mlp=expert_mlp)
-INDUCTOR_OPTIONS = {"aot_inductor.package_constants_in_so": False}
+INDUCTOR_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.precompile_headers": False,  # pays for more graphs than one compile has
+}
 
 
 class SlotCache(nn.Module):
@@ -153,55 +188,52 @@ class ContextEncoding(Graph):
 
 
 def build_graphs(
-    model_directory: Path, graphs: Path, options: CPUOptions, progress: Callable[[str], None]
+    model_directory: Path, graphs: Path, options: CPUOptions, progress: Progress
 ) -> dict[str, float]:
-    """Make the file of every graph in `graphs`, each in a process of its own, as many at a time as
-    there are cores.
+    """Make the files of every graph in `graphs`, each in a process of its own, as many at a time as
+    there are cores; those that an interrupted compile has finished there are kept.
 
     Beside them the loops that graphs call are compiled here, and kept in a file too.
 
     Returns file name to seconds. Raises BackendError with the last line of what a failing compile
-    said.
+    said; an interruption gets a note that says how many graphs are kept.
     """
-    names = [TOKEN_GENERATION, *(context_name(bucket) for bucket in options.buckets)]
-    seconds: dict[str, float] = {}
-    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
-        running = {
-            pool.submit(_build_in_process, model_directory, graphs, options, name): name
-            for name in names
-        }
-        progress(f"compiling {len(names)} graphs")
-        started = time.monotonic()
-        model = Decoder.from_converted(model_directory, compute=COMPUTE_DTYPES[options.compute])
-        operators = load_kernels(model, {})
-        (graphs / LOOPS).write_bytes(
-            pickle.dumps({operator: code_of(operator) for operator in operators})
-        )
-        of_loops = time.monotonic() - started
-        progress(f"compiled the loops over FP8 codes in {of_loops:.1f} s")
-        for future in as_completed(running):
-            name = running[future]
-            seconds[name] = future.result()
-            progress(
-                f"{options.engine} {name} in {seconds[name]:.1f} s ({len(seconds)} of {len(names)})"
-            )
-    return {LOOPS: of_loops} | {name + SUFFIXES[options.engine]: seconds[name] for name in names}
-
-
-def _build_in_process(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> float:
-    arguments = [str(model_directory), str(graphs), json.dumps(asdict(options)), name]
-    started = time.monotonic()
-    finished = subprocess.run(
-        [sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True, check=False
-    )
-    if finished.returncode:
-        said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise BackendError(f"compiling {name} failed: {said[-1]}")
-    return time.monotonic() - started
+    names = graph_names(options)
+    finished = FinishedGraphs(graphs, SUFFIXES[options.engine])
+    missing = [name for name in names if name not in finished]
+    if len(missing) < len(names):
+        kept = [name for name in names if name in finished]
+        progress(f"kept of an interrupted compile: {', '.join(kept)}")
+    threads = max(1, min(len(missing), os.cpu_count() or 1))
+    try:
+        with ThreadPoolExecutor(threads) as pool, GraphCompilers(finished) as compilers:
+            running = [
+                pool.submit(compilers.run, model_directory, options, name, progress)
+                for name in missing
+            ]
+            with progress.stage("loops over FP8 codes"):
+                started = time.monotonic()
+                model = Decoder.from_converted(
+                    model_directory, compute=COMPUTE_DTYPES[options.compute]
+                )
+                operators = load_kernels(model, {})
+                code = {operator: registered[operator] for operator in operators}
+                save_loops(code, graphs / LOOPS)
+                of_loops = time.monotonic() - started
+            for future in as_completed(running):
+                future.result()
+    except KeyboardInterrupt as stop:
+        kept = [name for name in names if name in finished]
+        stop.add_note(f"{len(kept)} of {len(names)} graphs are finished and kept")
+        raise
+    seconds = finished.seconds()
+    files = [name + suffix for suffix in SUFFIXES[options.engine] for name in names]
+    return {LOOPS: of_loops} | {file: seconds[file] for file in files}
 
 
 def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> None:
-    """Export one graph, and compile it unless the exported graph is what was asked for."""
+    """Export one graph into `graphs`, and compile it unless the exported one is asked for."""
+    doing("reading the model")
     compute = COMPUTE_DTYPES[options.compute]
     model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
     cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
@@ -209,15 +241,11 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
         each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)
     }
     graph, inputs = graphs_by_name[name]
-    path = graphs / (name + SUFFIXES[options.engine])
+    doing("exporting")
     if options.engine == "exported":
-        save_exported(graph, inputs, path)
-        return
-    with torch.no_grad():
-        program = torch.export.export(graph, inputs)
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=INDUCTOR_OPTIONS
-        )
+        save_exported(graph, inputs, graphs / (name + EXPORTED))
+    else:
+        save_compiled(graph, inputs, graphs / name, lambda: doing("writing C++ and compiling it"))
 
 
 def all_graphs(
@@ -246,11 +274,36 @@ def all_graphs(
     return graphs
 
 
+def graph_names(options: CPUOptions) -> list[str]:
+    return [TOKEN_GENERATION, *(context_name(bucket) for bucket in options.buckets)]
+
+
 def context_name(bucket: int) -> str:
     return f"context_encoding_{bucket}"
 
 
-def load_kernels(model: Decoder, code: Mapping[str, bytes]) -> list[str]:
+def save_loops(code: Mapping[str, Code], path: Path) -> None:
+    """Write compiled kernels as tensors of bytes, each named by its operator and its symbol."""
+    binaries = {
+        f"{operator} {kernel.symbol}": np.frombuffer(kernel.binary, np.uint8)
+        for operator, kernel in code.items()
+    }
+    specs = [TensorSpec(name, "U8", binary.shape) for name, binary in binaries.items()]
+    with ShardWriter(path, specs) as writer:
+        for binary in binaries.values():
+            writer.write(binary)
+
+
+def load_loops(data: bytes) -> dict[str, Code]:
+    """The inverse of save_loops, from the file's bytes."""
+    code = {}
+    for name, tensor in safetensors.deserialize(data):
+        operator, _, symbol = name.partition(" ")
+        code[operator] = Code(symbol, bytes(tensor["data"]))
+    return code
+
+
+def load_kernels(model: Decoder, code: Mapping[str, Code]) -> list[str]:
     """Make the operators that this model's graphs call, from `code` where it has them compiled.
 
     Returns their names.
@@ -263,34 +316,41 @@ def load_kernels(model: Decoder, code: Mapping[str, bytes]) -> list[str]:
         for module in model.modules()
         if isinstance(module, StackedExperts)
     }
-    return compile_loops(model.compute, linears, experts, code)
+    return compile_loops(model.compute, sorted(linears, key=str), sorted(experts, key=str), code)
 
 
-def load_graph(graphs: Path, name: str, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves: no copy of the weights, the cache written in
-    place.
+def load_graph(
+    read: Callable[[str], bytes], engine: str, name: str, state: dict[str, torch.Tensor]
+) -> Callable[..., Any]:
+    """The graph over these tensors themselves: no copy of the weights, the cache written in place.
+
+    `read` gives the bytes of a file of the compiled directory.
     """
-    compiled = graphs / (name + SUFFIXES["compiled"])
-    if not compiled.exists():
-        return load_exported(graphs / (name + SUFFIXES["exported"]), state)
-    return _Package(compiled, state)
+    if engine == "exported":
+        return load_exported(read(name + EXPORTED), state)
+    return _Library(read(name + LIBRARY), read(name + OPERATORS_CALLED), state)
 
 
-class _Package:
+class _Library:
     """The function of torch._inductor.aoti_load_package, without importing or probing the compiler.
 
-    That this machine is the one that compiled is the manifest's business.
+    That this machine is the one that compiled is the manifest's business. The loader opens files by
+    their names: it gets the bytes that were checked, where nobody else can write.
     """
 
-    def __init__(self, path: Path, state: dict[str, torch.Tensor]) -> None:
-        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-        self.state = {
-            name: state[name] for name in self.loader.get_constant_fqns()
-        }  # the loader keeps addresses only
-        self.loader.load_constants(self.state, False, True, True)
+    def __init__(self, library: bytes, operators: bytes, state: dict[str, torch.Tensor]) -> None:
+        with tempfile.TemporaryDirectory(prefix="neuron-minimax-") as directory:
+            path = Path(directory, "graph" + LIBRARY)
+            path.write_bytes(library)
+            path.with_suffix(OPERATORS_CALLED).write_bytes(operators)
+            self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+        names = self.runner.get_constant_names_to_original_fqns()
+        # The runner keeps addresses only.
+        self.state = {name: state[original] for name, original in names.items()}
+        self.runner.update_constant_buffer(self.state, False, True, True)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        outputs = self.loader.run(list(inputs))
+        outputs = self.runner.run(list(inputs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

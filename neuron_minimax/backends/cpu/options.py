@@ -1,20 +1,26 @@
 """The options of the CPU backend, and the environment that its graphs depend on; without torch."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pydantic import ConfigDict
+
 from neuron_minimax.backends.base import check_buckets
-from neuron_minimax.backends.directory import cpu_here, versions_of
+from neuron_minimax.backends.manifest import cpu_here, versions_of
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
+from neuron_minimax.files import parse_json
 
 COMPUTE = ("float32", "bf16")
 ENGINES = ("compiled", "exported", "eager")
+EXPORTED = ".exported.pt2"  # ends the name of an exported graph
 DEFAULT_CPU_SEQ_LEN = 2048
+MOST = 1 << 30  # slots or positions, which memory bounds much earlier
 DEFAULT_CPU_BUCKETS = (64, 512)
 # The files that graphs are made from: the decoder, what its rules give it, and its kernels.
 SOURCES = (
@@ -32,6 +38,8 @@ SOURCES = (
 class CPUOptions:
     """The choices of a CPU compile; lengths in tokens. `compute` is the dtype of activations."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     slots: int = 1
     seq_len: int
     buckets: tuple[int, ...]
@@ -39,22 +47,31 @@ class CPUOptions:
     engine: str = "compiled"
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.seq_len < 2:
+        if not 1 <= self.slots <= MOST or not 2 <= self.seq_len <= MOST:
             raise BackendError(
                 f"batch size {self.slots}, seq_len {self.seq_len}: expected at least 1 and at "
-                "least 2"
+                f"least 2, and at most {MOST}",
+                usage=True,
             )
         check_buckets(self.buckets, self.seq_len)
         for name, allowed in (("compute", COMPUTE), ("engine", ENGINES)):
             if getattr(self, name) not in allowed:
                 raise BackendError(
-                    f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}"
+                    f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}",
+                    usage=True,
                 )
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> "CPUOptions":
-        """The options that a manifest holds."""
-        return cls(**{**options, "buckets": tuple(options["buckets"])})
+    def parse(
+        cls,
+        options: Mapping[str, Any],
+        advice: str = "expected lengths and counts as integers, names as text",
+    ) -> "CPUOptions":
+        """Options from a manifest or a caller. Raises BackendError naming one of another type, or
+        that does not exist.
+        """
+        given = json.dumps(dict(options), default=repr).encode()
+        return parse_json(given, cls, "an option of the cpu backend", BackendError, advice)
 
 
 def check_options(
@@ -69,27 +86,30 @@ def check_options(
     if foreign:
         raise BackendError(
             f"the cpu backend does not take --{foreign[0].replace('_', '-')}; it belongs to "
-            "another one"
+            "another one",
+            usage=True,
         )
-    seq_len = given.setdefault("seq_len", min(DEFAULT_CPU_SEQ_LEN, config.max_position_embeddings))
-    default = tuple(size for size in DEFAULT_CPU_BUCKETS if size <= seq_len) or (seq_len,)
-    given["buckets"] = tuple(given.get("buckets", default))
-    if given.get("engine", "compiled") == "compiled" and not compiler_is_there():
-        given["engine"] = "exported"
-    if seq_len > config.max_position_embeddings:
+    given.setdefault("seq_len", min(DEFAULT_CPU_SEQ_LEN, config.max_position_embeddings))
+    chosen = CPUOptions.parse({"buckets": (1,)} | given)
+    if "buckets" not in given:
+        default = tuple(size for size in DEFAULT_CPU_BUCKETS if size <= chosen.seq_len)
+        chosen = replace(chosen, buckets=default or (chosen.seq_len,))
+    if chosen.engine == "compiled" and not compiler():
+        chosen = replace(chosen, engine="exported")
+    if chosen.seq_len > config.max_position_embeddings:
         raise BackendError(
-            f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} "
-            "of config.json"
+            f"seq_len {chosen.seq_len} is beyond max_position_embeddings "
+            f"{config.max_position_embeddings} of config.json"
         )
-    return {**asdict(CPUOptions(**given)), "buckets": list(given["buckets"])}
+    return {**asdict(chosen), "buckets": list(chosen.buckets)}
 
 
-def environment() -> tuple[dict[str, str], dict[str, Any]]:
+def environment() -> tuple[dict[str, str], dict[str, str | list[str]]]:
     """Versions and machine features that compiled graphs depend on."""
-    python = {"python": "{}.{}".format(*sys.version_info)}  # whose pickles hold the loops
+    python = {"python": "{}.{}".format(*sys.version_info)}  # whose functions the loops call
     return python | versions_of(["torch", "numba"], SOURCES), cpu_here()
 
 
-def compiler_is_there() -> bool:
-    """Look for the C++ compiler that AOTInductor calls, $CXX or g++."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+def compiler() -> str:
+    """The path of the C++ compiler, $CXX or g++; "" when there is none."""
+    return shutil.which(os.environ.get("CXX", "g++")) or ""

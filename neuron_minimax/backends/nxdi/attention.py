@@ -1,50 +1,29 @@
-"""NxDI attention for MiniMax-M2: norms over the full projection width, partial RoPE, block-scaled
-FP8 projections.
+"""NxDI attention for every family: the QK norm and biases that its `Architecture` names, RoPE over
+its rotary channels, block-scaled FP8 projections.
 
 Shapes: B batch, T tokens, H hidden, W a rank's width of the query or key projection, N heads of a
 rank, D head_dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.heads import rearrange
+from neuron_minimax.backends.nxdi.mlp import BlockQuantization
+from neuron_minimax.backends.nxdi.norms import FullWidthRMSNorm, WholeRMSNorm
 from neuron_minimax.errors import BackendError
 from neuron_minimax.families import Family, Role
+from neuron_minimax.families.family import QKNorm
 from neuron_minimax.model.rope import rope_table, rotate
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
 
 
-class BlockQuantization:
-    """NxD's quantized layers for 2-D weights whose float32 scales cover blocks of both
-    dimensions.
-    """
-
-    def __init__(self, block: tuple[int, int], dtype: torch.dtype, group: Any) -> None:
-        self.options = {
-            "bias": False,
-            "quantization_type": imports.QuantizationType.BLOCKWISE_SYMMETRIC,
-            "quantized_dtype": imports.QuantizedDtype.F8E4M3,
-            "block_axis": [0, 1],
-            "block_size": list(block),
-            "dtype": dtype,
-            "tensor_model_parallel_group": group,
-        }
-
-    def column(self, inputs: int, outputs: int) -> nn.Module:
-        return imports.QuantizedColumnParallel(inputs, outputs, gather_output=False, **self.options)
-
-    def row(self, inputs: int, outputs: int) -> nn.Module:
-        return imports.QuantizedRowParallel(inputs, outputs, input_is_parallel=True, **self.options)
-
-
 class NeuronQKVProjection(imports.GroupQueryAttention_QKV):
-    """The three projections; heads are placed by `HeadLayout`, scales together with their
-    weights.
+    """The three projections; heads are placed by `HeadLayout`, scales and biases together with
+    their weights.
     """
 
     def __init__(
@@ -61,9 +40,9 @@ class NeuronQKVProjection(imports.GroupQueryAttention_QKV):
         if quantization is not None:
             query = self.num_attention_heads * self.head_dim
             key_value = self.num_key_value_heads * self.head_dim
-            self.q_proj = quantization.column(self.hidden_size, query)
-            self.k_proj = quantization.column(self.hidden_size, key_value)
-            self.v_proj = quantization.column(self.hidden_size, key_value)
+            self.q_proj = quantization.column(self.hidden_size, query, self.bias)
+            self.k_proj = quantization.column(self.hidden_size, key_value, self.bias)
+            self.v_proj = quantization.column(self.hidden_size, key_value, self.bias)
 
     def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
         """Before sharding: full checkpoint tensors become the padded, replicated ones. NxD's own
@@ -126,56 +105,7 @@ def require_layout(projection: Any, layout: HeadLayout) -> None:
         )
 
 
-class FullWidthRMSNorm(imports.BaseParallelLinear):
-    """RMSNorm over a projection's full width while each rank holds its own heads only.
-
-    The sum of squares is reduced over the tensor-parallel group in float32 and divided by the
-    unpadded width and by the copies of each head. A parallel layer, so that NxD shards its weight;
-    float32 torch operations, because the compiler's RmsNorm call works per rank.
-    """
-
-    def __init__(
-        self,
-        *,
-        heads: int,
-        slots: Sequence[int | None],
-        copies: int,
-        head_dim: int,
-        eps: float,
-        group: Any,
-        dtype: Any,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.slots = slots
-        self.eps = eps
-        self.group = group
-        self.ranks = group.size()
-        self.divisor = float(heads * head_dim * copies)
-        self.weight = nn.Parameter(
-            torch.ones(len(slots) * head_dim // self.ranks, dtype=dtype), requires_grad=False
-        )
-        imports.set_tensor_model_parallel_attributes(
-            self.weight, is_parallel=True, dim=0, stride=1, num_partitions=self.ranks
-        )
-
-    def forward(self, projected_BTW: torch.Tensor) -> torch.Tensor:
-        wide_BTW = projected_BTW.to(torch.float32)
-        squares_BT1 = wide_BTW.pow(2).sum(-1, keepdim=True)
-        if self.ranks > 1:
-            squares_BT1 = imports.reduce_from_tensor_model_parallel_region(
-                squares_BT1, process_group=self.group
-            )
-        normed_BTW = wide_BTW * torch.rsqrt(squares_BT1 / self.divisor + self.eps)
-        return self.weight * normed_BTW.to(projected_BTW.dtype)
-
-    def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
-        module = prefix.removesuffix(".weight")
-        rearrange(model_state_dict, module, 0, self.heads, self.slots)
-        return True
-
-
-class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
+class NeuronAttention(imports.NeuronAttentionBase):
     """Attention of one layer. `quantized` chooses block-scaled FP8 projections; else they are
     `torch_dtype`.
     """
@@ -214,32 +144,47 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
             "logical_nc_config": self.logical_nc_config,
         }
         self.qkv_proj = NeuronQKVProjection(
-            layout, quantization, model.family, rms_norm_eps=model.rms_norm_eps, **shared
+            layout,
+            quantization,
+            model.family,
+            bias=model.family.architecture.qkv_bias,
+            rms_norm_eps=model.rms_norm_eps,
+            **shared,
         )
         self.o_proj = NeuronOutputProjection(
             layout, quantization, model.family, rpl_reduce_dtype=self.rpl_reduce_dtype, **shared
         )
-        norm = {
-            "head_dim": self.head_dim,
-            "eps": model.rms_norm_eps,
-            "group": group,
-            "dtype": self.torch_dtype,
-        }
-        self.q_norm = FullWidthRMSNorm(
-            heads=model.num_attention_heads, slots=layout.query_slots, copies=1, **norm
-        )
-        self.k_norm = FullWidthRMSNorm(
-            heads=model.num_key_value_heads,
-            slots=layout.key_value_slots,
-            copies=layout.key_value_copies,
-            **norm,
-        )
+        self._init_norms(layout)
         self.learned_sinks = None
         self.num_heads = layout.query_heads_per_rank
         self._src_num_key_value_heads = model.num_key_value_heads
         self.num_key_value_heads = layout.key_value_heads_per_rank
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.qkv_sharding_strategy = self.qkv_proj.sharding_strategy
+
+    def _init_norms(self, layout: HeadLayout) -> None:
+        """The norms of queries and keys that the family has; NONE leaves both out."""
+        model = self.model_config
+        self.norms = model.family.architecture.qk_norm
+        if self.norms is QKNorm.PER_HEAD:
+            self.q_norm = WholeRMSNorm(self.head_dim, model.rms_norm_eps, self.torch_dtype)
+            self.k_norm = WholeRMSNorm(self.head_dim, model.rms_norm_eps, self.torch_dtype)
+        elif self.norms is QKNorm.FULL_WIDTH:
+            norm = {
+                "head_dim": self.head_dim,
+                "eps": model.rms_norm_eps,
+                "group": self.tensor_model_parallel_group,
+                "dtype": self.torch_dtype,
+            }
+            self.q_norm = FullWidthRMSNorm(
+                heads=model.num_attention_heads, slots=layout.query_slots, copies=1, **norm
+            )
+            self.k_norm = FullWidthRMSNorm(
+                heads=model.num_key_value_heads,
+                slots=layout.key_value_slots,
+                copies=layout.key_value_copies,
+                **norm,
+            )
 
     def prep_qkv_tensors(  # noqa: PLR0913 (NxDI calls it)
         self,
@@ -254,21 +199,23 @@ class NeuronMiniMaxM2Attention(imports.NeuronAttentionBase):
         residual: Any = None,
         use_polar_compatible_rope: bool = False,
     ) -> tuple:
-        """Query, key and value [B,N,T,D], the first two normed over the full width, then rotated in
+        """Query, key and value [B,N,T,D], the first two normed as the family does, then rotated in
         float32.
         """
         batch, tokens, _ = hidden_states.shape
         query_BTW, key_BTW, value_BTW, residual = self.qkv_proj(
             hidden_states=hidden_states, residual=residual
         )
-        query_BTW = self.q_norm(query_BTW)
-        key_BTW = self.k_norm(key_BTW)
+        if self.norms is QKNorm.FULL_WIDTH:
+            query_BTW = self.q_norm(query_BTW)
+            key_BTW = self.k_norm(key_BTW)
+        per_head = self.norms is QKNorm.PER_HEAD
         query, key, value = (
-            imports.move_heads_front(projected, batch, tokens, heads, self.head_dim)
-            for projected, heads in (
-                (query_BTW, self.num_heads),
-                (key_BTW, self.num_key_value_heads),
-                (value_BTW, self.num_key_value_heads),
+            imports.move_heads_front(projected, batch, tokens, heads, self.head_dim, layernorm=norm)
+            for projected, heads, norm in (
+                (query_BTW, self.num_heads, self.q_norm if per_head else None),
+                (key_BTW, self.num_key_value_heads, self.k_norm if per_head else None),
+                (value_BTW, self.num_key_value_heads, None),
             )
         )
         if not skip_rope:

@@ -1,5 +1,5 @@
-"""The NxDI config of MiniMax-M2: read from either style of config.json, its settings checked before
-anything runs.
+"""The NxDI config of every family: read from any style of its config.json, its settings checked
+before anything runs.
 """
 
 import json
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.nxdi import imports
+from neuron_minimax.backends.nxdi.moe import ACTIVATIONS
 from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families import Role
+from neuron_minimax.families.family import LayerKind
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import (
     EXPERT_KERNELS,
@@ -33,19 +35,19 @@ QUANTIZED_MLP = (
 # Settings of NxDI that this model class does not serve: field, the one value it has, and why.
 UNSERVED: tuple[tuple[str, Any, str], ...] = (
     ("quantized_mlp_kernel_enabled", False, QUANTIZED_MLP),
-    ("mlp_kernel_enabled", False, "this model has no dense MLP"),
+    ("mlp_kernel_enabled", False, "NxDI's MLP kernel belongs to its own dense MLP"),
     ("padding_side", "right", "with left padding every prompt gives the same garbage"),
     (
         "ep_degree",
         1,
         "it multiplies the world size beyond the cores; experts are spread with moe_ep_degree",
     ),
-    ("fused_qkv", False, "the norm over the full query and key width needs separate projections"),
-    ("qkv_kernel_enabled", False, "NxDI's fused QKV kernel has no norm over the full width"),
+    ("fused_qkv", False, "query, key and value are separate projections, each with its own scales"),
+    ("qkv_kernel_enabled", False, "NxDI's fused QKV kernel knows neither these scales nor norms"),
     (
         "attn_block_tkg_nki_kernel_enabled",
         False,
-        "NxDI's fused attention kernel has no norm over the full width",
+        "NxDI's fused attention kernel knows neither these scales nor norms",
     ),
     ("sequence_parallel_enabled", False, "it has not been run with this model"),
     ("vocab_parallel", False, "the embedding is shared along the hidden size"),
@@ -55,15 +57,16 @@ UNSERVED: tuple[tuple[str, Any, str], ...] = (
     ("speculation_length", 0, "speculation has not been run with this model"),
     ("enable_fused_speculation", False, "speculation has not been run with this model"),
     ("is_medusa", False, "there are no Medusa heads for this model"),
-    ("moe_fused_nki_kernel_enabled", None, "the fused kernel has no router bias"),
+    ("moe_fused_nki_kernel_enabled", None, "the fused kernel has a router of its own"),
 )
+DENSE_SIZE = "the intermediate size of dense layers,"
 FEW_SEQUENCES = 4
 TORCH = blockwise.BLOCKWISE_MATMULS[blockwise.DEFAULT]
 
 
-class MiniMaxM2InferenceConfig(imports.InferenceConfig):
-    """InferenceConfig for MiniMax-M2. Raises ConfigError for a setting that this model class does
-    not serve.
+class NeuronModelConfig(imports.InferenceConfig):
+    """InferenceConfig of every family, whose `model_config` is the parsed config.json. Raises
+    ConfigError for a setting that this model class does not serve.
     """
 
     def add_derived_config(self) -> None:
@@ -71,7 +74,6 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
         model = self.model_config
         self.head_dim = model.head_dim
         self.hidden_act = "silu"
-        self.n_shared_experts = 0
         if getattr(self, "pad_token_id", None) is None:
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
         if not hasattr(self, "expert_kernel"):
@@ -85,9 +87,15 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
             raise ConfigError(
                 f"torch_dtype is the string {options.torch_dtype!r}; expected a torch.dtype"
             )
+        if options.quantized and model.tie_word_embeddings:
+            # A tied head is no weight of the checkpoint, whose list does not name it.
+            head = model.family.module(Role.HEAD)
+            listed = options.modules_to_not_convert or ()
+            options.modules_to_not_convert = list(dict.fromkeys((*listed, head)))
         options.router_config.dtype = torch.float32
-        options.router_config.act_fn = "sigmoid"
-        # The router divides by the sum of the chosen itself, in float32.
+        if model.family.architecture.has_experts:
+            options.router_config.act_fn = ACTIVATIONS[model.family.architecture.router]
+        # The router scores, and divides by the sum of the chosen, itself, in float32.
         options.normalize_top_k_affinities = False
 
     def validate_config(self) -> None:
@@ -97,25 +105,64 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
             found = getattr(options, field, served)
             if found != served and not (served in (None, False) and not found):
                 raise ConfigError(
-                    f"{field}={found!r} is refused for MiniMax-M2 (expected {served!r}): {reason}"
+                    f"{field}={found!r} is refused for {self.model_config.family.title} (expected "
+                    f"{served!r}): {reason}"
                 )
-        if options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
-            raise ConfigError(
-                f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is "
-                f"not tp_degree {options.tp_degree}; every rank needs one share of the experts"
-            )
-        if self.model_config.hidden_size % options.tp_degree:
-            raise ConfigError(
-                f"hidden_size {self.model_config.hidden_size} cannot be shared by tp_degree "
-                f"{options.tp_degree} ranks"
-            )
+        self._validate_shares()
         if options.quantized:
             self._validate_quantization()
             self._validate_code_range()
         self._validate_expert_kernel()
         if not options.on_cpu:
-            self._validate_blockwise_matmul()
+            if self.model_config.family.architecture.has_experts:
+                self._validate_blockwise_matmul()
             self._validate_sampling()
+
+    def _validate_shares(self) -> None:
+        """Every rank needs one share, alike, of the experts, the hidden size and dense MLPs."""
+        options = self.neuron_config
+        model = self.model_config
+        if model.family.architecture.shared_expert:
+            raise ConfigError(
+                f"{model.family.title} has an expert that every token takes, which this class does "
+                "not serve on Neuron; use --backend cpu"
+            )
+        if not model.family.architecture.has_experts:
+            if options.moe_ep_degree != 1:
+                raise ConfigError(
+                    f"moe_ep_degree is {options.moe_ep_degree}, and {model.family.title} has no "
+                    "experts to spread; expected 1"
+                )
+        elif options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
+            raise ConfigError(
+                f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is "
+                f"not tp_degree {options.tp_degree}; every rank needs one share of the experts"
+            )
+        shared = [("hidden_size", model.hidden_size, "tp_degree", options.tp_degree)]
+        if model.family.architecture.has_experts:
+            degree = options.moe_tp_degree
+            shared.append(("intermediate_size", model.intermediate_size, "moe_tp_degree", degree))
+        widths = sorted(set(self._dense_widths.values()))
+        shared += [(DENSE_SIZE, width, "tp_degree", options.tp_degree) for width in widths]
+        for name, size, degree_name, degree in shared:
+            if size % degree:
+                raise ConfigError(
+                    f"{name} {size} cannot be shared by {degree_name} {degree} ranks; choose a "
+                    f"divisor of {size}"
+                )
+
+    def dense_width(self, layer: int) -> int | None:
+        """The intermediate size of a layer's dense MLP; None where the layer has experts."""
+        model = self.model_config
+        if not model.family.architecture.has_experts:
+            return model.intermediate_size
+        return model.dense_intermediate_size if layer in model.dense_layers else None
+
+    @property
+    def _dense_widths(self) -> dict[int, int]:
+        """Layer to intermediate size, of the layers with a dense MLP."""
+        layers = self.model_config.layers_of(LayerKind.DENSE)
+        return {layer: width for layer in layers if (width := self.dense_width(layer))}
 
     def _validate_expert_kernel(self) -> None:
         options = self.neuron_config
@@ -125,8 +172,9 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
                 f"expert_kernel is {self.expert_kernel!r}; expected one of "
                 f"{', '.join(EXPERT_KERNELS)}"
             )
+        has_experts = self.model_config.family.architecture.has_experts
         if self.expert_kernel == "nki" and not (
-            self.quantizes(Role.EXPERT_GATE) and rows == (128, 128)
+            has_experts and self.quantizes(Role.EXPERT_GATE) and rows == (128, 128)
         ):
             raise ConfigError(
                 "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' "
@@ -149,13 +197,22 @@ class MiniMaxM2InferenceConfig(imports.InferenceConfig):
                     f"{field} is {found!r}; the block-scaled FP8 checkpoint needs {value!r}"
                 )
         rows = model.weight_block_size[0]
-        channels = model.intermediate_size // options.moe_tp_degree
-        if channels % rows or model.intermediate_size % options.moe_tp_degree:
-            raise ConfigError(
-                f"intermediate_size {model.intermediate_size} over moe_tp_degree "
-                f"{options.moe_tp_degree} leaves {channels} channels per rank, not whole blocks of "
-                f"{rows}; lower moe_tp_degree, raise moe_ep_degree"
-            )
+        if model.family.architecture.has_experts and self.quantizes(Role.EXPERT_GATE):
+            degree = options.moe_tp_degree
+            if model.intermediate_size // degree % rows:
+                raise ConfigError(
+                    f"intermediate_size {model.intermediate_size} over moe_tp_degree {degree} "
+                    f"leaves {model.intermediate_size // degree} channels per rank, not whole "
+                    f"blocks of {rows}; lower moe_tp_degree, raise moe_ep_degree"
+                )
+        for layer, width in self._dense_widths.items():
+            if self.quantizes(Role.MLP_GATE, layer) and width // options.tp_degree % rows:
+                raise ConfigError(
+                    f"{DENSE_SIZE} {width} over tp_degree {options.tp_degree} leaves "
+                    f"{width // options.tp_degree} channels per rank, not whole blocks of {rows}; "
+                    "lower tp_degree, or convert with these projections kept in BF16 "
+                    "(--keep-in-bf16)"
+                )
         if model.hidden_size % rows:
             raise ConfigError(
                 f"hidden_size {model.hidden_size} is not whole blocks of {rows}; NxD's scales need "

@@ -12,8 +12,8 @@ def place_heads(
 ) -> torch.Tensor:
     """Reorder, repeat and zero-pad whole heads along a dimension that holds `heads` of them.
 
-    Serves weights, norms and block scales alike (a scale has whole blocks per head). FP8 moves as
-    bytes.
+    Serves weights, biases, norms and block scales alike (a scale has whole blocks per head). FP8
+    moves as bytes.
     """
     bits = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
     by_head = bits.unflatten(dimension, (heads, -1))
@@ -33,7 +33,7 @@ def rearrange(
     heads: int,
     slots: Sequence,
 ) -> None:
-    """Apply `place_heads` to a module's weight and, where there is one, its scale."""
-    for name in (f"{module}.weight", f"{module}.scale"):
+    """Apply `place_heads` to a module's weight and, where there are such, its scale and bias."""
+    for name in (f"{module}.weight", f"{module}.scale", f"{module}.bias"):
         if name in state:
             state[name] = place_heads(state[name], dimension, heads, slots)

@@ -50,6 +50,7 @@ from neuronx_distributed.parallel_layers.layers import (
     BaseParallelLinear,
     ColumnParallelLinear,
     ParallelEmbedding,
+    RowParallelLinear,
 )
 from neuronx_distributed.parallel_layers.mappings import reduce_from_tensor_model_parallel_region
 from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes

@@ -1,5 +1,5 @@
-"""MiniMax-M2 on NxDI: the decoder, the model NxDI traces, and the application class that loads and
-compiles it.
+"""The decoder of every family on NxDI: its layers, the model NxDI traces, and the application class
+that loads and compiles it. It reads `Architecture`; no family has a class of its own.
 
 Shapes: B batch, T tokens, H hidden.
 """
@@ -13,49 +13,51 @@ import torch
 from torch import nn
 
 from neuron_minimax.backends.nxdi import coverage, imports
-from neuron_minimax.backends.nxdi.attention import NeuronMiniMaxM2Attention
-from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig
+from neuron_minimax.backends.nxdi.attention import NeuronAttention
+from neuron_minimax.backends.nxdi.config import NeuronModelConfig
+from neuron_minimax.backends.nxdi.mlp import NeuronMLP
 from neuron_minimax.backends.nxdi.moe import build_moe
-from neuron_minimax.backends.nxdi.options import rounded_weights, rounding_note
+from neuron_minimax.backends.nxdi.norms import WholeRMSNorm
+from neuron_minimax.backends.nxdi.options import float32_endings, rounded_weights, rounding_note
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.convert.layout import AttentionPrecision, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import CheckpointError
-from neuron_minimax.families import Role
+from neuron_minimax.families import Family, Role
 from neuron_minimax.planner.memory import NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.placement import Placement
 
 logger = logging.getLogger(__name__)
 
 
-class HiddenRMSNorm(imports.CustomRMSNorm):
-    """The compiler's RmsNorm call over the hidden size, which every rank holds whole; plain torch
-    in CPU mode.
+def hidden_norm(config: NeuronModelConfig) -> WholeRMSNorm:
+    """An RMSNorm over the hidden size."""
+    model = config.model_config
+    return WholeRMSNorm(model.hidden_size, model.rms_norm_eps, config.neuron_config.torch_dtype)
+
+
+def mlp_name(family: Family) -> str:
+    """What the family's layout calls the MLP of a layer, dense or a mixture of experts."""
+    role = Role.EXPERT_DOWN if family.architecture.has_experts else Role.MLP_DOWN
+    return family.rule_of(role).target.split(".")[2]
+
+
+class NeuronDecoderLayer(nn.Module):
+    """Pre-norm attention, then a pre-norm MLP or mixture of experts, each added to the residual
+    stream.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config.model_config.hidden_size, eps=config.model_config.rms_norm_eps)
-        ones = torch.ones(config.model_config.hidden_size, dtype=config.neuron_config.torch_dtype)
-        self.weight: nn.Parameter = nn.Parameter(ones, requires_grad=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not imports.cpu_mode():
-            return super().forward(hidden_states)
-        wide = hidden_states.to(torch.float32)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
-class NeuronMiniMaxM2DecoderLayer(nn.Module):
-    """Pre-norm attention, then pre-norm mixture of experts, each added to the residual stream."""
-
-    def __init__(self, config: MiniMaxM2InferenceConfig, layer: int) -> None:
+    def __init__(self, config: NeuronModelConfig, layer: int) -> None:
         super().__init__()
+        model = config.model_config
         quantized = config.quantizes(Role.QUERY, layer)
-        self.self_attn = NeuronMiniMaxM2Attention(config, quantized=quantized)
-        self.block_sparse_moe = build_moe(config)
-        self.input_layernorm = HiddenRMSNorm(config)
-        self.post_attention_layernorm = HiddenRMSNorm(config)
+        self.self_attn = NeuronAttention(config, quantized=quantized)
+        self.mlp_name = mlp_name(model.family)
+        width = config.dense_width(layer)
+        mlp = build_moe(config) if width is None else NeuronMLP(config, layer, width)
+        self.add_module(self.mlp_name, mlp)
+        self.input_layernorm = hidden_norm(config)
+        self.post_attention_layernorm = hidden_norm(config)
 
     def forward(
         self,
@@ -83,19 +85,22 @@ class NeuronMiniMaxM2DecoderLayer(nn.Module):
             **kwargs,
         )
         hidden_BTH = hidden_BTH + attended_BTH
-        mixed_BTH = self.block_sparse_moe(self.post_attention_layernorm(hidden_BTH), padding_mask)[
-            0
-        ]
+        normed_BTH = self.post_attention_layernorm(hidden_BTH)
+        mlp = self.get_submodule(self.mlp_name)
+        if isinstance(mlp, NeuronMLP):
+            mixed_BTH = mlp(normed_BTH)
+        else:
+            mixed_BTH = mlp(normed_BTH, padding_mask)[0]
         hidden_BTH = hidden_BTH + mixed_BTH
         if not imports.cpu_mode():
             hidden_BTH = imports.ModuleMarkerEndWrapper()(hidden_BTH)
         return hidden_BTH, present_key_value, cosine, sine, None
 
 
-class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
+class NeuronDecoderModel(imports.NeuronBaseModel):
     """The module that NxDI traces per submodel and bucket."""
 
-    def setup_attr_for_model(self, config: MiniMaxM2InferenceConfig) -> None:
+    def setup_attr_for_model(self, config: NeuronModelConfig) -> None:
         options = config.neuron_config
         model = config.model_config
         self.on_device_sampling = options.on_device_sampling_config is not None
@@ -106,7 +111,7 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
         self.max_batch_size = options.max_batch_size
         self.buckets = options.buckets
 
-    def init_model(self, config: MiniMaxM2InferenceConfig) -> None:
+    def init_model(self, config: NeuronModelConfig) -> None:
         options = config.neuron_config
         model = config.model_config
         self.padding_idx = config.pad_token_id
@@ -118,9 +123,9 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
             shard_across_embedding=True,
         )
         self.layers = nn.ModuleList(
-            NeuronMiniMaxM2DecoderLayer(config, layer) for layer in range(model.num_hidden_layers)
+            NeuronDecoderLayer(config, layer) for layer in range(model.num_hidden_layers)
         )
-        self.norm = HiddenRMSNorm(config)
+        self.norm = hidden_norm(config)
         self.lm_head = imports.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
@@ -139,7 +144,9 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
         for name, child in self.named_children():
             imports.invoke_preshard_hook(child, model_state_dict, f"{name}.")
         coverage.check_checkpoint(
-            coverage.parameters_of(self), model_state_dict, self.config.num_local_experts
+            coverage.parameters_of(self),
+            model_state_dict,
+            self.config.model_config.num_local_experts,
         )
         return True
 
@@ -154,17 +161,17 @@ class NeuronMiniMaxM2Model(imports.NeuronBaseModel):
         return result
 
 
-class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
-    """The application: `compile`, `load`, `to_cpu` and `forward` are NxDI's."""
+class NeuronForCausalLM(imports.CausalLM):
+    """The application of every family: `compile`, `load`, `to_cpu` and `forward` are NxDI's."""
 
-    _model_cls = NeuronMiniMaxM2Model
+    _model_cls = NeuronDecoderModel
 
     @classmethod
     def get_config_cls(cls) -> type:
-        return MiniMaxM2InferenceConfig
+        return NeuronModelConfig
 
     @classmethod
-    def get_state_dict(cls, model_name_or_path: str, config: MiniMaxM2InferenceConfig) -> dict:
+    def get_state_dict(cls, model_name_or_path: str, config: NeuronModelConfig) -> dict:
         """The state dict of a converted directory or of a Hugging Face checkpoint, lazily
         mapped.
         """
@@ -175,10 +182,11 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         tensors = TensorDirectory(model_name_or_path)
         tensors.require_usable()
         state = {name: tensors.tensor(name) for name in tensors.entries}
-        return cls.convert_hf_to_neuron_state_dict(state, config)
+        converted = cls.convert_hf_to_neuron_state_dict(state, config)
+        return with_a_head(converted, config.model_config.family)
 
     @staticmethod
-    def convert_hf_to_neuron_state_dict(state_dict: dict, config: MiniMaxM2InferenceConfig) -> dict:
+    def convert_hf_to_neuron_state_dict(state_dict: dict, config: NeuronModelConfig) -> dict:
         """Hugging Face names become the converted ones by the project's rules; converted names
         pass.
 
@@ -205,7 +213,7 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         }
 
     @classmethod
-    def save_quantized_state_dict(cls, model_path: str, config: MiniMaxM2InferenceConfig) -> None:
+    def save_quantized_state_dict(cls, model_path: str, config: NeuronModelConfig) -> None:
         """vllm-neuron asks for quantized weights before it compiles: they have to be there, this
         class rounds none.
 
@@ -240,7 +248,7 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         )
         if rounded and options.torch_dtype == torch.bfloat16:
             logger.warning("%s", rounding_note(rounded))
-        kept = family.float32_endings
+        kept = float32_endings(family)
         return {
             name: tensor.to(torch.float32)
             if name.endswith(kept)
@@ -295,6 +303,18 @@ class NeuronMiniMaxM2ForCausalLM(imports.CausalLM):
         if options.scratchpad_page_size:
             parts.append(f"--hbm-scratchpad-page-size={options.scratchpad_page_size}")
         return " ".join(parts)
+
+
+def with_a_head(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """The state dict, its head made of the embedding where none is stored.
+
+    A copy, as NxDI makes one of tied weights: ranks share the embedding along the hidden size and
+    the head along the vocabulary.
+    """
+    head = family.rule_of(Role.HEAD).target
+    if head in state:
+        return state
+    return state | {head: state[family.rule_of(Role.EMBEDDING).target].clone()}
 
 
 def cast_for(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""NxDI mixture of experts for MiniMax-M2: a float32 sigmoid router whose bias only chooses, over
-NxD's expert layers.
+"""NxDI mixture of experts: this project's float32 router, of the kind that a family has, over NxD's
+expert layers.
 
 Shapes: T tokens, H hidden, E experts, K chosen per token.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,31 +13,40 @@ import torch
 from torch import nn
 
 from neuron_minimax.backends.nxdi import imports
+from neuron_minimax.config import ModelConfig
+from neuron_minimax.families.family import RouterKind
 from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
+
+# NxD's name for what a kind makes scores of logits with.
+ACTIVATIONS = {RouterKind.SIGMOID_BIAS: "sigmoid", RouterKind.SOFTMAX: "softmax"}
 
 
 class NeuronRouter(imports.RouterTopK):
-    """Top-K of sigmoid + bias in float32; the affinities are the unbiased sigmoids over the sum of
-    the chosen ones.
+    """Top-K of the scores in float32; the affinities are the scores, divided by the sum of the
+    chosen ones where the config says so. With sigmoid scores a bias is added to choose, and only
+    to choose.
 
     Gate and bias stay float32 under any cast of the model: a bias of 4.7 to 9.5 has BF16 steps of
     0.03 to 0.06. The bias is a parameter, because XLA folds constants.
     """
 
-    def __init__(self, *, experts: int, experts_per_token: int, hidden_size: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
+        self.kind = model.family.architecture.router
         super().__init__(
-            num_experts=experts,
-            top_k=experts_per_token,
-            hidden_size=hidden_size,
+            num_experts=model.num_local_experts,
+            top_k=model.num_experts_per_tok,
+            hidden_size=model.hidden_size,
             dtype=torch.float32,
-            act_fn="sigmoid",
+            act_fn=ACTIVATIONS[self.kind],
             sequence_dimension=1,
         )
-        # Values that differ, because a compiler may prove that adding equal ones changes no choice,
-        # and drop the bias.
-        self.e_score_correction_bias = nn.Parameter(
-            torch.arange(experts, dtype=torch.float32), requires_grad=False
-        )
+        self.normalised = model.norm_topk_prob
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            # Values that differ, because a compiler may prove that adding equal ones changes no
+            # choice, and drop the bias.
+            self.e_score_correction_bias = nn.Parameter(
+                torch.arange(model.num_local_experts, dtype=torch.float32), requires_grad=False
+            )
 
     def forward(
         self, hidden_states: torch.Tensor
@@ -48,9 +58,16 @@ class NeuronRouter(imports.RouterTopK):
         first, in float32.
         """
         logits_TE = self.get_router_logits(hidden_states)
-        scores_TE = torch.sigmoid(logits_TE)
-        index_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=1).indices
-        affinities_TE = scores_TE / scores_TE.gather(1, index_TK).sum(dim=1, keepdim=True)
+        if self.kind is RouterKind.SIGMOID_BIAS:
+            scores_TE = torch.sigmoid(logits_TE)
+            choice_TE = scores_TE + self.e_score_correction_bias
+        else:
+            scores_TE = torch.softmax(logits_TE, dim=1)
+            choice_TE = scores_TE
+        index_TK = torch.topk(choice_TE, self.top_k, dim=1).indices
+        affinities_TE = scores_TE
+        if self.normalised:
+            affinities_TE = scores_TE / scores_TE.gather(1, index_TK).sum(dim=1, keepdim=True)
         return logits_TE, affinities_TE.to(hidden_states.dtype), index_TK.detach().to(torch.long)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "NeuronRouter":
@@ -135,14 +152,22 @@ def build_moe(config: Any) -> nn.Module:
 
     With `config.expert_kernel` "nki" their token generation is this project's kernel.
     """
-    block = imports.initialize_moe_module(config=config)
-    model = config.model_config
-    block.router = NeuronRouter(
-        experts=model.num_local_experts,
-        experts_per_token=model.num_experts_per_tok,
-        hidden_size=model.hidden_size,
-    )
+    block = imports.initialize_moe_module(config=with_nxdis_names(config))
+    block.router = NeuronRouter(config.model_config)
     kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
     if kernel is not None:
         block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
     return block.eval()
+
+
+def with_nxdis_names(config: Any) -> Any:
+    """A copy of the config, its neuron_config shared, with the names under which NxDI looks the
+    sizes of experts up: a family may have others, or give these to its dense layers.
+    """
+    model = config.model_config
+    named = copy.copy(config)
+    named.num_local_experts = model.num_local_experts
+    named.num_experts_per_tok = model.num_experts_per_tok
+    named.intermediate_size = model.intermediate_size
+    named.n_shared_experts = 0
+    return named

@@ -10,7 +10,7 @@ from typing import Any
 
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import BackendError
-from neuron_minimax.families import Family
+from neuron_minimax.families import FAMILIES, Family, Role
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
 from neuron_minimax.planner.report import (
@@ -18,6 +18,7 @@ from neuron_minimax.planner.report import (
     DeploymentSettings,
     check_buckets,
     deployment_case,
+    moe_degrees,
     plan_case,
 )
 
@@ -95,16 +96,27 @@ def parse(options: Mapping[str, Any]) -> NeuronOptions:
 def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[str, Any]:
     """Fill in defaults and let the planner judge; None counts as absent.
 
-    Raises BackendError with the plan when it refuses, unless `force`.
+    Raises BackendError with the plan when it refuses, unless `force`, and for a family without a
+    class for Neuron.
     """
+    if not config.family.neuron_class:
+        raise BackendError(
+            f"{config.family.title} has no class for Neuron; use --backend cpu, or one of "
+            f"{', '.join(family.title for family in FAMILIES.values() if family.neuron_class)}"
+        )
     given = {name: value for name, value in options.items() if value is not None}
     given.setdefault("instance", DEFAULT_INSTANCE)
     machine = instances.instance(given["instance"])
     tp = given.setdefault("tp_degree", max(machine.tp_degrees, default=machine.logical_cores))
-    given.setdefault(
-        "moe_tp_degree", 1 if "moe_ep_degree" not in given else max(1, tp // given["moe_ep_degree"])
+    if config.family.architecture.has_experts:
+        given.setdefault(
+            "moe_tp_degree",
+            1 if "moe_ep_degree" not in given else max(1, tp // given["moe_ep_degree"]),
+        )
+    moe_tp = given.setdefault("moe_tp_degree", tp)
+    given["moe_tp_degree"], given["moe_ep_degree"] = moe_degrees(
+        config, tp, moe_tp, given.get("moe_ep_degree")
     )
-    given.setdefault("moe_ep_degree", max(1, tp // given["moe_tp_degree"]))
     given.setdefault("slots", 1)
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     given["buckets"] = tuple(given.get("buckets") or default_buckets(seq_len))
@@ -185,9 +197,18 @@ def neuron_config_fields(options: NeuronOptions) -> dict[str, Any]:
     }
 
 
+def float32_endings(family: Family) -> tuple[str, ...]:
+    """Ends of the converted names of parameters that are float32 in every compile: the router, to
+    which a BF16 gate is widened, and scales.
+    """
+    roles = (role for role in (Role.ROUTER, Role.ROUTER_BIAS) if family.has(role))
+    routing = (family.rule_of(role).target.rpartition("{l}")[2] for role in roles)
+    return tuple(dict.fromkeys((*routing, *family.float32_endings)))
+
+
 def rounded_weights(weights: Iterable[tuple[str, bool]], family: Family) -> list[str]:
     """Names of the weights that a BF16 compile rounds, of (name, is it float32?)."""
-    kept = family.float32_endings
+    kept = float32_endings(family)
     return [name for name, is_float32 in weights if is_float32 and not name.endswith(kept)]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from neuron_minimax.errors import BackendError
+from neuron_minimax.processes import bound
 
 PROGRESS_SECONDS = 60.0
 SHOWN_LINES = 20
@@ -28,12 +29,13 @@ def run_supervised(
     """Run to the end and return the seconds it took; `what` names the command in messages.
 
     Raises BackendError with the log's last lines when it fails or is stopped after `limit` seconds;
-    the command's own children (the compiler's) end with it.
+    the command's own children (the compiler's) end with it, and all with this process, however it
+    ends.
     """
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command,
+            bound(command),
             env=dict(environment),
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -1,18 +1,22 @@
 """A `vllm.general_plugins` entry point: vllm-neuron 0.2 to 0.6, which loads models through NxDI,
-finds MiniMax-M2.
+finds MiniMax-M2, and the other families where that is asked for.
 
 vLLM calls `register` in every process it starts. It adds one entry to NxDI's table of models and
 one config class to transformers' table; no file of either is touched, and no remote code is
-trusted.
+trusted. Families that NxDI has classes of its own for take the place of these only when
+NEURON_MINIMAX_FAMILIES names them: vllm-neuron looks a model up by its architecture alone, so that
+every checkpoint of the family would get this class, converted or not.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from neuron_minimax.backends.nxdi.options import MOE_SETTINGS, default_buckets, quantization_options
 from neuron_minimax.errors import BackendError, ConfigError
+from neuron_minimax.families import FAMILIES
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner import blockwise
 from neuron_minimax.planner.sdks import sdk_for, untested
@@ -20,6 +24,10 @@ from neuron_minimax.planner.sdks import sdk_for, untested
 # vllm-neuron splits config.json's architecture at "For" and lowers the first part:
 # MiniMaxM2ForCausalLM.
 MODEL_KEY = "minimaxm2"
+# Keys under which NxDI has classes of its own, all of them names of families; vllm-neuron makes
+# the second of Qwen3MoeForCausalLM.
+REPLACEABLE = ("qwen3", "qwen3_moe", "qwen2")
+FAMILIES_VARIABLE = "NEURON_MINIMAX_FAMILIES"
 TASK = "causal-lm"
 
 logger = logging.getLogger(__name__)
@@ -29,7 +37,8 @@ def register() -> bool:
     """Register the model class; True when done, False (and one log line) where the Neuron packages
     are missing.
 
-    Calling it again changes nothing.
+    Calling it again changes nothing. Raises ConfigError when NEURON_MINIMAX_FAMILIES, a list with
+    commas, names something that is not in REPLACEABLE.
     """
     try:
         from neuron_minimax.backends.nxdi import imports
@@ -46,8 +55,23 @@ def register() -> bool:
             "MiniMax-M2 was not prepared for the Neuron packages that are here: %s", line
         )
     imports.register_model(MODEL_KEY, TASK, application_class(MINIMAX_M2))
+    for name in replaced_families():
+        logger.info("%s is served by neuron_minimax in place of NxDI's own class", name)
+        imports.register_model(name, TASK, application_class(FAMILIES[name]))
     register_config()
     return True
+
+
+def replaced_families() -> list[str]:
+    """The families of NEURON_MINIMAX_FAMILIES."""
+    listed = os.environ.get(FAMILIES_VARIABLE, "").split(",")
+    names = [name.strip() for name in listed if name.strip()]
+    for name in names:
+        if name not in REPLACEABLE:
+            raise ConfigError(
+                f"{FAMILIES_VARIABLE} has {name!r}; expected names out of {', '.join(REPLACEABLE)}"
+            )
+    return names
 
 
 def register_config() -> None:
@@ -66,17 +90,17 @@ def register_config() -> None:
 def override_neuron_config(
     directory: str | Path,
     *,
-    moe_tp_degree: int,
-    moe_ep_degree: int,
     buckets: Sequence[int],
+    moe_tp_degree: int = 1,
+    moe_ep_degree: int = 1,
     blockwise_matmul: str = blockwise.DEFAULT,
 ) -> dict[str, Any]:
     """The contents of vllm-neuron's `override_neuron_config` for a converted directory; JSON can
     carry them.
 
     The quantization settings are those of its config.json; the last bucket is vLLM's
-    --max-model-len. `blockwise_matmul` is as for a compile. Raises ConfigError for one that is not
-    known.
+    --max-model-len. The degrees are of experts, where there are some; `blockwise_matmul` is as for
+    a compile. Raises ConfigError for one that is not known.
     """
     way = blockwise.blockwise_matmul(blockwise_matmul)
     return quantization_options(directory) | {

@@ -1,4 +1,4 @@
-"""The formats in which families write an assistant's turn: one file per format, found by name.
+"""The formats in which families write an assistant's turn, found by name.
 
 A format reads a model's output as it streams, and says how a tool call is written.
 """
@@ -6,7 +6,13 @@ A format reads a model's output as it streams, and says how a tool call is writt
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from neuron_minimax.generation.chat_formats.hermes import (
+    MiniMindFormat,
+    Qwen2Format,
+    Qwen3Format,
+)
 from neuron_minimax.generation.chat_formats.minimax_m2 import MiniMaxM2Format
+from neuron_minimax.generation.chat_formats.qwen3_coder import Qwen3CoderFormat
 from neuron_minimax.generation.events import Event
 
 __all__ = ["CHAT_FORMATS", "ChatFormat", "OutputParser"]
@@ -31,18 +37,28 @@ class ChatFormat(Protocol):
 
     `turn_markers` are control tokens of the chat template, never shown as text; `end_of_turn`, one
     of them, ends an answer, and `end_of_turn_id` is its number in the published vocabulary.
+    `always_stops` end an answer whatever the checkpoint's files say, where it has them as tokens.
     `tags` are tokens that mark parts of the output and are shown as text; `reasoning_tags` open and
-    close the reasoning.
+    close the reasoning. With `model_opens_reasoning` the model may open it itself, first of all,
+    where the prompt does neither.
     """
 
     turn_markers: tuple[str, ...]
     end_of_turn: str
     end_of_turn_id: int
+    always_stops: tuple[str, ...]
     tags: tuple[str, ...]
     reasoning_tags: tuple[str, str]
+    model_opens_reasoning: bool
+
+    def for_template(self, source: str) -> "ChatFormat":
+        """Return the format of a checkpoint by its chat template: families may have several."""
 
     def opens_reasoning(self, prompt: str) -> bool:
         """Say whether a rendered prompt ends inside the reasoning."""
+
+    def closes_reasoning(self, prompt: str) -> bool:
+        """Say whether a rendered prompt has closed the reasoning: there will be none."""
 
     def parser(
         self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None
@@ -67,4 +83,10 @@ class ChatFormat(Protocol):
         """
 
 
-CHAT_FORMATS: dict[str, ChatFormat] = {"minimax_m2": MiniMaxM2Format()}
+CHAT_FORMATS: dict[str, ChatFormat] = {
+    "minimax_m2": MiniMaxM2Format(),
+    "qwen3": Qwen3Format(),
+    "qwen3_coder": Qwen3CoderFormat(),
+    "qwen2": Qwen2Format(),
+    "minimind": MiniMindFormat(),
+}

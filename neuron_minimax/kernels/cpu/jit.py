@@ -13,21 +13,21 @@ need, and the other way round: so loops run on the threads of torch's OpenMP poo
 
 import ctypes
 import hashlib
-import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils, serialize, sigutils
+from numba.core import cgutils, sigutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
-from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
@@ -112,7 +112,16 @@ CPU = 0
 ANY_INDEX = -1
 
 _library = ctypes.CDLL(torch._C.__file__)
-registered: dict[str, Any] = {}  # operator to kernel, which must stay
+
+
+class Code(NamedTuple):
+    """A compiled kernel: an ELF object, and the symbol in it of the function that torch calls."""
+
+    symbol: str
+    binary: bytes
+
+
+registered: dict[str, Code] = {}  # operator to kernel
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
@@ -209,55 +218,23 @@ def answer(stack: Any, words: Any, tensors: int, made: int) -> None:
     stack[0] = made
 
 
-class _Code:
-    """Replaces Numba's on-disk cache of a kernel: returns `code` when given, else what is kept."""
-
-    def __init__(self, function: Callable[..., None], code: bytes | None) -> None:
-        self.code = code
-        self.cache = None
-        try:
-            self.cache = FunctionCache(function)
-            self.cache._cache_file._source_stamp = STAMP
-        except RuntimeError:  # as in `compiled`
-            pass
-
-    def load_overload(self, signature: Any, context: Any) -> Any:
-        if self.code is None and self.cache is not None:
-            kept = self.cache._cache_file.load(self.cache._index_key(signature, context.codegen()))
-            self.code = None if kept is None else serialize.dumps(kept)
-        if self.code is None:
-            return None
-        rtsys.initialize(context)  # Numba's memory; the rest of a context is there to compile
-        return CompileResult._rebuild(context, *pickle.loads(self.code))
-
-    def save_overload(self, signature: Any, result: Any) -> None:
-        self.code = serialize.dumps(result._reduce())
-        if self.cache is not None:
-            self.cache.save_overload(signature, result)
-
-
-def register(operator: str, function: Callable[..., None], code: bytes | None = None) -> None:
+def register(operator: str, function: Callable[..., None], code: Code | None = None) -> None:
     """Register a function of (stack, inputs, outputs) as the CPU kernel of an operator.
 
-    It is compiled, and kept on disk, unless there is `code`: what `code_of` the same function gave
-    with the same Numba on the same kind of processor. The only error that a kernel can raise is
-    MemoryError; then Numba says so, and torch ends the process.
+    It is compiled, and kept on disk, unless there is `code`: what `registered` has for the same
+    function in a process with the same Numba on the same kind of processor. The only error that a
+    kernel can raise is MemoryError; then Numba says so, and torch ends the process. Raises
+    ValueError when `code` is no code.
     """
-    kernel: Any = CFunc(
-        function,
-        sigutils.normalize_signature(SIGNATURE),
-        locals={},
-        options={"error_model": "numpy"},
-    )
-    kernel._cache = _Code(function, code)
-    kernel.compile()
+    kernel = code or _code_of(function)
+    address = _load(kernel)
     library = ctypes.c_void_p()
     names = [name.encode() for name in (NAMESPACE, "CPU", __file__)]
     failed = _library.aoti_torch_library_init_impl(
         *names, ctypes.c_uint32(0), ctypes.byref(library)
     )
     if failed or _library.aoti_torch_library_impl(
-        library, operator.encode(), ctypes.c_void_p(kernel.address)
+        library, operator.encode(), ctypes.c_void_p(address)
     ):
         raise RuntimeError(
             f"torch {torch.__version__} did not take a kernel for {NAMESPACE}::{operator}"
@@ -265,9 +242,48 @@ def register(operator: str, function: Callable[..., None], code: bytes | None = 
     registered[operator] = kernel
 
 
-def code_of(operator: str) -> bytes:
-    """The compiled code of a registered kernel, for `register` in another process."""
-    return registered[operator]._cache.code
+def _code_of(function: Callable[..., None]) -> Code:
+    """Compile a kernel, or take what Numba has kept of it where there is a place."""
+    signature = sigutils.normalize_signature(SIGNATURE)
+    kernel: Any = CFunc(function, signature, locals={}, options={"error_model": "numpy"})
+    kept = None
+    place = None
+    try:
+        place = FunctionCache(function)
+        place._cache_file._source_stamp = STAMP
+        key = place._index_key(kernel._sig, cpu_target.target_context.codegen())
+        kept = place._cache_file.load(key)
+    except RuntimeError:  # as in `compiled`
+        pass
+    if kept is None:
+        with global_compiler_lock:
+            result = kernel._compile_uncached()
+            kept = result._reduce()
+        if place is not None:
+            place.save_overload(kernel._sig, result)
+    (_, _, (binary, _)), description, *_ = kept
+    return Code(description.llvm_cfunc_wrapper_name, binary)
+
+
+@cache
+def _engine() -> Any:
+    """Return what links objects into this process, which has the functions that they call."""
+    rtsys.initialize(cpu_target.target_context)
+    machine = llvmlite.binding.Target.from_default_triple().create_target_machine()
+    return llvmlite.binding.create_mcjit_compiler(llvmlite.binding.parse_assembly(""), machine)
+
+
+def _load(code: Code) -> int:
+    """Return the address of a kernel, whose code stays in memory from here on."""
+    if not code.binary.startswith(b"\x7fELF"):  # LLVM would end the process
+        raise ValueError(f"the code of {code.symbol} is no ELF object")
+    engine = _engine()
+    engine.add_object_file(llvmlite.binding.ObjectFileRef.from_data(code.binary))
+    engine.finalize_object()
+    address = engine.get_function_address(code.symbol)
+    if not address:
+        raise ValueError(f"the code has no function {code.symbol}")
+    return int(address)
 
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

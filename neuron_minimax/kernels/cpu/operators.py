@@ -21,6 +21,7 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu.attention import attend_to_filled, attend_to_prompt
 from neuron_minimax.kernels.cpu.jit import (
     NAMESPACE,
+    Code,
     answer,
     cube,
     flat,
@@ -333,7 +334,7 @@ def _define(loop: str, stored: Any, panels: Any) -> str:
     return name
 
 
-def _compile(loop: str, stored: Any, panels: Any, code: Mapping[str, bytes] = {}) -> str:
+def _compile(loop: str, stored: Any, panels: Any, code: Mapping[str, Code] = {}) -> str:
     name = _define(loop, stored, panels)
     if name not in registered:
         register(name, KERNELS[loop](stored, panels, stored is np.int8), code.get(name))
@@ -396,12 +397,12 @@ def compile_loops(
     dtype: torch.dtype,
     linears: Iterable[torch.dtype],
     experts: Iterable[torch.dtype],
-    code: Mapping[str, bytes] = {},
+    code: Mapping[str, Code] = {},
 ) -> list[str]:
     """Compile what graphs of these dtypes call (activations, weights), as far as not in `code`.
 
-    `code` is operator to `jit.code_of` it, of a process with the same Numba and kind of processor.
-    Returns the operators' names.
+    `code` is what `jit.registered` has of them in a process with the same Numba and kind of
+    processor. Returns the operators' names.
     """
     wanted = [_of_attention(dtype, dtype, many) for many in (False, True)]
     wanted += [

@@ -7,9 +7,10 @@ model, so D is never held at once).
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,40 @@ import numpy as np
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.errors import CheckpointError, GenerationError
+from neuron_minimax.checkpoint.writer import make_directory, replacing
+from neuron_minimax.errors import (
+    CheckpointError,
+    GenerationError,
+    counted,
+    is_installed,
+    require_package,
+)
 from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.processes import Noted, first_signal_noted
+from neuron_minimax.progress import SILENT, Advance, Progress
 from neuron_minimax.studies.experts.report import render_report, write_plots
 from neuron_minimax.studies.experts.statistics import Analysis, total_variation
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 
+COMPARISON_NAME = "comparison.json"
+TRACE_NAME = "trace.safetensors"
 INTERRUPTED = "interrupted"
 RECORD_FORMATS = ("json", "jsonl", "parquet")
-# Gets a prompt's name, the tokens of a pass, and how many tokens all prompts may take together.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """The files that are written for each prompt.
 
-    `structured` stands for the summary and the routing, in `record_format`; `expert_similarity`
-    compares the experts' weights, which must be those of a checkpoint, `jobs` strips at a time.
+    `structured` stands for the summary and the routing, in `record_format`; `plots` for the figures
+    as files, which need matplotlib (the report does not); `expert_similarity` compares the experts'
+    weights, which must be those of a checkpoint, `jobs` strips at a time. Raises GenerationError
+    for parquet without pyarrow.
     """
 
     structured: bool = True
@@ -48,6 +60,26 @@ class ReportOptions:
     plots: bool = True
     expert_similarity: bool = False
     jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.record_format == "parquet":
+            require_package("pyarrow", "parquet", GenerationError)
+
+    @property
+    def figures(self) -> bool:
+        """Whether figures are written: they are asked for, and matplotlib is there."""
+        return self.plots and is_installed("matplotlib")
+
+    @property
+    def note(self) -> str:
+        """What will be left out for want of a package, to be said before a long run; or nothing."""
+        if self.plots and not self.figures:
+            return (
+                "matplotlib is not installed: the figures (*.png, *.svg) are left out, and "
+                "report.html is written all the same; `pip install matplotlib`, and then --trace "
+                "draws them without running the model again"
+            )
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +92,17 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class ExpertsResult(Rendered):
-    """The analyses, tokens per second of each, and whether the batch was interrupted."""
+    """The analyses, and tokens per second of each."""
 
     analyses: tuple[Analysis, ...]
     tokens_per_second: tuple[float, ...] = ()
-    interrupted: bool = False
 
     def comparison(self) -> dict[str, Any]:
         """Return one row per prompt, and how far apart their routings are."""
         rows = [
             {
                 "name": analysis.trace.name,
+                "prompt": analysis.trace.prompt,
                 "tokens": len(analysis.trace.tokens),
                 "tokens_per_second": round(speed, 2),
                 "entropy": round(float(analysis.balance.entropy.mean()), 5),
@@ -100,9 +132,7 @@ class ExpertsResult(Rendered):
                 lines.append(
                     f"  {analysis.trace.name:24}" + "".join(f"{value:8.3f}" for value in distances)
                 )
-        return "\n".join(
-            [*lines, "interrupted: what was done is kept"] if self.interrupted else lines
-        )
+        return "\n".join(lines)
 
 
 @dataclass
@@ -119,46 +149,71 @@ class BatchRunner:
     similarity_of: Checkpoint | None = None
     sampling: SamplingParams = GREEDY
     max_new_tokens: int = 64
-    progress: Progress = lambda name, tokens, total: None
-    chunk: int = 128  # prompt tokens per pass, and between two calls of `progress`
+    progress: Progress = SILENT
+    chunk: int = 128  # prompt tokens per pass
 
     def run(self, prompts: Sequence[Prompt]) -> ExpertsResult:
         """Record, analyse and write every prompt.
 
-        An interruption (KeyboardInterrupt) ends the batch after what was recorded is written.
-        Raises GenerationError when a prompt does not fit the model.
+        An interruption (SIGINT, SIGTERM or KeyboardInterrupt) ends the batch with it, after what
+        was recorded is written. Raises GenerationError when a prompt does not fit the model.
         """
         analyses = []
         speeds = []
-        interrupted = False
+        stop: KeyboardInterrupt | None = None
         encoded = [self.encode(prompt) for prompt in prompts]
+        names = [prompt.name for prompt in prompts]
+        prompts = [
+            replace(prompt, name=free_name(self.directory, prompt.name, ids, names, prompt.text))
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
         total = sum(map(len, encoded)) + len(prompts) * self.max_new_tokens
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            start = time.perf_counter()
-            trace = self.trace(prompt, ids, total)
-            if trace is not None:
-                speeds.append(len(trace.tokens) / (time.perf_counter() - start))
-                analyses.append(self.analyse(trace))
-            if trace is None or trace.finish_reason == INTERRUPTED:
-                interrupted = True
-                break
-        result = ExpertsResult(
-            analyses=tuple(analyses), tokens_per_second=tuple(speeds), interrupted=interrupted
-        )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _write_json(self.directory / "comparison.json", result.comparison())
+        with (
+            first_signal_noted() as noted,
+            self.progress.stage("experts", total, "tokens") as advance,
+        ):
+            for prompt, ids in zip(prompts, encoded, strict=True):
+                start = time.perf_counter()
+                trace, stop = self.trace(prompt, ids, advance, noted)
+                if trace is not None:
+                    speeds.append(len(trace.tokens) / (time.perf_counter() - start))
+                    advance(doing=f"analysing {prompt.name}")
+                    analyses.append(self.analyse(trace))
+                if noted.number is not None:
+                    stop = noted.interruption()
+                if stop is not None:
+                    break
+            result = ExpertsResult(analyses=tuple(analyses), tokens_per_second=tuple(speeds))
+            if analyses:
+                with writing(self.directory):
+                    _write_json(self.directory / COMPARISON_NAME, result.comparison())
+            if stop is not None:
+                stop.add_note(
+                    f"{len(analyses)} of {counted(len(prompts), 'prompt')} kept in "
+                    f"{self.directory}; give the others again"
+                )
+                raise stop
         return result
 
     def encode(self, prompt: Prompt) -> list[int]:
         return Turn.after([{"role": "user", "content": prompt.text}], self.tokenizer).prompt_ids
 
-    def trace(self, prompt: Prompt, ids: list[int], total: int) -> Trace | None:
-        """Trace one prompt and its answer; return None when interrupted before the first pass."""
-        recorder = Recorder.of(
-            self.model, on_pass=lambda tokens: self.progress(prompt.name, tokens, total)
-        )
+    def trace(
+        self, prompt: Prompt, ids: list[int], advance: Advance, noted: Noted
+    ) -> tuple[Trace | None, KeyboardInterrupt | None]:
+        """Trace one prompt and its answer, as far as no interruption ends it; None when one came
+        before the first pass.
+        """
+
+        def on_pass(tokens: int) -> None:
+            advance(tokens, prompt.name)
+            if noted.number is not None:
+                raise noted.interruption()
+
+        recorder = Recorder.of(self.model, on_pass)
         answer = []
         reason = "length"
+        stop = None
         try:
             steps = record(
                 self.model,
@@ -172,16 +227,19 @@ class BatchRunner:
             for token, finish_reason in steps:
                 answer.append(token)
                 reason = finish_reason or reason
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            stop = error
             reason = INTERRUPTED
         if not recorder.passes:
-            return None
-        return recorder.trace(
+            return None, stop
+        trace = recorder.trace(
             texts=tuple(self.tokenizer.token_text(token) for token in recorder.tokens),
+            prompt=prompt.text,
             answer=self.tokenizer.decode(answer),
             finish_reason=reason,
             name=prompt.name,
         )
+        return trace, stop
 
     def analyse(self, trace: Trace) -> Analysis:
         """Analyse and write one trace into its folder."""
@@ -211,16 +269,58 @@ class BatchRunner:
         }
 
 
+def free_name(
+    directory: Path,
+    name: str,
+    tokens: Sequence[int],
+    others: Collection[str] = (),
+    text: str = "",
+) -> str:
+    """Return the name of a folder for the results of these tokens: the given one, or one with a
+    number where those of other tokens are, or will be. The results of the same are replaced, those
+    too of a run that was interrupted amid these tokens, of the prompt `text`.
+    """
+    wanted = list(tokens)
+    numbered = (f"{name}-{number}" for number in range(2, 10**6))
+    for each in (name, *(free for free in numbered if free not in others)):
+        path = directory / each / TRACE_NAME
+        if not os.path.lexists(path):
+            return each
+        with suppress(GenerationError):
+            trace = Trace.load(path)
+            found = trace.tokens[: len(wanted)].tolist()
+            amid = trace.finish_reason == INTERRUPTED and trace.prompt == text
+            if found == (wanted[: len(found)] if amid else wanted):
+                return each
+    raise GenerationError(f"{directory} holds too many results; choose another --output")
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Make a directory for results. Raises GenerationError when they cannot be written."""
+    try:
+        make_directory(directory)
+        yield
+    except OSError as error:
+        raise GenerationError(
+            f"{directory}: the results cannot be written ({error.strerror}); mend it and run the "
+            "same command again"
+        ) from None
+
+
 def write_analysis(analysis: Analysis, directory: Path, options: ReportOptions) -> None:
-    """Write trace.safetensors and report.html, and what `options` ask for."""
-    directory.mkdir(parents=True, exist_ok=True)
-    analysis.trace.save(directory / "trace.safetensors")
-    if options.structured:
-        _write_json(directory / "summary.json", analysis.summary())
-        write_records(analysis.trace, directory, options.record_format)
-    if options.plots:
-        write_plots(analysis, directory)
-    (directory / "report.html").write_text(render_report(analysis), encoding="utf-8")
+    """Write trace.safetensors and report.html, and what `options` ask for, each file whole or not
+    at all.
+    """
+    with writing(directory):
+        analysis.trace.save(directory / TRACE_NAME)
+        if options.structured:
+            _write_json(directory / "summary.json", analysis.summary())
+            write_records(analysis.trace, directory, options.record_format)
+        if options.figures:
+            write_plots(analysis, directory)
+        with replacing(directory / "report.html") as file:
+            file.write(render_report(analysis).encode())
 
 
 def records(trace: Trace) -> Iterator[dict[str, Any]]:
@@ -256,21 +356,18 @@ def write_records(trace: Trace, directory: Path, form: str) -> Path:
     """
     path = directory / f"routing.{form}"
     if form == "json":
-        path.write_text(
-            json.dumps(list(records(trace)), ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        with replacing(path) as file:
+            file.write((json.dumps(list(records(trace)), ensure_ascii=False) + "\n").encode())
     elif form == "jsonl":
-        with path.open("w", encoding="utf-8") as file:
+        with replacing(path) as file:
             for row in records(trace):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     elif form == "parquet":
-        try:
-            from pyarrow import Table, parquet
-        except ImportError:
-            raise GenerationError(
-                "parquet needs pyarrow: `pip install pyarrow`, or choose json or jsonl"
-            ) from None
-        parquet.write_table(Table.from_pylist(list(records(trace))), path)
+        require_package("pyarrow", "parquet", GenerationError)
+        from pyarrow import Table, parquet
+
+        with replacing(path) as file:
+            parquet.write_table(Table.from_pylist(list(records(trace))), file)
     else:
         raise GenerationError(
             f"the output format is {form!r}; expected one of {', '.join(RECORD_FORMATS)}"
@@ -279,7 +376,8 @@ def write_records(trace: Trace, directory: Path, form: str) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
@@ -331,7 +429,7 @@ def _strips(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[list[str], sli
 
 
 def _rows(checkpoint: Checkpoint, name: str, rows: slice) -> np.ndarray:
-    stored = checkpoint.array(name)[rows]
+    stored = checkpoint.rows(name, rows)
     if not checkpoint.is_fp8(name):
         return bfloat16.to_float32(stored)
     block = checkpoint.config.weight_block_size

@@ -9,6 +9,7 @@ Shapes: L layers, N tokens, K chosen per token, E experts.
 import base64
 import html
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neuron_minimax.errors import GenerationError
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import GenerationError, counted, require_package, shortened
 from neuron_minimax.studies.experts.statistics import SIGNIFICANT, Analysis, PermutationTest
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # Percentile where the colours of one-sided maps end, so that one outlier does not hide the rest
 CAP = 99.5
 STEPS = 65534  # one more code means "no value"
+SHOWN_CHARACTERS = 600  # of the prompt and of the answer; all tokens stand at the end
 SHOWN_EXPERTS = 64  # of a co-activation map, the busiest ones of the layer
 THEMES = {"light": "default", "dark": "dark_background"}
 SEQUENTIAL = "cividis"
@@ -42,18 +45,23 @@ def render_report(analysis: Analysis) -> str:
         "figures": list(_page_figures(analysis)),
         "routing": _routing(analysis),
     }
-    # "</" would end the script element that holds the data.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    # A "<" could end the script element that holds the data, or open a comment in it.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (
         files("neuron_minimax.studies.experts").joinpath("report.html").read_text(encoding="utf-8")
     )
-    return page.replace("__TITLE__", html.escape(analysis.trace.name)).replace("__DATA__", text)
+    filled = {"__TITLE__": html.escape(analysis.trace.name), "__DATA__": text}
+    return re.sub("|".join(filled), lambda mark: filled[mark[0]], page)
 
 
 def _page_facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
     trace = analysis.trace
     balance = analysis.balance
     decode = int(trace.is_decode.sum())
+    if trace.prompt:
+        yield "prompt", shortened(trace.prompt.strip(), SHOWN_CHARACTERS)
+    if trace.answer:
+        yield "answer", shortened(trace.answer.strip(), SHOWN_CHARACTERS)
     yield (
         "tokens",
         f"{len(trace.tokens) - decode} of the prompt, {decode} of the answer "
@@ -61,14 +69,16 @@ def _page_facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
     )
     yield (
         "model",
-        f"{trace.layers} layers, {trace.experts} experts, {trace.expert_index.shape[2]} per token",
+        f"{counted(trace.layers, 'layer')}, {counted(trace.experts, 'expert')}, "
+        f"{trace.expert_index.shape[2]} per token",
     )
     yield (
         "load",
         f"entropy {balance.entropy.mean():.3f} of its maximum, Gini {balance.gini.mean():.3f}",
     )
     yield "never chosen", f"{sum(map(len, balance.dead))} of {trace.layers * trace.experts} experts"
-    yield "bias", f"changes {100 * analysis.bias_effect.mean():.1f} % of the choices"
+    if trace.bias.any():
+        yield "bias", f"changes {100 * analysis.bias_effect.mean():.1f} % of the choices"
     if analysis.phase_distance is not None:
         yield (
             "prefill against decode",
@@ -127,8 +137,8 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
 def _class_maps(analysis: Analysis) -> Iterator[dict[str, Any]]:
     for name, frequency in analysis.by_class.items():
         note = (
-            f"Activation on the {analysis.token_classes.count(name)} tokens of this class, minus "
-            "that on all tokens."
+            f"Activation on the {counted(analysis.token_classes.count(name), 'token')} of this "
+            "class, minus that on all tokens."
         )
         difference = frequency - analysis.frequency
         yield _map(
@@ -237,14 +247,11 @@ def write_plots(
 
     Raises GenerationError without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GenerationError(
-            "plots need matplotlib: `pip install 'neuron-minimax[plots]'`"
-        ) from None
+    require_package("matplotlib", "drawing figures", GenerationError)
+    import matplotlib
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     paths = []
     for theme in themes:
         with style.context([THEMES[theme], {"font.size": 11, "svg.hashsalt": "neuron-minimax"}]):
@@ -257,9 +264,9 @@ def write_plots(
                 draw(figure.subplots())
                 for form in ("png", "svg"):
                     paths.append(directory / f"{name}.{theme}.{form}")
-                    figure.savefig(
-                        paths[-1], dpi=130, metadata={"Date": None} if form == "svg" else None
-                    )
+                    metadata = {"Date": None} if form == "svg" else None
+                    with replacing(paths[-1]) as file:
+                        figure.savefig(file, format=form, dpi=130, metadata=metadata)
                     # The layout found for the first form serves the second.
                     figure.set_layout_engine("none")
     return paths

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from neuron_minimax.errors import counted, shortened
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.studies.experts.trace import Trace
 
 HOT = 3.0  # times the mean of its layer; a dead expert was never chosen
 SIGNIFICANT = 0.05
+SHOWN_CHARACTERS = 100  # of a prompt, in a line
 
 # Classes of tokens, by the characters of their spelling.
 TAG = re.compile(r"\s*(\]~|\[e~\[|</?[\w:]+>?|<\||\]<)")
@@ -131,7 +133,7 @@ def correlation_by_distance(
     for number in range(permutations):
         largest[number] = mean_by_distance(
             layer_correlation(generator.permuted(patterns_LE, axis=1))
-        ).max()
+        ).max(initial=-np.inf)
     return PermutationTest(
         labels=np.arange(1, len(patterns_LE)),
         observed=observed,
@@ -302,6 +304,7 @@ class Analysis(Rendered):
         period = self.periodicity
         found = {
             "name": trace.name,
+            "prompt": trace.prompt,
             "layers": trace.layers,
             "experts": trace.experts,
             "experts_per_token": trace.expert_index.shape[2],
@@ -348,15 +351,21 @@ class Analysis(Rendered):
         trace = self.trace
         balance = self.balance
         dead = sum(map(len, balance.dead))
+        prompt = " ".join(trace.prompt.split())
         all_experts = trace.layers * trace.experts
         distances = _significant_labels(self.by_distance)
         lines = [
-            f"{trace.name}: {len(trace.tokens)} tokens, {trace.layers} layers, {trace.experts} "
-            "experts",
+            f"{trace.name}: {counted(len(trace.tokens), 'token')}, "
+            f"{counted(trace.layers, 'layer')}, {counted(trace.experts, 'expert')}",
+            *([f"  prompt: {shortened(prompt, SHOWN_CHARACTERS)}"] if prompt else []),
             f"  load: entropy {balance.entropy.mean():.3f} of its maximum, Gini "
             f"{balance.gini.mean():.3f}; the busiest expert has {balance.max_to_mean.mean():.1f} "
             f"times the mean; {dead} of {all_experts} never chosen",
-            f"  the bias changes {100 * self.bias_effect.mean():.1f} % of the choices",
+            *(
+                [f"  the bias changes {100 * self.bias_effect.mean():.1f} % of the choices"]
+                if trace.bias.any()
+                else []
+            ),
             f"  layers correlate beyond chance at distances: {distances}",
             f"  periods beyond chance: {_significant_labels(self.periodicity)}",
         ]

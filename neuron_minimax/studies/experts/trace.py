@@ -5,6 +5,7 @@ take 18 MB.
 """
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from neuron_minimax.backends.base import Backend, Capabilities
-from neuron_minimax.errors import GenerationError
+from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.errors import GenerationError, counted, printable
+from neuron_minimax.files import JSON_BYTES, is_plain_name, open_regular, parse_json
 from neuron_minimax.generation.engine import Engine, Request
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.model.cache import KVCache
@@ -24,7 +28,17 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.moe import Routing
 
 FORMAT = "neuron-minimax routing trace 1"
-ARRAYS = ("tokens", "is_decode", "expert_index", "affinity", "scores", "bias")
+# Axes and dtype of each array.
+ARRAYS = {
+    "tokens": ("N", np.dtype(np.int32)),
+    "is_decode": ("N", np.dtype(np.bool_)),
+    "expert_index": ("L,N,K", np.dtype(np.int16)),
+    "affinity": ("L,N,K", np.dtype(np.float32)),
+    "scores": ("L,N,E", np.dtype(np.float16)),
+    "bias": ("L,E", np.dtype(np.float32)),
+}
+STORED_DTYPES = ("BOOL", "I16", "I32", "F16", "F32")  # of these arrays, as the file names them
+ADVICE = "make one with `neuron-minimax experts TRACED --prompt TEXT`"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +50,8 @@ class Trace:
     tokens [N] int32; is_decode [N] bool (prompt tokens are prefill); expert_index [L,N,K] int16
     (uint8 would hold 256, but -1 marks padding elsewhere); affinity [L,N,K] float32; scores [L,N,E]
     float16, without bias; bias [L,E] float32, zeros where routers have none. `texts` [N] is how
-    each token is spelled; `finish_reason` says why the answer ended.
+    each token is spelled; `prompt` is the user's text, "" in older files; `finish_reason` says why
+    the answer ended.
     """
 
     tokens: np.ndarray
@@ -46,6 +61,7 @@ class Trace:
     scores: np.ndarray
     bias: np.ndarray
     texts: tuple[str, ...] = ()
+    prompt: str = ""
     answer: str = ""
     finish_reason: str = ""
     name: str = "trace"
@@ -59,37 +75,117 @@ class Trace:
         return self.bias.shape[1]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the texts are in its metadata."""
+        """Write one safetensors file, whole or not at all; the texts are in its metadata."""
         words = {
             "texts": list(self.texts),
+            "prompt": self.prompt,
             "answer": self.answer,
             "finish_reason": self.finish_reason,
         }
         metadata = {"format": FORMAT, "name": self.name, "words": json.dumps(words)}
-        save_file(
-            {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS},
-            str(path),
-            metadata=metadata,
-        )
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
+        data = serialize(arrays, metadata=metadata)
+        # The library writes the metadata in any order: the same trace is to be the same bytes.
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+        header += b" " * (-len(header) % 8)
+        with replacing(Path(path)) as file:
+            file.write(len(header).to_bytes(8, "little") + header + data[end:])
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
-        """Read a saved trace. Raises GenerationError when the file is something else."""
+        """Read a saved trace. Raises GenerationError when the file is something else, or its arrays
+        do not fit each other.
+        """
         try:
-            with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if metadata.get("format") != FORMAT or set(arrays) != set(ARRAYS):
-                raise ValueError(
-                    f"expected the format {FORMAT!r}, found {metadata.get('format')!r}"
-                )
-            words = json.loads(metadata["words"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise GenerationError(
-                f"{path} is no routing trace ({error}); make one with `neuron-minimax experts "
-                "TRACED --prompt TEXT`"
-            ) from None
-        return cls(**arrays, **words | {"texts": tuple(words["texts"])}, name=metadata["name"])
+            metadata, arrays = _read(Path(path))
+            name = metadata["name"]
+            if not is_plain_name(name) or printable(name, kept="") != name:
+                raise ValueError(f"its name is {name!r}, which names no folder")
+            _require_consistent(arrays)
+            words = parse_json(
+                metadata["words"].encode(), _Words, f"{path} (words)", GenerationError, ADVICE
+            )
+            if len(words.texts) not in (0, len(arrays["tokens"])):
+                texts = counted(len(words.texts), "text")
+                raise ValueError(f"it has {texts} of {counted(len(arrays['tokens']), 'token')}")
+        except (OSError, MemoryError, SafetensorError, ValueError, KeyError) as error:
+            problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise GenerationError(f"{path} is no routing trace ({problem}); {ADVICE}") from None
+        return cls(
+            **arrays,
+            texts=words.texts,
+            prompt=words.prompt,
+            answer=words.answer,
+            finish_reason=words.finish_reason,
+            name=name,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """The texts of a saved trace."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    texts: tuple[str, ...]
+    answer: str
+    finish_reason: str
+    prompt: str = ""
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Return metadata and arrays of a file that begins as a safetensors file does: no other is
+    mapped.
+    """
+    with open(open_regular(path), "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if not 2 <= header <= min(os.fstat(file.fileno()).st_size - 8, JSON_BYTES):
+            raise ValueError("it is no safetensors file")
+    with safe_open(str(path), framework="numpy") as opened:
+        metadata = opened.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}, found {metadata.get('format')!r}")
+        names = opened.keys()
+        for name in names:  # NumPy lacks some dtypes of these files
+            stored = opened.get_slice(name).get_dtype()
+            if stored not in STORED_DTYPES:
+                raise ValueError(f"{name} is {stored}; expected one of {', '.join(STORED_DTYPES)}")
+        return metadata, {name: opened.get_tensor(name) for name in names}
+
+
+def _require_consistent(arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError, or KeyError for an array that is missing."""
+    layers, tokens, top_k = _sizes(arrays["expert_index"], "L,N,K")
+    experts = _sizes(arrays["bias"], "L,E")[1]
+    sizes = {"L": layers, "N": tokens, "K": top_k, "E": experts}
+    if arrays.keys() != ARRAYS.keys():
+        raise ValueError(f"it has {', '.join(sorted(arrays))}")
+    for name, (axes, dtype) in ARRAYS.items():
+        shape = tuple(sizes[axis] for axis in axes.split(","))
+        found = arrays[name]
+        if found.shape != shape or found.dtype != dtype:
+            raise ValueError(f"{name} is {found.dtype} {found.shape}, not {dtype} {shape}")
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise ValueError(f"{name} is not finite")
+    if not all(sizes.values()) or top_k > experts:
+        raise ValueError(
+            f"it has {counted(tokens, 'token')}, {counted(layers, 'layer')}, {top_k} of {experts} "
+            "experts"
+        )
+    index = arrays["expert_index"]
+    if index.min() < 0 or index.max() >= experts:
+        raise ValueError(
+            f"expert_index goes from {index.min()} to {index.max()}, of {experts} experts"
+        )
+    if arrays["tokens"].min() < 0:
+        raise ValueError(f"a token is {arrays['tokens'].min()}")
+
+
+def _sizes(array: np.ndarray, axes: str) -> tuple[int, ...]:
+    if array.ndim != len(axes.split(",")):
+        raise ValueError(f"an array has shape {array.shape}, not [{axes}]")
+    return array.shape
 
 
 @dataclass
@@ -122,7 +218,7 @@ class Recorder:
         self.on_pass(len(tokens))
 
     def trace(self, **words: Any) -> Trace:
-        """Return all that is recorded; `words` are texts, answer, finish_reason and name."""
+        """Return all that is recorded; `words` are a trace's fields that are no arrays."""
 
         def joined(part: int) -> np.ndarray:
             layers = range(len(self.bias))
@@ -201,8 +297,8 @@ def record(
         raise GenerationError("the prompt has no tokens; expected at least one")
     if len(prompt_ids) + max_new_tokens > limit:
         raise GenerationError(
-            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions; shorten the prompt or lower the number of new tokens"
+            f"{counted(len(prompt_ids), 'prompt token')} and {max_new_tokens} new exceed the "
+            f"model's {limit} positions; shorten the prompt or lower the number of new tokens"
         )
     backend = RecordingBackend(model, recorder, len(prompt_ids) + max_new_tokens, chunk)
     if max_new_tokens == 0:

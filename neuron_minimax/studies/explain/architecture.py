@@ -2,10 +2,10 @@
 
 Parameters and bytes of a node are those of the whole model (all layers, all experts); active
 parameters are what one token is multiplied with: all of a layer but its experts,
-num_experts_per_tok of those, one row of the embedding.
+num_experts_per_tok of those, one row of the embedding, or all of it where it is the head too.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import size_text
 from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.checkpoint.kinds import Wanted, require
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.binding import ConvertedTensor, Specs, bind_rules
 from neuron_minimax.convert.layout import Layout
-from neuron_minimax.errors import CheckpointError
-from neuron_minimax.families.family import Operation
+from neuron_minimax.errors import CheckpointError, ConfigError
+from neuron_minimax.families.family import Operation, Role
 from neuron_minimax.inspection.document import Rendered
 
 
@@ -29,6 +30,8 @@ class Node(Rendered):
     name: str
     times: int = 1
     chosen: int | None = None  # how many of `times` one token uses
+    layers: int = 0  # how many layers have this weight
+    note: str = ""
     shape: tuple[int, ...] = ()
     scale_shape: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
@@ -82,6 +85,7 @@ class Leaf:
     parameters: int
     bytes: int
     active_share: float  # of the parameters, for one token
+    layers: int  # that have it
 
 
 def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
@@ -92,9 +96,10 @@ def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
     not those of the model.
     """
     directory = local_directory(directory)
+    require(directory, Wanted.CONFIG, ConfigError)
     config = ModelConfig.from_dir(directory)
     if not list(Path(directory).glob("*.safetensors*")):
-        return config, {wanted.name: wanted.spec for wanted in schema.expected(config)}
+        return config, {wanted.name: wanted.spec for wanted in schema.declared(config)}
     checkpoint = Checkpoint.open(directory)
     checkpoint.require_usable()
     left_out = set(checkpoint.mtp_names)
@@ -120,9 +125,10 @@ def published_tree(config: ModelConfig, sources: Specs) -> Node:
                 parameters=sum(wanted.elements for wanted in weights),
                 bytes=sum(sources[wanted.name].nbytes for wanted in (*weights, *scales)),
                 active_share=_active_share(template, "{e}" in template, config),
+                layers=len({wanted.layer for wanted in weights}),
             )
         )
-    return _tree("MiniMax-M2 as published", leaves, config)
+    return _tree(f"{config.family.title} as published", leaves, config)
 
 
 def converted_tree(config: ModelConfig, sources: Specs, layout: Layout | None = None) -> Node:
@@ -132,7 +138,7 @@ def converted_tree(config: ModelConfig, sources: Specs, layout: Layout | None = 
         _converted_leaf(config, [output for output in outputs if output.rule.target == template])
         for template in _in_model_order(config, outputs)
     ]
-    return _tree("MiniMax-M2 as converted", leaves, config)
+    return _tree(f"{config.family.title} as converted", leaves, config)
 
 
 def _in_model_order(config: ModelConfig, outputs: Sequence[ConvertedTensor]) -> list[str]:
@@ -156,24 +162,25 @@ def _converted_leaf(config: ModelConfig, outputs: Sequence[ConvertedTensor]) -> 
         active_share=_active_share(
             rule.sources[0], rule.operation is Operation.STACK_TRANSPOSED, config
         ),
+        layers=len({output.layer for output in weights}),
     )
 
 
 def _active_share(source_template: str, experts: bool, config: ModelConfig) -> float:
     if experts:
         return config.num_experts_per_tok / config.num_local_experts
-    embedding = next(
-        weight.template for weight in config.family.weights if weight.module_group == "embedding"
-    )
-    return 1 / config.vocab_size if source_template == embedding else 1.0
+    if source_template != config.family.weight_of(Role.EMBEDDING).template:
+        return 1.0
+    return 1.0 if config.tie_word_embeddings else 1 / config.vocab_size
 
 
-def _tree(title: str, leaves: Iterable[Leaf], config: ModelConfig) -> Node:
+def _tree(title: str, leaves: Sequence[Leaf], config: ModelConfig) -> Node:
     root = Node(name=title)
+    templates = {leaf.template for leaf in leaves}
     for leaf in leaves:
         node = root
         _add(node, leaf)
-        for part in leaf.template.removesuffix(".weight").split("."):
+        for part in _path(leaf.template, templates):
             if part == "{l}":
                 node.times = config.num_hidden_layers
             elif part == "{e}":
@@ -185,9 +192,37 @@ def _tree(title: str, leaves: Iterable[Leaf], config: ModelConfig) -> Node:
         node.shape = leaf.shape
         node.scale_shape = leaf.scale_shape
         node.dtypes = leaf.dtypes
+        node.layers = leaf.layers if "{l}" in leaf.template else config.num_hidden_layers
+        if config.tie_word_embeddings and leaf.template in _names_of_embedding(config):
+            node.note = "also the head"
     if not root.parameters:
         raise CheckpointError("the model has no weights; check the checkpoint directory")
+    _note_layers(root, config.num_hidden_layers)
     return root
+
+
+def _path(template: str, templates: Collection[str]) -> list[str]:
+    """Return the names on the way to a weight; without its own where its module has no other."""
+    module, _, name = template.rpartition(".")
+    alone = name == "weight" and f"{module}.bias" not in templates
+    return (module if alone else template).split(".")
+
+
+def _names_of_embedding(config: ModelConfig) -> tuple[str, str]:
+    family = config.family
+    return family.weight_of(Role.EMBEDDING).template, family.rule_of(Role.EMBEDDING).target
+
+
+def _note_layers(node: Node, layers: int) -> None:
+    """Note which modules belong to some of the layers only, once above all that they hold."""
+    counts = {leaf.layers for leaf in node.leaves()}
+    if counts == {layers}:
+        return
+    if len(counts) == 1:
+        node.note = f"in {counts.pop()} of {layers} layers"
+        return
+    for child in node.children:
+        _note_layers(child, layers)
 
 
 def _add(node: Node, leaf: Leaf) -> None:
@@ -214,10 +249,10 @@ def _rows(node: Node, first: str, rest: str) -> Iterator[tuple[str, ...]]:
 
 
 def label(node: Node) -> str:
-    """Return the name, how many there are, and how many of them one token uses."""
-    if node.chosen is not None:
-        return f"{node.name} x {node.times}, {node.chosen} per token"
-    return f"{node.name} x {node.times}" if node.times > 1 else node.name
+    """Return the name, how many there are, how many of them one token uses, and what is noted."""
+    name = f"{node.name} x {node.times}" if node.times > 1 else node.name
+    used = f"{node.chosen} per token" if node.chosen is not None else ""
+    return ", ".join(part for part in (name, used, node.note) if part)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -20,6 +20,7 @@ from neuron_minimax.studies.explain.architecture import (
 
 WIDTH = 820
 LEAF_WIDTH = 168
+NOTED_WIDTH = 230
 LEAF_HEIGHT = 58
 HEAD = 30
 GAP = 10
@@ -83,7 +84,8 @@ def _collapsed(node: Node) -> Node:
     """Make a chain of single children one node with a dotted name."""
     while len(node.children) == 1 and node.times == 1:
         child = node.children[0]
-        node = Node(**{**vars(child), "name": f"{node.name}.{child.name}"})
+        named = {"name": f"{node.name}.{child.name}", "note": node.note or child.note}
+        node = Node(**{**vars(child), **named})
     return node
 
 
@@ -117,7 +119,8 @@ def _runs(nodes: list[Node], flow: bool) -> Iterator[list[Node]]:
 
 def _row(leaves: list[Node], x: float, y: float, width: float) -> Drawing:
     """Draw leaf boxes, as many side by side as fit."""
-    across = max(1, min(len(leaves), int((width + GAP) // (LEAF_WIDTH + GAP))))
+    least = NOTED_WIDTH if any(leaf.note for leaf in leaves) else LEAF_WIDTH
+    across = max(1, min(len(leaves), int((width + GAP) // (least + GAP))))
     box = (width - (across - 1) * GAP) / across
     parts = [
         _leaf(
@@ -135,11 +138,12 @@ def _row(leaves: list[Node], x: float, y: float, width: float) -> Drawing:
 def _leaf(leaf: Node, x: float, y: float, width: float) -> str:
     css = leaf.dtypes[0] if len(leaf.dtypes) == 1 else "mixed"
     shape = " × ".join(str(size) for size in leaf.shape)
+    noted = f"{shape}, {leaf.note}" if leaf.note else shape
     size = f"{count_text(leaf.parameters)}, {size_text(leaf.bytes, 2)}"
     return (
         f'<rect class="leaf" x="{x:g}" y="{y:g}" width="{width:g}" height="{LEAF_HEIGHT}" rx="6"/>'
         f'<rect class="{css}" x="{x:g}" y="{y:g}" width="5" height="{LEAF_HEIGHT}" rx="2"/>'
-        f"{_text(x + 14, y + 18, leaf.name, 'name')}{_text(x + 14, y + 35, shape)}"
+        f"{_text(x + 14, y + 18, leaf.name, 'name')}{_text(x + 14, y + 35, noted)}"
         f"{_text(x + 14, y + 51, size, 'quiet')}"
     )
 

@@ -25,6 +25,7 @@ class WeightBlock:
     block: tuple[int, int]
     place: tuple[int, int]
     original: np.ndarray | None = None
+    scale_dtype: str = "float32"
 
     @property
     def rows_and_columns(self) -> tuple[slice, slice]:
@@ -70,7 +71,8 @@ def from_checkpoint(
             f"{name} is {checkpoint.entry(name).dtype}; name an FP8 weight, such as {fp8_names[0]}"
         )
     codes = checkpoint.array(name)
-    scales = checkpoint.array(schema.scale_name(name))
+    scales = checkpoint.scales(name)
+    scale_dtype = checkpoint.entry(schema.scale_name(name)).dtype
     _check_place(name, scales, place)
     return WeightBlock(
         name=name,
@@ -78,6 +80,7 @@ def from_checkpoint(
         scales=scales,
         block=checkpoint.config.weight_block_size,
         place=place,
+        scale_dtype="BF16" if scale_dtype == "BF16" else "float32",
     )
 
 
@@ -276,9 +279,9 @@ def _scale_part(subject: WeightBlock) -> Part:
     right = convention_of(subject)
     low, high = fp8.TRAINED_BLOCK_MAX
     text = (
-        f"The block has one float32 number, weight_scale_inv = {stored:.8g}. Its largest code is "
-        f"worth {largest:g} (a quantizer puts it at 448). Only one of the two readings gives a "
-        f"weight of trained size, between {low:g} and {high:g}."
+        f"The block has one {subject.scale_dtype} number, weight_scale_inv = {stored:.8g}. Its "
+        f"largest code is worth {largest:g} (a quantizer puts it at 448). Only one of the two "
+        f"readings gives a weight of trained size, between {low:g} and {high:g}."
     )
     rows = (
         (

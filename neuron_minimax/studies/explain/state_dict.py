@@ -17,7 +17,7 @@ from neuron_minimax.checkpoint.schema import SCALE_SUFFIX
 from neuron_minimax.convert.binding import ConvertedTensor, Transform
 from neuron_minimax.convert.pieces import convert_piece
 from neuron_minimax.convert.plan import ConversionPlan, Converted, plan_conversion
-from neuron_minimax.errors import NeuronMiniMaxError
+from neuron_minimax.errors import NeuronMiniMaxError, counted
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
 from neuron_minimax.inspection.document import Part, Rendered, to_text
@@ -145,7 +145,8 @@ def _reading(checkpoint: Checkpoint) -> Stage:
         title="Shards",
         sentence="Reads the header of every file the index names and checks names, shapes and "
         "dtypes against "
-        f"config.json; {len(checkpoint.entries):,} tensors in {len(checkpoint.shards)} files.",
+        f"config.json; {counted(len(checkpoint.entries), 'tensor')} in "
+        f"{counted(len(checkpoint.shards), 'file')}.",
         wrong=problems + more,
         advice="`neuron-minimax inspect` lists all of it; each message says what to do."
         if problems
@@ -214,13 +215,15 @@ def _rules(
         form = output.spec.form
         rows.append((f"-> {output.name}", form, after, ", ".join(steps)))
     family = conversion.config.family
-    gate = family.weight_of(Role.EXPERT_GATE).kind
-    up = family.weight_of(Role.EXPERT_UP).kind
+    stacked = ""
+    if family.architecture.has_experts:
+        gate, up = (family.weight_of(role).module for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
+        stacked = f" Stacked: the experts {{e}} in one tensor, each transposed, {up} beside {gate}."
     sentence = (
-        f"One rule makes each target (->) from the sources above it; {len(conversion.outputs):,} "
-        f"targets in all, {len(shown)} shown. Stacked: the experts {{e}} in one tensor, each "
-        f"transposed, {up} beside {gate}. The value is the first of the first block; behind a "
-        "scale, in brackets, the first weight: code times scale."
+        "One rule makes each target (->) from the sources above it; "
+        f"{counted(len(conversion.outputs), 'target')} in all, {len(shown)} shown.{stacked} The "
+        "value is the first of the first block; behind a scale, in brackets, the first "
+        "weight: code times scale."
     )
     return Stage(
         title="Rules",
@@ -273,6 +276,8 @@ def _element_text(element: np.generic, dtype: str) -> str:
 
 
 def _scales(conversion: ConversionPlan, checkpoint: Checkpoint) -> Stage:
+    if not conversion.scale_count:
+        return Stage(title="Scales", sentence="No weight is stored as FP8, and so none has scales.")
     return Stage(
         title="Scales",
         sentence="weight_scale_inv becomes `.scale`, the factor of the codes. It is read as "
@@ -293,8 +298,7 @@ def _leftovers(conversion: ConversionPlan, checkpoint: Checkpoint) -> Stage:
     return Stage(
         title="Left over",
         sentence=f"{len(used):,} of {len(checkpoint.entries):,} tensors are used, each once; "
-        f"{len(left)} are left out "
-        "on purpose (multi-token prediction).",
+        f"left out on purpose (multi-token prediction): {len(left)}.",
         head=("left out",) if left else (),
         rows=tuple((name,) for name in left[:SHOWN]),
     )
@@ -330,7 +334,7 @@ def _result(
 def _disagreements(
     conversion: ConversionPlan, converted: Converted, shown: list[ConvertedTensor]
 ) -> list[str]:
-    made_of = converted.manifest["identity"]["source_fingerprint"]
+    made_of = converted.manifest.identity.source_fingerprint
     if made_of != conversion.source.fingerprint:
         return [
             f"{converted.directory} was made of another checkpoint (its manifest names another "

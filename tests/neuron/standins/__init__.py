@@ -146,6 +146,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             setattr(module, name, value)
 
 
+def stand_in_for(name: str) -> None:
+    """Put a stand-in in the place of one module of a package that is there otherwise, before
+    anything imports it.
+    """
+    finder = _Finder()
+    spec = importlib.machinery.ModuleSpec(name, finder, is_package=True)
+    module = importlib.util.module_from_spec(spec)
+    finder.exec_module(module)
+    sys.modules[name] = module
+
+
 def is_real(package: str) -> bool:
     """Whether the package is installed, stand-ins not counted."""
     found = importlib.util.find_spec(package)

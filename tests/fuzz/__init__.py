@@ -1,0 +1,1 @@
+"""Mutated inputs to everything that reads a file or a request of somebody else's."""
