@@ -109,23 +109,22 @@ def case(request, tmp_path_factory):
 
 
 FIRST_TOKENS = """
+import os
 import sys
 
+os.environ["CXX"] = "false"  # nothing may be compiled
+
 import torch
-from numba.core.ccallback import CFunc
 
 from neuron_minimax.backends import load
-from neuron_minimax.kernels.cpu.jit import registered
+from neuron_minimax.kernels.cpu import operators
 
-CFunc._compile_uncached = lambda self: sys.exit("a kernel was compiled")
 backend = load(sys.argv[1])
+assert hasattr(torch.ops.neuron_minimax, "has_pairs"), "there are no kernels"
 ids = list(range(int(sys.argv[2])))
-loaded = len(registered)
-assert loaded, "there are no kernels"
 print(backend.encode(0, ids, all_positions=True).double().sum().item())
 every = torch.ones(backend.capabilities.slots, dtype=torch.int64)
 backend.step(every, len(ids) * every, every.bool())
-assert len(registered) == loaded, "a request needed another kernel"
 """
 
 
@@ -513,7 +512,7 @@ def test_without_a_compiler_the_exported_graphs_run_and_say_so(eager, tmp_path, 
     report = compile_model(eager / "converted", tmp_path / "traced", options=asked)
     assert "no C++ compiler" in report.render()
     kinds = {name.partition(".")[2] for name in report.manifest.graphs}
-    assert kinds == {"exported.pt2", "safetensors"}
+    assert kinds == {"exported.pt2"}
     ids = some_ids(6)
     assert torch.allclose(
         load(tmp_path / "traced").encode(0, ids), load(eager / "traced").encode(0, ids), atol=1e-5
@@ -536,7 +535,7 @@ def failure(eager, tmp_path_factory) -> BackendError:
 
 
 def test_where_the_tested_torch_cannot_compile_the_compile_fails(failure):
-    said = r"compiling for the CPU failed \(BackendError: compiling \w+ failed: .*\); check that "
+    said = r"compiling for the CPU failed \(BackendError: .* could not compile the kernels .*\); "
     assert re.fullmatch(said + ".* or use --engine eager", str(failure))
 
 
@@ -571,7 +570,7 @@ def test_exported_graphs_hold_no_weights(exported):
 
 @pytest.fixture(scope="module")
 def dense_bf16(tmp_path_factory):
-    """A compiled directory with the other loops: of weights that are not FP8, in BF16."""
+    """A compiled directory for the other kernels: of weights that are not FP8, in BF16."""
     directory = tmp_path_factory.mktemp("dense_bf16")
     source = write_tiny(directory / "source", dense=True, num_hidden_layers=1, use_mtp=False)
     convert(source, directory / "converted")
@@ -581,9 +580,9 @@ def dense_bf16(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["exported", "dense_bf16"])
-def test_a_compiled_directory_has_its_loops_wherever_it_is_loaded(name, tmp_path, request):
+def test_a_compiled_directory_has_its_kernels_wherever_it_is_loaded(name, tmp_path, request):
     traced = request.getfixturevalue(name) / "traced"
-    elsewhere = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "nothing")}
+    elsewhere = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "nothing")}
     command = [sys.executable, "-c", FIRST_TOKENS, traced, str(SEQ_LEN - 1)]
     said = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=elsewhere

@@ -165,7 +165,7 @@ def test_only_one_door_leads_to_the_neuron_packages(path):
         ),
         ("import neuron_minimax.inspection.precision", {"torch", "transformers"}),
         ("import neuron_minimax.convert.verify", {"torch", "transformers"}),
-        ("import neuron_minimax.model.decoder", {"transformers", "numba"} | NEURON_PACKAGES),
+        ("import neuron_minimax.model.decoder", {"transformers"} | NEURON_PACKAGES),
         ("import neuron_minimax.backends", {"torch", "transformers"} | NEURON_PACKAGES),
     ],
 )
