@@ -133,11 +133,6 @@ class KVCache:
         values = self.values[layer][:, :, :filled]
         return (keys, values) if rows_B is None else (keys[rows_B], values[rows_B])
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Write what slot `source` has at positions start to end - 1 into slot `target`."""
-        for buffer in self.keys + self.values:
-            buffer[target, :, start:end] = buffer[source, :, start:end]
-
 
 class FullCache(KVCache):
     """A KVCache whose memory is all taken when it is made: it refuses what does not fit."""

@@ -41,7 +41,8 @@ class CPUBackend(Backend):
 
     @torch.inference_mode()
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
-        self.cache.copy(source, target, start, end)
+        for buffer in self.cache.keys + self.cache.values:
+            buffer[target, :, start:end] = buffer[source, :, start:end]
 
 
 class EagerBackend(CPUBackend):
