@@ -1,5 +1,5 @@
-"""What prompt look-up could gain: a pass over several drafted tokens beside a pass over one, times
-how often a draft that was looked up is right.
+"""What prompt look-up could gain: what a pass over drafted tokens costs beside a step of one, and
+how many of the tokens that are looked up are right.
 
 python -m benchmarks.speculation [--rounds 15]
 
@@ -7,6 +7,9 @@ The drafts are the tokens that followed the last three the time before, in the p
 so far. Each counts as right when it is the answer's next token, whatever a model would have said:
 the texts are a module of this project that is written again with a few changes, as agents do, and
 the page that explains it. A token here is a word or a mark, as large vocabularies have them.
+
+The cost is measured with 64 experts, and for the published model's 256 it is that of the bytes that
+are read, which `benchmarks.decoding` finds to be what a step takes.
 """
 
 import re
@@ -14,22 +17,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decoding import SEQ_LEN
+from benchmarks.decoding import SEQ_LEN, bytes_per_step, distinct_experts
 from benchmarks.shared import REAL, compiled, parser_of
 from benchmarks.sides import FILLED, prompt_ids
+from benchmarks.synthetic import real_layers
 from benchmarks.table import Row, render, row
 from neuron_minimax.backends import load
+from neuron_minimax.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "neuron_minimax" / "backends" / "base.py"
 PAGE = ROOT / "docs" / "cache.md"
 NGRAM = 3
 DRAFTED = (1, 3, 7)
+PASSES = (1, *(1 + drafted for drafted in DRAFTED))  # tokens of a pass
+PUBLISHED = real_layers(layers=62, experts=256, vocabulary=200064)
 # What is changed in the module: names, as when something is renamed, and nothing else.
 RENAMED = {"slot": "lane", "bucket": "step_size", "capabilities": "limits"}
 
@@ -79,7 +87,7 @@ def pass_seconds(traced: Path, rounds: int) -> dict[int, list[float]]:
     backend = load(traced)
     ids = prompt_ids(backend.capabilities.vocab_size, SEQ_LEN)
     backend.encode(0, ids[:FILLED])
-    found: dict[int, list[float]] = {1 + drafted: [] for drafted in (0, *DRAFTED)}
+    found: dict[int, list[float]] = {tokens: [] for tokens in PASSES}
 
     def timed(work: Callable[[int], object]) -> float:
         taken = []
@@ -95,50 +103,60 @@ def pass_seconds(traced: Path, rounds: int) -> dict[int, list[float]]:
 
     for _ in range(rounds + 1):
         found[1].append(timed(step))
-        for drafted in DRAFTED:
-            count = 1 + drafted
+        for tokens in PASSES[1:]:
 
-            def verify(place: int, count: int = count) -> None:
-                backend.encode(0, ids[place : place + count], place)
+            def verify(place: int, tokens: int = tokens) -> None:
+                backend.encode(0, ids[place : place + tokens], place)
 
-            found[count].append(timed(verify))
-    return {count: seconds[1:] for count, seconds in found.items()}  # the first warms up
+            found[tokens].append(timed(verify))
+    return {tokens: seconds[1:] for tokens, seconds in found.items()}  # the first warms up
+
+
+def cost_of_bytes(config: ModelConfig) -> dict[int, float]:
+    """Return what passes of so many tokens read, one token's being 1."""
+    read = {tokens: bytes_per_step(config, distinct_experts(config, tokens)) for tokens in PASSES}
+    return {tokens: each / read[1] for tokens, each in read.items()}
+
+
+def speed(passes: Sequence[tuple[int, int]], cost: dict[int, float]) -> float:
+    """Return the tokens in the time of a step; a shorter draft costs what the next longer does."""
+    tokens = sum(1 + right for _, right in passes)
+    return tokens / sum(cost[min(at for at in cost if at > drafted)] for drafted, _ in passes)
 
 
 def rows(directory: Path, rounds: int = 15) -> list[Row]:
-    buckets = tuple(1 + drafted for drafted in DRAFTED)
-    traced = compiled(
-        directory, *REAL, "drafts", slots=1, seq_len=SEQ_LEN, buckets=(*buckets, FILLED)
-    )
+    buckets = PASSES[1:]
+    traced = compiled(directory, *REAL, "drafts", slots=1, seq_len=SEQ_LEN, buckets=buckets)
     seconds = pass_seconds(traced, rounds)
-    one = seconds[1]
     table = [
         row(
-            f"a pass over {count} tokens, per token",
-            [1000 * each / count for each in seconds[count]],
+            f"a pass over {tokens} tokens, per token",
+            [1000 * each / tokens for each in seconds[tokens]],
             "ms",
             less_is_better=True,
-            peer=("a step of one", [1000 * each for each in one]),
+            peer=("a step of one", [1000 * each for each in seconds[1]]),
         )
-        for count in buckets
+        for tokens in buckets
     ]
-    cost = {
-        count: statistics.median(a / b for a, b in zip(each, one, strict=True))
-        for count, each in seconds.items()
+    measured = {
+        tokens: statistics.median(a / b for a, b in zip(each, seconds[1], strict=True))
+        for tokens, each in seconds.items()
     }
-    for what, (prompt, answer) in texts().items():
-        for most in DRAFTED:
-            passes = drafts_right(prompt, answer, most)
-            # A shorter draft costs what the next larger bucket does.
-            steps = sum(cost[min(c for c in cost if c > drafted)] for drafted, _ in passes)
-            table.append(
-                row(
-                    f"{what}, up to {most} drafted",
-                    [len(answer) / steps],
-                    "tokens per step's time",
-                    peer=("without drafts", [1.0]),
-                )
+    costs = {
+        "64 experts": measured,
+        "256 experts by bytes": cost_of_bytes(ModelConfig.from_dict(PUBLISHED)),
+    }
+    for (what, (prompt, answer)), most in product(texts().items(), DRAFTED):
+        passes = drafts_right(prompt, answer, most)
+        table += [
+            row(
+                f"{what}, up to {most} drafted, {experts}",
+                [speed(passes, cost)],
+                "tokens a step",
+                peer=("without drafts", [1.0]),
             )
+            for experts, cost in costs.items()
+        ]
     return table
 
 
