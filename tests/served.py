@@ -47,6 +47,7 @@ class ScriptedBackend(Backend):
             vocab_size=384,
             chunked_encoding=True,
             all_position_logits=False,
+            slot_copies=True,
         )
         self.script = script
         self.before_call: Callable[[], None] = lambda: None
@@ -57,6 +58,12 @@ class ScriptedBackend(Backend):
 
     def reset(self, slot: int) -> None:
         self._check_slot(slot)
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        assert start <= len(self.held[target]), "copy goes on where the slot holds nothing"
+        assert end <= len(self.held[source]), "copy reads where the slot holds nothing"
+        self.held[target] = self.held[target][:start] + self.held[source][start:end]
+        self.calls.append(f"copy {end - start}")
 
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
         self.before_call()

@@ -216,6 +216,30 @@ def test_slots_do_not_see_each_other(case):
             assert (logits[slot] - case.reference(sequences[slot])[-1]).abs().max() < TOLERANCE
 
 
+def test_a_copied_prefix_goes_on_bit_for_bit_as_where_it_was_computed(case):
+    backend = case.backend
+    ids = some_ids(33, seed=3)
+    whole = some_ids(SEQ_LEN, seed=4)
+    # Prompt and steps, behind what another sequence has left.
+    first = backend.encode(0, ids[:20])
+    for place in range(20, 24):
+        step(backend, {0: (ids[place], place)})
+    backend.encode(2, whole)
+    backend.copy(0, 2, 0, 9)
+    backend.copy(0, 2, 9, 24)
+    wanted = backend.encode(0, ids[24:32], start=24), step(backend, {0: (ids[32], 32)})[0]
+    backend.encode(0, whole)  # the source is overwritten
+    found = backend.encode(2, ids[24:32], start=24), step(backend, {2: (ids[32], 32)})[2]
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    assert (found[1] - case.reference(ids)[-1]).abs().max() < TOLERANCE
+    # A prefix that ends inside the other's tokens; the copy leaves other slots and positions alone.
+    backend.encode(1, ids[:20])
+    backend.copy(2, 1, 0, 12)
+    assert torch.equal(backend.encode(1, ids[12:20], start=12), backend.encode(2, ids[12:20], 12))
+    assert (backend.encode(1, ids[12:20], 12) - first).abs().max() < TOLERANCE
+
+
 def test_bf16_compute_is_close_to_float32(eager, tmp_path):
     compile_model(eager / "converted", tmp_path / "low", options=options() | {"compute": "bf16"})
     ids = some_ids(12)
@@ -248,6 +272,16 @@ BAD_REQUESTS = {
     "step shape": (
         lambda backend: backend.step(*[torch.zeros(3, dtype=torch.int64)] * 3),
         r"\[3\]; expected \[2\]",
+    ),
+    "copy from no slot": (lambda backend: backend.copy(2, 0, 0, 1), "slot 2 does not exist"),
+    "copy to no slot": (lambda backend: backend.copy(0, -1, 0, 1), "slot -1 does not exist"),
+    "copy backwards": (
+        lambda backend: backend.copy(0, 1, 2, 1),
+        "positions 2 to 1: expected an ascending range within seq_len 48",
+    ),
+    "copy too long": (
+        lambda backend: backend.copy(0, 1, 0, 49),
+        "positions 0 to 49: .* seq_len 48",
     ),
     "reset": (lambda backend: backend.reset(-1), "slot -1 does not exist"),
 }
@@ -287,6 +321,8 @@ def test_prompts_beyond_the_last_bucket_are_refused_where_chunks_are_not_possibl
         backend.encode(0, [1], start=4)
     with pytest.raises(BackendError, match="last position only"):
         backend.encode(0, [1], all_positions=True)
+    with pytest.raises(BackendError, match="cannot copy between slots"):
+        backend.copy(0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,22 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
-class EagerBackend(Backend):
+class CPUBackend(Backend):
+    """Slots that are rows of one cache."""
+
+    cache: KVCache
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do: a position is written before it is read, whatever a slot held before."""
+        self._check_slot(slot)
+
+    @torch.inference_mode()
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        for buffer in self.cache.keys + self.cache.values:
+            buffer[target, :, start:end] = buffer[source, :, start:end]
+
+
+class EagerBackend(CPUBackend):
     """The model as it is, over one cache with a row per slot."""
 
     def __init__(self, model: Path | Converted, options: CPUOptions) -> None:
@@ -42,10 +57,6 @@ class EagerBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = cache_for(self.model, options, options.seq_len)
-
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a position is written before it is read, whatever a slot held before."""
-        self._check_slot(slot)
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
@@ -86,7 +97,7 @@ class EagerBackend(Backend):
         return self.model.logits(hidden).float()
 
 
-class CompiledBackend(Backend):
+class CompiledBackend(CPUBackend):
     """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
 
     def __init__(
@@ -108,10 +119,6 @@ class CompiledBackend(Backend):
             for name in cpu_graphs.graph_names(options)
         )
         self.context_encoding = dict(zip(options.buckets, encoding, strict=True))
-
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a position is written before it is read, whatever a slot held before."""
-        self._check_slot(slot)
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
@@ -175,6 +182,7 @@ def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
         vocab_size=vocab_size,
         chunked_encoding=True,
         all_position_logits=True,
+        slot_copies=True,
     )
 
 
