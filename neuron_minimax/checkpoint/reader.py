@@ -102,7 +102,7 @@ class TensorDirectory:
         The kernel ends a process that touches a mapped page behind the end of its file, so what
         streams takes `rows` or `strips`. Raises CheckpointError when the file is too short already.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         path = self.directory / entry.shard
         if path.stat().st_size < entry.end:
             raise CheckpointError(_ends_within(entry))
@@ -117,7 +117,7 @@ class TensorDirectory:
         Read, not mapped: of what is looked at once, mapping each page takes longer than copying it.
         Raises CheckpointError when the file has become shorter.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         if not entry.shape or not entry.nbytes:
             return
         strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
@@ -135,7 +135,7 @@ class TensorDirectory:
 
         Raises CheckpointError when the file cannot be read, or has become shorter.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         shape = entry.shape
         start = entry.start
         if rows != slice(None):
@@ -151,7 +151,7 @@ class TensorDirectory:
         """The tensor in its stored dtype, zero-copy over the mapped file."""
         import torch
 
-        dtype = TORCH_DTYPES[self.entry(name).dtype]
+        dtype = TORCH_DTYPES[self._readable(name).dtype]
         return torch.from_numpy(self.array(name)).view(getattr(torch, dtype))
 
     def entry(self, name: str) -> TensorEntry:
@@ -159,6 +159,15 @@ class TensorDirectory:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}") from None
+
+    def _readable(self, name: str) -> TensorEntry:
+        entry = self.entry(name)
+        if entry.dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{name} in {entry.shard} is {entry.dtype}, which is not read; expected one of "
+                f"{', '.join(STORED_DTYPES)}"
+            )
+        return entry
 
     @property
     def nbytes(self) -> int:

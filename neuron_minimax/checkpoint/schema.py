@@ -4,7 +4,7 @@ Reports, coverage checks, planners and tests are derived from it.
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -16,7 +16,9 @@ from neuron_minimax.families.family import Role, Weight
 from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
-DENSE_DTYPES = ("BF16", "F32")
+# Of weights that are no FP8, and of block scales: all that float32 holds exactly.
+DENSE_DTYPES = ("BF16", "F32", "F16")
+SCALE_DTYPES = (*DENSE_DTYPES, "F8_E8M0", "U8")
 IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 
 
@@ -164,7 +166,7 @@ def check_against_schema(
         entry = entries.get(wanted.name)
         if wanted.is_scale:
             scaled = entries.get(wanted.name.removesuffix(SCALE_SUFFIX))
-            yield from _check_scale(entry, scaled, wanted, config.family.scale_dtypes)
+            yield from _check_scale(entry, scaled, wanted)
         elif entry is None:
             yield Problem(
                 wanted.name,
@@ -230,8 +232,7 @@ def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
             "check that both come from the same model",
             "shape",
         )
-    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
-    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
+    allowed = ("F8_E4M3", *DENSE_DTYPES) if wanted.weight.quantized else DENSE_DTYPES
     if entry.dtype not in allowed:
         reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
         yield Problem(
@@ -245,7 +246,6 @@ def _check_scale(
     scale: TensorEntry | None,
     weight: TensorEntry | None,
     wanted: Expected,
-    dtypes: Sequence[str],
 ) -> Iterator[Problem]:
     fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
     name = wanted.name
@@ -263,10 +263,11 @@ def _check_scale(
             f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
             "scale",
         )
-    elif scale.shape != wanted.shape or scale.dtype not in dtypes:
+    elif scale.shape != wanted.shape or scale.dtype not in SCALE_DTYPES:
         yield Problem(
             name,
             f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected "
-            f"{' or '.join(dtypes)} {list(wanted.shape)}, one scale for each block of the weight",
+            f"{' or '.join(SCALE_DTYPES)} {list(wanted.shape)}, one scale for each block of the "
+            "weight",
             "scale",
         )

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,12 @@ from neuron_minimax.checkpoint.records import TensorRecord, read_records, record
 from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.writer import COMPANION_FILES, find_companions
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.convert.binding import ConvertedTensor, bind_rules, unquantized_modules
+from neuron_minimax.convert.binding import (
+    ConvertedTensor,
+    Transform,
+    bind_rules,
+    unquantized_modules,
+)
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.manifest import (
     FORMAT_VERSION,
@@ -174,6 +180,10 @@ class Converted(Rendered):
         state = "is up to date" if self.was_finished else "is written"
         lines.append(f"{self.directory} {state}")
         lines.append(f"FP8 scales converted: {self.manifest.scales_converted}")
+        treatments = Counter(origin.treatment for origin in self.manifest.operations.values())
+        if treatments[Transform.WIDEN]:
+            tensors = counted(treatments[Transform.WIDEN], "tensor")
+            lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
         left_out = self.manifest.left_out
         if left_out:
             tensors = counted(len(left_out), "multi-token-prediction tensor")

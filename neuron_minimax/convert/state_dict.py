@@ -51,7 +51,8 @@ class StateDict(ScaledWeights):
         import torch
 
         tensor = self.tensors[name].detach().contiguous()
-        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(self.specs[name].dtype)
+        bytes_of = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "BF16": torch.uint16}
+        same_bytes = bytes_of.get(self.specs[name].dtype)
         return (tensor if same_bytes is None else tensor.view(same_bytes)).numpy()
 
 

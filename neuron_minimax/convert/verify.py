@@ -232,6 +232,8 @@ class _Comparison:
             return _count_wrong_halves(part, original)
         if output.transform is Transform.KEEP:
             return _count_unequal(part, original), 0
+        if output.transform is Transform.WIDEN:
+            return _count_unequal(part, bfloat16.to_float32(original)), 0
         if output.is_scale:
             factor = 2.0 if output.transform in DOUBLED else 1.0
             wanted = self._factors(original).astype(np.float64) * factor
@@ -239,16 +241,20 @@ class _Comparison:
         if scale_name is not None:
             factors = self._factors(self.source.rows(scale_name))
             original = fp8.dequantize(original, factors, self.source.config.weight_block_size)
+        else:
+            original = bfloat16.to_float32(original)
         # Correct to half a unit in the last of BF16's 8 bits, whichever way it was rounded.
         error = np.abs(bfloat16.to_float32(part).astype(np.float64) - original)
         return int(np.count_nonzero(~(error <= np.abs(original) * 2.0**-8 + 2.0**-134))), 0
 
     def _factors(self, stored: np.ndarray) -> np.ndarray:
         """Float32 factors of the codes; a quotient of float64 rounds to that of float32."""
-        stored = bfloat16.to_float32(stored)
+        stored = bfloat16.scales_to_float32(stored)
         if self.convention is ScaleConvention.MULTIPLIER:
             return stored
-        return (1.0 / stored.astype(np.float64)).astype(np.float32)
+        wide = stored.astype(np.float64)
+        inverted = np.divide(1.0, wide, out=np.zeros_like(wide), where=wide != 0)
+        return inverted.astype(np.float32)
 
 
 def _count_wrong_halves(part: np.ndarray, original: np.ndarray) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError, counted, some_of
+from neuron_minimax.families import Role
 from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
@@ -190,6 +191,7 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             "not exist; the tensors decide here. Remove quantization_config"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
+    yield from _widened_findings(checkpoint, kinds)
     for row in kinds:
         if len(row.dtypes) > 1:
             message = f"{row.kind} is {row.precision}: not the same everywhere"
@@ -200,6 +202,41 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             f"{checkpoint.mtp_names[0]}), no part of the model, will be left out of a conversion"
         )
         yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
+
+
+def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
+    """Yield which kinds of weights and scales are stored in a dtype that is widened to float32."""
+    family = checkpoint.config.family
+    float32_only = {family.kind(weight): weight for weight in family.weights if weight.float32_only}
+    for row in kinds:
+        narrow = [dtype for dtype in row.dtypes if dtype in ("BF16", "F16")]
+        if row.kind in float32_only and narrow:
+            rounded = "it may have been rounded by whoever wrote it"
+            if float32_only[row.kind].role is Role.ROUTER_BIAS:
+                rounded += ", which flips experts: at 8 a step of BF16 is 0.06"
+            message = (
+                f"{row.kind} is {' and '.join(narrow)} and F32 in what is published: "
+                f"it is widened to float32, which is exact, but {rounded}; take the published "
+                "checkpoint where you can"
+            )
+            yield Finding(severity="warning", kind="dtype", subject=row.kind, message=message)
+        elif "F16" in row.dtypes:
+            message = f"{row.kind} is F16: widened to float32, which is exact and twice as large"
+            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
+    scales = Counter(
+        checkpoint.entries[name].dtype
+        for wanted in schema.expected(checkpoint.config)
+        if wanted.is_scale and (name := wanted.name) in checkpoint.entries
+    )
+    for dtype, count in scales.items():
+        if dtype in schema.SCALE_DTYPES and dtype not in checkpoint.config.family.scale_dtypes:
+            powers = " (as exponents of two)" if dtype in ("F8_E8M0", "U8") else ""
+            message = (
+                f"{counted(count, 'block scale')} of dtype {dtype}{powers}, where "
+                f"{checkpoint.config.family.scale_dtypes[0]} is published: widened to float32, "
+                "which is exact"
+            )
+            yield Finding(severity="note", kind="dtype", subject=dtype, message=message)
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
