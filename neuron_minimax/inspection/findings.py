@@ -215,9 +215,9 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
             if float32_only[row.kind].role is Role.ROUTER_BIAS:
                 rounded += ", which flips experts: at 8 a step of BF16 is 0.06"
             message = (
-                f"{row.kind} is {' and '.join(narrow)} and F32 in what is published: "
-                f"it is widened to float32, which is exact, but {rounded}; take the published "
-                "checkpoint where you can"
+                f"{row.kind} is {' and '.join(narrow)}, where F32 is published: it is widened to "
+                f"float32, which is exact, but {rounded}; take the published checkpoint where you "
+                "can"
             )
             yield Finding(severity="warning", kind="dtype", subject=row.kind, message=message)
         elif "F16" in row.dtypes:
