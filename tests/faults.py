@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint.reader import INDEX_NAME
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.fp8 import bfloat16
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint

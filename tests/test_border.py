@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import neuron_minimax as nm
 from neuron_minimax.checkpoint import reader
 from neuron_minimax.checkpoint.header import read_header
-from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.index import INDEX_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 from neuron_minimax.cli import main
 from neuron_minimax.config import CONVERTED_SECTION

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.index import INDEX_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import ceil_div
 from tests.tiny import write_tiny

@@ -20,8 +20,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
-from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.records import (
     Count,
     TensorFields,

@@ -31,8 +31,9 @@ from neuron_minimax.checkpoint.finished import (
     renew,
     source_files,
 )
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
-from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.records import (
     TensorRecord,
     read_records,

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from neuron_minimax.checkpoint.header import TensorSpec, size_text
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME, SNAPSHOTS
-from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
 from neuron_minimax.files import open_regular

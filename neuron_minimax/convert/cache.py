@@ -26,9 +26,10 @@ from neuron_minimax.checkpoint.finished import (
     try_to_renew,
 )
 from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorSpec, size_text
+from neuron_minimax.checkpoint.index import SINGLE_NAME
 from neuron_minimax.checkpoint.kinds import CACHE_NAME
 from neuron_minimax.checkpoint.output import Recipe, fill_directory
-from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.shards import Piece, StreamedShard, StreamedTensor
 from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.files import stamp

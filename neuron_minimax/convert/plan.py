@@ -186,8 +186,7 @@ class Converted(Rendered):
             lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
         left_out = self.manifest.left_out
         if left_out:
-            tensors = counted(len(left_out), "multi-token-prediction tensor")
-            lines.append(f"left out, since they are not run: {tensors}")
+            lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")
         return "\n".join(lines)
 
 
@@ -242,8 +241,7 @@ class ConversionPlan(Rendered):
         lines.append(counted(len(self.outputs), "tensor"))
         lines.append(f"space needed: {size_text(self.nbytes, 2)}")
         if self.left_out:
-            tensors = counted(len(self.left_out), "multi-token-prediction tensor")
-            lines.append(f"left out: {tensors}")
+            lines.append(f"left out, since not run: {counted(len(self.left_out), 'tensor')}")
         return "\n".join(lines)
 
     def write(
@@ -351,11 +349,11 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
         checkpoint.config,
         layout,
         checkpoint.convention,
-        tolerated=checkpoint.mtp_names,
+        tolerated=checkpoint.left_out,
     )
     return ConversionPlan(
         source=checkpoint,
         layout=layout,
         outputs=outputs,
-        left_out=tuple(checkpoint.mtp_names),
+        left_out=tuple(checkpoint.left_out),
     )

@@ -78,7 +78,10 @@ def convert_hf_to_neuron_state_dict(
             name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
         }
     source = StateDict(state_dict, config, scale_convention)
-    tolerated = schema.mtp_names(state_dict, config)
+    tolerated = [
+        *schema.mtp_names(state_dict, config),
+        *schema.cache_scale_names(state_dict, config),
+    ]
     converted: dict[str, torch.Tensor] = {}
     for output in bind_rules(source.specs, config, layout, source.convention, tolerated):
         memory = np.empty(output.nbytes, np.uint8)

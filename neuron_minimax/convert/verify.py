@@ -90,7 +90,7 @@ def _compare_all(
 ) -> Verification:
     stored = converted.tensors
     outputs = bind_rules(
-        source.specs, source.config, converted.layout, converted.convention, source.mtp_names
+        source.specs, source.config, converted.layout, converted.convention, source.left_out
     )
     wanted = {output.name for output in outputs}
     differences = [

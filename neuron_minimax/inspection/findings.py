@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.families import Role
+from neuron_minimax.families.fields import unused_fields
 from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
@@ -202,6 +204,29 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             f"{checkpoint.mtp_names[0]}), no part of the model, will be left out of a conversion"
         )
         yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
+    if checkpoint.cache_scale_names:
+        first = checkpoint.cache_scale_names[0]
+        message = (
+            f"{counted(len(checkpoint.cache_scale_names), 'scale')} for a server's FP8 key/value "
+            f"cache (for one {first}), no part of the model, will be left out of a conversion"
+        )
+        yield Finding(severity="note", kind="cache scales", subject=first, message=message)
+    for name, message, is_note in unused_fields(checkpoint.config.raw, checkpoint.config.family):
+        severity: Severity = "note" if is_note else "warning"
+        yield Finding(severity=severity, kind="config", subject=name, message=message)
+    for leftover in checkpoint.leftovers:
+        yield Finding(
+            severity="warning",
+            kind=leftover.kind,
+            subject=leftover.subject,
+            message=leftover.message,
+        )
+    if checkpoint.shards != [SINGLE_NAME] and (checkpoint.directory / SINGLE_NAME).exists():
+        message = (
+            f"{SINGLE_NAME} lies beside {INDEX_NAME}, which does not list it: transformers would "
+            "read it and not the shards; here the index decides. Remove the one that is not meant"
+        )
+        yield Finding(severity="warning", kind="leftover", subject=SINGLE_NAME, message=message)
 
 
 def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:

@@ -179,7 +179,7 @@ def _report(
     comparison: Comparison | None,
 ) -> PrecisionReport:
     config = checkpoint.config
-    left_out = set(checkpoint.mtp_names)
+    left_out = set(checkpoint.left_out)
     dtypes: dict[str, tuple[int, int]] = {}
     for entry in checkpoint.entries.values():
         count, size = dtypes.get(entry.dtype, (0, 0))
