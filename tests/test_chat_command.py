@@ -250,7 +250,7 @@ def test_an_option_that_cannot_be_used_ends_the_command_before_the_first_message
     ("command", "words"),
     [
         (["chat", "nosuch", "--temperature", "-1"], "temperature is -1"),
-        (["chat", "nosuch", "--top-k", "-1"], "top_k is -1"),
+        (["chat", "nosuch", "--top-k", "-2"], "top_k is -2"),
         (["generate", "nosuch", "--prompt", "x", "--top-p", "2"], "top_p is 2"),
         (["generate", "nosuch", "--token-ids", "1", "--greedy", "--seed", str(2**64)], "seed is "),
         (["experts", "nosuch", "--prompt", "x", "--seed", str(2**64)], "seed is "),

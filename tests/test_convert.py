@@ -595,15 +595,16 @@ def test_a_place_that_cannot_hold_a_directory_is_named(tmp_path):
 
 def test_companion_files_come_along_but_no_code(tmp_path):
     source = write_tiny(tmp_path / "source")
-    for name in (
-        "tokenizer.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "modeling_minimax_m2.py",
-    ):
-        (source / name).write_text(name)
+    texts = {
+        "tokenizer.json": '{"model": {"vocab": {}}}',
+        "generation_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "modeling_minimax_m2.py": "pass",
+    }
+    for name, text in texts.items():
+        (source / name).write_text(text)
     convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == texts["tokenizer.json"]
     assert (tmp_path / "out" / "chat_template.jinja").exists()
     assert not (tmp_path / "out" / "modeling_minimax_m2.py").exists()
 

@@ -29,7 +29,12 @@ from neuron_minimax.checkpoint.output import Recipe, fill_directory
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.records import TensorRecord, read_records, records_as_json
 from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
-from neuron_minimax.checkpoint.writer import COMPANION_FILES, find_companions
+from neuron_minimax.checkpoint.tokenizer_file import (
+    NO_TOKENIZER,
+    has_tokenizer,
+    require_whole_companions,
+)
+from neuron_minimax.checkpoint.writer import COMPANION_FILES
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.convert.binding import (
     ConvertedTensor,
@@ -184,6 +189,8 @@ class Converted(Rendered):
         if treatments[Transform.WIDEN]:
             tensors = counted(treatments[Transform.WIDEN], "tensor")
             lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
+        if not has_tokenizer(self.directory):
+            lines.append(NO_TOKENIZER)
         left_out = self.manifest.left_out
         if left_out:
             lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")
@@ -342,7 +349,7 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
     rules or the layout names no module.
     """
     checkpoint.require_usable()
-    find_companions(checkpoint.directory)
+    require_whole_companions(checkpoint.directory, checkpoint.config)
     layout = layout or Layout()
     outputs = bind_rules(
         checkpoint.specs,

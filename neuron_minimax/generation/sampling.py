@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """The options of choosing a token; temperature 0 is greedy, top_k 0 keeps every token.
+    """The options of choosing a token; temperature 0 is greedy, top_k 0 or -1 keeps every token.
 
     How long an answer may be is not among them: that depends on the prompt and the model.
     `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
@@ -61,9 +61,9 @@ class SamplingParams:
                 raise _refusal(
                     f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
                 )
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < -1:
             raise _refusal(
-                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token"
+                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 or -1 for every token"
             )
         if self.seed is not None and (
             not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63

@@ -11,6 +11,8 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.schema import Problem
+from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
 from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.families import Role
 from neuron_minimax.families.fields import unused_fields
@@ -262,6 +264,22 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
                 "which is exact"
             )
             yield Finding(severity="note", kind="dtype", subject=dtype, message=message)
+
+
+def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield what is wrong with the tokenizer and the other small files."""
+    try:
+        broken = broken_companions(checkpoint.directory, checkpoint.config)
+    except CheckpointError as error:
+        broken = [Problem("tokenizer", str(error), "tokenizer")]
+    for found in broken:
+        yield Finding(
+            severity="error", kind=found.kind, subject=found.subject, message=found.message
+        )
+    if not has_tokenizer(checkpoint.directory):
+        yield Finding(
+            severity="warning", kind="tokenizer", subject="tokenizer.json", message=NO_TOKENIZER
+        )
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

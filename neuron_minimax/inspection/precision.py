@@ -23,6 +23,7 @@ from neuron_minimax.inspection.findings import (
     KindRow,
     ModuleList,
     ShardRow,
+    companion_findings,
     configuration_findings,
     end_token_findings,
     kind_rows,
@@ -197,6 +198,7 @@ def _report(
         *configuration_findings(checkpoint, kinds),
         *list_findings(lists, modules),
         *end_token_findings(checkpoint),
+        *companion_findings(checkpoint),
         *(values.findings if values else ()),
     ]
     return PrecisionReport(
