@@ -248,8 +248,8 @@ def truncating(directory: Path) -> Callable[[int], None]:
 
 
 STREAMS: dict[str, Callable[[Path, Path, Callable[[int], None]], object]] = {
-    "convert": lambda source, out, cut: convert(source, out / "new", progress=cut),
-    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", progress=cut),
+    "convert": lambda source, out, cut: convert(source, out / "new", advance=cut),
+    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", advance=cut),
     "verify": lambda source, out, cut: verify(
         Checkpoint(source), nm.Converted.open(out / "made"), cut
     ),

@@ -432,7 +432,7 @@ def progress(nbytes):
     left -= nbytes
     if left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
-plan_conversion(Checkpoint(sys.argv[1])).write(sys.argv[2], progress=progress)
+plan_conversion(Checkpoint(sys.argv[1])).write(sys.argv[2], advance=progress)
 """
 
 
@@ -537,7 +537,7 @@ def test_the_second_run_into_one_output_is_refused(tmp_path):
                 convert(source, tmp_path / "out")
             refusals.append(refused)
 
-    convert(source, tmp_path / "out", progress=try_again)
+    convert(source, tmp_path / "out", advance=try_again)
     assert len(refusals) == 1
     assert verify(source, tmp_path / "out").equal
 

@@ -174,7 +174,7 @@ def test_an_interrupted_build_resumes_to_identical_bytes(source, cache, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_cache(source, tmp_path / "resumed", progress=interrupt)
+        build_cache(source, tmp_path / "resumed", advance=interrupt)
     with pytest.raises(CheckpointError, match="is not finished"):
         open_cache(tmp_path / "resumed", Checkpoint(source))
     result = build_cache(source, tmp_path / "resumed")

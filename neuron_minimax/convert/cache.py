@@ -6,7 +6,7 @@ holds the fingerprint of its source, so that a cache of something else is never 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -35,6 +35,7 @@ from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.files import stamp
 from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.inspection.document import Rendered
+from neuron_minimax.progress import Advance, nothing
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": "F32", "bf16": "BF16"}
@@ -95,12 +96,12 @@ def build_cache(
     *,
     check: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> CacheResult:
     """Write the cache, or finish an interrupted one, or make what of a finished one is missing.
 
     `check` reads every byte of a finished one, computes again what the source gives, and writes the
-    shards that differ. `progress` is called with the bytes of each piece, in all `cache_bytes`. The
+    shards that differ. `advance` is called with the bytes of each piece, in all `cache_bytes`. The
     router's gate and bias stay float32 in a bfloat16 cache. Raises CheckpointError on an unusable
     source, ConversionError when the directory holds something else, was made of another state of
     the source, another run uses it, or the disk is too small (before the first byte).
@@ -125,7 +126,7 @@ def build_cache(
             "compares every byte and writes what differs"
         ),
     )
-    filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
+    filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
     return CacheResult(
         directory=path,
         nbytes=nbytes,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -53,7 +53,7 @@ from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.files import differences
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Rendered
-from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Converted(Rendered):
         path = Path(directory)
         manifest = read_manifest(path)
         with progress.stage(f"opening {path}") as advance:
-            found = examine(path, manifest, shards=read_shards, progress=advance)
+            found = examine(path, manifest, shards=read_shards, advance=advance)
         found.require_whole(path, f"`neuron-minimax convert CKPT {path}` again")
         if read_shards:
             try_to_renew(path / CONVERSION_NAME, manifest, found.files)
@@ -257,12 +257,12 @@ class ConversionPlan(Rendered):
         *,
         overwrite: bool = False,
         check: bool = False,
-        progress: Callable[[int], None] = lambda nbytes: None,
+        advance: Advance = nothing,
     ) -> Converted:
         """Stream the checkpoint into a directory; an interrupted run is resumed by the next one.
 
         `check` reads every byte of a finished one, computes again what the checkpoint gives, and
-        writes the shards that differ. `progress` is called with the bytes of each piece, in all
+        writes the shards that differ. `advance` is called with the bytes of each piece, in all
         `nbytes`. Raises CheckpointError or ConversionError naming what is wrong; an output that was
         not finished then has no manifest, and what was done is kept for the next run.
         """
@@ -287,7 +287,7 @@ class ConversionPlan(Rendered):
                 "byte and takes the checkpoint as it is now when all are equal"
             ),
         )
-        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
+        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
         return replace(
             Converted.open(path),
             reused_shards=filled.reused_shards,

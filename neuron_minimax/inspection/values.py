@@ -8,7 +8,7 @@ stored, and what they mean is decided from all of them (not from samples, as a c
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as counting
@@ -27,6 +27,7 @@ from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.families import Role, module_of
 from neuron_minimax.fp8 import ScaleConvention, bfloat16
 from neuron_minimax.inspection.findings import Finding
+from neuron_minimax.progress import Advance, nothing
 
 SAMPLE = "one row of each block"  # what goes into the histogram and the norms
 SAMPLE_STEP = 37  # rows on from one block row to the next; coprime to the usual heights of blocks
@@ -114,10 +115,8 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def check_values(
-    checkpoint: Checkpoint, progress: Callable[[int], None] = lambda nbytes: None
-) -> ValueReport:
-    """Read every expected tensor once, on all cores; `progress` is called with bytes read.
+def check_values(checkpoint: Checkpoint, advance: Advance = nothing) -> ValueReport:
+    """Read every expected tensor once, on all cores; `advance` is called with bytes read.
 
     Faults are findings, not errors: each names its tensor. Tensors whose headers are wrong are left
     out.
@@ -141,7 +140,7 @@ def check_values(
         tasks, sum(_nbytes(checkpoint, weight) for weight in wanted), AT_ONCE
     ):
         tally.add(measurement)
-        progress(_nbytes(checkpoint, measurement.weight))
+        advance(_nbytes(checkpoint, measurement.weight))
         dropper.advance(_nbytes(checkpoint, measurement.weight))
     dropper.finish()
     return tally.report()

@@ -167,7 +167,7 @@ def analyse_checkpoint(
     if cache_dir is not None and source is not None:
         if dump_cache or dump_only:
             with progress.stage("dequantizing", cache_bytes(source)) as advance:
-                lines.append(build_cache(source, cache_dir, progress=advance).render())
+                lines.append(build_cache(source, cache_dir, advance=advance).render())
         if dump_only:
             return lines
         cache = find_cache(cache_dir, source)
