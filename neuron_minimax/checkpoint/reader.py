@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -151,6 +152,22 @@ class TensorDirectory:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}") from None
+
+    def adjacent(self, names: Sequence[str]) -> "torch.Tensor | None":
+        """Tensors [R,C] that lie behind each other in one file, as one [sum of R,C], zero-copy;
+        None where they do not.
+        """
+        import torch
+
+        entries = [self._readable(name) for name in names]
+        for before, entry in pairwise(entries):
+            follows = (entry.shard, entry.start) == (before.shard, before.end)
+            if not follows or entry.dtype != before.dtype or entry.shape[1:] != before.shape[1:]:
+                return None
+        self.array(names[-1])  # which the file is long enough for
+        raw = np.asarray(self._map(entries[0].shard))[entries[0].start : entries[-1].end]
+        dtype = getattr(torch, TORCH_DTYPES[entries[0].dtype])
+        return torch.from_numpy(raw).view(dtype).view(-1, *entries[0].shape[1:])
 
     def _readable(self, name: str) -> TensorEntry:
         entry = self.entry(name)

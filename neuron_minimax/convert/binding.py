@@ -139,6 +139,14 @@ def _is_left_out(rule: Rule, sources: Specs, config: ModelConfig) -> bool:
     return schema.is_tied(config.family.weight(source), config) and source not in sources
 
 
+def source_groups(rule: Rule, layer: int | None, config: ModelConfig) -> Groups:
+    """Return the names of a rule's sources in the order of their pieces."""
+    experts = range(config.num_local_experts) if rule.per_expert else (None,)
+    return tuple(
+        tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts
+    )
+
+
 def _bind(
     rule: Rule,
     layer: int | None,
@@ -147,10 +155,7 @@ def _bind(
     layout: Layout,
     convention: ScaleConvention,
 ) -> Iterator[ConvertedTensor]:
-    experts = range(config.num_local_experts) if rule.per_expert else (None,)
-    groups = tuple(
-        tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts
-    )
+    groups = source_groups(rule, layer, config)
     target = rule.target.format(l=layer)
     dtype = _common_dtype(target, groups, sources)
     float32_only = config.family.weight(rule.sources[0]).float32_only
