@@ -36,11 +36,7 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.processes import Noted, first_signal_noted
 from neuron_minimax.progress import SILENT, Advance, Progress
 from neuron_minimax.studies.experts.report import render_report, write_plots
-from neuron_minimax.studies.experts.statistics import (
-    Analysis,
-    layer_similarity,
-    total_variation,
-)
+from neuron_minimax.studies.experts.statistics import Analysis, layer_similarity, total_variation
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 
 COMPARISON_NAME = "comparison.json"
@@ -265,9 +261,8 @@ class BatchRunner:
     @cached_property
     def layer_similarity(self) -> np.ndarray:
         """[L,L], the same for every prompt."""
-        return layer_similarity(
-            [router.linear_router.weight.float().numpy() for router in self.model.routers]
-        )
+        weights = [router.linear_router.weight for router in self.model.routers]
+        return layer_similarity([weight.float().numpy() for weight in weights])
 
     @cached_property
     def expert_similarity(self) -> dict[int, np.ndarray]:

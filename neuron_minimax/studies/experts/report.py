@@ -127,8 +127,8 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
         )
     if analysis.layer_similarity is not None:
         note = (
-            "Cosine of an expert's router row with the row most like it of another layer, mean over "
-            "the experts; on the diagonal of its own layer."
+            "Cosine of an expert's router row with the row most like it of another layer (on the "
+            "diagonal of its own), mean over the experts."
         )
         yield _map(
             "Router similarity of layers",
