@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import neuron_minimax as nm
 from neuron_minimax.checkpoint import reader
 from neuron_minimax.checkpoint.header import read_header
-from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.index import INDEX_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 from neuron_minimax.cli import main
 from neuron_minimax.config import CONVERTED_SECTION
@@ -247,8 +248,8 @@ def truncating(directory: Path) -> Callable[[int], None]:
 
 
 STREAMS: dict[str, Callable[[Path, Path, Callable[[int], None]], object]] = {
-    "convert": lambda source, out, cut: convert(source, out / "new", progress=cut),
-    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", progress=cut),
+    "convert": lambda source, out, cut: convert(source, out / "new", advance=cut),
+    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", advance=cut),
     "verify": lambda source, out, cut: verify(
         Checkpoint(source), nm.Converted.open(out / "made"), cut
     ),

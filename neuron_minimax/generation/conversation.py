@@ -65,12 +65,13 @@ class Turn:
 
         Raises GenerationError when it does not fit.
         """
+        params = params or self.sampling
         return Request(
             prompt_ids=self.prompt_ids,
-            params=params or self.sampling,
+            params=params,
             max_new_tokens=answer_room(backend.capabilities, self.prompt_ids, max_new_tokens),
             stop_token_ids=frozenset(self.tokenizer.stop_token_ids),
-            reader=self.reader(),
+            reader=self.reader(stops=params.stop),
         )
 
 

@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer and chat template, its stop tokens and its sampling defaults."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -206,7 +206,7 @@ def load_hugging_face(directory: Path) -> Any:
 
     Raises GenerationError when there are none, or they cannot be read.
     """
-    from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     if not (directory / "tokenizer.json").is_file():
         raise GenerationError(
@@ -217,11 +217,12 @@ def load_hugging_face(directory: Path) -> Any:
     # What transformers does not know it would warn of, without a need of more than its files.
     known = {} if _model_type(directory) in CONFIG_MAPPING else {"config": PretrainedConfig()}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _loader(directory)(
             str(directory),
             trust_remote_code=False,
             local_files_only=True,
             model_max_length=NO_LIMIT,
+            **_listed_tokens(directory),
             **known,
         )
         template.spell(tokenizer, template.encode(tokenizer, PROBE))  # some fail only then
@@ -236,6 +237,39 @@ def load_hugging_face(directory: Path) -> Any:
             f"{tokenizer.model_max_length!r}; expected a number"
         )
     return tokenizer
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says. Raises GenerationError when it cannot be read."""
+    path = directory / "tokenizer_config.json"
+    try:
+        return read_json(path, dict[str, Any], GenerationError, ADVICE, CONFIG_BYTES)
+    except FileNotFoundError:
+        return {}
+
+
+def _loader(directory: Path) -> Callable[..., Any]:
+    """Return what loads a tokenizer: by its class where the installed transformers has that, else
+    (as of a tokenizer that a later version has saved) from tokenizer.json itself.
+    """
+    import transformers
+
+    named = _settings(directory).get("tokenizer_class")
+    known = not isinstance(named, str) or any(
+        hasattr(transformers, name) for name in (named, f"{named}Fast")
+    )
+    kind = transformers.AutoTokenizer if known else transformers.PreTrainedTokenizerFast
+    return kind.from_pretrained  # type: ignore[no-any-return]
+
+
+def _listed_tokens(directory: Path) -> dict[str, Any]:
+    """Return the special tokens that transformers 5 saves as a list under a name where version 4
+    wants a mapping; both know the older name.
+    """
+    extra = _settings(directory).get("extra_special_tokens")
+    if not isinstance(extra, list):
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
 
 
 @functools.cache

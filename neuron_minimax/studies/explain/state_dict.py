@@ -242,12 +242,15 @@ def _first_values(conversion: ConversionPlan, output: ConvertedTensor) -> tuple[
     """
     checkpoint = conversion.source
     name = output.groups[0][0]
-    stored = checkpoint.array(name).reshape(-1)[0]
-    before = _element_text(stored, checkpoint.entry(name).dtype)
+    if output.is_scale:
+        before = f"{checkpoint.scales(name.removesuffix(SCALE_SUFFIX))[0, 0]:.4e}"
+    else:
+        stored = checkpoint.array(name).reshape(-1)[0]
+        before = _element_text(stored, checkpoint.entry(name).dtype)
     made = _first_element(checkpoint, output)
     after = _element_text(made, output.dtype)
     if output.transform is Transform.DEQUANTIZE:
-        before = f"{before} * {checkpoint.array(output.scale_groups[0][0])[0, 0]:.4e}"
+        before = f"{before} * {checkpoint.scales(name)[0, 0]:.4e}"
     if output.is_scale:
         weight = next(
             other
