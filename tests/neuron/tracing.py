@@ -198,7 +198,8 @@ def trace(case: Case, directory: Path) -> dict[str, Any]:
     """Every wanted submodel and bucket of a case: {"submodel bucket": description}."""
     import torch
 
-    from neuron_minimax.backends.nxdi.options import NeuronOptions, default_buckets, environment
+    from neuron_minimax.backends.nxdi.options import NeuronOptions, environment
+    from neuron_minimax.planner.settings import default_buckets
     from tests.full_size import published_config
     from tests.neuron.standins import operations
 
