@@ -80,7 +80,7 @@ def groups_of(tiles, most):
     """Neighbours of `tiles` that are equally wide, at most so many at once: (first, number,
     columns).
     """
-    found = []
+    found = []  # type: ignore[var-annotated]  # NKI traces no annotations
     for place in range(len(tiles)):
         columns = tiles[place][1]
         if len(found) > 0 and found[-1][2] == columns and found[-1][1] < most:
