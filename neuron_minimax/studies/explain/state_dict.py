@@ -125,8 +125,8 @@ def _shares(config: ModelConfig, moe_tp_degree: int) -> Stage:
     return Stage(
         title=title,
         sentence=f"NxD cuts {config.intermediate_size} channels for {moe_tp_degree} ranks: "
-        f"{channels} are {why} (--expert-scales auto: {scales}). Scales are of FP8 experts; those in "
-        "BF16 have none.",
+        f"{channels} are {why} (--expert-scales auto: {scales}). Scales are of FP8 experts; those "
+        "in BF16 have none.",
         head=("module", "a rank's weight of an expert", "its scales"),
         rows=tuple(
             (config.family.module(role), str(list(weight)), str(list(scale)))
