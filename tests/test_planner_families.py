@@ -224,7 +224,15 @@ def test_moe_tp_degrees_of_qwen3_leave_whole_blocks(name: str, degrees: list[int
         degree
         for degree in range(1, 65)
         if not {"R1", "R2"}
-        & refusals(planned(config, tp_degree=degree, moe_tp_degree=degree, moe_ep_degree=1))
+        & refusals(
+            planned(
+                config,
+                tp_degree=degree,
+                moe_tp_degree=degree,
+                moe_ep_degree=1,
+                expert_scales="block",
+            )
+        )
         - ({"R1"} if config.hidden_size % degree else set())
     ]
     assert accepted == degrees
@@ -365,17 +373,19 @@ def test_the_page_of_families_says_what_the_planner_says() -> None:
         (
             "Qwen3-30B-A3B-FP8",
             {},
-            {"tp_degree": 16, "moe_tp_degree": 4},
+            {"tp_degree": 16, "moe_tp_degree": 4, "expert_scales": "block"},
             "R2 refuse: moe_tp_degree 4 leaves 192 expert channels per rank, not whole blocks of "
             "128 (MiniMax-M2 at moe_tp 64 was seen to repeat itself after 30 tokens); "
-            "needs a moe_tp_degree of 1 or 2 or 3 or 6",
+            "needs expert_scales auto, which repeats the scales of a block for its channels, or a "
+            "moe_tp_degree of 1 or 2 or 3 or 6",
         ),
         (
             "Qwen3-4B-FP8",
             {"head_dim": 64},
             {"tp_degree": 4},
-            "R2 refuse: head_dim 64 is not whole blocks of 128; needs a conversion with "
-            "--attention bf16",
+            "R2 refuse: head_dim 64 is not whole blocks of 128: ranks take whole heads, which NxDI "
+            "pads and repeats, and a scale that covers parts of two goes with neither; needs a "
+            "conversion with --attention bf16",
         ),
         (
             "Qwen3-4B-FP8",

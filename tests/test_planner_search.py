@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_minimax.backends.nxdi import backend
-from neuron_minimax.backends.nxdi import options as compile_options
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
@@ -31,7 +30,6 @@ from neuron_minimax.planner.settings import (
     GOALS,
     Asked,
     DeploymentSettings,
-    default_buckets,
     deployment_case,
 )
 from neuron_minimax.planner.text import COLUMNS, options, worse
@@ -390,11 +388,6 @@ def test_what_a_compile_refuses_is_what_a_plan_refuses(raw: dict[str, Any]) -> N
             found.deployment.smallest_context,
             found.deployment.context_length,
         )
-
-
-def test_a_plan_takes_the_context_lengths_that_a_compile_takes() -> None:
-    for length in range(2, 5000):
-        assert default_buckets(length) == compile_options.default_buckets(length)
 
 
 @pytest.mark.parametrize(
