@@ -13,10 +13,8 @@ from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
 from neuron_minimax.config import ModelConfig
 
 WORLD = 4
-# tp_degree and moe_ep_degree
-DEGREES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
 PROMPT = 5
-STEPS = 16
+STEPS = 8
 
 
 def some_ids() -> torch.Tensor:

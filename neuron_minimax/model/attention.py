@@ -72,7 +72,9 @@ class Attention(nn.Module):
             key_BKCD = key_BTKD.transpose(1, 2)
             value_BKCD = value_BTKD.transpose(1, 2)
         else:
-            rows_B = torch.arange(hidden_BTH.shape[0]) if step.rows_B is None else step.rows_B
+            rows_B = step.rows_B
+            if rows_B is None:
+                rows_B = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)
             step.cache.write(self.layer, rows_B, step.positions_BT, key_BTKD, value_BTKD)
             key_BKCD, value_BKCD = step.cache.read(self.layer, step.rows_B, step.filled)
         attended_BTQ = step.kernels.attend(query_BTND, key_BKCD, value_BKCD, step.positions_BT)

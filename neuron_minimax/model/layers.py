@@ -19,7 +19,7 @@ from neuron_minimax.kernels.reference import (
     expert_mlp,
     linear,
 )
-from neuron_minimax.model.cache import Cache
+from neuron_minimax.model.block_cache import LayerCache
 
 LinearKernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor
@@ -52,7 +52,7 @@ class Step:
 
     positions_BT: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
-    cache: Cache | None = None
+    cache: LayerCache | None = None
     rows_B: torch.Tensor | None = None
     filled: int = 0
     real_BT: torch.Tensor | None = None

@@ -2,22 +2,21 @@
 
 A group of `tp_degree` ranks holds a model once. Attention heads, the channels of dense MLPs and the
 vocabulary are divided over all ranks; experts over `moe_ep_degree` of them, and an expert's channels
-over the others. Norms and routers are on every rank. Collectives are functional, so that a graph
-holds them.
+over the others. Norms and routers are on every rank. Collectives are torch's functional ones, as
+operators: a graph holds them, and outside of one they are waited for at once.
 """
 
 from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
-from torch.distributed import _functional_collectives as collectives
+import torch.distributed._functional_collectives  # registers what a graph needs of them
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.fp8 import ceil_div
 
-# torch 2.13 has renamed it.
-_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+COLLECTIVES = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +143,12 @@ class Shard:
         """The sum over the group."""
         if self.tp_degree == 1:
             return values
-        return collectives.all_reduce(values, "sum", self.group)
+        return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(values, "sum", self.group))
 
     def concatenate(self, values: torch.Tensor) -> torch.Tensor:
         """All ranks' values, in order, along the last dimension."""
         if self.tp_degree == 1:
             return values
-        return _all_gather(values, values.dim() - 1, self.group)
+        gathering = COLLECTIVES.all_gather_into_tensor(values, self.tp_degree, self.group)
+        gathered = COLLECTIVES.wait_tensor(gathering).unflatten(0, (self.tp_degree, -1))
+        return gathered.movedim(0, -2).flatten(-2)
