@@ -9,12 +9,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from neuron_minimax.backends.torch_neuron.graphs import (
+    BlockStep,
+    ContextEncoding,
+    TokenGeneration,
+    block_cache,
+    slot_cache,
+)
 from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.model.decoder import Decoder
 
 WORLD = 4
 PROMPT = 5
 STEPS = 8
+CUT = 3
 
 
 def some_ids() -> torch.Tensor:
@@ -29,17 +38,49 @@ def run(directory: Path, tp_degree: int, ep_degree: int, group: dist.ProcessGrou
     loaded = load_rank(directory, shard)
     model = loaded.model
     logits, _ = model(some_ids())
-    found, cache = model(some_ids()[:1, :PROMPT], use_cache=True)
-    tokens: list[int] = []
-    for _ in range(STEPS):
-        tokens.append(int(found[0, -1].argmax()))
-        found, cache = model(torch.tensor([tokens[-1:]]), cache)
     return {
-        "logits": logits.clone(),
-        "tokens": tokens,
+        "logits": logits,
+        "tokens": greedy(model),
+        "block_logits": in_blocks(model),
         "bytes_read": loaded.bytes_read,
         "bytes_held": sum(tensor.nbytes for tensor in model.state_dict().values()),
     }
+
+
+def greedy(model: Decoder) -> list[int]:
+    """Tokens by the graphs over slots, in the second of two; the first is not active."""
+    cache = slot_cache(model, 2, 32)
+    encoding = ContextEncoding(model, cache)
+    generation = TokenGeneration(model, cache)
+    ids = torch.nn.functional.pad(some_ids()[0, :PROMPT], (0, 8 - PROMPT))
+    logits, _ = encoding(ids, torch.tensor([1]), torch.tensor([0]), torch.tensor([PROMPT]))
+    tokens = [int(logits.argmax())]
+    active = torch.tensor([False, True])
+    for position in range(PROMPT, PROMPT + STEPS - 1):
+        step = (torch.tensor([0, tokens[-1]]), torch.tensor([0, position]), active)
+        tokens.append(int(generation(*step)[1].argmax()))
+    return tokens
+
+
+def in_blocks(model: Decoder) -> torch.Tensor:
+    """Logits of the last token of two sequences over blocks of four positions that lie mixed, the
+    second shorter by CUT; the first nine tokens come at once, the others one by one.
+    """
+    graph = BlockStep(model, block_cache(model, 10, 4))
+    tables = torch.tensor([[5, 2, 9, 1], [3, 8, 4, 7]])
+    ids = some_ids()
+    count = ids.shape[1]
+    lengths = torch.tensor([[count], [count - CUT]])
+    logits = torch.zeros(2, model.config.vocab_size)
+    for tokens in torch.arange(count).split([9, *[1] * (count - 9)]):
+        positions = tokens.expand(2, -1)
+        slots = tables.gather(1, positions // 4) * 4 + positions % 4
+        slots = torch.where(positions < lengths, slots, -1)
+        last = torch.tensor([len(tokens) - 1] * 2)
+        found = graph(ids[:, tokens], positions, tables, slots, last)
+        ended = (lengths - 1 == tokens[-1]).flatten()
+        logits[ended] = found[ended]
+    return logits
 
 
 def main(rank: int, directory: Path) -> None:

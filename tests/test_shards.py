@@ -18,7 +18,7 @@ from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.model.decoder import Decoder
 from tests.family_oracles import BF16, CASES, Case, Pair
-from tests.gloo_ranks import PROMPT, STEPS, WORLD, some_ids
+from tests.gloo_ranks import CUT, PROMPT, STEPS, WORLD, some_ids
 
 ROOT = Path(__file__).parent.parent
 # Measured: at most 8e-6, for logits of size 4.
@@ -83,6 +83,14 @@ def test_every_rank_has_the_logits_of_transformers(ranks, name, tp_degree, ep_de
     assert wanted.std() > 0.3, "logits that are all alike show nothing"
     for result in ranks.of(name, tp_degree, ep_degree):
         assert (result["logits"] - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "tp_degree", "ep_degree"), EVERY)
+def test_a_cache_of_blocks_gives_the_same(ranks, name, tp_degree, ep_degree):
+    wanted = ranks.pairs[name].logits(some_ids())
+    for result in ranks.of(name, tp_degree, ep_degree):
+        assert (result["block_logits"][0] - wanted[0, -1]).abs().max() < TOLERANCE
+        assert (result["block_logits"][1] - wanted[1, -1 - CUT]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", RUN)

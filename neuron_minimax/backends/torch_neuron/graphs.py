@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from neuron_minimax.backends.torch_neuron.kernels import decoded_codes, static_kernels
-from neuron_minimax.model.block_cache import BlockCache, LayerCache
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import frequencies
+from neuron_minimax.model.static_cache import BlockCache, LayerCache, SlotCache
 
 
 class RankGraph(nn.Module):
@@ -79,9 +79,8 @@ class SlotGraph(RankGraph):
     def seq_len(self) -> int:
         return self.get_buffer("keys_0").shape[2] - 1
 
-    def slots(self) -> KVCache:
-        unused = torch.zeros(0, dtype=torch.int64)
-        return KVCache(self.cached("keys"), self.cached("values"), unused)
+    def slots(self) -> SlotCache:
+        return SlotCache(self.cached("keys"), self.cached("values"))
 
 
 class TokenGeneration(SlotGraph):
