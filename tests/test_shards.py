@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
-from neuron_minimax.checkpoint.reader import TensorDirectory
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.planner.memory import Deployment, rank_memory
 from tests.family_oracles import BF16, CASES, Case, Pair
 from tests.gloo_ranks import CUT, PROMPT, STEPS, WORLD, some_ids
+from tests.tiny import write_tiny
 
+U8 = torch.uint8
 ROOT = Path(__file__).parent.parent
 # Measured: at most 8e-6, for logits of size 4.
 TOLERANCE = 2e-5
@@ -60,19 +63,12 @@ def ranks(tmp_path_factory) -> Ranks:
         plan_conversion(pairs[name].checkpoint).write(directory / name)
     cases = {name: degrees for name, (_, degrees) in RUN.items()}
     (directory / "cases.json").write_text(json.dumps(cases))
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gloo_ranks", str(rank), str(directory)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [process.wait() for process in running] == [0] * WORLD
-    finally:
-        for process in running:
-            process.kill()
+    subprocess.run(
+        [sys.executable, "-m", "tests.gloo_ranks", str(directory)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
     results = [torch.load(directory / f"rank_{rank}.pt") for rank in range(WORLD)]
     return Ranks(directory, pairs, results)
 
@@ -99,3 +95,103 @@ def test_greedy_tokens_are_those_of_transformers_in_every_group(ranks, name):
     for tp_degree, ep_degree in RUN[name][1]:
         for result in ranks.of(name, tp_degree, ep_degree):
             assert result["tokens"] == wanted
+
+
+# A rank's weights, without the others: no process has to be there.
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory) -> Path:
+    """MiniMax-M2 whose channels end with a scale block on every rank of two."""
+    directory = tmp_path_factory.mktemp("aligned")
+    pair = write_tiny(directory / "published", intermediate_size=256)
+    plan_conversion(Checkpoint(pair)).write(directory / "converted")
+    return directory / "converted"
+
+
+def loaded(directory: Path, rank: int, *degrees: int):
+    return load_rank(directory, shard_of(ModelConfig.from_dir(directory), rank, *degrees))
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (2, 2), (4, 2), (4, 4)])
+def test_a_rank_reads_and_holds_the_bytes_that_the_planner_counts(aligned, degrees):
+    config = ModelConfig.from_dir(aligned)
+    deployment = Deployment(
+        tp_degree=degrees[0],
+        moe_tp_degree=degrees[0] // degrees[1],
+        moe_ep_degree=degrees[1],
+        batch_size=1,
+        seq_len=32,
+        context_length=8,
+        smallest_context=8,
+    )
+    for rank in range(degrees[0]):
+        part = loaded(aligned, rank, *degrees)
+        assert part.bytes_read == rank_memory(config, deployment).weights
+        assert part.bytes_read == sum(each.nbytes for each in part.model.state_dict().values())
+
+
+def test_the_ranks_slices_are_the_whole(aligned):
+    whole = load_file(next(iter(sorted(aligned.glob("model-00002*.safetensors")))))
+    parts = [loaded(aligned, rank, 4, 2).model.state_dict() for rank in range(4)]
+    for name, width in (("down_proj.weight", 256), ("down_proj.scale", 2)):
+        name = f"layers.0.block_sparse_moe.expert_mlps.mlp_op.{name}"
+        experts = [torch.cat([parts[at][name], parts[at + 1][name]], dim=1) for at in (0, 2)]
+        found = torch.cat(experts)
+        assert found.shape[1] == width
+        wanted = whole[name]
+        assert torch.equal(found, wanted.view(found.dtype) if found.dtype == U8 else wanted)
+
+
+def test_a_model_is_made_without_a_tensor_and_without_a_process(aligned):
+    config = ModelConfig.from_dir(aligned)
+    with torch.device("meta"):
+        model = Decoder(config, shard=shard_of(config, 3, 4, 2, "a group"))
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def rewritten(directory: Path, copy: Path, change) -> Path:
+    """A copy of a converted directory in one file, its tensors changed."""
+    copy.mkdir()
+    (copy / "config.json").write_bytes((directory / "config.json").read_bytes())
+    state = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        state |= load_file(shard)
+    change(state)
+    save_file(state, copy / "model.safetensors")
+    return copy
+
+
+ROUTER = "layers.0.block_sparse_moe.router.e_score_correction_bias"
+NORM = "layers.1.input_layernorm.weight"
+CHANGES = {
+    "missing": (lambda state: state.pop(NORM), f"no tensor {NORM}"),
+    "unknown": (lambda state: state.update(new=torch.zeros(2)), "1 tensor that no rank reads"),
+    "rounded": (
+        lambda state: state.update({ROUTER: state[ROUTER].bfloat16()}),
+        r"is BF16 \[8\]; expected \[8\] in F32",
+    ),
+    "misshapen": (lambda state: state.update({NORM: torch.zeros(3)}), r"expected \[256\] in"),
+    "unscaled": (
+        lambda state: state.pop("layers.0.self_attn.o_proj.o_proj.scale"),
+        "is FP8, but there is no scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_nothing_is_left_out_and_nothing_cast(aligned, tmp_path, name):
+    change, message = CHANGES[name]
+    with pytest.raises(CheckpointError, match=message):
+        loaded(rewritten(aligned, tmp_path / "changed", change), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ((4, 3), "moe_ep_degree 3 does not divide tp_degree 4"),
+        ((16, 16), "moe_ep_degree 16 does not divide the 8 experts"),
+        ((512, 1), "intermediate_size 256 cannot be divided over 512 ranks"),
+    ],
+)
+def test_a_group_that_cannot_hold_the_model_is_refused(aligned, degrees, message):
+    with pytest.raises(ConfigError, match=message):
+        shard_of(ModelConfig.from_dir(aligned), 0, *degrees)
