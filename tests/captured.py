@@ -1,5 +1,5 @@
-"""A rank's graphs as torch.compile hands them to a backend: captured whole, and lowered to StableHLO
-where torch-mlir is installed.
+"""A rank's graphs as torch.compile hands them to a backend, and their StableHLO where torch-mlir is
+installed.
 """
 
 import re

@@ -23,8 +23,9 @@ from neuron_minimax.model.decoder import Decoder
 
 WORLD = 4
 PROMPT = 5
-STEPS = 8
-CUT = 3
+STEPS = 6
+CUT = 2
+PIECES = [9, 3, 1, 1]
 
 
 def some_ids() -> torch.Tensor:
@@ -65,7 +66,7 @@ def greedy(model: Decoder) -> list[int]:
 
 def in_blocks(model: Decoder) -> torch.Tensor:
     """Logits of the last token of two sequences over blocks of four positions that lie mixed, the
-    second shorter by CUT; the first nine tokens come at once, the others one by one.
+    second shorter by CUT; the tokens come in pieces of PIECES.
     """
     graph = BlockStep(model, block_cache(model, 10, 4))
     tables = torch.tensor([[5, 2, 9, 1], [3, 8, 4, 7]])
@@ -73,7 +74,7 @@ def in_blocks(model: Decoder) -> torch.Tensor:
     count = ids.shape[1]
     lengths = torch.tensor([[count], [count - CUT]])
     logits = torch.zeros(2, model.config.vocab_size)
-    for tokens in torch.arange(count).split([9, *[1] * (count - 9)]):
+    for tokens in torch.arange(count).split(PIECES):
         positions = tokens.expand(2, -1)
         slots = tables.gather(1, positions // 4) * 4 + positions % 4
         slots = torch.where(positions < lengths, slots, -1)

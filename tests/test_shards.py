@@ -132,8 +132,8 @@ def test_a_rank_reads_and_holds_the_bytes_that_the_planner_counts(aligned, degre
 def test_the_ranks_slices_are_the_whole(aligned):
     whole = load_file(next(iter(sorted(aligned.glob("model-00002*.safetensors")))))
     parts = [loaded(aligned, rank, 4, 2).model.state_dict() for rank in range(4)]
-    for name, width in (("down_proj.weight", 256), ("down_proj.scale", 2)):
-        name = f"layers.0.block_sparse_moe.expert_mlps.mlp_op.{name}"
+    for kind, width in (("weight", 256), ("scale", 2)):
+        name = f"layers.0.block_sparse_moe.expert_mlps.mlp_op.down_proj.{kind}"
         experts = [torch.cat([parts[at][name], parts[at + 1][name]], dim=1) for at in (0, 2)]
         found = torch.cat(experts)
         assert found.shape[1] == width

@@ -1,9 +1,9 @@
 """One rank's share of a model: the sizes of its modules, and the sums over its group.
 
 A group of `tp_degree` ranks holds a model once. Attention heads, the channels of dense MLPs and the
-vocabulary are divided over all ranks; experts over `moe_ep_degree` of them, and an expert's channels
-over the others. Norms and routers are on every rank. Collectives are torch's functional ones, as
-operators: a graph holds them, and outside of one they are waited for at once.
+vocabulary are divided over all ranks; experts over `moe_ep_degree` of them, and the channels of an
+expert over the others. Norms and routers are on every rank. Collectives are torch's functional
+ones, as operators: a graph holds them, and outside of one they are waited for at once.
 """
 
 from dataclasses import dataclass, replace

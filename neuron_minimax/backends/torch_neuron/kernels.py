@@ -92,7 +92,7 @@ def attend(
     value_BKCD: torch.Tensor,
     positions_BT: torch.Tensor,
 ) -> torch.Tensor:
-    """Causal attention to [B,T,N*D], its softmax in float32; the key at index c is at position c."""
+    """Causal attention to [B,T,N*D], softmax in float32; the key at index c is at position c."""
     batch, tokens, heads, head_dim = query_BTND.shape
     key_heads = key_BKCD.shape[1]
     grouped = query_BTND.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4)
