@@ -122,6 +122,8 @@ def test_a_graph_reads_every_weight_once(case, graphs):
 
 
 def test_what_a_graph_holds_is_what_was_recorded(case, recorded):
+    if torch.__version__.split("+")[0] != recorded["torch"]:
+        pytest.skip(f"torch {recorded['torch']} was recorded, which decomposes in its own way")
     family, name, captured = case
     assert sorted(captured.operators) == recorded["operators"][f"{family} {name}"]
 
@@ -185,13 +187,14 @@ def test_every_graph_has_the_recorded_stablehlo(case, recorded):
 def record() -> None:
     """Write what the graphs hold, and their StableHLO."""
     found: dict[str, dict[str, list[str]]] = {"operators": {}, "stablehlo": {}}
+    version = {"torch": torch.__version__.split("+")[0]}
     with tempfile.TemporaryDirectory() as directory:
         for family in FAMILIES:
             for name, captured in captured_graphs(Path(directory), family).captured.items():
                 found["operators"][f"{family} {name}"] = sorted(captured.operators)
                 text = stablehlo(without_collectives(captured.graph))
                 found["stablehlo"][f"{family} {name}"] = sorted(operations(text))
-    RECORDED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RECORDED.write_text(json.dumps(version | found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
-import torch.distributed._functional_collectives  # registers what a graph needs of them
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
@@ -41,6 +40,9 @@ class Shard:
     key_value_copies: int = 1
 
     def __post_init__(self) -> None:
+        if self.tp_degree > 1:
+            # What a graph has to know of the operators; here, because one rank does without.
+            import torch.distributed._functional_collectives  # noqa: F401
         config = self.config
         experts = config.num_local_experts
         if not 0 <= self.rank < self.tp_degree:
