@@ -86,10 +86,8 @@ class Attention(nn.Module):
         """Queries [B,T,N,D] and keys [B,T,K,D], normed over the full width or over each head."""
         if self.qk_norm is QKNorm.FULL_WIDTH:
             if self.shard.tp_degree > 1:
-                query_BTQ, key_BTQ = self._normed_over_the_group(query_BTQ, key_BTQ)
-            else:
-                query_BTQ, key_BTQ = self.q_norm(query_BTQ), self.k_norm(key_BTQ)
-            return self._heads(query_BTQ), self._heads(key_BTQ)
+                return self._normed_over_the_group(query_BTQ, key_BTQ)
+            return self._heads(self.q_norm(query_BTQ)), self._heads(self.k_norm(key_BTQ))
         query_BTND = self._heads(query_BTQ)
         key_BTKD = self._heads(key_BTQ)
         if self.qk_norm is QKNorm.PER_HEAD:
@@ -99,8 +97,8 @@ class Attention(nn.Module):
     def _normed_over_the_group(
         self, query_BTQ: torch.Tensor, key_BTQ: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys normed over the width that all ranks hold together: one collective for
-        both sums of squares. Heads that are zeros add nothing, copies of one are counted once.
+        """The same normed over the width that all ranks hold together: one collective for both
+        sums of squares. Heads that are zeros add nothing, copies of one are counted once.
         """
         config = self.shard.config
         dtype = query_BTQ.dtype
@@ -110,8 +108,8 @@ class Attention(nn.Module):
         query_sum, key_sum = self.shard.sum(torch.cat(sums, dim=-1)).chunk(2, dim=-1)
         copied_width = config.key_value_size * self.shard.key_value_copies
         return (
-            self.q_norm.scaled(query_BTQ, query_sum / config.query_size, dtype),
-            self.k_norm.scaled(key_BTQ, key_sum / copied_width, dtype),
+            self._heads(self.q_norm.scaled(query_BTQ, query_sum / config.query_size, dtype)),
+            self._heads(self.k_norm.scaled(key_BTQ, key_sum / copied_width, dtype)),
         )
 
     def _heads(self, projected_BTQ: torch.Tensor) -> torch.Tensor:
