@@ -115,7 +115,6 @@ class HermesParser(TurnParser):
 
     def __init__(self, *, in_reasoning: bool, may_reason: bool, tools_on: bool) -> None:
         super().__init__(in_reasoning=in_reasoning, may_reason=may_reason, tools_on=tools_on)
-        self._index = -1
         self._call_open = False
         self._members: dict[str, Any] = {}
         self._key = ""
@@ -132,6 +131,7 @@ class HermesParser(TurnParser):
         if self._state == self._closing and self._waits(END_CALL):
             self._consume(len(self._buffer))
             self._end_call()
+            self._end_calls()
         else:
             self._abandon()
 
@@ -224,6 +224,7 @@ class HermesParser(TurnParser):
         self._skip(str.isspace)
         if self._take(END_CALL):
             self._end_call()
+            self._end_calls()
         elif self._waits(END_CALL):
             return False
         else:
@@ -267,12 +268,6 @@ class HermesParser(TurnParser):
         self._index += 1
         self._call_open = True
         self._events.append(CallBegin(self._index, self._members[NAME]))
-
-    def _end_call(self) -> None:
-        self._events.append(CallEnd(self._index, True))
-        self._source = []
-        self._newlines_to_drop = math.inf
-        self._state = self._text
 
     def _abandon(self) -> None:
         """Say that the tag is text after all, and go on behind it."""
