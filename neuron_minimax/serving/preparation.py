@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import ChatFormat
+from neuron_minimax.generation.plain_text import ChatPrompt
 from neuron_minimax.serving.grammars import Wish
 from neuron_minimax.serving.protocol import (
     Call,
@@ -95,13 +96,19 @@ class Preparation:
         messages: Sequence[ChatMessage],
         tools: list[dict[str, Any]] | None,
         arguments: Mapping[str, template.Scalar] | None,
-    ) -> str:
+    ) -> ChatPrompt:
         """Render the prompt of a chat.
 
         Raises RequestError when the messages cannot be rendered, or the template lacks an argument.
         """
         try:
-            return template.render(self.hugging_face, template_messages(messages), tools, arguments)
+            return template.render(
+                self.hugging_face,
+                template_messages(messages),
+                tools,
+                arguments,
+                self.chat_format.tags,
+            )
         except template.TemplateArgumentError as error:
             raise RequestError(
                 f"chat_template_kwargs.{error}",
