@@ -24,6 +24,8 @@ GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 FUNCTIONS = ("raise_exception", "strftime_now")
 # What a message has of the assistant's own words, which may have tags as the model wrote them.
 OWN_WORDS = ("content", "reasoning_content")
+# Texts by which one sees what a template does with a message.
+PROBES = ("first-probe", "second-probe")
 Scalar = str | int | float | bool | None
 
 
@@ -72,6 +74,38 @@ def _marked(message: Mapping[str, Any], marks: Marks, tags: Sequence[str]) -> di
     """Return a message with its texts marked."""
     said = OWN_WORDS if message.get("role") == "assistant" else ()
     return {key: marks.marked(value, tags if key in said else ()) for key, value in message.items()}
+
+
+def writes_late_system(hugging_face: Any) -> bool:
+    """Say whether the template writes a system message where it stands in the conversation."""
+    probe = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    late = [{"role": "system", "content": PROBES[0]}, {"role": "user", "content": PROBES[1]}]
+    written = _probe(hugging_face, [*probe, *late])
+    return "assistant" in written.partition(PROBES[0])[0] and PROBES[0] in written
+
+
+def writes_results_apart(hugging_face: Any) -> bool:
+    """Say whether the template writes each text of a tool's list of them as a result of its own."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    texts = [{"type": "text", "text": probe} for probe in PROBES]
+    written = _probe(
+        hugging_face,
+        [
+            {"role": "user", "content": "user"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": texts},
+        ],
+    )
+    between = written.partition(PROBES[0])[2].partition(PROBES[1])[0]
+    printed = written.partition(PROBES[0])[0][-1:] in ("'", '"')  # as it is, not written
+    return bool(between.strip()) and not printed
+
+
+def _probe(hugging_face: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return render(hugging_face, messages, None)
+    except GenerationError:
+        return ""
 
 
 def known_arguments(

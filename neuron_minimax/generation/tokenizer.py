@@ -186,13 +186,6 @@ class TextTokenizer:
                 f"the tokenizer cannot be made again from what it writes ({error}); {ADVICE}"
             ) from None
 
-    @property
-    def opening_token(self) -> int | None:
-        """The token with which the model itself may open the reasoning, where it may at all."""
-        if not self.chat_format.model_opens_reasoning:
-            return None
-        return self.hugging_face.get_vocab().get(self.chat_format.reasoning_tags[0])
-
     def sampling_after(self, prompt: str) -> SamplingParams:
         """Return the checkpoint's defaults for an answer to a rendered prompt."""
         closed = self.chat_format.closes_reasoning(prompt)

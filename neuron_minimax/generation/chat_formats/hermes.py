@@ -39,6 +39,7 @@ class HermesFormat(ChatMLFormat):
     """What generation and serving ask such a format for (see ChatFormat)."""
 
     model_opens_reasoning = True
+    call_endings: tuple[str, ...] = ()  # but those of JSON: the rest follows
 
     def parser(
         self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None
@@ -57,9 +58,10 @@ class HermesFormat(ChatMLFormat):
         literal: Callable[[str], str],
         json_rule: Callable[[Mapping[str, Any]], str],
     ) -> list[str]:
-        rules = ['calls: call ("\\n" call)*' if several else "calls: call"]
+        more = '("\\n" calls)?' if several else ""
+        rules = [f"calls: {literal(CALL)} called"]
         body = " | ".join(f"body_{number}" for number in range(len(tools)))
-        rules.append(f'call: {literal(CALL)} "\\n" ({body}) "\\n" {literal(END_CALL)}')
+        rules.append(f'called: "\\n" ({body}) "\\n" {literal(END_CALL)} {more}')
         for number, tool in enumerate(tools):
             function = tool["function"]
             name = json.dumps(function["name"], ensure_ascii=False)

@@ -49,6 +49,11 @@ class CallTags:
     padded: bool
 
     @property
+    def endings(self) -> tuple[str, ...]:
+        """What closes a value, a call and a block."""
+        return (_closing(self), self.end_call, self.end_block)
+
+    @property
     def call_element(self) -> str:
         """The beginning of a call's tag, however its name is written."""
         return _ELEMENT.findall(self.call)[0]
@@ -287,9 +292,9 @@ class TaggedCallFormat:
     ) -> list[str]:
         tags = self.call_tags
         call = "call+" if several and tags.several else "call"
-        block = f'{literal(tags.block)} "\\n" {call} {literal(tags.end_block)}'
-        blocks = 'block ("\\n" block)*' if several and not tags.several else "block"
-        rules = [f"calls: {blocks}", f"block: {block}"]
+        more = '("\\n" calls)?' if several and not tags.several else ""
+        rules = [f"calls: {literal(tags.block)} called"]
+        rules.append(f'called: "\\n" {call} {literal(tags.end_block)} {more}')
         rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
         rules.append(f"text[suffix={_quote(_closing(tags))}]: /(?s:.*)/")
         for number, tool in enumerate(tools):

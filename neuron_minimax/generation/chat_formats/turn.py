@@ -37,6 +37,7 @@ class TurnFormat:
 
     reasoning_tags = (THINK, END_THINK)
     always_stops: tuple[str, ...] = ()
+    calls_in_reasoning = False
 
     def for_template(self, source: str) -> Any:
         """Return the format of a checkpoint by its chat template: this one."""
@@ -58,6 +59,7 @@ class ChatMLFormat(TurnFormat):
     end_of_turn = END_OF_TURN
     end_of_turn_id = 151645
     always_stops: tuple[str, ...] = (END_OF_TURN, END_OF_TEXT)
+    calls_tag = CALL
     tags: tuple[str, ...] = (THINK, END_THINK, CALL, END_CALL)
 
 
@@ -101,11 +103,6 @@ class TurnParser:
         self._source: list[str] = []  # of the call under way, in case it turns out to be none
         self._waiting: _Waiting | None = None
         self._index = -1  # of the last call that has begun
-
-    @property
-    def in_reasoning(self) -> bool:
-        """Say whether what comes next is reasoning, unless it is a tag."""
-        return self._reasoning and self._state in (self._text, self._start)
 
     def feed(self, text: str) -> list[Event]:
         """Return the events that `text` completes; its last characters may wait for more."""
