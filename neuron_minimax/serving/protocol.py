@@ -61,6 +61,7 @@ HINTS = frozenset(
         *("reasoning_effort", "reasoning", "thinking", "verbosity", "store", "metadata", "user"),
         *("service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
         *("prediction", "include_reasoning", "request_id", "priority", "kv_transfer_params"),
+        "truncation_side",  # of what is not truncated
     }
 )
 # What would change an answer and is not done here, with the values that ask for nothing.
@@ -91,6 +92,13 @@ INERT: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "prompt_embeds": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (),
+    "vllm_xargs": ({},),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
 }
