@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from neuron_minimax.serving.fields import Extras
 from neuron_minimax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
-    Extras,
     RequestError,
     parse_request,
 )

@@ -14,6 +14,7 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import ChatFormat
 from neuron_minimax.generation.plain_text import ChatPrompt
+from neuron_minimax.serving.fields import Extras
 from neuron_minimax.serving.grammars import Wish
 from neuron_minimax.serving.messages import template_messages
 from neuron_minimax.serving.protocol import (
@@ -21,7 +22,6 @@ from neuron_minimax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Extras,
     NamedToolChoice,
     RequestError,
     ResponseFormat,

@@ -6,25 +6,24 @@ Nothing here imports torch: bodies are read in limited processes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted, shortened
+from neuron_minimax.serving.fields import HINTS, INERT, MARKS, UNKNOWN, Extras, Fields
 
 if TYPE_CHECKING:
     from neuron_minimax.generation.sampling import SamplingParams
@@ -49,59 +48,6 @@ MAX_CHOICES = 16
 MAX_ANSWERS = 128  # of all prompts of one request
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_LENGTH = 256
-UNKNOWN = "unknown_field"  # the type of pydantic's error
-
-# What clients say that has no effect on an answer here. Of a part, a message or a tool:
-MARKS = frozenset(
-    {"cache_control", "signature", "citations", "extra_content", "provider_specific_fields"}
-)
-# Of a request:
-HINTS = frozenset(
-    {
-        *("reasoning_effort", "reasoning", "thinking", "verbosity", "store", "metadata", "user"),
-        *("service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-        *("prediction", "include_reasoning", "request_id", "priority", "kv_transfer_params"),
-        "truncation_side",  # of what is not truncated
-    }
-)
-# What would change an answer and is not done here, with the values that ask for nothing.
-INERT: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "functions": ([],),
-    "function_call": ("auto", "none"),
-    "modalities": (["text"], []),
-    "audio": ({},),
-    "web_search_options": (),
-    "best_of": (1,),
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
-    "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (-1,),
-    "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "documents": ([],),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "prompt_embeds": (),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "repetition_detection": (),
-    "return_prompt_text": (False,),
-    "spaces_between_special_tokens": (True,),
-    "thinking_token_budget": (),
-    "vllm_xargs": ({},),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
-}
 
 
 class RequestError(NeuronMiniMaxError):
@@ -139,50 +85,7 @@ class RequestError(NeuronMiniMaxError):
         }
 
 
-@dataclass
-class Extras:
-    """How fields are taken that an object does not have: `strict` refuses those that nobody knows.
-    `ignored` are the names of those that were passed over.
-    """
-
-    strict: bool = False
-    ignored: list[str] = field(default_factory=list)
-
-
-class _Fields(BaseModel):
-    """An object whose fields may be null where they may be left out.
-
-    Other fields than its own are passed over, but for those that are known to change the answer:
-    `inert` has them, with the values that ask for nothing. `hints` are known to change nothing.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    hints: ClassVar[frozenset[str]] = frozenset()
-    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _default_for_null(cls, value: Any, info: ValidationInfo) -> Any:
-        known = cls.model_fields[str(info.field_name)]
-        if value is None and not known.is_required():
-            return known.get_default(call_default_factory=True)
-        return value
-
-    @model_validator(mode="after")
-    def _pass_over_others(self, info: ValidationInfo) -> Self:
-        extras = info.context if isinstance(info.context, Extras) else Extras()
-        for name, value in (self.model_extra or {}).items():
-            changes_something = name in self.inert and value not in self.inert[name]
-            unknown = name not in self.inert and name not in self.hints
-            if value is not None and (changes_something or (unknown and extras.strict)):
-                # The first one is told: pydantic's `extra="forbid"` makes a kilobyte of each.
-                raise PydanticCustomError(UNKNOWN, "it is not supported", {"field": name})
-            extras.ignored.append(shortened(name))
-        (self.model_extra or {}).clear()
-        return self
-
-
-class TextPart(_Fields):
+class TextPart(Fields):
     """A piece of a message; its text stands under the name of its kind, as it does for others."""
 
     hints: ClassVar[frozenset[str]] = MARKS
@@ -201,7 +104,7 @@ class TextPart(_Fields):
         return self
 
 
-class Function(_Fields):
+class Function(Fields):
     hints: ClassVar[frozenset[str]] = MARKS
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
@@ -210,26 +113,26 @@ class Function(_Fields):
     strict: bool | None = None
 
 
-class Tool(_Fields):
+class Tool(Fields):
     hints: ClassVar[frozenset[str]] = MARKS
 
     type: Literal["function"]
     function: Function
 
 
-class CalledFunction(_Fields):
+class CalledFunction(Fields):
     name: str
     arguments: str
 
 
-class Call(_Fields):
+class Call(Fields):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
 
 
-class ReasoningPart(_Fields):
+class ReasoningPart(Fields):
     """A piece of reasoning as proxies keep it: OpenRouter's details, Anthropic's blocks."""
 
     hints: ClassVar[frozenset[str]] = MARKS | {"type", "id", "format", "index", "data"}
@@ -242,7 +145,7 @@ class ReasoningPart(_Fields):
         return self.text or self.thinking or self.summary
 
 
-class ChatMessage(_Fields):
+class ChatMessage(Fields):
     """A message; what the assistant has thought has the first of four names that is given."""
 
     hints: ClassVar[frozenset[str]] = MARKS | {"annotations", "id", "status", "type", "parsed"}
@@ -280,35 +183,35 @@ class ChatMessage(_Fields):
         return next((each for each in given if each), None)
 
 
-class ToolChoiceName(_Fields):
+class ToolChoiceName(Fields):
     name: str
 
 
-class NamedToolChoice(_Fields):
+class NamedToolChoice(Fields):
     type: Literal["function"]
     function: ToolChoiceName
 
 
-class JsonSchema(_Fields):
+class JsonSchema(Fields):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     hints: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
     inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
 
-class _Sampled(_Fields):
+class _Sampled(Fields):
     """The fields that chat and plain completions share; None: the checkpoint's own default."""
 
     hints: ClassVar[frozenset[str]] = HINTS
@@ -435,7 +338,7 @@ class CompletionRequest(_Sampled):
         return self.logprobs
 
 
-class TokenizeRequest(_Fields):
+class TokenizeRequest(Fields):
     model: str | None = None
     add_special_tokens: Literal[False] | None = None  # as everywhere here: none are added
     prompt: str | None = None
@@ -444,7 +347,7 @@ class TokenizeRequest(_Fields):
     chat_template_kwargs: TemplateArguments | None = None
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: Items[int]
 
