@@ -11,7 +11,8 @@ import pytest
 
 from neuron_minimax.backends import load
 from neuron_minimax.cli import main
-from neuron_minimax.serving.preparation import template_messages
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.messages import template_messages
 from neuron_minimax.serving.protocol import ChatRequest, parse_request
 from tests.served import MODEL, ScriptedBackend, open_client, serving
 from tests.terminal import CTRL_C, CTRL_D, ENTER, terminal
@@ -146,7 +147,9 @@ def test_reasoning_calls_and_answers_of_every_family_are_apart(
     assert result == {"role": "tool", "content": "three", "tool_call_id": "call_0"}
     assert saved(path)["tools"] == [ADD]
     sent = parse_request(ChatRequest, path.read_bytes())  # a body that the server takes
-    assert len(template_messages(sent.messages)) == 4
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    hugging_face = TextTokenizer.from_dir(directory).hugging_face
+    assert len(template_messages(sent.messages, hugging_face)) == 4
 
 
 def test_reasoning_can_be_left_out(scripted, chat):

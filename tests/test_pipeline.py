@@ -79,7 +79,6 @@ def test_stop_strings_do_not_count_inside_the_reasoning(tokenizer):
     )
     assert (message.reasoning, message.content) == ("so END it", "The ")
     assert reader.stopped
-    assert not reader.in_reasoning
 
 
 def test_stop_strings_do_not_count_inside_a_call(tokenizer):

@@ -254,7 +254,6 @@ def test_what_is_out_of_range_or_not_supported_is_refused_by_name(client, option
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "content",
         ),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "put it first"),
         (
             [
                 {"role": "user", "content": "a"},

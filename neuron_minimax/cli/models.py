@@ -248,6 +248,9 @@ def serve(
         Literal["separate", "none"],
         typer.Option(help="separate: reasoning_content; none: in the text"),
     ] = "separate",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse fields that nobody knows, not pass them over")
+    ] = False,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="requests in the queue beside those that run; more get 429")
     ] = 256,
@@ -285,6 +288,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         verify=verify,
         split_reasoning=reasoning_format == "separate",
+        strict=strict,
         max_waiting=max_waiting,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,

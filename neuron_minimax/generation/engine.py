@@ -26,7 +26,7 @@ from neuron_minimax.generation.sampling import Sampler, SamplingParams, log_prob
 
 
 class Constraint(Protocol):
-    """A rule that the answer proper has to follow, such as a grammar; its state is one answer's."""
+    """A rule that the whole output has to follow, such as a grammar; its state is one answer's."""
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits [V] with -inf for every token that is not allowed now."""
@@ -381,7 +381,7 @@ class Engine:
         """Choose and read the next token; free the slot when it was the last one."""
         assert slot.sampler is not None
         reader = request.reader
-        constraint = request.constraint if reader is None or not reader.in_reasoning else None
+        constraint = request.constraint
         allowed_V = logits_V if constraint is None else constraint.mask(logits_V)
         if request.output_tokens < request.min_new_tokens:
             ends = torch.tensor(sorted(request.stop_token_ids), dtype=torch.int64)

@@ -113,11 +113,6 @@ class AnswerReader:
         self._stops = StopStrings(stops)
 
     @property
-    def in_reasoning(self) -> bool:
-        """Say whether the answer proper has not begun."""
-        return self._parser is not None and self._parser.in_reasoning
-
-    @property
     def stopped(self) -> bool:
         """Say whether a stop string was found, or the only call that is allowed is complete."""
         return self._stops.found or (self._one_call and self._called)

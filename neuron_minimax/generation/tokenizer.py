@@ -17,6 +17,7 @@ from neuron_minimax.families.family import SamplingDefaults
 from neuron_minimax.files import read_bytes, read_json, stamp
 from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import CHAT_FORMATS, ChatFormat
+from neuron_minimax.generation.plain_text import ChatPrompt
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.limited import LimitedProcess, OverLimitError, SetupError
 
@@ -115,7 +116,9 @@ class TextTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, nothing added; spelled-out special tokens count as such."""
+        """Return the tokens of `text`, nothing added; spelled-out special tokens count as such, but
+        for those that messages in a rendered chat have spelled.
+        """
         return template.encode(self.hugging_face, text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -162,9 +165,10 @@ class TextTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, template.Scalar] | None = None,
-    ) -> str:
+    ) -> ChatPrompt:
         """Return the prompt for the next assistant turn, from the checkpoint's own chat template.
 
+        `encode` makes special tokens of its markers alone, whatever the messages spell.
         `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects,
         not text. `arguments` are those of the template, such as `enable_thinking`; one that it
         lacks is refused by name. The template is a program of the checkpoint's authors: it runs in
@@ -172,20 +176,15 @@ class TextTokenizer:
         messages, and when it takes too much time or memory.
         """
         try:
-            return self._renderer.call(template.render, list(messages), tools, arguments)
+            return self._renderer.call(
+                template.render, list(messages), tools, arguments, self.chat_format.tags
+            )
         except OverLimitError as error:
             raise GenerationError(f"the chat template does not end: {error}") from None
         except SetupError as error:
             raise GenerationError(
                 f"the tokenizer cannot be made again from what it writes ({error}); {ADVICE}"
             ) from None
-
-    @property
-    def opening_token(self) -> int | None:
-        """The token with which the model itself may open the reasoning, where it may at all."""
-        if not self.chat_format.model_opens_reasoning:
-            return None
-        return self.hugging_face.get_vocab().get(self.chat_format.reasoning_tags[0])
 
     def sampling_after(self, prompt: str) -> SamplingParams:
         """Return the checkpoint's defaults for an answer to a rendered prompt."""

@@ -1,6 +1,7 @@
 """The routes: OpenAI's endpoints, health, metrics and the chat page."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from neuron_minimax.serving.access import (
 )
 from neuron_minimax.serving.preparation import (
     Preparation,
+    Prepared,
     check_model_name,
     detokenize,
     prepare_chat,
@@ -37,6 +39,7 @@ from neuron_minimax.serving.responses import (
 )
 from neuron_minimax.serving.service import Service, Submission
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PAGE_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 PAGE_POLICY = (
@@ -134,7 +137,10 @@ async def _prepare(
         log_fields.get()["body"] = body.decode("utf-8", "replace")
     desk = service.model.desks.for_text(len(body))
     with desk.place():
-        return await desk.work(function, body)
+        prepared = await desk.work(function, body)
+    if isinstance(prepared, Prepared) and prepared.ignored:
+        logger.debug("fields without effect: %s", ", ".join(prepared.ignored))
+    return prepared
 
 
 def _add_completion_routes(app: FastAPI, service: Service) -> None:
