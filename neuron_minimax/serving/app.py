@@ -37,6 +37,7 @@ from neuron_minimax.serving.responses import (
     TextChoice,
     sse,
 )
+from neuron_minimax.serving.responses_api.routes import add_response_routes
 from neuron_minimax.serving.service import Service, Submission
 
 PAGE_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -68,6 +69,7 @@ def create_app(service: Service) -> FastAPI:
 
     _add_completion_routes(app, service)
     add_message_routes(app, service)
+    add_response_routes(app, service)
     _add_token_routes(app, service)
     _add_plain_routes(app, service)
     settings = service.settings
