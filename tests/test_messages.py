@@ -280,7 +280,8 @@ def test_an_answer_has_the_form_that_is_asked_for(tmp_path):
     assert set(json.loads(message.content[-1].text)) == {"ok"}
 
 
-def test_what_a_coding_agent_sends_beside_it_is_taken(served):
+def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, script)
     cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     body = {
         "model": MODEL,
@@ -305,9 +306,12 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(served):
         "anthropic-version": "2023-06-01",
         "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14",
     }
-    response = web.post(f"{served.url}/v1/messages?beta=true", json=body, headers=headers)
+    with serving(backend) as served:
+        response = web.post(f"{served.url}/v1/messages?beta=true", json=body, headers=headers)
     assert response.status_code == 200, response.text
     assert response.headers["request-id"] == response.headers["x-request-id"]
+    prompt = backend.tokenizer.spell(max(backend.held, key=len))
+    assert "]~b]user\nHi\nthere[e~[" in prompt  # consecutive messages are one turn
 
 
 @pytest.mark.parametrize(
@@ -422,6 +426,9 @@ def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):
         assert answer(open_anthropic(served, api_key="secret")).stop_reason == "tool_use"
         bearer = open_anthropic(served, api_key=None, auth_token="secret")
         assert answer(bearer).stop_reason == "tool_use"
+        models = f"{served.url}/v1/models"
+        assert web.get(models, headers={"x-api-key": "secret"}).status_code == 200
+        assert web.get(models, headers={"x-api-key": "Bearer secret"}).status_code == 401
         for options in ({"api_key": "wrong"}, {"api_key": None, "auth_token": "wrong"}):
             with pytest.raises(anthropic.AuthenticationError) as refused:
                 answer(open_anthropic(served, **options))
