@@ -7,7 +7,7 @@ import threading
 import anthropic
 import pytest
 
-from neuron_minimax.serving.messages import answers
+from neuron_minimax.serving.messages_api import answers
 from tests.served import MODEL, ScriptedBackend, serving, web
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import WAIT, wait_until
@@ -72,9 +72,9 @@ def without_ids(message):
     return [block.model_dump(exclude={"id"}, exclude_none=True) for block in message.content]
 
 
-def refusal(served, path="/v1/messages", **fields):
+def refusal(served, **fields):
     body = {"model": MODEL, "max_tokens": 500, "messages": QUESTION} | fields
-    return web.post(served.url + path, json=body)
+    return web.post(f"{served.url}/v1/messages", json=body)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -416,8 +416,8 @@ def test_errors_have_the_protocols_statuses_and_kinds(served, client):
     assert (response.status_code, response.json()["type"]) == (415, "error")
     response = web.get(f"{served.url}/v1/messages/batches")
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
-    served_error = refusal(served, path="/v1/messages/count_tokens", max_tokens=3)
-    assert served_error.json()["error"]["message"] == "max_tokens is not supported"
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.count_tokens(model="claude", messages=QUESTION)
 
 
 def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):

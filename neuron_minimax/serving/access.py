@@ -13,7 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from neuron_minimax.serving.messages import errors
+from neuron_minimax.serving.messages_api import errors
 from neuron_minimax.serving.protocol import RequestError
 
 logger = logging.getLogger("neuron_minimax.serving")

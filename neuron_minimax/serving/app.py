@@ -20,7 +20,7 @@ from neuron_minimax.serving.handling import (
     prepare,
     receive_body,
 )
-from neuron_minimax.serving.messages.routes import add_message_routes
+from neuron_minimax.serving.messages_api.routes import add_message_routes
 from neuron_minimax.serving.preparation import (
     check_model_name,
     detokenize,

@@ -15,12 +15,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from neuron_minimax.serving.protocol import RequestError, named
+from neuron_minimax.serving.protocol import RequestError, _Strict, named
 
 Model = TypeVar("Model", bound=BaseModel)
 # Patterns of the names of a chat request's fields, and what they are called in another protocol.
 Names = Sequence[tuple[str, str]]
 SEAL = "reasoning:"
+
+
+class Fields(_Strict):
+    """An object in a request of another protocol than chat."""
 
 
 def _nothing(value: Any) -> None:

@@ -8,24 +8,24 @@ from typing import Any, Literal
 
 from pydantic import StrictStr
 
-from neuron_minimax.serving.protocol import RequestError, _Strict
-from neuron_minimax.serving.translation import Hint, read_typed, unseal
+from neuron_minimax.serving.protocol import RequestError
+from neuron_minimax.serving.translation import Fields, Hint, read_typed, unseal
 
 
-class InputText(_Strict):
+class InputText(Fields):
     type: Literal["input_text"]
     text: StrictStr
     prompt_cache_breakpoint: Hint = None
 
 
-class OutputText(_Strict):
+class OutputText(Fields):
     type: Literal["output_text"]
     text: StrictStr
     annotations: Hint = None
     logprobs: Hint = None
 
 
-class _Item(_Strict):
+class _Item(Fields):
     """What an output item has that is sent back: nothing depends on it."""
 
     id: StrictStr | None = None
@@ -39,7 +39,7 @@ class MessageItem(_Item):
     phase: Hint = None
 
 
-class DirectCaller(_Strict):
+class DirectCaller(Fields):
     type: Literal["direct"]
 
 
@@ -59,7 +59,7 @@ class FunctionCallOutput(_Item):
     caller: DirectCaller | None = None
 
 
-class ReasoningText(_Strict):
+class ReasoningText(Fields):
     type: Literal["reasoning_text", "summary_text"]
     text: StrictStr
 

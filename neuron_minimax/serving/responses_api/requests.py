@@ -15,11 +15,17 @@ from neuron_minimax.serving.protocol import (
     MAX_TOOLS,
     ChatRequest,
     RequestError,
-    _Strict,
     parse_request,
 )
 from neuron_minimax.serving.responses_api.items import chat_messages
-from neuron_minimax.serving.translation import Hint, Names, Unsupported, in_names, read_typed
+from neuron_minimax.serving.translation import (
+    Fields,
+    Hint,
+    Names,
+    Unsupported,
+    in_names,
+    read_typed,
+)
 
 NAMES: Names = (
     (r"\btools\.(\d+)\.function\b", r"tools.\1"),
@@ -30,7 +36,7 @@ NAMES: Names = (
 SEALED = "reasoning.encrypted_content"
 
 
-class FunctionTool(_Strict):
+class FunctionTool(Fields):
     type: Literal["function"]
     name: StrictStr
     description: StrictStr | None = None
@@ -41,18 +47,18 @@ class FunctionTool(_Strict):
     output_schema: Hint = None
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Fields):
     type: Literal["function"]
     name: StrictStr
 
 
-class AllowedTools(_Strict):
+class AllowedTools(Fields):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedFunction] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
-class Format(_Strict):
+class Format(Fields):
     type: Literal["text", "json_object", "json_schema"]
     name: StrictStr | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
@@ -60,16 +66,16 @@ class Format(_Strict):
     strict: StrictBool | None = None
 
 
-class TextConfig(_Strict):
+class TextConfig(Fields):
     format: Format | None = None
     verbosity: Hint = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(_Strict):
+class ResponsesRequest(Fields):
     model: StrictStr | None = None
     input: Any
     instructions: StrictStr | None = None
@@ -100,6 +106,8 @@ class ResponsesRequest(_Strict):
     context_management: Unsupported = None
     moderation: Unsupported = None
     prompt: Unsupported = None
+    access_programs: Unsupported = None
+    image: Unsupported = None
     top_logprobs: Unsupported = None
 
 

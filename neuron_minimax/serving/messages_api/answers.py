@@ -7,8 +7,8 @@ from typing import Any
 
 from neuron_minimax.generation.engine import Request
 from neuron_minimax.serving.handling import with_pauses
-from neuron_minimax.serving.messages.errors import body_of
-from neuron_minimax.serving.messages.requests import PreparedMessage
+from neuron_minimax.serving.messages_api.errors import body_of
+from neuron_minimax.serving.messages_api.requests import PreparedMessage
 from neuron_minimax.serving.protocol import RequestError
 from neuron_minimax.serving.service import Submission
 from neuron_minimax.serving.translation import seal, sign

@@ -19,10 +19,10 @@ from neuron_minimax.serving.protocol import (
     ChatRequest,
     Items,
     RequestError,
-    _Strict,
     parse_request,
 )
 from neuron_minimax.serving.translation import (
+    Fields,
     Hint,
     Names,
     Unsupported,
@@ -41,24 +41,24 @@ NAMES: Names = (
 )
 
 
-class TextBlock(_Strict):
+class TextBlock(Fields):
     type: Literal["text"]
     text: StrictStr
     cache_control: Hint = None
     citations: Unsupported = None
 
 
-class ThinkingBlock(_Strict):
+class ThinkingBlock(Fields):
     type: Literal["thinking"]
     thinking: StrictStr
     signature: StrictStr = ""
 
 
-class DirectCaller(_Strict):
+class DirectCaller(Fields):
     type: Literal["direct"]
 
 
-class ToolUseBlock(_Strict):
+class ToolUseBlock(Fields):
     type: Literal["tool_use"]
     id: StrictStr
     name: StrictStr
@@ -67,7 +67,7 @@ class ToolUseBlock(_Strict):
     caller: DirectCaller | None = None
 
 
-class ToolResultBlock(_Strict):
+class ToolResultBlock(Fields):
     type: Literal["tool_result"]
     tool_use_id: StrictStr
     content: Any = None
@@ -75,12 +75,12 @@ class ToolResultBlock(_Strict):
     cache_control: Hint = None
 
 
-class Message(_Strict):
+class Message(Fields):
     role: Literal["user", "assistant", "system"]
     content: Any
 
 
-class ToolDefinition(_Strict):
+class ToolDefinition(Fields):
     """A tool that the client runs."""
 
     name: StrictStr
@@ -95,44 +95,44 @@ class ToolDefinition(_Strict):
     input_examples: Unsupported = None
 
 
-class ToolChoice(_Strict):
+class ToolChoice(Fields):
     type: Literal["auto", "any", "tool", "none"]
     name: StrictStr | None = None
     disable_parallel_tool_use: StrictBool | None = None
 
 
-class Thinking(_Strict):
+class Thinking(Fields):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: StrictInt | None = Field(None, ge=1)  # a target, of which templates know nothing
     display: Literal["summarized", "omitted"] | None = None
 
 
-class JsonFormat(_Strict):
+class JsonFormat(Fields):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Fields):
     effort: Hint = None
     format: JsonFormat | None = None
 
 
-class Edit(_Strict):
+class Edit(Fields):
     """The one edit of the context that changes nothing."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Literal["all"]
 
 
-class ContextManagement(_Strict):
+class ContextManagement(Fields):
     edits: list[Edit] | None = None
 
 
-class Metadata(_Strict):
+class Metadata(Fields):
     user_id: StrictStr | None = None
 
 
-class CountRequest(_Strict):
+class CountRequest(Fields):
     """What the prompt is made of; the body of /v1/messages/count_tokens."""
 
     model: StrictStr | None = None
@@ -142,10 +142,13 @@ class CountRequest(_Strict):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: JsonFormat | None = None  # its older name
     context_management: ContextManagement | None = None
     cache_control: Hint = None
     speed: Literal["standard"] | None = None
     mcp_servers: Unsupported = None
+    compaction: Unsupported = None
+    thread: Unsupported = None
 
 
 class MessagesRequest(CountRequest):
@@ -201,8 +204,9 @@ def _prepare(
         "messages": [message for _, message in rendered],
     }
     request |= _tools(asked) | _thinking(known, asked.thinking) | options
-    if asked.output_config is not None and asked.output_config.format is not None:
-        answer = {"name": "answer", "schema": asked.output_config.format.schema_}
+    form = asked.output_format or (asked.output_config and asked.output_config.format)
+    if form:
+        answer = {"name": "answer", "schema": form.schema_}
         request["response_format"] = {"type": "json_schema", "json_schema": answer}
     body = json.dumps({name: value for name, value in request.items() if value is not None})
     with in_names(NAMES, [place for place, _ in rendered]):

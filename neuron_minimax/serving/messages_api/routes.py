@@ -11,8 +11,8 @@ from neuron_minimax.serving.handling import (
     prepare,
     receive_body,
 )
-from neuron_minimax.serving.messages.answers import MessageAnswer
-from neuron_minimax.serving.messages.requests import NAMES, count_tokens, prepare_message
+from neuron_minimax.serving.messages_api.answers import MessageAnswer
+from neuron_minimax.serving.messages_api.requests import NAMES, count_tokens, prepare_message
 from neuron_minimax.serving.service import Service
 from neuron_minimax.serving.translation import in_names
 
