@@ -51,7 +51,7 @@ class TextBlock(Fields):
 class ThinkingBlock(Fields):
     type: Literal["thinking"]
     thinking: StrictStr
-    signature: StrictStr = ""
+    signature: StrictStr | None = None
 
 
 class DirectCaller(Fields):
@@ -377,7 +377,7 @@ def _assistant_turn(blocks: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _reasoning(block: ThinkingBlock, place: str) -> str:
-    reasoning = block.thinking or unseal(block.signature)
+    reasoning = block.thinking or unseal(block.signature or "")
     if reasoning is None:
         raise RequestError(
             f"{place}: the thinking is sealed in a signature from elsewhere; leave the block out",
