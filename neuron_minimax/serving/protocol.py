@@ -362,17 +362,19 @@ def parse_request(model: type[Model], body: bytes, extras: Extras | None = None)
     try:
         return model.model_validate_json(body, context=extras)
     except ValidationError as error:
-        raise _named(error) from None
+        raise named(error) from None
 
 
-def _named(error: ValidationError) -> RequestError:
-    """Return the first problem of a validation; an unknown field is named as unsupported."""
+def named(error: ValidationError, place: str = "") -> RequestError:
+    """Return the first problem of a validation; an unknown field is named as unsupported. `place`
+    is where in the body the value is that was validated.
+    """
     problems = error.errors(include_url=False, include_input=False)
     unknown = next((problem for problem in problems if problem["type"] == UNKNOWN), None)
     problem = unknown or problems[0]
     if problem["type"] == "json_invalid":
         return RequestError(f"the body cannot be read as JSON: {problem['msg']}")
-    path = [str(part) for part in problem["loc"]]
+    path = [*([place] if place else []), *(str(part) for part in problem["loc"])]
     if unknown:
         name = ".".join([*path, unknown["ctx"]["field"]])
         return RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
