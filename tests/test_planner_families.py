@@ -334,14 +334,16 @@ def test_what_a_conversion_keeps_in_bf16_is_counted_and_not_held_to_blocks(tmp_p
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_degree_that_works_is_found(batch: int) -> None:
-    """With the fewest ranks to spread experts over."""
+    """Whole blocks on every rank where that can be, then the fewest ranks to spread experts over."""
     case = large("Qwen3-30B-A3B-FP8", tp_degree=1, batch_size=batch, seq_len=4096)
     for name in ("inf2.24xlarge", "trn1.32xlarge", "trn2.3xlarge"):
         machine = instances.instance(name)
         working: dict[int, Case] = {}
         for tp in range(1, machine.logical_cores + 1):
-            for moe_ep in range(1, tp + 1):
-                if tp not in machine.tp_degrees or tp % moe_ep:
+            shares = [ep for ep in range(1, tp + 1) if tp % ep == 0]
+            # 768 channels are six blocks; of ways to share them as good the first is kept.
+            for moe_ep in sorted(shares, key=lambda ep: 768 // (tp // ep) % 128 != 0):
+                if tp not in machine.tp_degrees:
                     continue
                 degrees = {"tp_degree": tp, "moe_tp_degree": tp // moe_ep, "moe_ep_degree": moe_ep}
                 tried = replace(

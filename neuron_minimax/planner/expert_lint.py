@@ -231,6 +231,8 @@ def repeated_scales(case: Case) -> Iterator[Objection]:
         return
     blocks = replace(deployment, expert_scales=BLOCK_SCALES)
     as_blocks = replace(case, deployment=blocks).memory.experts
+    if not as_blocks:  # more ranks than experts or channels, which R1 refuses
+        return
     more = case.memory.experts - as_blocks
     channels = case.config.intermediate_size // deployment.moe_tp_degree
     yield Objection(
