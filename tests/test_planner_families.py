@@ -334,7 +334,7 @@ def test_what_a_conversion_keeps_in_bf16_is_counted_and_not_held_to_blocks(tmp_p
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_degree_that_works_is_found(batch: int) -> None:
-    """Whole blocks on every rank where that can be, then the fewest ranks to spread experts over."""
+    """Whole blocks on every rank where there can be; then the fewest ranks to spread experts."""
     case = large("Qwen3-30B-A3B-FP8", tp_degree=1, batch_size=batch, seq_len=4096)
     for name in ("inf2.24xlarge", "trn1.32xlarge", "trn2.3xlarge"):
         machine = instances.instance(name)
