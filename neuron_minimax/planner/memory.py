@@ -191,6 +191,8 @@ def settled_scales(chosen: str, config: ModelConfig, moe_tp_degree: int) -> str:
     """One of EXPERT_SCALES, "auto" settled for FP8 experts that so many ranks share."""
     if chosen in (BLOCK_SCALES, EXPANDED_SCALES):
         return chosen
+    if not config.family.architecture.has_experts:
+        return BLOCK_SCALES
     whole = config.intermediate_size // moe_tp_degree % config.weight_block_size[0] == 0
     return BLOCK_SCALES if whole else EXPANDED_SCALES
 

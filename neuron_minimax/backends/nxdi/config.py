@@ -215,6 +215,8 @@ class NeuronModelConfig(imports.InferenceConfig):
     @property
     def _fp8_layers(self) -> list[int]:
         """The layers with FP8 experts."""
+        if not self.model_config.family.architecture.has_experts:
+            return []
         layers = self.model_config.layers_of(LayerKind.SPARSE)
         return [layer for layer in layers if self.quantizes(Role.EXPERT_GATE, layer)]
 
