@@ -27,9 +27,12 @@ from tests.captured import COLLECTIVE, Captured, capture, operations, stablehlo,
 from tests.tiny import write_tiny
 
 RECORDED = Path(__file__).parent / "data" / "rank_graphs.json"
-LAYERS = 2
-# Collectives of a layer: sums of squares of QK norm, attention, the MLP.
-FAMILIES = {"minimax_m2": (3, {}), "qwen3_moe": (2, {"quantization_config": None})}
+# Collectives of a layer, which are sums of squares of QK norm, attention, the MLP; and the config.
+# Two layers of one family show that they are a layer's.
+FAMILIES = {
+    "minimax_m2": (3, {"num_hidden_layers": 2}),
+    "qwen3_moe": (2, {"num_hidden_layers": 1, "quantization_config": None}),
+}
 NAMES = ("token_generation", "context_encoding_8", "blocks")
 CASES = [(family, name) for family in FAMILIES for name in NAMES]
 TP_DEGREE = 4
@@ -56,8 +59,7 @@ class Graphs:
 @torch.no_grad()
 def captured_graphs(directory: Path, family: str) -> Graphs:
     """The graphs of rank 0, each called with its example inputs and with other tokens."""
-    overrides = FAMILIES[family][1] | {"num_hidden_layers": LAYERS}
-    checkpoint = Checkpoint(write_tiny(directory / family, family=family, **overrides))
+    checkpoint = Checkpoint(write_tiny(directory / family, family=family, **FAMILIES[family][1]))
     plan_conversion(checkpoint).write(directory / f"{family} converted")
     config = ModelConfig.from_dir(directory / f"{family} converted")
     captured = {}
@@ -103,9 +105,9 @@ def test_a_graph_is_whole_and_serves_every_step(case):
 def test_a_layer_has_its_collectives_and_no_other(case):
     family, _, captured = case
     embedding = 1
-    sums = embedding + FAMILIES[family][0] * LAYERS
+    of_layer, overrides = FAMILIES[family]
     assert captured.collectives == {
-        "all_reduce": sums,
+        "all_reduce": embedding + of_layer * overrides["num_hidden_layers"],
         "all_gather_into_tensor": 1,
     }
 

@@ -24,19 +24,18 @@ from tests.tiny import write_tiny
 
 U8 = torch.uint8
 ROOT = Path(__file__).parent.parent
-# Measured: at most 8e-6, for logits of size 4.
+# Measured: at most 5e-6, for logits of up to 4.5.
 TOLERANCE = 2e-5
-SOME = ((1, 1), (2, 2), (4, 2))
 RUN = {
-    "MiniMax-M2 in FP8": (CASES["MiniMax-M2"], ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))),
-    "MiniMax-M2 in BF16": (Case("minimax_m2", BF16), SOME),
+    "MiniMax-M2 in FP8": (CASES["MiniMax-M2"], ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))),
+    "MiniMax-M2 in BF16": (Case("minimax_m2", BF16), ((4, 2),)),
     "MiniMax-M2, a vocabulary and heads that are padded": (
         Case("minimax_m2", {"vocab_size": 161, "num_attention_heads": 6}),
         ((4, 2),),
     ),
     # Heads of 32 channels and thirds of experts that end within a scale block.
-    "Qwen3-MoE in FP8": (CASES["Qwen3-MoE in FP8"], (*SOME, (2, 1), (4, 1))),
-    "Qwen3-MoE in BF16": (CASES["Qwen3-MoE in BF16, softmax as it is, dense layers"], SOME),
+    "Qwen3-MoE in FP8": (CASES["Qwen3-MoE in FP8"], ((2, 2), (4, 1))),
+    "Qwen3-MoE in BF16": (CASES["Qwen3-MoE in BF16, softmax as it is, dense layers"], ((2, 2),)),
     "Qwen3 in FP8, tied": (CASES["Qwen3 in FP8, tied"], ((4, 1),)),
     "Qwen2": (CASES["Qwen2"], ((4, 1),)),
 }

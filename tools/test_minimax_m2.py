@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def request_of(arguments: argparse.Namespace) -> "nm.ExpertsRequest":
     return nm.ExpertsRequest(
-        output=arguments.output_dir or Path(f"experts_{datetime.now():%Y%m%d_%H%M%S}"),
+        output=arguments.output_dir or Path(f"experts_{datetime.now():%Y%m%d_%H%M%S_%f}"),
         prompts=arguments.prompt,
         max_new_tokens=arguments.max_tokens,
         sampling={

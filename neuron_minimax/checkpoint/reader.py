@@ -290,10 +290,11 @@ class TensorDirectory:
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
-        if len(self.entries) + len(entries) > MOST_TENSORS:
+        count = len(self.entries) + len(entries)
+        if count > MOST_TENSORS:
             raise CheckpointError(
-                f"{self.directory} has more than {MOST_TENSORS} tensors; it is of no supported "
-                "model"
+                f"{self.directory} has at least {count} tensors; at most {MOST_TENSORS} are read: "
+                "it is of no supported model"
             )
         for entry in entries:
             other = self.entries.get(entry.name)

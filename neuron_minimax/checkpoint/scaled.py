@@ -97,7 +97,8 @@ class ScaledWeights:
         """
         block = self.config.weight_block_size
         start, stop, _ = rows.indices(self.specs[name].shape[0])
-        first, last = start // block[0], ceil_div(stop, block[0])
+        first = start // block[0]
+        last = ceil_div(stop, block[0])
         stored = self.scales(name, slice(first, last))
         zero = stored == 0
         maxima = None

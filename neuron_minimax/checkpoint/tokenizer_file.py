@@ -5,7 +5,12 @@ from typing import Any
 
 from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.schema import Problem
-from neuron_minimax.checkpoint.writer import TOKENIZER_BYTES, find_companions, token_numbers
+from neuron_minimax.checkpoint.writer import (
+    COMPANION_FILES,
+    TOKENIZER_BYTES,
+    companion,
+    token_numbers,
+)
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.files import read_bytes, read_json
@@ -22,13 +27,16 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def broken_companions(directory: Path, config: ModelConfig) -> list[Problem]:
-    """Return what is wrong with the small files that a conversion copies: cut off, of other
-    contents, or of a vocabulary that is larger than the model's.
+    """Return what is wrong with the small files that a conversion copies: no regular files, cut
+    off, of other contents, or of a vocabulary that is larger than the model's.
     """
     found = []
-    for name, path in find_companions(directory).items():
+    for name in COMPANION_FILES:
         try:
-            if path.suffix == ".json" or name.endswith(".json"):
+            path = companion(directory, name)
+            if path is None:
+                continue
+            if name.endswith(".json"):
                 fields = _read(directory / name, path)
                 if name == TOKENIZER_NAME:
                     _check_vocabulary(directory / name, fields, config)

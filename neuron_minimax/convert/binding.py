@@ -185,9 +185,11 @@ def _bind(
     if dtype != "F8_E4M3":
         transform = Transform.KEEP
         if to_bf16 and dtype != "BF16":
-            dtype, transform = "BF16", Transform.ROUND
+            dtype = "BF16"
+            transform = Transform.ROUND
         elif dtype == "F16" or (float32_only and dtype != "F32"):
-            dtype, transform = "F32", Transform.WIDEN
+            dtype = "F32"
+            transform = Transform.WIDEN
         yield output(target, dtype, transform, groups)
         return
     if rule.scale is not ScalePolicy.BLOCK:

@@ -11,7 +11,6 @@ from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
 from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.families import Role
@@ -268,11 +267,7 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
 
 def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Yield what is wrong with the tokenizer and the other small files."""
-    try:
-        broken = broken_companions(checkpoint.directory, checkpoint.config)
-    except CheckpointError as error:
-        broken = [Problem("tokenizer", str(error), "tokenizer")]
-    for found in broken:
+    for found in broken_companions(checkpoint.directory, checkpoint.config):
         yield Finding(
             severity="error", kind=found.kind, subject=found.subject, message=found.message
         )
@@ -283,14 +278,15 @@ def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A note when no file of the checkpoint names the token that ends an answer."""
+    """A note when no file of the checkpoint names the token that ends an answer. A file that cannot
+    be read is one of `companion_findings`.
+    """
     path = checkpoint.directory / "generation_config.json"
     try:
         named = read_json(path, dict[str, Any], CheckpointError, ADVICE).get("eos_token_id")
     except FileNotFoundError:
         named = None
-    except CheckpointError as error:
-        yield Finding(severity="warning", kind="generation", subject=path.name, message=str(error))
+    except CheckpointError:
         return
     if not checkpoint.config.eos_token_ids and named in (None, []):
         message = (

@@ -67,7 +67,8 @@ class RankGraph(nn.Module):
     def _rope(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What model/rope.py computes, of frequencies that are on the device."""
         angles = (positions_BT[..., None].float() * self.rope_frequencies).repeat(1, 1, 2)
-        cosine, sine = angles.cos() * self.rope_magnitude, angles.sin() * self.rope_magnitude
+        cosine = angles.cos() * self.rope_magnitude
+        sine = angles.sin() * self.rope_magnitude
         dtype = self.model.compute
         return cosine[:, :, None].to(dtype), sine[:, :, None].to(dtype)
 

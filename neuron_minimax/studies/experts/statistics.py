@@ -238,7 +238,8 @@ def layer_similarity(routers_EH: Sequence[np.ndarray]) -> np.ndarray:
             if first == second:
                 np.fill_diagonal(cosine_EE, -1)
             nearest = (cosine_EE.max(axis=0).mean() + cosine_EE.max(axis=1).mean()) / 2
-            found[first, second] = found[second, first] = nearest
+            found[first, second] = nearest
+            found[second, first] = nearest
     return found
 
 
