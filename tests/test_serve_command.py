@@ -223,9 +223,8 @@ def test_a_tokenizer_that_is_broken_or_fails_in_its_limited_process_is_refused(
 ):
     def break_it(checkpoint):
         path = checkpoint / "tokenizer.json"
-        content = path.read_bytes()
         path.unlink()
-        path.write_bytes(content[: len(content) // 2])
+        path.write_text('{"model": {}}')  # what a conversion can see is whole
 
     monkeypatch.setattr(desks, "SHORT_LIMITS", Limits(cpu_seconds=1e-4, memory=1 << 20))
     monkeypatch.setattr(desks, "PROBE", "word " * (1 << 20))  # five times that memory
@@ -233,9 +232,10 @@ def test_a_tokenizer_that_is_broken_or_fails_in_its_limited_process_is_refused(
     assert "works in this process, but not in the limited ones" in said
     monkeypatch.undo()
     broken = with_another_checkpoint(traced, tmp_path / "broken", break_it)
-    assert "tokenizer.json" in refused(1, broken, "--port", "0")
+    words = f"the tokenizer in {broken / 'model'} cannot be loaded"
+    assert words in refused(1, broken, "--port", "0")
     heard = Heard()
-    with pytest.raises(GenerationError, match=r"tokenizer\.json"):
+    with pytest.raises(GenerationError, match=re.escape(words)):
         serve(broken, ServerOptions(port=0), progress=heard)
     heard.named(f"opening {broken / 'model'}")
 
