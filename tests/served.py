@@ -2,9 +2,10 @@
 tells it to say.
 """
 
+import copy
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class ScriptedBackend(Backend):
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.answers: list[list[int]] = [[] for _ in range(slots)]
         self.prompt_lengths = [0] * slots
+        self.prompt: list[int] = []  # encoded last; slots hold those of earlier requests beside it
         self.calls: list[str] = []
 
     def reset(self, slot: int) -> None:
@@ -70,7 +72,8 @@ class ScriptedBackend(Backend):
         assert start <= len(self.held[slot]), "encode goes on where the slot holds nothing"
         self.held[slot] = self.held[slot][:start] + ids
         self.prompt_lengths[slot] = len(self.held[slot])
-        answer = self.script(self.tokenizer.spell(self.held[slot]))
+        self.prompt = list(self.held[slot])
+        answer = self.script(self.tokenizer.spell(self.prompt))
         self.answers[slot] = [*self.tokenizer.encode(answer), self.tokenizer.stop_token_ids[0]]
         self.calls.append(f"encode {len(ids)}")
         return self._logits(slot)
@@ -95,6 +98,16 @@ class ScriptedBackend(Backend):
         logits = torch.zeros(self.capabilities.vocab_size)
         logits[answer[place]] = 100.0
         return logits
+
+
+def with_field(body: Any, place: Sequence[str | int], name: str) -> Any:
+    """Return a copy of a request's body with one more field at a place."""
+    body = copy.deepcopy(body)
+    part = body
+    for step in place:
+        part = part[step]
+    part[name] = "good"
+    return body
 
 
 @dataclass

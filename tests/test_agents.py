@@ -33,9 +33,7 @@ class Agent:
         backend = self.backend
 
         def script(prompt):
-            self.prompt = next(
-                list(held) for held in backend.held if backend.tokenizer.spell(held) == prompt
-            )
+            self.prompt = backend.prompt
             return says
 
         backend.script = script
@@ -195,6 +193,19 @@ def test_fields_that_would_change_something_are_refused_by_name(agent, field):
     response = agent.post(**field)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == next(iter(field))
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [({"add_generation_prompt": False}, 400), ({"return_token_strs": False, "top_p": 0.5}, 200)],
+    ids=str,
+)
+def test_what_would_change_the_tokens_of_a_prompt_is_refused_by_name(agent, field, status):
+    url = agent.url.replace("/v1/chat/completions", "/tokenize")
+    response = web.post(url, json={"messages": [USER], **field})
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["param"] == next(iter(field))
 
 
 def test_only_a_strict_server_refuses_what_nobody_knows(tokenizer_directory):

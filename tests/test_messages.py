@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 import threading
 
 import anthropic
 import pytest
 
 from neuron_minimax.serving.messages_api import answers
-from tests.served import MODEL, ScriptedBackend, serving, web
+from tests.served import MODEL, ScriptedBackend, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import WAIT, wait_until
 
@@ -142,8 +143,7 @@ def test_an_agent_goes_several_turns_and_the_prompt_is_that_of_the_same_chat(
     rendered = web.post(f"{served.url}/tokenize", json={"messages": chat, "tools": tools}).json()
     prompt = backend.tokenizer.spell(rendered["tokens"])
     assert "Error: rain in São Paulo" in prompt
-    held = max(backend.held, key=len)
-    assert held[: rendered["count"]] == rendered["tokens"]
+    assert backend.prompt == rendered["tokens"]
     counted = client.messages.count_tokens(
         model=MODEL, messages=messages[:-1], system=system, tools=[TOOL]
     )
@@ -263,7 +263,7 @@ def test_thinking_that_is_not_shown_comes_back_in_its_signature(client, backend,
     ]
     said = [{"role": "assistant", "content": message.content}, {"role": "user", "content": results}]
     answer(client, messages=QUESTION + said)
-    prompt = backend.tokenizer.spell(max(backend.held, key=len))
+    prompt = backend.tokenizer.spell(backend.prompt)
     assert "<think>\nLook 0.\n</think>" in prompt
 
 
@@ -310,7 +310,7 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
         response = web.post(f"{served.url}/v1/messages?beta=true", json=body, headers=headers)
     assert response.status_code == 200, response.text
     assert response.headers["request-id"] == response.headers["x-request-id"]
-    prompt = backend.tokenizer.spell(max(backend.held, key=len))
+    prompt = backend.tokenizer.spell(backend.prompt)
     assert "]~b]user\nHi\nthere[e~[" in prompt  # consecutive messages are one turn
 
 
@@ -403,6 +403,60 @@ def test_what_cannot_be_honoured_is_refused_by_its_own_name(served, fields, word
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(words)
     assert body["request_id"] == response.headers["request-id"]
+
+
+def conversation():
+    """A body that has every kind of block, and a tool."""
+    called = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"city": "Oslo"}}
+    result = {"type": "text", "text": "rain"}
+    return {
+        "model": MODEL,
+        "max_tokens": 4,
+        "system": [{"type": "text", "text": "Be brief."}],
+        "tools": [TOOL],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, called]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "t", "content": [result]}],
+            },
+        ],
+    }
+
+
+PLACES = [
+    ("system", 0),
+    ("tools", 0),
+    ("messages", 0),
+    ("messages", 0, "content", 0),
+    ("messages", 1, "content", 0),
+    ("messages", 1, "content", 1),
+    ("messages", 2, "content", 0),
+    ("messages", 2, "content", 0, "content", 0),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
+    tokenizer_directory, caplog, path
+):
+    caplog.set_level("DEBUG", "neuron_minimax.serving")
+    bodies = [with_field(conversation(), place, "mood") for place in PLACES]
+    whole = conversation()
+    for place in PLACES:
+        whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
+    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+        assert web.post(f"{served.url}{path}", json=whole).status_code == 200
+    (said,) = (message for message in caplog.messages if "without effect" in message)
+    assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
+    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+        assert web.post(f"{served.url}{path}", json=conversation()).status_code == 200
+        responses = [web.post(f"{served.url}{path}", json=body) for body in bodies]
+    assert [response.status_code for response in responses] == [400] * len(PLACES)
+    assert [response.json()["error"]["message"] for response in responses] == [
+        f"{'.'.join(map(str, place))}.mood is not supported" for place in PLACES
+    ]
 
 
 def test_errors_have_the_protocols_statuses_and_kinds(served, client):

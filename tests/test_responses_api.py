@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 
 import openai
@@ -9,7 +10,7 @@ import pytest
 
 from neuron_minimax.serving.responses_api import store
 from neuron_minimax.serving.responses_api.store import Store, Stored
-from tests.served import MODEL, ScriptedBackend, open_client, serving, web
+from tests.served import MODEL, ScriptedBackend, open_client, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import wait_until
 
@@ -138,7 +139,7 @@ def test_an_agent_goes_several_turns_and_the_prompt_is_that_of_the_same_chat(
     function = {name: TOOL[name] for name in ("name", "description", "parameters", "strict")}
     tools = [{"type": "function", "function": function}]
     rendered = web.post(f"{served.url}/tokenize", json={"messages": chat, "tools": tools}).json()
-    assert max(backend.held, key=len)[: rendered["count"]] == rendered["tokens"]
+    assert backend.prompt == rendered["tokens"]
     assert response.usage.input_tokens == rendered["count"]
     assert response.usage.input_tokens_details.cached_tokens > 0
     if stored:
@@ -203,7 +204,7 @@ def test_a_stream_tells_each_item_in_the_official_order(client):
 def test_instructions_hold_for_one_response_and_items_may_come_in_any_form(served, backend, client):
     first = answer(client, instructions="Sing.", tools=[])
     again = answer(client, input="And now?", previous_response_id=first.id, tools=[])
-    prompt = backend.tokenizer.spell(max(backend.held, key=len))
+    prompt = backend.tokenizer.spell(backend.prompt)
     assert again.previous_response_id == first.id
     assert "Sing." not in prompt
     given = [
@@ -222,7 +223,7 @@ def test_instructions_hold_for_one_response_and_items_may_come_in_any_form(serve
         {"role": "user", "content": "Well."},
     ]
     rendered = web.post(f"{served.url}/tokenize", json={"messages": chat}).json()["tokens"]
-    assert rendered in [held[: len(rendered)] for held in backend.held]
+    assert backend.prompt == rendered
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -233,7 +234,7 @@ def test_sealed_reasoning_comes_back_without_the_text_of_it(client, backend, str
     assert reasoning["encrypted_content"]
     given = [{"role": "user", "content": "Weather?"}, reasoning, *rest, *outputs_of(response)]
     answer(client, input=given, store=False)
-    prompt = backend.tokenizer.spell(max(backend.held, key=len))
+    prompt = backend.tokenizer.spell(backend.prompt)
     assert "<think>\nLook 0.\n</think>" in prompt
 
 
@@ -372,6 +373,54 @@ def test_what_cannot_be_honoured_is_refused_by_its_own_name(served, fields, para
     response = web.post(f"{served.url}/v1/responses", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def conversation():
+    """A body that has every kind of item, and a tool."""
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    said = {"role": "assistant", "content": [{"type": "output_text", "text": "On it."}]}
+    called = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"}
+    result = [{"type": "input_text", "text": "rain"}]
+    returned = {"type": "function_call_output", "call_id": "c", "output": result}
+    return {
+        "model": MODEL,
+        "input": [asked, thought, said, called, returned],
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "name": "get_weather"},
+    }
+
+
+PLACES = [
+    ("tools", 0),
+    ("tool_choice",),
+    *(("input", number) for number in range(5)),
+    ("input", 0, "content", 0),
+    ("input", 1, "content", 0),
+    ("input", 2, "content", 0),
+    ("input", 4, "output", 0),
+]
+
+
+def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
+    tokenizer_directory, caplog
+):
+    caplog.set_level("DEBUG", "neuron_minimax.serving")
+    bodies = [with_field(conversation(), place, "mood") for place in PLACES]
+    whole = conversation()
+    for place in PLACES:
+        whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
+    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+        assert web.post(f"{served.url}/v1/responses", json=whole).status_code == 200
+    (said,) = (message for message in caplog.messages if "without effect" in message)
+    assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
+    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+        assert web.post(f"{served.url}/v1/responses", json=conversation()).status_code == 200
+        responses = [web.post(f"{served.url}/v1/responses", json=body) for body in bodies]
+    assert [response.status_code for response in responses] == [400] * len(PLACES)
+    assert [response.json()["error"]["param"] for response in responses] == [
+        f"{'.'.join(map(str, place))}.mood" for place in PLACES
+    ]
 
 
 def test_stored_responses_are_deleted_and_are_their_owners_alone(tokenizer_directory):

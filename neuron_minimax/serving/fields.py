@@ -28,8 +28,20 @@ HINTS = frozenset(
         "truncation_side",  # of what is not truncated
     }
 )
-# What would change an answer and is not done here, with the values that ask for nothing.
+# What would change a prompt's tokens, or the answer that tells them, and is not done here; with the
+# values that ask for nothing.
+PROMPT_INERT: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "return_token_strs": (False,),
+}
+# What would change an answer.
 INERT: Mapping[str, tuple[Any, ...]] = {
+    **PROMPT_INERT,
     "logit_bias": ({},),
     "functions": ([],),
     "function_call": ("auto", "none"),
@@ -46,18 +58,12 @@ INERT: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (-1,),
     "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "documents": ([],),
     "structured_outputs": ({},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "prompt_embeds": (),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
     "repetition_detection": (),
     "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,),

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from neuron_minimax.serving.access import log_fields, read_body
-from neuron_minimax.serving.preparation import Prepared
+from neuron_minimax.serving.preparation import with_ignored
 from neuron_minimax.serving.protocol import RequestError
 from neuron_minimax.serving.service import Service, Submission
 
@@ -50,17 +50,18 @@ async def receive_body(request: Request, service: Service) -> bytes:
 async def prepare(
     service: Service, function: Callable[..., Result], body: bytes, *more: bytes
 ) -> Result:
-    """Have a limited process make something of a body, and of `more` texts. Raises RequestError.
+    """Have a limited process make something of a body, and of `more` texts, with a function as
+    `with_ignored` takes it. Raises RequestError.
 
     The place in the line comes after the body, which a client may be slow to send: what unfinished
     bodies hold is limited where connections are.
     """
     desk = service.model.desks.for_text(sum(map(len, (body, *more))))
     with desk.place():
-        prepared = await desk.work(function, body, *more)
-    if isinstance(prepared, Prepared) and prepared.ignored:
-        logger.debug("fields without effect: %s", ", ".join(prepared.ignored))
-    return prepared
+        prepared, ignored = await desk.work(with_ignored, function, body, *more)
+    if ignored:
+        logger.debug("fields without effect: %s", ", ".join(ignored))
+    return prepared  # type: ignore[no-any-return]
 
 
 class EventStream(Response):

@@ -6,7 +6,7 @@ Everything whose cost grows with what a client has sent is here, and nothing her
 import json
 import pickle
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -32,6 +32,7 @@ from neuron_minimax.serving.protocol import (
 from neuron_minimax.serving.schemas import check_depth, check_schema
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+Result = TypeVar("Result")
 CHARACTERS_OF_TOKEN = 64  # a token stands for at most a few dozen
 ANY_OBJECT = {"type": "object"}
 
@@ -53,8 +54,7 @@ class Prepared(Generic[Asked]):
     as tokens and, for the reader of the answer, as objects.
 
     The prompt of a chat ends `in_reasoning`, or says with `without_reasoning` that there will be
-    none. `wish` is a pickled Wish: the server's own process passes it on as it is. `ignored` are
-    the fields without effect.
+    none. `wish` is a pickled Wish: the server's own process passes it on as it is.
     """
 
     asked: Asked
@@ -63,7 +63,6 @@ class Prepared(Generic[Asked]):
     without_reasoning: bool = False
     tools: list[dict[str, Any]] | None = None
     wish: bytes | None = None
-    ignored: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +128,17 @@ class Preparation:
         check_tokens(asked.stop_token_ids or (), self.vocab_size, "stop_token_ids")
 
 
+def with_ignored(
+    known: Preparation, function: Callable[..., Result], *texts: bytes
+) -> tuple[Result, list[str]]:
+    """Return `function(known, extras, *texts)`, and the names of the fields that it passed over.
+
+    Raises RequestError.
+    """
+    extras = Extras(strict=known.strict)
+    return function(known, extras, *texts), extras.ignored
+
+
 def emptied(asked: Asked) -> Asked:
     """Return a request without its texts."""
     texts: dict[str, Any] = {"messages": [], "tools": None, "prompt": ""}
@@ -136,9 +146,8 @@ def emptied(asked: Asked) -> Asked:
     return asked.model_copy(update={k: v for k, v in texts.items() if k in known})
 
 
-def prepare_chat(known: Preparation, body: bytes) -> Prepared[ChatRequest]:
+def prepare_chat(known: Preparation, extras: Extras, body: bytes) -> Prepared[ChatRequest]:
     """Prepare a chat completion. Raises RequestError."""
-    extras = Extras(strict=known.strict)
     asked = parse_request(ChatRequest, body, extras)
     known.check_model_name(asked.model)
     asked.stops()
@@ -161,20 +170,20 @@ def prepare_chat(known: Preparation, body: bytes) -> Prepared[ChatRequest]:
         without_reasoning=without_reasoning,
         tools=tools,
         wish=None if wish is None else pickle.dumps(wish),
-        ignored=extras.ignored,
     )
 
 
-def prepare_completion(known: Preparation, body: bytes) -> Prepared[CompletionRequest]:
+def prepare_completion(
+    known: Preparation, extras: Extras, body: bytes
+) -> Prepared[CompletionRequest]:
     """Prepare plain completions of one or more prompts. Raises RequestError."""
-    extras = Extras(strict=known.strict)
     asked = parse_request(CompletionRequest, body, extras)
     known.check_model_name(asked.model)
     asked.stops()
     asked.check()
     known.check_stop_tokens(asked)
     prompts = [_plain_prompt(known, prompt, asked.echo) for prompt in asked.prompts()]
-    return Prepared(asked=emptied(asked), prompts=prompts, ignored=extras.ignored)
+    return Prepared(asked=emptied(asked), prompts=prompts)
 
 
 def _plain_prompt(known: Preparation, prompt: str | list[int], echo: bool) -> Prompt:
@@ -185,9 +194,9 @@ def _plain_prompt(known: Preparation, prompt: str | list[int], echo: bool) -> Pr
     return known.prompt(prompt, template.spell(known.hugging_face, fitting) if echo else "")
 
 
-def tokenize(known: Preparation, body: bytes) -> bytes:
+def tokenize(known: Preparation, extras: Extras, body: bytes) -> bytes:
     """Return the response to /tokenize. Raises RequestError."""
-    asked = parse_request(TokenizeRequest, body, Extras(strict=known.strict))
+    asked = parse_request(TokenizeRequest, body, extras)
     known.check_model_name(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise RequestError("expected either prompt or messages", param="prompt")
@@ -201,9 +210,9 @@ def tokenize(known: Preparation, body: bytes) -> bytes:
     ).encode()
 
 
-def detokenize(known: Preparation, body: bytes) -> bytes:
+def detokenize(known: Preparation, extras: Extras, body: bytes) -> bytes:
     """Return the response to /detokenize. Raises RequestError."""
-    asked = parse_request(DetokenizeRequest, body, Extras(strict=known.strict))
+    asked = parse_request(DetokenizeRequest, body, extras)
     known.check_model_name(asked.model)
     if len(asked.tokens) > known.seq_len:
         raise RequestError(

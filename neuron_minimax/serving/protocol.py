@@ -23,7 +23,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted, shortened
-from neuron_minimax.serving.fields import HINTS, INERT, MARKS, UNKNOWN, Extras, Fields
+from neuron_minimax.serving.fields import (
+    HINTS,
+    INERT,
+    MARKS,
+    PROMPT_INERT,
+    UNKNOWN,
+    Extras,
+    Fields,
+)
 
 if TYPE_CHECKING:
     from neuron_minimax.generation.sampling import SamplingParams
@@ -339,6 +347,8 @@ class CompletionRequest(_Sampled):
 
 
 class TokenizeRequest(Fields):
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = PROMPT_INERT
+
     model: str | None = None
     add_special_tokens: Literal[False] | None = None  # as everywhere here: none are added
     prompt: str | None = None

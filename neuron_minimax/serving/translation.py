@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
+from neuron_minimax.serving.fields import Extras
 from neuron_minimax.serving.protocol import RequestError, named
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -34,22 +35,25 @@ Hint = Any
 Unsupported = Annotated[None, BeforeValidator(_nothing)]
 
 
-def read(model: type[Model], value: Any, place: str) -> Model:
-    """Read the part of a request at `place`. Raises RequestError that names the field."""
+def read(model: type[Model], value: Any, place: str, extras: Extras) -> Model:
+    """Read the part of a request at `place`; `extras` are those of the request.
+
+    Raises RequestError that names the field.
+    """
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=extras)
     except ValidationError as error:
         raise named(error, place) from None
 
 
-def read_typed(kinds: dict[str, type[Model]], value: Any, place: str) -> Model:
+def read_typed(kinds: dict[str, type[Model]], value: Any, place: str, extras: Extras) -> Model:
     """Read a part of a request as the model of its `type`. Raises RequestError, as `read`."""
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
         raise RequestError(
             f"{place}.type: found {kind!r}; expected {', '.join(kinds)}", param=f"{place}.type"
         )
-    return read(kinds[kind], value, place)
+    return read(kinds[kind], value, place, extras)
 
 
 @contextmanager

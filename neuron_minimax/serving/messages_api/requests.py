@@ -7,7 +7,7 @@ by name; hints that change nothing about an answer are taken.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
@@ -133,7 +133,16 @@ class Metadata(Fields):
 
 
 class CountRequest(Fields):
-    """What the prompt is made of; the body of /v1/messages/count_tokens."""
+    """What the prompt is made of; the body of /v1/messages/count_tokens, which may be that of a
+    message.
+    """
+
+    hints: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("max_tokens", "stream", "stop_sequences", "temperature", "top_p", "top_k"),
+            *("metadata", "service_tier"),
+        }
+    )
 
     model: StrictStr | None = None
     messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -177,10 +186,10 @@ class PreparedMessage:
     omit_thinking: bool
 
 
-def prepare_message(known: Preparation, body: bytes) -> PreparedMessage:
+def prepare_message(known: Preparation, extras: Extras, body: bytes) -> PreparedMessage:
     """Prepare a message. Raises RequestError."""
-    asked = parse_request(MessagesRequest, body, Extras(strict=known.strict))
-    chat = _prepare(known, asked, _options(asked))
+    asked = parse_request(MessagesRequest, body, extras)
+    chat = _prepare(known, extras, asked, _options(asked))
     if asked.max_tokens > known.seq_len - chat.prompts[0].length:
         # The protocol lets an answer end where the context does.
         unlimited = chat.asked.model_copy(update={"max_tokens": None})
@@ -189,28 +198,28 @@ def prepare_message(known: Preparation, body: bytes) -> PreparedMessage:
     return PreparedMessage(chat=chat, max_tokens=asked.max_tokens, omit_thinking=omit)
 
 
-def count_tokens(known: Preparation, body: bytes) -> bytes:
+def count_tokens(known: Preparation, extras: Extras, body: bytes) -> bytes:
     """Return the response to /v1/messages/count_tokens. Raises RequestError."""
-    chat = _prepare(known, parse_request(CountRequest, body, Extras(strict=known.strict)), {})
+    chat = _prepare(known, extras, parse_request(CountRequest, body, extras), {})
     return json.dumps({"input_tokens": chat.prompts[0].length}).encode()
 
 
 def _prepare(
-    known: Preparation, asked: CountRequest, options: dict[str, Any]
+    known: Preparation, extras: Extras, asked: CountRequest, options: dict[str, Any]
 ) -> Prepared[ChatRequest]:
-    rendered = list(_chat_messages(asked))
+    rendered = list(_chat_messages(asked, extras))
     request: dict[str, Any] = {
         "model": asked.model,
         "messages": [message for _, message in rendered],
     }
-    request |= _tools(asked) | _thinking(known, asked.thinking) | options
+    request |= _tools(asked, extras) | _thinking(known, asked.thinking) | options
     form = asked.output_format or (asked.output_config and asked.output_config.format)
     if form:
         answer = {"name": "answer", "schema": form.schema_}
         request["response_format"] = {"type": "json_schema", "json_schema": answer}
     body = json.dumps({name: value for name, value in request.items() if value is not None})
     with in_names(NAMES, [place for place, _ in rendered]):
-        return prepare_chat(known, body.encode())
+        return prepare_chat(known, extras, body.encode())
 
 
 def _options(asked: MessagesRequest) -> dict[str, Any]:
@@ -237,9 +246,11 @@ def _thinking(known: Preparation, thinking: Thinking | None) -> dict[str, Any]:
     return {"chat_template_kwargs": {"enable_thinking": thinking.type == "enabled"}}
 
 
-def _tools(asked: CountRequest) -> dict[str, Any]:
+def _tools(asked: CountRequest, extras: Extras) -> dict[str, Any]:
     """Return the fields of a chat request about tools. Raises RequestError."""
-    tools = [_tool(value, f"tools.{number}") for number, value in enumerate(asked.tools or ())]
+    tools = [
+        _tool(value, f"tools.{number}", extras) for number, value in enumerate(asked.tools or ())
+    ]
     fields: dict[str, Any] = {"tools": tools or None}
     choice = asked.tool_choice
     if choice is None:
@@ -257,7 +268,7 @@ def _tools(asked: CountRequest) -> dict[str, Any]:
     return fields | {"tool_choice": named}
 
 
-def _tool(value: Any, place: str) -> dict[str, Any]:
+def _tool(value: Any, place: str, extras: Extras) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in (None, "custom"):
         raise RequestError(
@@ -265,7 +276,7 @@ def _tool(value: Any, place: str) -> dict[str, Any]:
             "expected custom, with a name and an input_schema",
             param=f"{place}.type",
         )
-    tool = read(ToolDefinition, value, place)
+    tool = read(ToolDefinition, value, place, extras)
     function = {
         "name": tool.name,
         "description": tool.description,
@@ -275,18 +286,18 @@ def _tool(value: Any, place: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _chat_messages(asked: CountRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+def _chat_messages(asked: CountRequest, extras: Extras) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the messages of the chat request, each with the place that it comes from.
 
     Consecutive messages of one role are one turn. Raises RequestError.
     """
     if asked.system is not None:
-        yield "system", {"role": "system", "content": _text(asked.system, "system")}
+        yield "system", {"role": "system", "content": _text(asked.system, "system", extras)}
     turn: list[tuple[str, Any]] = []
     for number, message in enumerate(asked.messages):
         place = f"messages.{number}"
         if message.role == "system":
-            content = _text(message.content, f"{place}.content")
+            content = _text(message.content, f"{place}.content", extras)
             yield place, {"role": "system", "content": content}
             continue
         turn += _blocks(message.content, f"{place}.content")
@@ -294,7 +305,7 @@ def _chat_messages(asked: CountRequest) -> Iterator[tuple[str, dict[str, Any]]]:
         if following and following[0].role == message.role:
             continue
         render = _assistant_turn if message.role == "assistant" else _user_turn
-        yield from ((place, rendered) for rendered in render(turn))
+        yield from ((place, rendered) for rendered in render(turn, extras))
         turn = []
     if asked.messages[-1].role == "assistant":
         raise RequestError(
@@ -313,19 +324,20 @@ def _blocks(content: Any, place: str) -> list[tuple[str, Any]]:
     return [(f"{place}.{number}", block) for number, block in enumerate(content)]
 
 
-def _text(content: Any, place: str) -> str:
+def _text(content: Any, place: str, extras: Extras) -> str:
     """Return the text of a content that has nothing else. Raises RequestError."""
+    kinds = {"text": TextBlock}
     blocks = _blocks(content, place)
-    return "\n".join(read_typed({"text": TextBlock}, block, at).text for at, block in blocks)
+    return "\n".join(read_typed(kinds, block, at, extras).text for at, block in blocks)
 
 
-def _user_turn(blocks: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+def _user_turn(blocks: list[tuple[str, Any]], extras: Extras) -> Iterator[dict[str, Any]]:
     """Yield the messages of a user's turn: results of tools, then its text. Raises RequestError."""
     kinds: Any = {"text": TextBlock, "tool_result": ToolResultBlock}
     texts: list[str] = []
     results = False
     for place, value in blocks:
-        block = read_typed(kinds, value, place)
+        block = read_typed(kinds, value, place, extras)
         if isinstance(block, TextBlock):
             texts.append(block.text)
             continue
@@ -338,29 +350,30 @@ def _user_turn(blocks: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {
             "role": "tool",
             "tool_call_id": block.tool_use_id,
-            "content": _result(block, f"{place}.content"),
+            "content": _result(block, f"{place}.content", extras),
         }
     if texts or not results:
         yield {"role": "user", "content": "\n".join(texts)}
 
 
-def _result(block: ToolResultBlock, place: str) -> list[dict[str, str]]:
+def _result(block: ToolResultBlock, place: str, extras: Extras) -> list[dict[str, str]]:
     """Return the texts of a result; of an error the first says so, for templates cannot."""
     kinds = {"text": TextBlock}
-    parts = [read_typed(kinds, each, at).text for at, each in _blocks(block.content or "", place)]
+    blocks = _blocks(block.content or "", place)
+    parts = [read_typed(kinds, each, at, extras).text for at, each in blocks]
     if block.is_error:
         parts[:1] = [f"Error: {''.join(parts[:1])}".rstrip()]
     return [{"type": "text", "text": text} for text in parts]
 
 
-def _assistant_turn(blocks: list[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+def _assistant_turn(blocks: list[tuple[str, Any]], extras: Extras) -> Iterator[dict[str, Any]]:
     """Yield the message of an assistant's turn. Raises RequestError."""
     kinds: Any = {"text": TextBlock, "thinking": ThinkingBlock, "tool_use": ToolUseBlock}
     reasoning: list[str] = []
     content: list[str] = []
     calls: list[dict[str, Any]] = []
     for place, value in blocks:
-        block = read_typed(kinds, value, place)
+        block = read_typed(kinds, value, place, extras)
         if isinstance(block, ThinkingBlock):
             reasoning.append(_reasoning(block, place))
         elif isinstance(block, TextBlock):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import StrictStr
 
-from neuron_minimax.serving.fields import Fields
+from neuron_minimax.serving.fields import Extras, Fields
 from neuron_minimax.serving.protocol import RequestError
 from neuron_minimax.serving.translation import Hint, read_typed, unseal
 
@@ -92,7 +92,7 @@ ITEMS: Any = {
 PARTS: Any = {"input_text": InputText, "output_text": OutputText}
 
 
-def chat_messages(given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def chat_messages(given: Any, extras: Extras) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the chat messages of an input, each with the place of the item that it begins with.
 
     Raises RequestError.
@@ -105,25 +105,26 @@ def chat_messages(given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     turn = _AssistantTurn()
     for number, value in enumerate(given):
         place = f"input.{number}"
-        item = _read(value, place)
+        item = _read(value, place, extras)
         if not turn.takes(item):
             yield from turn.ended()
             turn = _AssistantTurn()
         if turn.takes(item):
-            turn.add(item, place)
+            turn.add(item, place, extras)
         elif isinstance(item, MessageItem):
-            yield place, {"role": item.role, "content": _content(item.content, f"{place}.content")}
+            content = _content(item.content, f"{place}.content", extras)
+            yield place, {"role": item.role, "content": content}
         else:
-            content = _content(item.output, f"{place}.output")
+            content = _content(item.output, f"{place}.output", extras)
             yield place, {"role": "tool", "tool_call_id": item.call_id, "content": content}
     yield from turn.ended()
 
 
-def _read(value: Any, place: str) -> Any:
+def _read(value: Any, place: str, extras: Extras) -> Any:
     """Read an item; one without a type is a message. Raises RequestError."""
     if isinstance(value, dict) and "type" not in value and "role" in value:
-        return read_typed(ITEMS, {**value, "type": "message"}, place)
-    return read_typed(ITEMS, value, place)
+        return read_typed(ITEMS, {**value, "type": "message"}, place, extras)
+    return read_typed(ITEMS, value, place, extras)
 
 
 class _AssistantTurn:
@@ -140,7 +141,7 @@ class _AssistantTurn:
             return item.role == "assistant" and not isinstance(self._last, MessageItem)
         return isinstance(item, FunctionCall | ReasoningItem)
 
-    def add(self, item: Any, place: str) -> None:
+    def add(self, item: Any, place: str, extras: Extras) -> None:
         """Add an item. Raises RequestError."""
         self._place = self._place or place
         self._last = item
@@ -153,7 +154,7 @@ class _AssistantTurn:
                 )
             self._append("reasoning_content", text, "\n")
         elif isinstance(item, MessageItem):
-            for part in _parts(item.content, f"{place}.content"):
+            for part in _parts(item.content, f"{place}.content", extras):
                 self._append("content", part["text"], "")
         else:
             function = {"name": item.name, "arguments": item.arguments}
@@ -170,15 +171,17 @@ class _AssistantTurn:
         self._message[field] = text if not before else f"{before}{between}{text}"
 
 
-def _content(value: Any, place: str) -> str | list[dict[str, str]]:
-    return value if isinstance(value, str) else _parts(value, place)
+def _content(value: Any, place: str, extras: Extras) -> str | list[dict[str, str]]:
+    return value if isinstance(value, str) else _parts(value, place, extras)
 
 
-def _parts(value: Any, place: str) -> list[dict[str, str]]:
+def _parts(value: Any, place: str, extras: Extras) -> list[dict[str, str]]:
     """Return the texts of a content. Raises RequestError."""
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise RequestError(f"{place}: expected a text or a list of parts", param=place)
-    parts = [read_typed(PARTS, each, f"{place}.{number}") for number, each in enumerate(value)]
+    parts = [
+        read_typed(PARTS, each, f"{place}.{number}", extras) for number, each in enumerate(value)
+    ]
     return [{"type": "text", "text": part.text} for part in parts]

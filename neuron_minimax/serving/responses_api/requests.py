@@ -127,17 +127,20 @@ class PreparedResponse:
     seal_reasoning: bool
 
 
-def previous_id(known: Preparation, body: bytes) -> str | None:
+def previous_id(known: Preparation, extras: Extras, body: bytes) -> str | None:
     """Return the id of the response that a request goes on from. Raises RequestError."""
-    return parse_request(ResponsesRequest, body, Extras(strict=known.strict)).previous_response_id
+    unsaid = Extras(strict=extras.strict)  # the whole reading that follows says what is passed over
+    return parse_request(ResponsesRequest, body, unsaid).previous_response_id
 
 
-def prepare_response(known: Preparation, body: bytes, earlier: bytes = b"[]") -> PreparedResponse:
+def prepare_response(
+    known: Preparation, extras: Extras, body: bytes, earlier: bytes = b"[]"
+) -> PreparedResponse:
     """Prepare a response to a request, and to the `earlier` messages of its conversation (JSON).
 
     Raises RequestError.
     """
-    asked = parse_request(ResponsesRequest, body, Extras(strict=known.strict))
+    asked = parse_request(ResponsesRequest, body, extras)
     included = asked.include or []
     if "message.output_text.logprobs" in included:
         raise RequestError(
@@ -147,12 +150,12 @@ def prepare_response(known: Preparation, body: bytes, earlier: bytes = b"[]") ->
         )
     messages: list[dict[str, Any]] = json.loads(earlier)
     places = ["previous_response_id"] * len(messages)
-    for place, message in chat_messages(asked.input):
+    for place, message in chat_messages(asked.input, extras):
         places.append(place)
         messages.append(message)
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     tools = [
-        read_typed({"function": FunctionTool}, tool, f"tools.{number}")
+        read_typed({"function": FunctionTool}, tool, f"tools.{number}", extras)
         for number, tool in enumerate(asked.tools or ())
     ]
     request = {
@@ -164,11 +167,11 @@ def prepare_response(known: Preparation, body: bytes, earlier: bytes = b"[]") ->
         "stream": asked.stream,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": _response_format(asked.text),
-        **_choice(asked.tool_choice, tools),
+        **_choice(asked.tool_choice, tools, extras),
     }
     given = {name: value for name, value in request.items() if value is not None}
     with in_names(NAMES, ["instructions"] * len(instructions) + places):
-        chat = prepare_chat(known, json.dumps(given).encode())
+        chat = prepare_chat(known, extras, json.dumps(given).encode())
     return PreparedResponse(
         chat=chat,
         echo=_echo(asked, tools),
@@ -178,11 +181,11 @@ def prepare_response(known: Preparation, body: bytes, earlier: bytes = b"[]") ->
     )
 
 
-def _choice(choice: Any, tools: list[FunctionTool]) -> dict[str, Any]:
+def _choice(choice: Any, tools: list[FunctionTool], extras: Extras) -> dict[str, Any]:
     """Return the fields of a chat request about tools. Raises RequestError."""
     if isinstance(choice, dict):
         kinds: Any = {"function": NamedFunction, "allowed_tools": AllowedTools}
-        named = read_typed(kinds, choice, "tool_choice")
+        named = read_typed(kinds, choice, "tool_choice", extras)
         if isinstance(named, AllowedTools):
             tools = _allowed(named, tools)
             choice = named.mode
