@@ -181,16 +181,22 @@ def test_experts_of_any_shape(tokens, hidden, intermediate, block, kind, seed):
         down_scale=None,
     )
     wanted = torch.zeros(tokens, hidden, dtype=torch.float64)
+    magnitude = torch.zeros_like(wanted)  # of what may cancel out
     for expert in range(5):
         gate, up = (activations.double() @ exact.gate_up[expert]).chunk(2, dim=-1)
-        share = (affinity * (index == expert)).sum(1).double()
-        product = (torch.nn.functional.silu(gate) * up) @ exact.down[expert]
-        wanted += share[:, None] * product
+        largest = activations.double().abs() @ exact.gate_up[expert].abs()
+        share = (affinity * (index == expert)).sum(1).double()[:, None]
+        wanted += share * ((torch.nn.functional.silu(gate) * up) @ exact.down[expert])
+        magnitude += (
+            share
+            * (largest.chunk(2, dim=-1)[0] * largest.chunk(2, dim=-1)[1])
+            @ (exact.down[expert].abs())
+        )
+    magnitude.clamp_(min=1e-9)
     found = operators.expert_mlp(activations, index, affinity, stacked)
-    largest = wanted.abs().max().clamp(min=1e-9)
-    assert (found.double() - wanted).abs().max() / largest < 4 * FLOAT32_ERROR
+    assert ((found.double() - wanted).abs() / magnitude).max() < 4 * FLOAT32_ERROR
     rounded = operators.expert_mlp(activations.bfloat16(), index, affinity, stacked)
-    assert (rounded.double() - wanted).abs().max() / largest < 0.03  # of rounding the activations
+    assert ((rounded.double() - wanted).abs() / magnitude).max() < 0.02  # the activations' rounding
     if kind == "padding":
         assert not found[tokens // 2 :].any()
 
