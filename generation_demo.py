@@ -40,6 +40,7 @@ OF_COMPILE = (
     "moe_ep_degree",
     "blockwise_matmul",
     "expert_kernel",
+    "expert_scales",
     "allow_untested_versions",
     "batch_size",
     "seq_len",
@@ -74,6 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--blockwise-matmul", help="neuron: torch, shard_on_intermediate or shard_on_block"
     )
     parser.add_argument("--expert-kernel", choices=("torch", "nki"), help="neuron")
+    parser.add_argument(
+        "--expert-scales", choices=("block", "expanded", "auto"), help="neuron; default: auto"
+    )
     parser.add_argument(
         "--allow-untested-versions", action="store_true", help="neuron: packages of another SDK"
     )
@@ -126,6 +130,7 @@ def backend_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "moe_ep_degree": arguments.moe_ep_degree,
         "blockwise_matmul": arguments.blockwise_matmul,
         "expert_kernel": arguments.expert_kernel,
+        "expert_scales": arguments.expert_scales,
         "allow_untested_versions": arguments.allow_untested_versions or None,
     }
     return {name: value for name, value in options.items() if value is not None}

@@ -19,6 +19,8 @@ BENCHMARKS = (
     Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
     Benchmark(module="serving", options={"rounds": 2}),
+    Benchmark(module="prefixes", options={"rounds": 2}),
+    Benchmark(module="speculation", options={"rounds": 5}),
     Benchmark(module="attacks", options={"seconds": 3}),
     Benchmark(module="training", options={"rounds": 1}),
     Benchmark(module="scaling", options={"full": False}),

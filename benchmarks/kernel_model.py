@@ -2,10 +2,12 @@
 
 Nothing here ran on such a chip.
 
-python -m benchmarks.kernel_model [--tokens N ...]
+python -m benchmarks.kernel_model [--tokens N ...] [--channels N ...]
 
 One line per token count: one visit (one expert's weights through one physical core) at the real
-size, averaged over 8 visits in the interpreter of tests/nki_interpreter.
+size, or a rank's share of it, averaged over 8 visits in the interpreter of tests/nki_interpreter.
+With --channels the line has a rank's share of the intermediate size, and the scales of both layouts
+that such a share can have.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from rich.table import Table
 from benchmarks.shared import parser_of
 from benchmarks.table import Row, row
 from neuron_minimax.kernels import reference
+from neuron_minimax.planner.memory import BLOCK_SCALES, EXPANDED_SCALES
 from tests import nki_interpreter
 
 HIDDEN = 3072
@@ -45,18 +48,20 @@ ENGINES = {
 }
 
 
-def count(tokens: int) -> dict[str, float]:
+def count(
+    tokens: int, channels: int = INTERMEDIATE, scale_layout: str = BLOCK_SCALES
+) -> dict[str, float]:
     """Return the interpreter's counts per visit of `tokens` tokens, bfloat16, averaged over 8."""
     module, machine = nki_interpreter.load(KERNEL)
     generator = torch.Generator().manual_seed(0)
     codes = [
         torch.randint(0, 0x78, (TOP_K, *shape), generator=generator, dtype=torch.uint8)
-        for shape in shapes()
+        for shape in shapes(channels)
     ]
     codes = [each.view(torch.float8_e4m3fn) for each in codes]
     scales = [
-        torch.rand(TOP_K, rows // 128, columns // 128, generator=generator)
-        for rows, columns in shapes()
+        torch.rand(TOP_K, *shape, generator=generator)
+        for shape in scale_shapes(channels, scale_layout)
     ]
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     index_TK = torch.arange(TOP_K).repeat(tokens, 1)
@@ -66,19 +71,25 @@ def count(tokens: int) -> dict[str, float]:
     return {name: amount / TOP_K for name, amount in machine.counts.items()}
 
 
-def shapes() -> tuple[tuple[int, int], tuple[int, int]]:
-    return (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)
+def shapes(channels: int = INTERMEDIATE) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (HIDDEN, 2 * channels), (channels, HIDDEN)
 
 
-def floor_bytes(tokens: int, bytes_per_weight: int = 1) -> float:
+def scale_shapes(channels: int, scale_layout: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    if scale_layout == EXPANDED_SCALES:
+        return (HIDDEN // 128, 2 * channels), (channels, HIDDEN // 128)
+    return (HIDDEN // 128, 2 * channels // 128), (channels // 128, HIDDEN // 128)
+
+
+def floor_bytes(tokens: int, bytes_per_weight: int = 1, channels: int = INTERMEDIATE) -> float:
     """Return the bytes that one visit cannot do without.
 
-    One expert's weights and scales are read once; an eighth of the hidden states goes in and of
-    the float32 result out.
+    One expert's weights, and a scale for 128 x 128 of them, are read once; an eighth of the hidden
+    states goes in and of the float32 result out.
     """
     weights = sum(
-        rows * columns * bytes_per_weight + rows * columns // 128**2 * 4
-        for rows, columns in shapes()
+        rows * columns * bytes_per_weight + rows * columns / 128**2 * 4
+        for rows, columns in shapes(channels)
     )
     return weights + tokens * HIDDEN * (2 + 4) / TOP_K
 
@@ -115,6 +126,23 @@ def cells(tokens: int) -> list[str]:
     ]
 
 
+def share_cells(tokens: int, channels: int, scale_layout: str) -> list[str]:
+    """Return the line of a rank's share of the channels."""
+    counts = count(tokens, channels, scale_layout)
+    moved = counts["hbm_read_bytes"] + counts["hbm_written_bytes"]
+    microseconds = engine_times(counts)
+    bound = max(microseconds, key=microseconds.__getitem__)
+    return [
+        str(channels),
+        scale_layout,
+        str(tokens),
+        f"{moved / 1e6:.2f}",
+        f"{moved / floor_bytes(tokens, channels=channels):.3f}",
+        *(f"{time:.1f}" for time in microseconds.values()),
+        f"{bound} {microseconds[bound]:.1f}",
+    ]
+
+
 def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
     """Return modelled microseconds per visit.
 
@@ -131,10 +159,31 @@ def rows(directory: Path, tokens: Sequence[int] = (1, 8, 64)) -> list[Row]:
     return table
 
 
+def shares_table(channels: Sequence[int], tokens: Sequence[int]) -> Table:
+    """Return both layouts of scales side by side, where a share can have both."""
+    table = Table(
+        title=f"One visit of a rank's share of an expert, hidden {HIDDEN}, one trn2 core (model, "
+        "not a measurement)"
+    )
+    headings = "channels|scales|tokens|MB moved|moved / floor|DMA us|tensor us|vector us|scalar us"
+    for heading in [*headings.split("|"), "bound by, us"]:
+        table.add_column(heading, justify="right")
+    for share in channels:
+        for number in tokens:
+            for scale_layout in (BLOCK_SCALES, EXPANDED_SCALES):
+                if scale_layout == EXPANDED_SCALES or share % 128 == 0:
+                    table.add_row(*share_cells(number, share, scale_layout))
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--channels", type=int, nargs="+", help="of a rank's share")
     arguments = parser.parse_args(argv)
+    if arguments.channels:
+        Console().print(shares_table(arguments.channels, arguments.tokens))
+        return 0
     table = Table(
         title=f"One visit of an expert {HIDDEN} x {INTERMEDIATE}, one trn2 core (model, not a "
         "measurement)"

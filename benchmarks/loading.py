@@ -147,7 +147,7 @@ def rows(directory: Path, rounds: int = 3, transformers: bool = True) -> list[Ro
         *(
             row(f"compile {name}", [graph.seconds], "s", less_is_better=True)
             for name, graph in graphs.items()
-            if name.endswith(".so")  # loops come from Numba's cache, once any model is compiled
+            if name.endswith(".so")  # kernels come from the cache, once any model is compiled
         ),
     ]
 

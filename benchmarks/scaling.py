@@ -44,7 +44,7 @@ BUCKET = 64
 STEPS = 15
 ROUNDS = 9
 PROMPT_ROUNDS = 3
-# Multiplications and additions of the loops over FP8 codes that take as long as reading a byte
+# Multiplications and additions of the kernels over FP8 codes that take as long as reading a byte
 # (README.md says how it was found).
 SUMS_PER_BYTE = 3.4
 WORST = Goal(figure="ours", value=1.25, at_most=True)

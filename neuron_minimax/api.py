@@ -1,6 +1,6 @@
 """The parts of the public API that join folders; neuron_minimax/__init__.py lists all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from neuron_minimax.errors import GenerationError
 from neuron_minimax.files import read_json
 from neuron_minimax.inspection.precision import PrecisionReport
 from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
-from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 
 
 class Checkpoint(reader.Checkpoint):
@@ -60,16 +60,16 @@ class Checkpoint(reader.Checkpoint):
         *,
         check: bool = False,
         overwrite: bool = False,
-        progress: Callable[[int], None] = lambda nbytes: None,
+        advance: Advance = nothing,
     ) -> CacheResult:
         """Dequantize into a Hugging Face checkpoint that loads without arithmetic.
 
         `dtype` is "float32" or "bf16". An interrupted build is resumed; `check` re-reads a
-        finished one and rebuilds what is damaged. `progress` is called with bytes written. Raises
+        finished one and rebuilds what is damaged. `advance` is called with bytes written. Raises
         CheckpointError or ConversionError.
         """
         return build_cache(
-            self, directory, dtype, check=check, overwrite=overwrite, progress=progress
+            self, directory, dtype, check=check, overwrite=overwrite, advance=advance
         )
 
 

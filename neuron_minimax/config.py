@@ -5,13 +5,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field
+from typing import Any
 
 from neuron_minimax.errors import ConfigError, shown
-from neuron_minimax.families import FAMILIES, Family, Role, family_of
+from neuron_minimax.families import FAMILIES, Family, Role, family_of, foreign
 from neuron_minimax.families.family import LayerKind, Weight
+from neuron_minimax.families.fields import (
+    ADVICE,
+    ConfigFields,
+    QuantizationFields,
+    RopeFields,
+    require_no_contradiction,
+    require_no_part,
+)
 from neuron_minimax.files import parse_json, read_json
 
 REQUIRED_SIZES = (
@@ -55,84 +61,8 @@ MOST_TENSORS = 500_000  # of a checkpoint; the published ones have 96,103
 CONFIG_BYTES = 8 << 20
 MODULE_NAME = re.compile(r"[\w.-]*")
 MOST_PATTERNS = 32  # entries of modules_to_not_convert that are more than a name
-ADVICE = "take the config.json of the checkpoint"
 ROPE_TYPES = ("default", "linear", "yarn")
 CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
-
-
-_Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-_Count = Annotated[int, Field(ge=0, lt=2**31)]
-_Positive = Annotated[float, Field(gt=0)]
-_Amount = Annotated[float, Field(ge=0)]
-_Entry = Annotated[str, Field(max_length=200)]
-_TYPED = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rope:
-    """What is read of `rope_parameters`, or of `rope_scaling`."""
-
-    __pydantic_config__ = _TYPED
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: _Positive | None = None
-    partial_rotary_factor: _Positive | None = None
-    factor: _Positive | None = None
-    original_max_position_embeddings: _Positive | None = None
-    beta_fast: _Positive | None = None
-    beta_slow: _Positive | None = None
-    attention_factor: _Positive | None = None
-    mscale: _Amount | None = None
-    mscale_all_dim: _Amount | None = None
-    truncate: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Quantization:
-    """What is read of `quantization_config`."""
-
-    __pydantic_config__ = _TYPED
-
-    quant_method: str = "fp8"
-    quant_algo: str | None = None  # ModelOpt's, which may have no quant_method
-    weight_block_size: tuple[_Count, _Count] | None = None
-    modules_to_not_convert: Annotated[tuple[_Entry, ...], Field(max_length=1000)] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fields:
-    """What is read of a config.json, under the names of ModelConfig."""
-
-    __pydantic_config__ = _TYPED
-
-    vocab_size: _Count
-    hidden_size: _Count
-    intermediate_size: _Count
-    num_hidden_layers: _Count
-    num_attention_heads: _Count
-    num_key_value_heads: _Count
-    num_local_experts: _Count
-    num_experts_per_tok: _Count
-    max_position_embeddings: _Count
-    head_dim: _Count | None = None
-    rotary_dim: _Count | None = None
-    shared_intermediate_size: _Count | None = None
-    dense_intermediate_size: _Count | None = None
-    decoder_sparse_step: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    mlp_only_layers: tuple[_Count, ...] | None = None
-    layer_types: tuple[_Entry, ...] | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: _Positive | None = None
-    partial_rotary_factor: _Positive | None = None
-    rope_parameters: _Rope | None = None
-    rope_scaling: _Rope | None = None
-    quantization_config: _Quantization | None = None
-    attn_type_list: tuple[_Count, ...] | None = None
-    eos_token_id: _Token | tuple[_Token, ...] | None = None
-    bos_token_id: _Count | None = None
-    tie_word_embeddings: bool | None = None
-    norm_topk_prob: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,14 +203,9 @@ class ModelConfig:
         Raises ConfigError naming a field of another type, out of range, or of another architecture.
         """
         family = _family_of(raw)
-        for name, allowed in family.fixed_fields.items():
-            if name in raw and raw[name] not in allowed:
-                raise ConfigError(
-                    f"config.json: {name} is {shown(raw[name])}; {family.title} has "
-                    f"{allowed[0]!r}: another architecture, which is not supported"
-                )
+        require_no_part(raw, family)
         read = _with_switched_rope_scaling(raw, family)
-        named = {name: _stored_name(name, family, read) for name in _Fields.__annotations__}
+        named = {name: _stored_name(name, family, read) for name in ConfigFields.__annotations__}
         taken = {name: read[field] for name, field in named.items() if field in read}
         taken = {**family.defaults, **taken}
         if not family.architecture.has_experts:  # a dense MLP has no experts to count
@@ -289,7 +214,7 @@ class ModelConfig:
         if missing is not None:
             raise ConfigError(f"config.json has no {named[missing]!r}; {ADVICE}")
         text = json.dumps(taken).encode()
-        fields = parse_json(text, _Fields, "config.json", ConfigError, ADVICE)
+        fields = parse_json(text, ConfigFields, "config.json", ConfigError, ADVICE)
         return cls(family=family, **_arguments(fields, read, family), raw=dict(raw))
 
 
@@ -324,23 +249,14 @@ def _required_sizes(family: Family) -> tuple[str, ...]:
     return tuple(name for name in REQUIRED_SIZES if name not in EXPERT_COUNTS)
 
 
-def _arguments(fields: _Fields, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _arguments(fields: ConfigFields, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return what a ModelConfig is made of, but for its family."""
     if any(kind != 1 for kind in fields.attn_type_list or ()):
         raise ConfigError(
             "config.json: attn_type_list has entries other than 1; only full attention is supported"
         )
-    quantization = fields.quantization_config or _Quantization()
-    if quantization.quant_algo is not None:
-        raise ConfigError(
-            f"config.json: quant_algo is {shown(quantization.quant_algo)}, of ModelOpt; only the "
-            "published FP8 format, with a scale for each block, is supported"
-        )
-    if quantization.quant_method != "fp8":
-        raise ConfigError(
-            f"config.json: quant_method is {shown(quantization.quant_method)}; only the published "
-            "FP8 format is supported"
-        )
+    quantization = fields.quantization_config or QuantizationFields()
+    foreign.require_own(raw, family)
     if any(kind != "full_attention" for kind in fields.layer_types or ()):
         raise ConfigError(
             "config.json: layer_types has entries other than 'full_attention'; only full attention "
@@ -362,7 +278,7 @@ def _arguments(fields: _Fields, raw: Mapping[str, Any], family: Family) -> dict[
     }
 
 
-def _mlp_arguments(fields: _Fields, family: Family) -> dict[str, Any]:
+def _mlp_arguments(fields: ConfigFields, family: Family) -> dict[str, Any]:
     """Return which layers are dense, and how affinities are normed, of a family with experts."""
     architecture = family.architecture
     if not architecture.has_experts:
@@ -422,18 +338,19 @@ def _with_switched_rope_scaling(raw: Mapping[str, Any], family: Family) -> Mappi
 
 
 def _rope_arguments(
-    fields: _Fields, raw: Mapping[str, Any], head_dim: int, family: Family
+    fields: ConfigFields, raw: Mapping[str, Any], head_dim: int, family: Family
 ) -> dict[str, Any]:
     """Rotary settings; transformers 5 keeps them in `rope_parameters`, the original style on the
     top level.
     """
-    rope = fields.rope_parameters or fields.rope_scaling or _Rope()
+    rope = fields.rope_parameters or fields.rope_scaling or RopeFields()
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.rope_type or rope.type or "default"
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"config.json: rope_type is {shown(rope_type)}; supported are {', '.join(ROPE_TYPES)}"
         )
+    require_no_contradiction(fields, raw, rope, rope_type, head_dim)
     factor = rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0
     left_out = ("type", "partial_rotary_factor")
     scaling = {

@@ -188,3 +188,18 @@ def _refuse_constant(name: str) -> None:
 @cache
 def _parser_of(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(cast(Any, kind))
+
+
+def user_cache() -> Path:
+    """Return $XDG_CACHE_HOME/neuron-minimax, or that in ~/.cache.
+
+    Raises FileNotFoundError for a user who has neither.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        home = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "there is no home directory to keep files in; set XDG_CACHE_HOME to a directory"
+        ) from None
+    return home / "neuron-minimax"

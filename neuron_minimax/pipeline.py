@@ -193,7 +193,7 @@ def _convert(source: Checkpoint, places: Places, layout: Layout, watcher: Watche
         with watcher.stage(f"convert into {out}"):
             plan = plan_conversion(source, layout)
             with watcher.progress.stage("converting", plan.nbytes) as advance:
-                converted = plan.write(out, progress=advance)
+                converted = plan.write(out, advance=advance)
         watcher.say(converted.render())
     if converted.manifest.verified:
         watcher.say("verify: done by an earlier run")

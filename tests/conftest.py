@@ -33,6 +33,7 @@ NOT_QUICK = {
     "fuzz": PROCESSES,
     "interruptions": PROCESSES,
     "neuron": NEURON,
+    "test_agents.py": SERVES,
     "test_attention.py": COMPILES,
     "test_backend.py": COMPILES,
     "test_benchmarks.py": MEASURES,
@@ -59,16 +60,20 @@ NOT_QUICK = {
     "test_hub.py": PROCESSES,
     "test_inspect_page.py": BROWSES,
     "test_limited.py": PROCESSES,
-    "test_loops.py": COMPILES,
+    "test_kernels.py": COMPILES,
+    "test_messages.py": SERVES,
     "test_neuron_backend.py": LARGE,
     "test_neuron_recorded.py": LARGE,
     "test_opened_once.py": PROCESSES,
     "test_page_cache.py": PROCESSES,
     "test_parallel.py": PROCESSES,
     "test_parity.py": COMPARES,
+    "test_rank_graphs.py": COMPILES,
+    "test_responses_api.py": SERVES,
     "test_run_command.py": PROCESSES,
     "test_serve_command.py": SERVES,
     "test_published_shapes.py": LARGE,
+    "test_shards.py": PROCESSES,
     "test_server.py": SERVES,
     "test_server_connections.py": SERVES,
     "test_server_demo.py": SERVES,
@@ -93,7 +98,7 @@ LONGEST = (
     "test_compiled_directory.py",
     "test_family_pipeline.py",
     "test_device_check.py",
-    "test_loops.py",
+    "test_kernels.py",
     "test_demo_model.py",
     "test_tutorial.py",
     "test_training.py",
@@ -158,6 +163,15 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_traced import write_traced
 
     return write_traced(tmp_path_factory.mktemp("model"), seq_len=256)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The C++ kernels, built where they are not, loaded into this process."""
+    from neuron_minimax.kernels.cpu.library import load_built
+
+    if not load_built():
+        pytest.skip("there is no C++ compiler")
 
 
 @pytest.fixture(scope="session")

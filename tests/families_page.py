@@ -9,7 +9,12 @@ from neuron_minimax.planner import instances
 from neuron_minimax.planner.cases import Case
 from neuron_minimax.planner.instances import GIB
 from neuron_minimax.planner.lint import lint, refusals
-from neuron_minimax.planner.memory import checkpoint_bytes, rank_memory
+from neuron_minimax.planner.memory import (
+    EXPANDED_SCALES,
+    checkpoint_bytes,
+    expert_scales,
+    rank_memory,
+)
 from neuron_minimax.planner.search import cells
 from neuron_minimax.planner.settings import Asked, DeploymentSettings, deployment_case
 from tests.full_size import published_config
@@ -46,6 +51,7 @@ MODELS = {
     "Qwen3-Coder-480B-A35B-FP8": (1, 20),
     "MiniMax-M2": (1, 32),
 }
+DAGGER = "&dagger;"  # of degrees at which the scales of experts are expanded
 SUMS = ("Qwen3-30B-A3B-FP8", 16, ("inf2.24xlarge", "trn1.32xlarge", "trn2.3xlarge"))
 
 
@@ -59,15 +65,22 @@ def case(name: str, batch: int) -> Case:
 
 def accepted_deployments(planned: Case, instance: str) -> Iterator[Case]:
     """The same batch and length on an instance, at each degree documented for it that fits, the
-    lowest first, with the fewest ranks to spread experts over.
+    lowest first: with whole blocks on every rank where that can be, and with the fewest ranks to
+    spread experts over.
     """
     machine = instances.instance(instance)
-    found: set[int] = set()
+    found: dict[int, Case] = {}
     for each in cells(Asked(case=planned), machine, frozenset(), documented=True):
         tp_degree = each.deployment.tp_degree
-        if tp_degree not in found and not refusals(each):
-            found.add(tp_degree)
-            yield each
+        if refusals(each):
+            continue
+        if tp_degree not in found or (is_expanded(found[tp_degree]) and not is_expanded(each)):
+            found[tp_degree] = each
+    yield from found.values()
+
+
+def is_expanded(each: Case) -> bool:
+    return expert_scales(each.config, each.deployment) == EXPANDED_SCALES
 
 
 def needed(planned: Case) -> float:
@@ -81,7 +94,7 @@ def shares(accepted: Sequence[Case]) -> str:
         return ""
     if all(each.deployment.moe_ep_degree == 1 for each in accepted):
         return " (moe_ep 1)"
-    (moe_tp,) = {each.deployment.moe_tp_degree for each in accepted}
+    (moe_tp,) = {each.deployment.moe_tp_degree for each in accepted if not is_expanded(each)}
     return f" (moe_tp {moe_tp})"
 
 
@@ -90,7 +103,9 @@ def cell(planned: Case, instance: str) -> str:
     if not accepted:
         return "-"
     host = any(finding.rule == "R11" for finding in lint(accepted[0]))
-    listed = ", ".join(str(each.deployment.tp_degree) for each in accepted)
+    listed = ", ".join(
+        f"{each.deployment.tp_degree}{DAGGER if is_expanded(each) else ''}" for each in accepted
+    )
     return f"{listed}{shares(accepted)}: {needed(accepted[0]):.1f}{' *' if host else ''}"
 
 

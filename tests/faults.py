@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax.checkpoint.reader import INDEX_NAME
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.fp8 import bfloat16
 from tests.tiny import tiny_config, tiny_tensors, write_checkpoint
@@ -24,7 +24,7 @@ SHARD = "model-00002-of-00003.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """A checkpoint with one fault. `subject` must be named by what finds it; `values`: only reading
-    values shows it.
+    values shows it. `means` changes the tensors of the good checkpoint into what these mean.
     """
 
     title: str
@@ -34,6 +34,7 @@ class Fault:
     tensors: Callable[[Tensors], Any] = lambda tensors: None
     config: Callable[[dict[str, Any]], Any] = lambda raw: None
     files: Callable[[Path], Any] = lambda directory: None
+    means: Callable[[Tensors], Any] = lambda tensors: None
 
     def write(self, directory: Path) -> Path:
         """Write the faulty checkpoint, in three shards."""
@@ -68,6 +69,27 @@ def put(
         tensors[name] = (dtype or old, np.ascontiguousarray(change(array)))
 
     return apply
+
+
+def to_bfloat16(name: str, stored: str) -> Callable[[Tensors], Any]:
+    """Round a tensor to BF16, and store it as that or as float32."""
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        bits = bfloat16.round_to_bfloat16(array)
+        return bits if stored == "BF16" else bfloat16.to_float32(bits)
+
+    return put(name, rounded, stored)
+
+
+def in_bfloat16(title: str, name: str, subject: str, *words: str) -> Fault:
+    """A tensor that is BF16 where float32 is published: it is widened."""
+    return Fault(
+        title=title,
+        subject=subject,
+        words=("BF16", *words),
+        tensors=to_bfloat16(name, "BF16"),
+        means=to_bfloat16(name, "F32"),
+    )
 
 
 def with_element(value: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -243,12 +265,6 @@ FAULTS = (
         tensors=put(O_SCALE, lambda scale: np.repeat(scale[:, :1], 128, axis=0)),
     ),
     Fault(
-        title="a scale is BF16",
-        subject=O_SCALE,
-        words=("BF16", "F32"),
-        tensors=put(O_SCALE, bfloat16.round_to_bfloat16, "BF16"),
-    ),
-    Fault(
         title="FP8 codes are NaN",
         subject=O_PROJ,
         words=("1 NaN code ",),
@@ -282,18 +298,6 @@ FAULTS = (
         subject=ATTENTION + "q_norm.weight",
         words=("[128]", "[512]"),
         tensors=put(ATTENTION + "q_norm.weight", lambda norm: norm[:128]),
-    ),
-    Fault(
-        title="a router bias is BF16",
-        subject=MOE + "e_score_correction_bias",
-        words=("BF16", "flips experts"),
-        tensors=put(MOE + "e_score_correction_bias", bfloat16.round_to_bfloat16, "BF16"),
-    ),
-    Fault(
-        title="a router gate is BF16",
-        subject=MOE + "gate.weight",
-        words=("BF16", "flips experts"),
-        tensors=put(MOE + "gate.weight", bfloat16.round_to_bfloat16, "BF16"),
     ),
     Fault(
         title="a weight is FP8 e5m2",
@@ -444,5 +448,10 @@ HANDLED = (
             {"model.mtp.0.proj.weight": ("BF16", np.zeros((4, 4), np.uint16))}
         ),
     ),
+    in_bfloat16("a scale is BF16", O_SCALE, "BF16", "widened"),
+    in_bfloat16(
+        "a router bias is BF16", MOE + "e_score_correction_bias", "e_score_correction_bias", "flips"
+    ),
+    in_bfloat16("a router gate is BF16", MOE + "gate.weight", "gate", "rounded by whoever"),
     Fault(title="no file names an end token", subject="eos_token_id", words=("end-of-turn token",)),
 )

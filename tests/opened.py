@@ -11,7 +11,7 @@ from neuron_minimax.convert import cache, plan, verify
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.inspection import precision
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 
 
 def convert(
@@ -21,10 +21,10 @@ def convert(
     *,
     scale_convention: str = "auto",
     overwrite: bool = False,
-    progress: Progress = lambda nbytes: None,
+    advance: Advance = lambda nbytes: None,
 ) -> plan.Converted:
     planned = plan.plan_conversion(Checkpoint.open(source, scale_convention), layout)
-    return planned.write(out, overwrite=overwrite, progress=progress)
+    return planned.write(out, overwrite=overwrite, advance=advance)
 
 
 def inspect(directory: str | Path, *arguments: Any, **options: Any) -> precision.PrecisionReport:

@@ -2,9 +2,10 @@
 tells it to say.
 """
 
+import copy
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,23 +48,32 @@ class ScriptedBackend(Backend):
             vocab_size=384,
             chunked_encoding=True,
             all_position_logits=False,
+            slot_copies=True,
         )
         self.script = script
         self.before_call: Callable[[], None] = lambda: None
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.answers: list[list[int]] = [[] for _ in range(slots)]
         self.prompt_lengths = [0] * slots
+        self.prompt: list[int] = []  # encoded last; slots hold those of earlier requests beside it
         self.calls: list[str] = []
 
     def reset(self, slot: int) -> None:
         self._check_slot(slot)
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        assert start <= len(self.held[target]), "copy goes on where the slot holds nothing"
+        assert end <= len(self.held[source]), "copy reads where the slot holds nothing"
+        self.held[target] = self.held[target][:start] + self.held[source][start:end]
+        self.calls.append(f"copy {end - start}")
 
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
         self.before_call()
         assert start <= len(self.held[slot]), "encode goes on where the slot holds nothing"
         self.held[slot] = self.held[slot][:start] + ids
         self.prompt_lengths[slot] = len(self.held[slot])
-        answer = self.script(self.tokenizer.spell(self.held[slot]))
+        self.prompt = list(self.held[slot])
+        answer = self.script(self.tokenizer.spell(self.prompt))
         self.answers[slot] = [*self.tokenizer.encode(answer), self.tokenizer.stop_token_ids[0]]
         self.calls.append(f"encode {len(ids)}")
         return self._logits(slot)
@@ -88,6 +98,16 @@ class ScriptedBackend(Backend):
         logits = torch.zeros(self.capabilities.vocab_size)
         logits[answer[place]] = 100.0
         return logits
+
+
+def with_field(body: Any, place: Sequence[str | int], name: str) -> Any:
+    """Return a copy of a request's body with one more field at a place."""
+    body = copy.deepcopy(body)
+    part = body
+    for step in place:
+        part = part[step]
+    part[name] = "good"
+    return body
 
 
 @dataclass

@@ -9,6 +9,7 @@ from benchmarks import training
 from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
+from benchmarks.speculation import drafts_right
 from benchmarks.suite import collect
 from benchmarks.table import Goal, Row, from_json, render, render_markdown, row, summary, to_json
 
@@ -145,3 +146,16 @@ def test_the_trainers_that_are_compared_take_the_same_steps(tmp_path, experts):
     assert ours.losses[-1] < ours.losses[0] - 0.1
     assert ours.losses == pytest.approx(theirs.losses, rel=2e-4)
     assert min(ours.rate, theirs.rate, ours.cpu_rate, theirs.cpu_rate) > 0
+
+
+def test_a_draft_is_what_followed_the_last_three_tokens_and_is_right_up_to_the_first_other():
+    prompt = list("abcdefgh")
+    # Nothing ends as "fgh" does, "abc" was followed by "defg", of which "de" is right, and "Xab" by
+    # nothing.
+    assert drafts_right(prompt, list("abcdeXab"), 4) == [(0, 0)] * 3 + [(4, 2)] + [(0, 0)] * 2
+    assert (
+        drafts_right(prompt, list("abcdeXab"), 1)
+        == [(0, 0)] * 3 + [(1, 1)] + [(1, 0)] + [(0, 0)] * 2
+    )
+    # An answer that repeats itself is looked up in itself: the nearest time counts.
+    assert drafts_right([], list("abcabcabc"), 2)[-1] == (2, 2)

@@ -16,9 +16,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import neuron_minimax as nm
+from neuron_minimax.checkpoint import index as index_module
 from neuron_minimax.checkpoint import reader
 from neuron_minimax.checkpoint.header import read_header
-from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.index import INDEX_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.streaming import PARALLEL_FROM, in_processes
 from neuron_minimax.cli import main
 from neuron_minimax.config import CONVERTED_SECTION
@@ -173,12 +175,14 @@ def test_every_tensor_that_only_the_index_has_is_named_however_many(hostile):
 
 
 def test_more_tensors_than_any_checkpoint_has_are_refused(hostile, monkeypatch):
-    monkeypatch.setattr(reader, "MOST_TENSORS", 60)
+    for module in (index_module, reader):
+        monkeypatch.setattr(module, "MOST_TENSORS", 60)
     with pytest.raises(CheckpointError, match="has 127 tensors, expected 1 to 60"):
         Checkpoint(hostile)
     (hostile / INDEX_NAME).unlink()
-    with pytest.raises(CheckpointError, match="has more than 60 tensors"):
-        TensorDirectory(hostile, sorted(path.name for path in hostile.glob("*.safetensors")))
+    shards = sorted(path.name for path in hostile.glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="has at least 63 tensors; at most 60 are read"):
+        TensorDirectory(hostile, shards)
 
 
 def test_tensors_that_are_left_out_may_be_many(hostile):
@@ -202,14 +206,16 @@ def test_a_hub_snapshot_of_links_is_a_checkpoint(made, tmp_path):
     assert inspect(tmp_path).usable
 
 
-def test_a_generation_config_that_cannot_be_read_is_a_warning(hostile):
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_a_small_file_that_cannot_be_read_is_one_error_and_not_converted(name, hostile, tmp_path):
     with socket.socket(socket.AF_UNIX) as unix:
-        unix.bind(str(hostile / "generation_config.json"))
+        unix.bind(str(hostile / name))
         report = inspect(hostile)
-    assert report.usable
-    (finding,) = [each for each in report.findings if each.kind == "generation"]
-    assert finding.severity == "warning"
-    assert "generation_config.json cannot be read" in finding.message
+        with pytest.raises(CheckpointError, match=f"{name} cannot be used"):
+            convert(hostile, tmp_path / "out")
+    assert not report.usable
+    (finding,) = [each for each in report.findings if f"{name} cannot be" in each.message]
+    assert (finding.severity, finding.subject) == ("error", name)
 
 
 def said_by(run: Callable[[], object]) -> str:
@@ -247,8 +253,8 @@ def truncating(directory: Path) -> Callable[[int], None]:
 
 
 STREAMS: dict[str, Callable[[Path, Path, Callable[[int], None]], object]] = {
-    "convert": lambda source, out, cut: convert(source, out / "new", progress=cut),
-    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", progress=cut),
+    "convert": lambda source, out, cut: convert(source, out / "new", advance=cut),
+    "cache": lambda source, out, cut: nm.Checkpoint.open(source).cache(out / "new", advance=cut),
     "verify": lambda source, out, cut: verify(
         Checkpoint(source), nm.Converted.open(out / "made"), cut
     ),

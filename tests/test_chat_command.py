@@ -5,12 +5,14 @@ lines from a pipe and at a terminal.
 import io
 import json
 import os
+import sys
 
 import pytest
 
 from neuron_minimax.backends import load
 from neuron_minimax.cli import main
-from neuron_minimax.serving.preparation import template_messages
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.messages import template_messages
 from neuron_minimax.serving.protocol import ChatRequest, parse_request
 from tests.served import MODEL, ScriptedBackend, open_client, serving
 from tests.terminal import CTRL_C, CTRL_D, ENTER, terminal
@@ -145,7 +147,9 @@ def test_reasoning_calls_and_answers_of_every_family_are_apart(
     assert result == {"role": "tool", "content": "three", "tool_call_id": "call_0"}
     assert saved(path)["tools"] == [ADD]
     sent = parse_request(ChatRequest, path.read_bytes())  # a body that the server takes
-    assert len(template_messages(sent.messages)) == 4
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    hugging_face = TextTokenizer.from_dir(directory).hugging_face
+    assert len(template_messages(sent.messages, hugging_face)) == 4
 
 
 def test_reasoning_can_be_left_out(scripted, chat):
@@ -250,7 +254,7 @@ def test_an_option_that_cannot_be_used_ends_the_command_before_the_first_message
     ("command", "words"),
     [
         (["chat", "nosuch", "--temperature", "-1"], "temperature is -1"),
-        (["chat", "nosuch", "--top-k", "-1"], "top_k is -1"),
+        (["chat", "nosuch", "--top-k", "-2"], "top_k is -2"),
         (["generate", "nosuch", "--prompt", "x", "--top-p", "2"], "top_p is 2"),
         (["generate", "nosuch", "--token-ids", "1", "--greedy", "--seed", str(2**64)], "seed is "),
         (["experts", "nosuch", "--prompt", "x", "--seed", str(2**64)], "seed is "),
@@ -324,6 +328,33 @@ def test_generate_sets_reasoning_and_answer_apart(scripted, capsys, tools):
     }
     cut = generate("--max-new-tokens", "2")
     assert cut.err == "the answer was cut off after 2 tokens: --max-new-tokens\n"
+    assert generate("--stop", " add", "--stop", "never").out == "[thinking]\nHm.\n[answer]\nI\n"
+    assert generate("--raw", "--stop", "</think>").out == "Hm.\n\n"
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, capsys, tmp_path, monkeypatch):
+    prompts = []
+
+    def reply(prompt):
+        prompts.append(prompt)
+        return "x\n</think>\n\nyes"
+
+    scripted(reply)
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("Grüße\n1 + 1?\n".encode())
+    assert main(["generate", "anywhere", "--prompt-file", str(path)]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    assert main(["generate", "anywhere", "--prompt-file", "-"]) == 0
+    assert all("user\nGrüße\n1 + 1?[e~[" in prompt for prompt in prompts)
+    assert len(prompts) == 2
+    capsys.readouterr()
+    for data, reason in ((b"\xff", "no text in UTF-8"), (b" \n", "is empty")):
+        path.write_bytes(data)
+        assert main(["generate", "anywhere", "--prompt-file", str(path)]) == 1
+        assert reason in capsys.readouterr().err
+    assert main(["generate", "anywhere", "--prompt-file", str(tmp_path / "none")]) == 1
+    assert "none cannot be read: No such file" in capsys.readouterr().err
+    assert main(["generate", "anywhere", "--prompt-file", str(path), "--prompt", "x"]) == 2
 
 
 def test_a_terminal_shows_reasoning_dimmed_and_takes_a_paste_whole(traced):

@@ -86,8 +86,7 @@ def thinking(family):
 
 def last_prompt(backend):
     """The prompt that was encoded last, as text."""
-    slot = max(range(len(backend.held)), key=lambda slot: len(backend.held[slot]))
-    return backend.tokenizer.spell(backend.held[slot][: backend.prompt_lengths[slot]])
+    return backend.tokenizer.spell(backend.prompt)
 
 
 def reasoning_of(message):

@@ -113,14 +113,16 @@ def outcome(run: Callable[[], Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", ["loops.safetensors", "token_generation.exported.pt2"])
+@pytest.mark.parametrize(
+    "name", ["context_encoding_8.exported.pt2", "token_generation.exported.pt2"]
+)
 def test_a_graph_that_the_manifest_does_not_list_is_not_run(code: Path, name: str) -> None:
     edit_manifest(code, lambda fields: fields["graphs"].pop(name))
     said = message_of(lambda: load(code))
     assert f"cannot be used: manifest.json lists no graph {name}; run `neuron-minimax" in said
 
 
-@pytest.mark.parametrize("name", ["loops.safetensors", "context_encoding_8.exported.pt2"])
+@pytest.mark.parametrize("name", ["kernels.so", "context_encoding_8.exported.pt2"])
 def test_a_graph_with_other_bytes_is_not_run_and_is_made_again(
     code: Path, exported: Path, name: str
 ) -> None:
@@ -149,10 +151,10 @@ def test_nothing_is_unpickled_but_what_has_its_digest(code: Path, tmp_path: Path
     data = pickle.dumps(Planted(tmp_path / "planted"))
     for path in (code / "graphs").iterdir():
         path.write_bytes(data)
-    (code / "graphs" / "loops.pickle").write_bytes(data)
+    (code / "graphs" / "kernels.pickle").write_bytes(data)
     assert "is not the file that was compiled" in message_of(lambda: load(code))
     edit_manifest(code, lambda fields: fields["graphs"].clear())
-    assert "lists no graph loops.safetensors" in message_of(lambda: load(code))
+    assert "lists no graph token_generation" in message_of(lambda: load(code))
     assert not (tmp_path / "planted").exists()
 
 
@@ -164,18 +166,6 @@ def test_a_load_runs_by_the_manifest_that_it_has_checked(work: Path) -> None:
 
     assert load(work, Replacing()).model_directory == work / "model"
     assert not (work / "manifest.json").exists()
-
-
-def test_the_loops_are_no_pickle(exported: Path) -> None:
-    from safetensors.numpy import load_file
-
-    found = load_file(exported / "graphs" / "loops.safetensors")
-    assert found
-    for name, binary in found.items():
-        operator, symbol = name.split(" ")
-        assert operator.startswith(("linear", "expert", "attend"))
-        assert symbol.startswith("cfunc.")
-        assert binary.tobytes().startswith(b"\x7fELF")
 
 
 ODD_VALUES = (None, True, -1, 2.5, 10**30, "../x", [1], {"x": 1}, float("nan"), ...)
@@ -269,7 +259,7 @@ FOREIGN = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files aw
 
 
 @FOREIGN
-@pytest.mark.parametrize("name", ["manifest.json", "graphs/loops.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "graphs/kernels.so"])
 def test_the_code_of_another_user_is_not_run(code: Path, name: str) -> None:
     os.chown(code / name, 12345, -1)
     said = message_of(lambda: load(code))
@@ -279,7 +269,7 @@ def test_the_code_of_another_user_is_not_run(code: Path, name: str) -> None:
     assert "compile the converted directory yourself, or take over" in said
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "graphs/loops.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "graphs/kernels.so"])
 @pytest.mark.parametrize("mode", [0o664, 0o646])
 def test_code_that_others_may_write_is_not_run(code: Path, name: str, mode: int) -> None:
     (code / name).chmod(mode)

@@ -6,13 +6,16 @@ import json
 import os
 
 import pytest
-from transformers import MiniMaxM2Config
+from transformers import MiniMaxM2Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import REQUIRED_SIZES, ModelConfig
+from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import ConfigError
+from neuron_minimax.families.fields import unused_fields
 from neuron_minimax.model.rope import frequencies
-from tests.tiny import tiny_config
+from tests.published import PUBLISHED
+from tests.tiny import CONFIGS, tiny_config
 
 ORIGINAL = tiny_config(
     attn_type_list=[1, 1],
@@ -257,3 +260,59 @@ def test_a_directory_without_a_readable_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match=r"object, not \[1\]"):
         ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rotary_dim": 128, "partial_rotary_factor": 0.5}, "rotary_dim 128 contradicts"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "rotary_dim 64 contradicts"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 5000000.0, but .* 10000.0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 4.0}}, "rope_type"),
+        ({"num_experts": 16}, "num_experts is 16, but num_local_experts is 8"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+        ({"n_group": 8}, "n_group is 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"layernorm_mlp_beta": 3.5}, "layernorm_mlp_beta is 3.5"),
+    ],
+)
+def test_what_contradicts_or_asks_for_another_part_is_refused_when_it_is_read(change, words):
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig.from_dict(tiny_config() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "severity"),
+    [
+        ({"dropout": 0.1}, "note"),
+        ({"attention_dropout": 0.1}, "note"),
+        ({"a_new_switch": True}, "warning"),
+        ({"a_new_switch": None}, "note"),
+        ({"rope_scaling": {"type": "default", "long_factor": [1.0]}}, "warning"),
+        ({"quantization_config": {"quant_method": "fp8", "lm_head": True}}, "warning"),
+    ],
+)
+def test_a_field_that_is_not_used_is_a_finding(change, severity):
+    raw = tiny_config() | change
+    config = ModelConfig.from_dict(raw)
+    (found,) = unused_fields(raw, config.family)
+    assert found.is_note == (severity == "note")
+
+
+def own_configs():
+    yield from CONFIGS.items()
+    yield from ((name, model.raw) for name, model in PUBLISHED.items())
+    yield "demo", json.loads((DEMO / "config.json").read_text())
+    yield "ORIGINAL", ORIGINAL
+    for made in (MiniMaxM2Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig):
+        yield made.__name__, made(pad_token_id=0).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"), list(own_configs()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_field_of_the_published_files_and_of_transformers_is_known(name, raw):
+    assert list(unused_fields(raw, ModelConfig.from_dict(raw).family)) == []

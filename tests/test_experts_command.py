@@ -149,8 +149,12 @@ def test_a_saved_trace_is_analysed_without_the_model(analysed, tmp_path, capsys)
     path = analysed / "weather/trace.safetensors"
     assert cli.main(["experts", "--trace", str(path), "--output", str(tmp_path)]) == 0
     assert "weather: " in capsys.readouterr().out
+    by_model = json.loads((analysed / "weather/summary.json").read_text())
+    assert len(by_model["router_similarity_by_distance"]) == by_model["layers"]
     again = json.loads((tmp_path / "weather/summary.json").read_text())
-    assert again == json.loads((analysed / "weather/summary.json").read_text())
+    assert again == by_model | {"router_similarity_by_distance": None}
+    shown = [(home / "weather/report.html").read_text() for home in (analysed, tmp_path)]
+    assert ["Router similarity" in report for report in shown] == [True, False]
 
 
 def test_a_placement_is_written_and_judged_on_a_held_out_trace(analysed, tmp_path, capsys):
@@ -211,7 +215,15 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
     assert "prompt-1" in capsys.readouterr().out
 
 
-def test_the_tool_builds_a_cache_and_uses_it_with_the_same_result(traced, tool, tmp_path, capsys):
+def test_every_run_of_the_tool_has_a_new_folder_by_default(tool):
+    outputs = [tool.request_of(tool.parse([])).output for _ in range(2)]
+    assert len(set(outputs)) == 2
+    assert not any(output.exists() for output in outputs)
+
+
+def test_the_tool_builds_a_cache_and_uses_it_with_the_same_result(
+    traced, tool, tmp_path, capsys, monkeypatch
+):
     checkpoint = traced.parent / "checkpoint"
     cache = tmp_path / "cache"
     common = ["--checkpoint", str(checkpoint), "--cache_dir", str(cache)]
@@ -229,11 +241,15 @@ def test_the_tool_builds_a_cache_and_uses_it_with_the_same_result(traced, tool, 
     assert tool.main([*common, *options, "--output_dir", str(tmp_path / "cached")]) == 0
     assert f"Loading from cache {cache}" in capsys.readouterr().out
     assert not (tmp_path / "cached/prompt-1/summary.json").exists()
-    assert tool.main([*common[:2], *options, "--output_dir", str(tmp_path / "plain")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert tool.main([*common[:2], *options]) == 0
+    (made,) = tmp_path.glob("experts_*")
     found = [
-        Trace.load(tmp_path / name / "prompt-1/trace.safetensors") for name in ("cached", "plain")
+        Trace.load(folder / "prompt-1/trace.safetensors") for folder in (tmp_path / "cached", made)
     ]
     assert np.array_equal(found[0].expert_index, found[1].expert_index)
+    assert found[1].answer
+    assert f"answer: {found[1].answer}" in capsys.readouterr().out
     manifest = json.loads((cache / "cache.json").read_text())
     manifest["identity"]["source_fingerprint"] = "other"
     (cache / "cache.json").write_text(json.dumps(manifest))

@@ -152,3 +152,16 @@ def test_groups_and_their_distance_equal_selecting_tokens_by_hand(index):
             distance[layer], sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2
         )
     assert statistics.total_variation(np.eye(2)[:1], np.eye(2)[1:]) == 1
+
+
+def test_routers_of_the_same_rows_in_another_order_are_alike_at_any_distance():
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(16, 64))
+    others = generator.normal(size=(16, 64))
+    found = statistics.layer_similarity([rows, 3 * rows[::-1], others])
+    assert found[0, 1] == pytest.approx(1)
+    cosines = [[one @ two / np.sqrt(one @ one * (two @ two)) for two in others] for one in rows]
+    wanted = (np.max(cosines, axis=0).mean() + np.max(cosines, axis=1).mean()) / 2
+    assert found[0, 2] == found[2, 0] == pytest.approx(wanted)
+    assert found[0, 0] == pytest.approx(found[1, 1])
+    assert found[0, 0] < 0.5

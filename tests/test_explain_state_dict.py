@@ -182,3 +182,19 @@ def test_the_path_of_every_family_is_right(family, tmp_path):
     assert walked.first_wrong is None
     bf16 = family == "qwen2" or family.startswith("minimind")
     assert ("No weight is stored as FP8" in stage(walked, "Scales").sentence) == bf16
+
+
+@pytest.mark.parametrize(
+    ("degree", "said", "gate_up_scales"),
+    [
+        (1, "128 are whole blocks of 128, which keep a scale each", "[2, 2]"),
+        (2, "64 are not whole blocks of 128, so each channel gets", "[2, 128]"),
+    ],
+)
+def test_what_ranks_hold_of_the_experts_is_said(checkpoint, degree, said, gate_up_scales):
+    walked = walk(checkpoint, moe_tp_degree=degree)
+    shares = stage(walked, "Experts on a rank")
+    assert said in shares.sentence
+    assert shares.rows[0][2] == gate_up_scales
+    assert walked.first_wrong is None
+    assert walk(checkpoint, moe_tp_degree=3).first_wrong.title == "Experts on a rank"

@@ -261,7 +261,7 @@ def test_a_source_that_changes_during_a_run_is_refused_and_nothing_is_called_fin
             unsampled(source)
 
     with pytest.raises(ConversionError, match=r"changed while it was read: model-00002.*run again"):
-        RUNS[command](source, out, progress=change_at_the_end)
+        RUNS[command](source, out, advance=change_at_the_end)
     assert len(done) >= 40
     assert not (out / MANIFESTS[command]).exists()
     # What was finished of the other state is not kept.
@@ -283,7 +283,7 @@ def test_shards_of_an_interrupted_run_are_not_kept_for_another_state_of_the_sour
     for change in (False, True):
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
-            convert(source, tmp_path / "out", progress=stop)
+            convert(source, tmp_path / "out", advance=stop)
         assert list((tmp_path / "out" / ".unfinished").glob("*.safetensors.json"))
         if change:
             unsampled(source)
@@ -439,7 +439,7 @@ def test_who_reads_and_who_writes_exclude_each_other(place, command):
                 converted.reading().__enter__()
             refused.append(error)
 
-    convert(*place, progress=try_to_read)
+    convert(*place, advance=try_to_read)
     assert refused
 
 
@@ -470,7 +470,7 @@ def test_files_have_the_umask_of_who_finishes_and_the_directory_keeps_its_mode(
     before = os.umask(0o077)
     try:
         with pytest.raises(ZeroDivisionError):
-            RUNS[command](made / "source", out, progress=lambda nbytes: 1 // 0)
+            RUNS[command](made / "source", out, advance=lambda nbytes: 1 // 0)
         assert list(out.glob("*.partial"))
         os.umask(mask)
         RUNS[command](made / "source", out)

@@ -8,20 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from neuron_minimax import fp8 as numpy_fp8
-from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.fp8 import block_grid, ceil_div
 from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu import operators
-from neuron_minimax.kernels.cpu.jit import compiled, exponential
-from neuron_minimax.kernels.cpu.microkernels import NARROW_STRIP
-from neuron_minimax.kernels.cpu.packing import expand_rows
-from neuron_minimax.kernels.cpu.vectors import HAS_PAIRS
 from neuron_minimax.kernels.reference import ExpertWeights, expert_mlp
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 BLOCK = 128
-# Products of bfloat16 numbers as float32, and as pairs, where the machine can.
-PATHS = [False, True] if HAS_PAIRS else [False]
+PATHS = [
+    False,
+    True,
+]  # products of bfloat16 numbers as float32, and as pairs, where the machine can
 FLOAT32_ERROR = 1.2e-6  # relative to the largest number: twice the largest that is found here
 
 
@@ -116,6 +118,89 @@ def test_every_implementation_computes_the_definition(implementation, tokens, hi
     assert error(found, slow(activations, index, affinity, stacked)) < FLOAT32_ERROR
 
 
+BLOCKS = st.sampled_from([(128, 128), (64, 64), (1, 128), (64, 32), (128, 1)])
+SIZES = st.integers(1, 300)
+
+
+def scales(generator: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(generator.uniform(5e-3, 1e-2, shape).astype(np.float32))
+
+
+def some_codes(generator: np.random.Generator, *shape: int) -> torch.Tensor:
+    codes = generator.integers(0, 256, shape, dtype=np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    return torch.from_numpy(codes)
+
+
+@given(st.integers(1, 130), SIZES, SIZES, BLOCKS, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_linear_layers_of_any_shape(rows, outputs, features, block, seed):
+    generator = np.random.default_rng(seed)
+    codes = some_codes(generator, outputs, features)
+    scale = scales(generator, *block_grid((outputs, features), block))
+    hidden = torch.from_numpy(generator.standard_normal((rows, features), np.float32))
+    expanded = reference.dequantize(codes, scale, block).double()
+    for dtype, bound in ((torch.float32, FLOAT32_ERROR), (torch.bfloat16, 2**-8)):
+        found = operators.linear(hidden.to(dtype), codes, scale, block)
+        wanted = hidden.to(dtype).double() @ expanded.T
+        magnitude = hidden.abs().double() @ expanded.abs().T  # what may cancel out
+        assert ((found.double() - wanted).abs() / magnitude.clamp(min=1e-9)).max() < bound
+
+
+@given(
+    st.integers(1, 70),
+    SIZES,
+    SIZES,
+    BLOCKS,
+    st.sampled_from(["any", "one for all", "nobody's", "padding"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_experts_of_any_shape(tokens, hidden, intermediate, block, kind, seed):
+    generator = np.random.default_rng(seed)
+    rows, columns = block_grid((hidden, intermediate), block)
+    stacked = ExpertWeights(
+        some_codes(generator, 5, hidden, 2 * intermediate),
+        scales(generator, 5, rows, 2 * columns),
+        some_codes(generator, 5, intermediate, hidden),
+        scales(generator, 5, *block_grid((intermediate, hidden), block)),
+        block,
+    )
+    index, affinity = routing(tokens, 5, 2, seed)
+    if kind == "one for all":
+        index[:] = 3
+    elif kind == "nobody's":
+        index[index == 3] = 2
+    elif kind == "padding":
+        index[tokens // 2 :] = -1
+    activations = torch.from_numpy(generator.standard_normal((tokens, hidden), np.float32))
+    exact = stacked._replace(
+        gate_up=reference.dequantize(*stacked[:2], block, parts=2).double(),
+        gate_up_scale=None,
+        down=reference.dequantize(*stacked[2:4], block).double(),
+        down_scale=None,
+    )
+    wanted = torch.zeros(tokens, hidden, dtype=torch.float64)
+    magnitude = torch.zeros_like(wanted)  # of what may cancel out
+    for expert in range(5):
+        gate, up = (activations.double() @ exact.gate_up[expert]).chunk(2, dim=-1)
+        largest = activations.double().abs() @ exact.gate_up[expert].abs()
+        share = (affinity * (index == expert)).sum(1).double()[:, None]
+        wanted += share * ((torch.nn.functional.silu(gate) * up) @ exact.down[expert])
+        magnitude += (
+            share
+            * (largest.chunk(2, dim=-1)[0] * largest.chunk(2, dim=-1)[1])
+            @ (exact.down[expert].abs())
+        )
+    magnitude.clamp_(min=1e-9)
+    found = operators.expert_mlp(activations, index, affinity, stacked)
+    assert ((found.double() - wanted).abs() / magnitude).max() < 4 * FLOAT32_ERROR
+    rounded = operators.expert_mlp(activations.bfloat16(), index, affinity, stacked)
+    assert ((rounded.double() - wanted).abs() / magnitude).max() < 0.02  # the activations' rounding
+    if kind == "padding":
+        assert not found[tokens // 2 :].any()
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_extreme_scales_neither_underflow_nor_overflow(scale):
     stacked = weights(4, 128, 128, scale=scale)
@@ -193,50 +278,37 @@ def test_experts_with_many_tokens_round_bf16_activations_alone(hidden, intermedi
         for place, expert in enumerate(index[token].tolist()):
             gate, up = (activations[token].double() @ first[expert]).chunk(2)
             inner = torch.nn.functional.silu(gate) * up
-            inner = inner.float().bfloat16().double() if pairs else inner
+            inner = inner.float().bfloat16().double() if pairs and operators.has_pairs() else inner
             wanted[token] += inner @ second[expert] * affinity[token, place].double()
     found = operators.expert_mlp(activations, index, affinity, stacked, pairs)
     assert error(found, wanted.numpy()) < 2**-8  # the result's own rounding
 
 
-@compiled
-def expanded(codes_RW, panel):
-    expand_rows((codes_RW, 0, codes_RW.shape[1]), len(panel) // NARROW_STRIP, panel)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_every_code_is_multiplied_exactly(rows, dtype):
+    """One one in each row of input picks a code of each output, at each place of a register."""
+    codes = torch.from_numpy((np.arange(256)[:, None] + 7 * np.arange(200)).astype(np.uint8))
+    codes[(codes & 0x7F) == 0x7F] = 0
+    hidden = torch.eye(200, dtype=dtype)
+    found = [
+        operators.linear(part, codes, torch.ones(2, 2), (BLOCK, BLOCK))
+        for part in hidden.split(rows)
+    ]
+    assert torch.equal(torch.cat(found).float(), reference.decode(codes).T)
 
 
-@pytest.mark.parametrize("pairs", PATHS)
-def test_panels_hold_every_code_exactly(pairs):
-    codes = (
-        (3 * np.arange(256)[:, None] + 7 * np.arange(NARROW_STRIP) + 1)
-        .astype(np.uint8)
-        .view(np.int8)
-    )
-    wanted = reference.decode(torch.from_numpy(codes.view(np.uint8).copy())).numpy()
-    if pairs:
-        words = np.empty(128 * NARROW_STRIP, np.int32)
-        expanded(codes, words)
-        lower = (words << 16).view(np.float32)
-        upper = (words & -(2**16)).view(np.float32)
-        found = np.stack([half.reshape(128, NARROW_STRIP) for half in (lower, upper)], axis=1)
-        assert np.array_equal(found.reshape(256, NARROW_STRIP), wanted)
-        return
-    floats = np.empty(256 * NARROW_STRIP, np.float32)
-    expanded(codes, floats)
-    found = (
-        floats.reshape(256, NARROW_STRIP)
-        * np.float32(reference.HALF_REBIAS)
-        * np.float32(reference.HALF_REBIAS)
-    )
-    assert np.array_equal(found, wanted)
-
-
-def test_the_exponential_is_within_a_ten_millionth():
-    numbers = np.linspace(-87, 88, 100_001).astype(np.float32)
-    found = np.array([exponential(number) for number in numbers])
-    wanted = np.exp(numbers.astype(np.float64))
-    assert (np.abs(found - wanted) / wanted).max() < 1e-7
-    assert exponential(np.float32(-1000)) == exponential(np.float32(-87))
-    assert np.isnan(exponential(np.float32("nan")))
+def test_the_exponential_is_within_two_ten_millionths():
+    """Attention to two positions whose scores are s and 0, and whose values are 1 and 0."""
+    scores = torch.linspace(-86, 0, 100_001)
+    query = torch.zeros(len(scores), 1, 1, 64)
+    query[:, 0, 0, 0] = scores * 8
+    keys, values = torch.zeros(2, len(scores), 1, 2, 64)
+    keys[:, 0, 0, 0] = values[:, 0, 0, 0] = 1
+    found = operators.attend(query, keys, values, torch.ones(len(scores), 1))[:, 0, 0].double()
+    wanted = torch.exp(query[:, 0, 0, 0].double() / 8)
+    wanted /= 1 + wanted
+    assert ((found - wanted).abs() / wanted).max() < 2.5e-7
 
 
 @pytest.mark.parametrize("tokens", [5, 40])

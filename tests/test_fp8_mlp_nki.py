@@ -41,8 +41,9 @@ class Case:
         self.affinity_TK = torch.rand(tokens, top_k, generator=self.generator)
         self.gate_up = self.codes(experts, hidden, 2 * intermediate)
         self.down = self.codes(experts, intermediate, hidden)
-        self.gate_up_scale = self.scales(experts, hidden // 128, 2 * intermediate // 128)
-        self.down_scale = self.scales(experts, intermediate // 128, hidden // 128)
+        columns = -(-intermediate // 128)
+        self.gate_up_scale = self.scales(experts, hidden // 128, 2 * columns)
+        self.down_scale = self.scales(experts, columns, hidden // 128)
 
     def codes(self, *shape):
         codes = torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8)
@@ -50,6 +51,21 @@ class Case:
 
     def scales(self, *shape):
         return torch.rand(shape, generator=self.generator) * 1e-3 + 1e-4
+
+    def share(self, channels):
+        """The weights of some channels, with expanded scales, as a rank holds them."""
+        gate, up = self.gate_up.view(torch.uint8).chunk(2, dim=-1)
+        channels = range(self.down.shape[1])[channels]
+        scales = [
+            part.repeat_interleave(128, -1)[..., channels]
+            for part in self.gate_up_scale.chunk(2, dim=-1)
+        ]
+        return reference.ExpertWeights(
+            torch.cat([gate[..., channels], up[..., channels]], -1).view(torch.float8_e4m3fn),
+            torch.cat(scales, -1),
+            self.down.view(torch.uint8)[:, channels].contiguous().view(torch.float8_e4m3fn),
+            self.down_scale.repeat_interleave(128, 1)[:, channels].contiguous(),
+        )
 
     def arguments(self):
         weights = reference.ExpertWeights(
@@ -63,10 +79,16 @@ def slow_expert_mlp(case, rounded=torch.float64):
     `rounded`.
     """
 
-    def weight(codes, scale):
-        return E4M3[codes.view(torch.uint8).numpy()] * np.kron(
-            scale.double().numpy(), np.ones((128, 128))
+    def weight(codes, scale, parts=1):
+        rows, columns = codes.shape
+        wide = np.concatenate(  # gate and up end with blocks of their own
+            [
+                np.kron(part, np.ones((128, 128)))[:rows, : columns // parts]
+                for part in np.split(scale.double().numpy(), parts, axis=1)
+            ],
+            axis=1,
         )
+        return E4M3[codes.view(torch.uint8).numpy()] * wide
 
     out = np.zeros(case.hidden_TH.shape)
     for token, (experts, affinities) in enumerate(
@@ -77,7 +99,7 @@ def slow_expert_mlp(case, rounded=torch.float64):
                 continue
             hidden = case.hidden_TH[token].double().numpy()
             gate, up = np.split(
-                hidden @ weight(case.gate_up[expert], case.gate_up_scale[expert]), 2
+                hidden @ weight(case.gate_up[expert], case.gate_up_scale[expert], parts=2), 2
             )
             product = (
                 torch.from_numpy(gate * np.exp(-np.logaddexp(0, -gate)) * up)
@@ -318,6 +340,77 @@ def test_128_tokens_fit_the_memories_at_the_real_size(kernel, dtype, tolerance):
     hidden, *others = case.arguments()
     out = kernel[0].expert_mlp(hidden, *others, cores=2)
     assert relative_error(out, reference.expert_mlp(hidden.double(), *others).numpy()) < tolerance
+
+
+EXPANDED_CASES = {
+    "whole blocks": {"tokens": 3},
+    "24 channels": {"tokens": 1, "intermediate": 24},
+    "a block and a half": {"tokens": 2, "intermediate": 192},
+    "five blocks, two loads, and a part": {"tokens": 2, "hidden": 640, "intermediate": 648},
+    "128 tokens": {"tokens": 128, "top_k": 1, "experts": 3, "hidden": 640, "intermediate": 192},
+}
+
+
+@pytest.mark.parametrize("sizes", EXPANDED_CASES.values(), ids=EXPANDED_CASES.keys())
+def test_expanded_scales_equal_float64_within_1e_5(kernel, sizes):
+    case = Case(**sizes)
+    *inputs, _ = case.arguments()
+    out = kernel[0].expert_mlp(*inputs, case.share(slice(None)))
+    assert relative_error(out, slow_expert_mlp(case)) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_that_share_blocks_sum_to_the_whole_expert(kernel, ranks):
+    """192 channels over 8 ranks: the sixth has 8 of one block and 16 of the next."""
+    case = Case(tokens=2, intermediate=192)
+    *inputs, _ = case.arguments()
+    step = 192 // ranks
+    shares = [case.share(slice(start, start + step)) for start in range(0, 192, step)]
+    out = sum(kernel[0].expert_mlp(*inputs, share) for share in shares)
+    assert relative_error(out, slow_expert_mlp(case)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_expanded_scales_in_bfloat16_add_no_error_beyond_one_rounding(kernel, tokens):
+    """silu(gate) * up times its scale is rounded once, 2^-9 at random; so is the result."""
+    case = Case(tokens=tokens, hidden=384, intermediate=192, dtype=torch.bfloat16)
+    *inputs, _ = case.arguments()
+    out = kernel[0].expert_mlp(*inputs, case.share(slice(None)))
+    assert relative_error(out, slow_expert_mlp(case)) < 4e-3
+
+
+@pytest.mark.parametrize(("channels", "tokens"), [(1536, 1), (192, 1), (24, 1), (24, 4)])
+def test_expanded_scales_move_at_most_1_08_of_the_least(kernel, channels, tokens):
+    """The least are the codes and a scale per 128 x 128 of them, whatever a rank's share; hidden
+    states and choices, which come once to a rank, not counted.
+    """
+    module, machine = kernel
+    case = Case(
+        tokens=tokens,
+        top_k=2,
+        experts=2,
+        hidden=3072,
+        intermediate=channels,
+        dtype=torch.bfloat16,
+    )
+    *inputs, _ = case.arguments()
+    module.expert_mlp(*inputs, case.share(slice(None)))
+    codes = 2 * 3 * 3072 * channels
+    moved = machine.counts["hbm_read_bytes"] - overhead(case, visits=2)
+    assert moved == codes + 4 * codes // 128
+    assert moved / (codes + 4 * codes / 128**2) <= 1.08
+    assert machine.counts["dma_into_busy"] == 0, "a load waits for the products of the previous one"
+
+
+def test_scales_of_neither_layout_are_refused(kernel):
+    case = Case(intermediate=192)
+    *inputs, _ = case.arguments()
+    mixed = case.share(slice(None))._replace(down_scale=case.down_scale)
+    with pytest.raises(ValueError, match="gate_up_scale has shape"):
+        kernel[0].expert_mlp(*inputs, mixed)
+    blocks = case.arguments()[-1]
+    with pytest.raises(ValueError, match="with expanded scales the hidden one only"):
+        kernel[0].expert_mlp(*inputs, blocks)
 
 
 def test_the_kernel_is_chosen_explicitly_and_only_where_it_can_run():

@@ -95,6 +95,11 @@ ACCEPTED = {
     "tensors in another order": file_of(json.dumps(dict(reversed(HEADER.items()))).encode()),
     "a scalar": file_of(b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"),
     "no tensor": file_of(b"{}", b""),
+    "a dtype that no model here has": edited("second", "dtype", value="F8_E8M0"),
+    "a dtype that is not read": edited("first", "dtype", value="U32"),
+    "a dtype of half bytes": edited(
+        "first", value={"dtype": "F4", "shape": [48], "data_offsets": [0, 24]}
+    ),
     "a name with an escape": replaced('"first"', '"f\\u0069rst"'),
 }
 REFUSED = {
@@ -137,6 +142,7 @@ REFUSED = {
     ),
     "a shape that is a number": edited("third", "shape", value=28),
     "a shape that is null": edited("third", "shape", value=None),
+    "half a byte": edited("first", value={"dtype": "F4", "shape": [47], "data_offsets": [0, 24]}),
     "another shape": edited("third", "shape", value=[27]),
     "a dtype of another size": edited("third", "dtype", value="BF16"),
     "a dtype that does not exist": edited("third", "dtype", value="F9"),
@@ -156,7 +162,6 @@ REFUSED = {
 }
 REFUSED_FOR_A_REASON = {
     "an empty tensor beyond what numpy holds": edited("none", "shape", value=[0, 2**63]),
-    "a dtype that no model here has": edited("second", "dtype", value="F8_E8M0"),
     "a tensor as a list": edited("third", value=["F8_E4M3", [28], [72, 100]]),
     "a field that means nothing": edited("third", "note", value="x"),
     "more dimensions than numpy has": edited("third", "shape", value=[28] + [1] * MOST_DIMENSIONS),

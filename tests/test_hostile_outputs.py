@@ -364,7 +364,7 @@ def test_a_users_own_files_stay_beside_a_conversion(made, tmp_path, state):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            convert(made_of, out, progress=stop)
+            convert(made_of, out, advance=stop)
         assert list((out / ".unfinished").glob("*.safetensors.json"))
     else:
         shutil.copytree(before, out)
@@ -410,7 +410,7 @@ def test_a_companion_that_cannot_be_copied_is_refused_before_the_first_byte(
         path.symlink_to("/etc/hostname")
     done: list[int] = []
     with pytest.raises(NeuronMiniMaxError, match=r"source/tokenizer\.json "):
-        RUNS[command](source, tmp_path / "out", progress=done.append)
+        RUNS[command](source, tmp_path / "out", advance=done.append)
     assert not done
     if command == "convert":
         assert main(["convert", str(source), str(tmp_path / "dry"), "--dry-run"]) == 1
@@ -427,5 +427,5 @@ def test_a_companion_that_appears_after_the_plan_is_refused_before_the_first_byt
     os.mkfifo(source / "tokenizer.json")
     done: list[int] = []
     with pytest.raises(NeuronMiniMaxError, match=r"source/tokenizer\.json "):
-        plan.write(tmp_path / "out", progress=done.append)
+        plan.write(tmp_path / "out", advance=done.append)
     assert not done

@@ -5,6 +5,7 @@ split.
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -44,8 +45,12 @@ WEATHER = {
         "wet": {"type": "boolean"},
         "where": {"$ref": "#/$defs/place"},
         "tags": {"type": "array", "items": {"type": "string"}},
+        "unit": {"anyOf": [{"$ref": "#/$defs/unit"}, {"const": "ft"}]},
     },
-    "$defs": {"place": {"type": "object", "properties": {"latitude": {"type": "number"}}}},
+    "$defs": {
+        "place": {"type": "object", "properties": {"latitude": {"type": "number"}}},
+        "unit": {"type": "string", "enum": ["km", "mi"]},
+    },
 }
 TOOL_LIST = [
     {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
@@ -59,6 +64,8 @@ CALL = (
     'name="city">Oslo</parameter>\n</invoke>\n'
     "</minimax:tool_call>"
 )
+OSLO = {"city": "Oslo"}
+IN_REASONING: dict[str, Any] = {"in_reasoning": True, "tools": TOOL_LIST}
 
 
 @pytest.fixture(scope="module", params=["test", "demo"])
@@ -108,12 +115,93 @@ def test_reasoning_cut_off_stays_reasoning():
     assert (message.reasoning, message.content) == ("I wonder </thi", "")
 
 
-def test_a_tool_call_is_found_before_the_reasoning_is_closed():
-    message = parse(
-        "Look it up.\n" + CALL + "\n</think>\n\nDone.", in_reasoning=True, tools=TOOL_LIST
-    )
+@pytest.mark.parametrize("end", ["", "\n", "\n</think>", "\n</think>\n\n", "\n</thi"])
+def test_a_turn_that_ends_with_its_reasoning_has_made_the_calls_in_it(end):
+    message = parse(f"Look it up.\n{CALL}{end}", in_reasoning=True, tools=TOOL_LIST)
     assert message.tool_calls == [ToolCall("weather", '{"city": "Oslo"}')]
-    assert (message.reasoning, message.content) == ("Look it up.", "Done.")
+    assert message.reasoning.removesuffix("</thi") == "Look it up."
+    assert message.content == ""
+
+
+@pytest.mark.parametrize("quoted", [f"`{CALL}`", f"\n```\n{CALL}\n```\n", CALL, CALL + CALL])
+@pytest.mark.parametrize("answer", ["No call needed.", "Hm.\n" + CALL])
+def test_a_call_that_reasoning_quotes_before_an_answer_is_text(quoted, answer):
+    text = f"I could say {quoted} but won't."
+    parsed = parse(f"{text}\n</think>\n\n{answer}", in_reasoning=True, tools=TOOL_LIST)
+    assert parsed.reasoning == text
+    assert parsed == collect(streamed(f"{text}\n</think>\n\n{answer}", **IN_REASONING))
+    real = answer.endswith(CALL)
+    assert parsed.content == answer.removesuffix("\n" + CALL)
+    assert parsed.tool_calls == ([ToolCall("weather", '{"city": "Oslo"}')] if real else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ("<invoke name='weather'>|<parameter name='city'>Oslo</parameter>|</invoke>", OSLO),
+        ('<invoke name="weather" id="1">|<parameter name="city">Oslo</parameter>|</invoke>', OSLO),
+        ('<invoke id="1" name="weather">|<parameter type="string" name="city">Oslo</parameter>|'
+         "</invoke>", OSLO),
+        ("<invoke name=weather>|<parameter name=city>Oslo</parameter>|</invoke>", OSLO),
+        ("<invoke=weather>|<parameter = 'city' >Oslo</parameter>|</invoke>", OSLO),
+        ('<invoke  name = "weather" >|<parameter name="city" >Oslo</parameter>|</invoke >', None),
+        ('<invoke name="weather">|<parameter name="city">Oslo|</invoke>', OSLO),
+        ('<invoke name="weather">|<parameter name="city">Oslo</invoke>', OSLO),
+        ('<invoke name="weather">|<parameter name="city">Oslo</parameter>|', OSLO),
+        ('<invoke name="weather">|<parameter name="city">Oslo', OSLO),
+        ('<invoke name="weather">|<parameter name="days">3|<parameter name="city">Oslo|</invoke>',
+         {"days": 3, "city": "Oslo"}),
+        ('<invoke name="weather">|<parameter name="city">Oslo</parameter>|'
+         '<parameter name="city">Rome</parameter>|</invoke>', OSLO),
+        ('<invoke name="weather">|<parameter name="city">a|<parameter name="x">b</parameter>|'
+         "</invoke>", {"city": 'a\n<parameter name="x">b'}),
+        ('<invoke name="weather">|<parameter name="scale">|K|</parameter>|</invoke>',
+         {"scale": "\nK\n"}),
+        ('<invoke name="weather">|<parameter name="unit">|km|</parameter>|</invoke>',
+         {"unit": "km"}),
+        ('<invoke name="weather">|<parameter name="wet">|true|</parameter>|</invoke>',
+         {"wet": True}),
+        ('<invoke name="weather">|<parameter name="tags">["\\ud83d", "\\ud83d\\ude00"]</parameter>|'
+         "</invoke>", {"tags": ["\ufffd", "😀"]}),
+        ('<invoke name="weather">|<parameter name="days">1e999</parameter>|</invoke>',
+         {"days": "1e999"}),
+        ('<invoke name="weather">|<parameter name="wind">-1e999</parameter>|</invoke>',
+         {"wind": "-1e999"}),
+        ('<invoke name="weather">|<parameter name="tags">[NaN]</parameter>|</invoke>',
+         {"tags": "[NaN]"}),
+        ('<invoke name="weather">|<parameter name="tags">DEEP</parameter>|</invoke>',
+         {"tags": "[" * 5000 + "]" * 5000}),
+        ('<invoke name="weather">|<parameter name="days">' + "9" * 5000 + "</parameter>|</invoke>",
+         {"days": "9" * 5000}),
+    ],
+)  # fmt: skip
+def test_a_call_is_read_however_its_tags_and_values_are_spelled(body, arguments):
+    body = body.replace("|", "\n").replace("DEEP", "[" * 5000 + "]" * 5000)
+    text = f"<minimax:tool_call>\n{body}\n</minimax:tool_call>"
+    message = parse(text, tools=TOOL_LIST)
+    assert message == collect(streamed(text, in_reasoning=False, tools=TOOL_LIST))
+    if arguments is None:
+        return
+    (call,) = message.tool_calls
+    pairs = json.loads(call.arguments, object_pairs_hook=list)
+    assert (call.name, dict(pairs), len(pairs)) == ("weather", arguments, len(arguments))
+    assert json.loads(call.arguments.encode(), parse_constant=pytest.fail) == arguments
+    assert message.content == ""
+
+
+def test_parameters_are_found_through_references_and_alternatives():
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    name = {"properties": {"x": {"type": "string"}, "y": {"type": "boolean"}}}
+    roots = [
+        ({"$ref": "#/$defs/P", "$defs": {"P": point}}, {"type": "integer"}),
+        ({"anyOf": [point, {"type": "null"}]}, {"type": "integer"}),
+        ({"anyOf": [point, name]}, {"anyOf": [{"type": "integer"}, {"type": "string"}]}),
+        ({"allOf": [name, {"$ref": "#/$defs/P"}], "$defs": {"P": point}},
+         {"allOf": [{"type": "string"}, {"type": "integer"}]}),
+        ({"$ref": "#/$defs/P", "$defs": {"P": {"$ref": "#"}}}, {}),
+    ]  # fmt: skip
+    for parameters, schema in roots:
+        assert parameter_schema(parameters, "x") == schema
 
 
 def test_several_calls_of_one_turn_keep_their_order_and_types():

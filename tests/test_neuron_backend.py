@@ -47,6 +47,7 @@ def test_defaults_are_the_instance_and_degrees_that_m2_was_run_with() -> None:
         "buckets": [128, 256, 512, 1024],
         "blockwise_matmul": "torch",
         "expert_kernel": "torch",
+        "expert_scales": "block",
         "expert_placement": None,
         "expert_placement_sha256": None,
         "compiler_cache": None,

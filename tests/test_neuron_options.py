@@ -6,7 +6,8 @@ import pytest
 
 from neuron_minimax.backends.nxdi import backend, options, vllm_plugin
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import BackendError, ConfigError
+from neuron_minimax.errors import BackendError, ConfigError, NeuronMiniMaxError
+from tests.full_size import published_config
 from tests.published import published
 
 
@@ -43,3 +44,39 @@ def test_classes_of_nxdi_are_replaced_for_vllm_by_request_only(
     monkeypatch.setenv("NEURON_MINIMAX_FAMILIES", "llama")
     with pytest.raises(ConfigError, match="'llama'; expected names out of qwen3, qwen3_moe, qwen2"):
         vllm_plugin.replaced_families()
+
+
+def test_the_manifest_says_how_ranks_hold_the_scales_of_experts() -> None:
+    config = ModelConfig.from_dict(published_config())
+    degrees = {"tp_degree": 64, "moe_tp_degree": 64}
+    expanded = backend.check_options(config, degrees | {"slots": 1})
+    assert expanded["expert_scales"] == "expanded"
+    assert backend.check_options(config, degrees | {"expert_scales": "auto"}) == expanded
+    spread = backend.check_options(config, {"moe_ep_degree": 64, "slots": 32})
+    assert spread["expert_scales"] == "block"
+    dense = backend.check_options(config_of("Qwen3-4B"), {"tp_degree": 4})
+    assert dense["expert_scales"] == "block"
+    with pytest.raises(BackendError, match=r"R2 refuse: moe_tp_degree 64 leaves 24 expert"):
+        backend.check_options(config, degrees | {"expert_scales": "block"})
+    with pytest.raises(BackendError, match=r"R19 refuse: expert_scales expanded"):
+        backend.check_options(config_of("Qwen3-4B"), {"tp_degree": 4, "expert_scales": "expanded"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"moe_ep_degree": 0}, "moe_ep_degree is 0; expected at least 1"),
+        ({"tp_degree": 0}, "tp_degree is 0; expected at least 1"),
+        ({"slots": 0}, "slots is 0; expected at least 1"),
+        ({"seq_len": 1, "buckets": (2,)}, "seq_len is 1; expected at least 2"),
+        ({"expert_kernel": "cuda"}, "expert_kernel is 'cuda'; expected one of torch, nki"),
+        ({"expert_scales": "wide"}, "expert_scales is 'wide'; expected one of auto, block"),
+        ({"blockwise_matmul": "loop"}, "blockwise_matmul is 'loop'; expected one of torch"),
+        ({"engine": "eager"}, "--engine belongs to the cpu backend"),
+        ({"color": "red"}, "the neuron backend does not take --color"),
+    ],
+)
+def test_a_fault_of_the_options_alone_is_one_of_usage(given: dict, said: str) -> None:
+    with pytest.raises(NeuronMiniMaxError, match=said) as raised:
+        backend.check_options(ModelConfig.from_dict(published_config()), given)
+    assert raised.value.usage

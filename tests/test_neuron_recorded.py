@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.families import Role, target_scale_name
+from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.kernels.reference import expand_scale
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import rope_table
@@ -24,6 +28,8 @@ from tests.tiny import tiny_config, write_tiny
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "nxd_slices.json").read_text())
 SLICES = RECORDED["slices by chip, tp, moe_tp and moe_ep degree"]
+EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_DOWN)
+SPLIT = RECORDED["channels by intermediate size at tp 8"]
 BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float32": 4, "int32": 4}
 
 
@@ -62,6 +68,39 @@ def test_the_ranks_together_hold_the_whole_model_and_pair_queries_with_their_key
     ]
     assert sorted(pieces) == [(expert, block) for expert in range(256) for block in range(24)]
     assert len({tuple(rank["down_blocks"]) for rank in recorded}) == moe_tp
+
+
+@pytest.mark.parametrize("size", SPLIT)
+def test_expanded_scales_stay_with_their_channels_however_nxd_cuts_them(size: str) -> None:
+    """Of 192 channels the sixth of 8 ranks has 8 of one block and 16 of the next."""
+    config = ModelConfig.from_dict(tiny_config(intermediate_size=int(size)))
+    blocks = ceil_div(int(size), 128)
+    assert len(SPLIT[size]) == 8
+    for rank, recorded in enumerate(SPLIT[size]):
+        shard = expert_shard(config, moe_tp_degree=8, moe_ep_degree=1, rank=rank)
+        held = [channel % 256 for channel in shard.intermediate]
+        of_block = [channel // 128 for channel in shard.intermediate]
+        assert recorded["gate_up"] == held + held
+        assert recorded["down"] == held
+        assert recorded["gate_up_blocks"] == of_block + [blocks + block for block in of_block]
+        assert recorded["down_blocks"] == of_block
+
+
+def test_repeating_scales_is_expanding_them_along_the_channels_alone() -> None:
+    """The oracle is the dequantized weight: codes times block scales, and times expanded ones."""
+    generator = torch.Generator().manual_seed(3)
+    config = ModelConfig.from_dict(tiny_config(intermediate_size=192))
+    names = [target_scale_name(config.family.rule_of(role).target) for role in EXPERTS]
+    gate_up, down = (torch.rand(shape, generator=generator) for shape in ((8, 2, 4), (8, 2, 2)))
+    state = {names[0].format(l=1): gate_up, names[1].format(l=1): down}
+    expand_scales(state, config, [1])
+    wide, tall = state.values()
+    assert torch.equal(
+        expand_scale(wide, 256, 384, (128, 1)), expand_scale(gate_up, 256, 384, (128, 128), parts=2)
+    )
+    assert torch.equal(
+        expand_scale(tall, 192, 256, (1, 128)), expand_scale(down, 192, 256, (128, 128))
+    )
 
 
 @pytest.mark.parametrize("name", RECORDED["tiny"])

@@ -51,7 +51,7 @@ def test_text_is_cut_before_the_first_stop_string_however_it_arrives(text, stops
     shown += stopper.finish()
     seen = text if not stopper.found else text[:end]
     places = [seen.find(stop) for stop in stops if stop in seen]
-    assert stopper.found == any(stop in text for stop in stops)
+    assert (stopper.found is not None) == any(stop in text for stop in stops)
     assert shown == (seen[: min(places)] if places else text)
 
 
@@ -79,7 +79,6 @@ def test_stop_strings_do_not_count_inside_the_reasoning(tokenizer):
     )
     assert (message.reasoning, message.content) == ("so END it", "The ")
     assert reader.stopped
-    assert not reader.in_reasoning
 
 
 def test_stop_strings_do_not_count_inside_a_call(tokenizer):

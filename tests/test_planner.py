@@ -122,8 +122,13 @@ def test_the_worked_examples_of_the_documentation(
         ),
         (
             "R2",
+            {"moe_tp_degree": 64, "moe_ep_degree": 1, "expert_scales": "block"},
+            {"moe_tp_degree": 4, "moe_ep_degree": 16, "expert_scales": "block"},
+        ),
+        (
+            "R2",
+            {"moe_tp_degree": 8, "moe_ep_degree": 8, "expert_scales": "block"},
             {"moe_tp_degree": 64, "moe_ep_degree": 1},
-            {"moe_tp_degree": 4, "moe_ep_degree": 16},
         ),
         ("R3", {"batch_size": 31}, {"batch_size": 32}),
         ("R4", {"smallest_context": 63}, {"smallest_context": 64}),
@@ -145,10 +150,34 @@ def test_moe_tp_degrees_with_whole_blocks_are_the_divisors_of_twelve() -> None:
     accepted = [
         degree
         for degree in range(1, 65)
-        if "R2" not in refusals(case(moe_tp_degree=degree))
+        if "R2" not in refusals(case(moe_tp_degree=degree, expert_scales="block"))
         and PUBLISHED.intermediate_size % degree == 0
     ]
     assert accepted == [1, 2, 3, 4, 6, 12]
+
+
+def test_expanded_scales_take_any_divisor_of_the_channels_for_three_percent() -> None:
+    """The oracle counts one float32 for 128 codes beside each code, and rows of blocks aside."""
+    sizes = (PUBLISHED.hidden_size, PUBLISHED.intermediate_size)
+    for degree in (8, 16, 64):
+        shared = case(tp_degree=degree, moe_tp_degree=degree, moe_ep_degree=1, batch_size=1)
+        assert not refusals(shared) & {"R1", "R2", "R3", "R4"}
+        codes = 62 * 256 * 3 * sizes[0] * (sizes[1] // degree)
+        repeats = degree != 1 and sizes[1] // degree % 128 != 0
+        scales = codes // 128 if repeats else codes // 128**2
+        assert shared.memory.experts == codes + 4 * scales
+        warned = [finding for finding in lint(shared) if finding.rule == "R19"]
+        assert len(warned) == int(repeats)
+    blocks = case(tp_degree=4, moe_tp_degree=4, moe_ep_degree=1)
+    chosen = case(tp_degree=4, moe_tp_degree=4, moe_ep_degree=1, expert_scales="expanded")
+    ratio = chosen.memory.experts / blocks.memory.experts
+    assert ratio == pytest.approx((1 + 4 / 128) / (1 + 4 / 128**2))
+
+
+def test_expanded_scales_are_for_fp8_experts() -> None:
+    expanded = deployment(expert_scales="expanded", fp8_experts=False)
+    assert "R19" in refusals(replace(case(), deployment=expanded))
+    assert "R19" not in refusals(replace(case(), deployment=deployment(fp8_experts=False)))
 
 
 def test_batches_below_32_are_fine_without_expert_parallelism() -> None:

@@ -224,7 +224,15 @@ def test_moe_tp_degrees_of_qwen3_leave_whole_blocks(name: str, degrees: list[int
         degree
         for degree in range(1, 65)
         if not {"R1", "R2"}
-        & refusals(planned(config, tp_degree=degree, moe_tp_degree=degree, moe_ep_degree=1))
+        & refusals(
+            planned(
+                config,
+                tp_degree=degree,
+                moe_tp_degree=degree,
+                moe_ep_degree=1,
+                expert_scales="block",
+            )
+        )
         - ({"R1"} if config.hidden_size % degree else set())
     ]
     assert accepted == degrees
@@ -326,14 +334,16 @@ def test_what_a_conversion_keeps_in_bf16_is_counted_and_not_held_to_blocks(tmp_p
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_degree_that_works_is_found(batch: int) -> None:
-    """With the fewest ranks to spread experts over."""
+    """Whole blocks on every rank where there can be; then the fewest ranks to spread experts."""
     case = large("Qwen3-30B-A3B-FP8", tp_degree=1, batch_size=batch, seq_len=4096)
     for name in ("inf2.24xlarge", "trn1.32xlarge", "trn2.3xlarge"):
         machine = instances.instance(name)
         working: dict[int, Case] = {}
         for tp in range(1, machine.logical_cores + 1):
-            for moe_ep in range(1, tp + 1):
-                if tp not in machine.tp_degrees or tp % moe_ep:
+            shares = [ep for ep in range(1, tp + 1) if tp % ep == 0]
+            # 768 channels are six blocks; of ways to share them as good the first is kept.
+            for moe_ep in sorted(shares, key=lambda ep: 768 // (tp // ep) % 128 != 0):
+                if tp not in machine.tp_degrees:
                     continue
                 degrees = {"tp_degree": tp, "moe_tp_degree": tp // moe_ep, "moe_ep_degree": moe_ep}
                 tried = replace(
@@ -365,17 +375,19 @@ def test_the_page_of_families_says_what_the_planner_says() -> None:
         (
             "Qwen3-30B-A3B-FP8",
             {},
-            {"tp_degree": 16, "moe_tp_degree": 4},
+            {"tp_degree": 16, "moe_tp_degree": 4, "expert_scales": "block"},
             "R2 refuse: moe_tp_degree 4 leaves 192 expert channels per rank, not whole blocks of "
             "128 (MiniMax-M2 at moe_tp 64 was seen to repeat itself after 30 tokens); "
-            "needs a moe_tp_degree of 1 or 2 or 3 or 6",
+            "needs expert_scales auto, which repeats the scales of a block for its channels, or a "
+            "moe_tp_degree of 1 or 2 or 3 or 6",
         ),
         (
             "Qwen3-4B-FP8",
             {"head_dim": 64},
             {"tp_degree": 4},
-            "R2 refuse: head_dim 64 is not whole blocks of 128; needs a conversion with "
-            "--attention bf16",
+            "R2 refuse: head_dim 64 is not whole blocks of 128: ranks take whole heads, which NxDI "
+            "pads and repeats, and a scale that covers parts of two goes with neither; needs a "
+            "conversion with --attention bf16",
         ),
         (
             "Qwen3-4B-FP8",

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_minimax.backends.nxdi import backend
-from neuron_minimax.backends.nxdi import options as compile_options
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
@@ -25,13 +24,12 @@ from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import BackendError, ConfigError
 from neuron_minimax.planner import instances, lint, search
 from neuron_minimax.planner.cases import Case
-from neuron_minimax.planner.memory import rank_memory
+from neuron_minimax.planner.memory import EXPERT_SCALES, rank_memory
 from neuron_minimax.planner.report import DeploymentPlan, plan, plan_case
 from neuron_minimax.planner.settings import (
     GOALS,
     Asked,
     DeploymentSettings,
-    default_buckets,
     deployment_case,
 )
 from neuron_minimax.planner.text import COLUMNS, options, worse
@@ -80,7 +78,7 @@ def settings_of(line: str) -> dict[str, Any]:
         for option, value in zip(words[::2], words[1::2], strict=True)
     }
     lengths = named.pop("buckets", "")
-    texts = ("instance", "blockwise_matmul", "expert_kernel")
+    texts = ("instance", "blockwise_matmul", "expert_kernel", "expert_scales")
     chosen: dict[str, Any] = {
         name: value if name in texts else int(value) for name, value in named.items()
     }
@@ -145,6 +143,7 @@ def test_whatever_a_plan_recommends_fits(raw: dict[str, Any]) -> None:
             "batch_size": st.sampled_from((1, 20, 500)),
             "seq_len": st.sampled_from((2, 100, 1024, 100_000, 200_000)),
             "expert_kernel": st.sampled_from(("torch", "nki")),
+            "expert_scales": st.sampled_from(EXPERT_SCALES),
             "blockwise_matmul": st.sampled_from(("torch", "shard_on_intermediate")),
             "goal": st.sampled_from(GOALS),
         },
@@ -201,27 +200,69 @@ def test_batch_and_length_are_kept_before_other_degrees_are() -> None:
     assert first.deployment.moe_tp_degree != 4
 
 
-def test_pruned_experts_are_shared_by_degrees_that_divide_them() -> None:
-    """154 is 2 x 7 x 11: of documented degrees two groups of experts at most."""
-    found = planned(M2 | {"num_local_experts": 154}, instance="trn2.48xlarge")
-    assert found.fits
-    assert found.deployment.moe_ep_degree == 2
-    assert found.deployment.batch_size == 20  # 154 experts over 8 choices
-    asked = planned(
-        M2 | {"num_local_experts": 154}, instance="trn2.48xlarge", tp_degree=64, batch_size=32
-    )
+@pytest.mark.parametrize(
+    ("chosen", "degrees", "changes"),
+    [
+        ({}, (64, 32, 2), ()),
+        ({"expert_scales": "block"}, (8, 4, 2), ("tp_degree 8 in place of 64",)),
+    ],
+    ids=["expanded", "block"],
+)
+def test_pruned_experts_are_shared_by_degrees_that_divide_them(
+    chosen: dict[str, Any], degrees: tuple[int, int, int], changes: tuple[str, ...]
+) -> None:
+    """154 is 2 x 7 x 11: of documented degrees two groups of experts at most; of whole blocks the
+    channels leave four ranks to each.
+    """
+    raw = M2 | {"num_local_experts": 154}
+    asked = planned(raw, instance="trn2.48xlarge", tp_degree=64, batch_size=32, **chosen)
     assert "R1" in {reason.rule for reason in asked.reasons}
-    assert asked.proposals[0].changes == ("tp_degree 8 in place of 64",)
+    first = asked.proposals[0]
+    deployment = first.case.deployment
+    found = (deployment.tp_degree, deployment.moe_tp_degree, deployment.moe_ep_degree)
+    assert (found, first.changes) == (degrees, changes)
+
+
+def test_a_single_sequence_has_every_expert_on_all_ranks() -> None:
+    """Of whole blocks two groups are the most, and those take 154 experts over 8 choices."""
+    raw = M2 | {"num_local_experts": 154}
+    for scales, degrees, batch in (("auto", (64, 1), 1), ("block", (4, 2), 20)):
+        found = planned(raw, instance="trn2.48xlarge", expert_scales=scales)
+        assert found.fits
+        assert (found.deployment.moe_tp_degree, found.deployment.moe_ep_degree) == degrees
+        assert found.deployment.batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "degrees"),
+    [
+        ({"num_local_experts": 8, "intermediate_size": 1000}, {"moe_ep_degree": 64}),
+        ({"intermediate_size": 40}, {"moe_tp_degree": 64}),
+    ],
+    ids=["experts", "channels"],
+)
+def test_where_a_rank_gets_no_expert_no_scale_is_repeated(
+    sizes: dict[str, int], degrees: dict[str, int]
+) -> None:
+    chosen = {"instance": "trn2.48xlarge", "tp_degree": 64, "expert_scales": "expanded"}
+    found = planned(M2 | sizes, **chosen, **degrees)
+    assert "R1" in {reason.rule for reason in found.reasons}
+    assert found.memory.experts == 0
+    assert "R19" not in {warning.rule for warning in found.warnings}
+    check_advice(found)
 
 
 def test_a_search_without_documented_degrees_names_what_fits_at_documented_ones_too() -> None:
-    found = planned(published("Qwen3-30B-A3B-FP8"), instance="trn2.3xlarge", batch_size=1)
+    raw = published("Qwen3-30B-A3B-FP8")
+    found = planned(raw, instance="trn2.3xlarge", batch_size=1, expert_scales="block")
     assert found.fits
     assert found.deployment.tp_degree == 2
     assert "R6" in {warning.rule for warning in found.warnings}
     other = found.proposals[-1]
     assert other.case.deployment.tp_degree == 4
     assert other.changes == ("batch_size 16 in place of 1",)
+    expanded = planned(raw, instance="trn2.3xlarge", batch_size=1)
+    assert [each.case.deployment.tp_degree for each in expanded.proposals] == [4]
 
 
 def time_to_read(proposal: search.Proposal, goal: str) -> float:
@@ -343,6 +384,13 @@ def test_the_documented_plans_are_what_the_planner_says() -> None:
     assert shown
     found = planned(M2)
     assert found.render().startswith(shown[1])
+    below = planned(M2, batch_size=32).deployment
+    degrees = f"moe_tp {below.moe_tp_degree} x moe_ep {below.moe_ep_degree}"
+    assert (
+        f"`--batch-size 32` it finds the degrees that the steps below take on trn2: {degrees}"
+        in (" ".join(page.split()))
+    )
+    assert f"| tp {below.tp_degree} = {degrees} |" in page
     (row,) = re.findall(r"^\| `proposals` \|(.*)$", page, flags=re.MULTILINE)
     fields = set(re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE))
     documented = set(re.findall(r"`(\w+)`", " ".join(fields)))
@@ -390,11 +438,6 @@ def test_what_a_compile_refuses_is_what_a_plan_refuses(raw: dict[str, Any]) -> N
             found.deployment.smallest_context,
             found.deployment.context_length,
         )
-
-
-def test_a_plan_takes_the_context_lengths_that_a_compile_takes() -> None:
-    for length in range(2, 5000):
-        assert default_buckets(length) == compile_options.default_buckets(length)
 
 
 @pytest.mark.parametrize(
@@ -448,10 +491,24 @@ def test_the_options_of_a_proposal_as_asked_name_no_conversion() -> None:
 
 
 def test_channels_that_no_degree_shares_in_whole_blocks_are_told_so() -> None:
-    for raw, kind in ((published("Qwen3-4B-FP8"), "tp"), (M2, "moe_tp")):
-        found = planned(raw | {"intermediate_size": 1000}, instance="trn2.48xlarge", tp_degree=1)
-        (fix,) = [each.fix for each in found.reasons if each.rule == "R2"]
-        assert fix.startswith(f"no {kind}_degree does, as 1000 is not whole blocks: needs the ")
+    machine = {"instance": "trn2.48xlarge", "tp_degree": 1}
+    for raw, chosen, said in (
+        (
+            published("Qwen3-4B-FP8"),
+            {},
+            "no tp_degree does, as 1000 is not whole blocks: needs the checkpoint in BF16, or a "
+            "conversion with its projections in --keep-in-bf16",
+        ),
+        (
+            M2,
+            {"expert_scales": "block"},
+            "needs expert_scales auto, which repeats the scales of a block for its channels",
+        ),
+    ):
+        found = planned(raw | {"intermediate_size": 1000}, **machine, **chosen)
+        assert [each.fix for each in found.reasons if each.rule == "R2"] == [said]
+    found = planned(M2 | {"intermediate_size": 1000}, **machine)
+    assert {each.rule for each in found.reasons} == {"R18"}  # one rank holds no such model
 
 
 @pytest.mark.parametrize("section", ["written by hand", ["fp8"], 1])
@@ -516,7 +573,8 @@ def test_what_speaks_against_a_proposal_is_said_beside_it() -> None:
     said = " ".join(planned(published("Qwen3-30B-A3B-FP8")).render().split())
     assert "R11: the shards of all ranks take" in said
     assert "inf2.xlarge has 16.00 GiB" in said
-    said = planned(M2, instance="trn2.48xlarge", tp_degree=64, batch_size=1).render()
+    asked = {"instance": "trn2.48xlarge", "tp_degree": 64, "batch_size": 1}
+    said = planned(M2, **asked, expert_scales="block").render()
     assert "R6: tp_degree 12 is not among those documented" in " ".join(said.split())
 
 

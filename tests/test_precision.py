@@ -141,7 +141,8 @@ def test_the_published_list_is_right_for_hugging_face_and_breaks_nxdi(tiny):
 def test_a_good_checkpoint_has_notes_and_no_warnings(tiny):
     report = inspect(tiny, check_values=True)
     assert report.findings
-    assert {finding.severity for finding in report.findings} == {"note"}
+    others = {finding.severity for finding in report.findings if finding.kind != "tokenizer"}
+    assert others == {"note"}
 
 
 def test_listing_self_attn_is_an_error_that_counts_its_weights(tiny):

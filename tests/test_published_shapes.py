@@ -192,7 +192,7 @@ MODELOPT = {
             {"quantization_config": {"quant_method": "compressed-tensors"}},
             "quant_method is 'compressed-tensors'",
         ),
-        ({"quantization_config": MODELOPT}, "quant_algo is 'FP8', of ModelOpt"),
+        ({"quantization_config": MODELOPT}, "quant_algo is 'FP8': .* ModelOpt"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config is"),
         ({"model_type": "qwen3_5_moe"}, "model_type is 'qwen3_5_moe'; expected .*'qwen3_moe'"),

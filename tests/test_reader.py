@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.reader import INDEX_NAME, Checkpoint, TensorDirectory
+from neuron_minimax.checkpoint.index import INDEX_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import ceil_div
 from tests.tiny import write_tiny
@@ -234,8 +235,8 @@ BIAS = "model.layers.0.block_sparse_moe.e_score_correction_bias"
         ),
         (lambda t: t.pop(Q_PROJ), [Q_PROJ, "is missing"]),
         (lambda t: t.update({NORM: t[NORM][:-1].clone()}), [NORM, "[255]", "[256]"]),
-        (lambda t: t.update({NORM: t[NORM].half()}), [NORM, "F16", "BF16 or F32"]),
-        (lambda t: t.update({BIAS: t[BIAS].bfloat16()}), [BIAS, "BF16", "F32", "flips experts"]),
+        (lambda t: t.update({NORM: t[NORM].double()}), [NORM, "F64", "BF16 or F32"]),
+        (lambda t: t.update({BIAS: t[BIAS].int()}), [BIAS, "I32", "F32", "flips experts"]),
         (
             lambda t: t.update({Q_PROJ: t[Q_PROJ].bfloat16()}),
             [Q_PROJ + "_scale_inv", "BF16", "F8_E4M3"],

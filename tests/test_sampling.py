@@ -140,7 +140,7 @@ def test_broken_logits_are_an_error(value):
         ("temperature", -0.1),
         ("temperature", "hot"),
         ("temperature", float("nan")),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.5),
         ("top_p", 0.0),
         ("top_p", 1.1),

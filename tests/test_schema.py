@@ -54,7 +54,10 @@ def test_multi_token_prediction_tensors_are_recognized_by_whole_parts():
     beyond = ["model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
     within = ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.eh_proj.weight"]
     assert schema.mtp_names([*marked, *beyond, *within], declared) == [*marked, *beyond]
-    assert schema.mtp_names([*marked, *beyond, *within], silent) == marked
+    assert schema.mtp_names([*marked, *beyond, *within], silent) == [*marked, *beyond]
+    unnamed = ["model.layers.2.projection.weight"]
+    assert schema.mtp_names(unnamed, declared) == unnamed
+    assert schema.mtp_names(unnamed, silent) == []
 
 
 def test_a_layer_that_config_does_not_count_is_no_multi_token_prediction():

@@ -254,7 +254,6 @@ def test_what_is_out_of_range_or_not_supported_is_refused_by_name(client, option
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "content",
         ),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "put it first"),
         (
             [
                 {"role": "user", "content": "a"},
@@ -370,6 +369,20 @@ def test_cached_tokens_tell_nothing_across_api_keys_and_salts(traced):
     with serving(load(traced)) as served:  # all who need no key are one client
         assert cached(open_client(served, api_key="one")) == 0
         assert cached(open_client(served, api_key="two")) == own
+
+
+def test_prompts_that_begin_alike_are_encoded_once_and_usage_and_metrics_say_so(traced):
+    system = [(5 * place) % 299 for place in range(70)]
+    with serving(load(traced)) as served:
+        answer = open_client(served).completions.create(
+            model=MODEL, prompt=[[*system, 1], [*system, 2], [*system, 3]], max_tokens=1
+        )
+        lines = web.get(f"{served.url}/metrics").text.splitlines()
+    assert answer.usage.prompt_tokens == 3 * 71
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2 * 70
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values["neuron_minimax_prompt_tokens_total"]) == 3 * 71
+    assert float(values["neuron_minimax_prefix_cache_hits_total"]) == 2 * 70
 
 
 def test_every_response_has_a_request_id_and_a_client_may_name_it(server):

@@ -283,6 +283,9 @@ def test_without_any_eos_the_end_of_turn_stops_and_pads(tokenizer):
         (None, SamplingParams(temperature=1.0, top_p=0.95, top_k=40)),
         ({"temperature": 0.6, "top_k": 20}, SamplingParams(temperature=0.6, top_p=0.95, top_k=20)),
         ({"do_sample": False, "temperature": 0.6}, GREEDY),
+        ({"top_k": -1}, SamplingParams(temperature=1.0, top_p=0.95, top_k=-1)),
+        ({"top_k": 0, "top_p": 1.0}, SamplingParams(temperature=1.0, top_p=1.0, top_k=0)),
+        ({"top_k": None, "min_p": None}, SamplingParams(temperature=1.0, top_p=0.95, top_k=40)),
     ],
 )
 def test_sampling_defaults_come_from_the_generation_config(tmp_path, contents, options):
@@ -326,7 +329,7 @@ def test_other_families_sample_alike_with_and_without_reasoning(tmp_path, family
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
-@pytest.mark.parametrize("value", ["1", [], True, -1, "Infinity", "1e999", "9" * 400, {}])
+@pytest.mark.parametrize("value", ["1", [], True, -3, "Infinity", "1e999", "9" * 400, {}])
 def test_a_default_of_another_type_or_out_of_range_is_one_message(tmp_path, name, value):
     text = value if isinstance(value, str) and len(value) > 1 else json.dumps(value)
     write_tokenizer(tmp_path)
@@ -386,9 +389,31 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "minimind", "auto_map": {"AutoConfig": "evil.Evil"}})
     )
-    with pytest.raises(GenerationError, match="cannot be loaded"):
-        TextTokenizer.from_dir(tmp_path)
+    tokenizer = TextTokenizer.from_dir(tmp_path)
+    assert type(tokenizer.hugging_face).__module__.startswith("transformers.")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_a_later_transformers_has_saved_is_read_from_its_file(
+    directory, tokenizer, tmp_path
+):
+    """Version 5 saves `TokenizersBackend` and a list of extra tokens, which version 4 has not."""
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "TokenizerOfTomorrow",
+        "backend": "tokenizers",
+        "is_local": True,
+        "extra_special_tokens": ["]~b]"],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = TextTokenizer.from_dir(tmp_path)
+    for text in TEXTS:
+        assert found.encode(text) == tokenizer.encode(text)
+    assert found.stop_token_ids == tokenizer.stop_token_ids
+    assert found.encode("]~b]")[0] in found.hidden_ids
+    assert found.render_chat(CHAT) == tokenizer.render_chat(CHAT)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
-from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
+from neuron_minimax.checkpoint.index import SINGLE_NAME
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.cli import main
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.state_dict import neuron_to_hf_state_dict

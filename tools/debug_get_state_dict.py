@@ -18,11 +18,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--converted", type=Path, metavar="DIR", help="compare this conversion too")
     parser.add_argument("--layer", type=int, metavar="N", help="show its rules (default 0)")
     parser.add_argument("--grep", metavar="TEXT", help="show the rules with this in a name")
+    parser.add_argument(
+        "--moe-tp-degree", type=int, metavar="N", help="say what N ranks hold of an expert"
+    )
     arguments = parser.parse_args(argv)
 
     def run() -> int:
         source = nm.Checkpoint.open(arguments.checkpoint)
-        walked = nm.walk_state_dict(source, arguments.converted, arguments.layer, arguments.grep)
+        walked = nm.walk_state_dict(
+            source, arguments.converted, arguments.layer, arguments.grep, arguments.moe_tp_degree
+        )
         show(walked.render(f"Loading path of {arguments.checkpoint}"), end="")
         return 1 if walked.first_wrong else 0
 

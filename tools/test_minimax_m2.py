@@ -1,6 +1,7 @@
 """Run prompts through a MiniMax-M2 checkpoint on the CPU and analyse which experts fire."""
 
 import argparse
+from datetime import datetime
 from pathlib import Path
 
 import neuron_minimax as nm
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dump_cache", action="store_true", help="build the cache first")
     parser.add_argument("--dump_only", action="store_true", help="build the cache and exit")
-    parser.add_argument("--output_dir", type=Path, default=Path("experts"))
+    parser.add_argument("--output_dir", type=Path, help="default: a new folder, named by the time")
     parser.add_argument(
         "--disable_structured_output", action="store_true", help="plots and report only"
     )
@@ -43,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def request_of(arguments: argparse.Namespace) -> "nm.ExpertsRequest":
     return nm.ExpertsRequest(
-        output=arguments.output_dir,
+        output=arguments.output_dir or Path(f"experts_{datetime.now():%Y%m%d_%H%M%S_%f}"),
         prompts=arguments.prompt,
         max_new_tokens=arguments.max_tokens,
         sampling={

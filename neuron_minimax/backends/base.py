@@ -37,6 +37,7 @@ class Capabilities:
     chunked_encoding      encode may continue a slot (start > 0), and prompts longer than the last
                           bucket are split
     all_position_logits   encode(all_positions=True) and encode_rows are allowed
+    slot_copies           copy is allowed
     """
 
     slots: int
@@ -45,6 +46,7 @@ class Capabilities:
     vocab_size: int
     chunked_encoding: bool
     all_position_logits: bool
+    slot_copies: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.seq_len < 1:
@@ -138,6 +140,24 @@ class Backend(ABC):
             positions = positions.masked_fill(~active, 0)
         return self._step(tokens, positions, active)
 
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Make slot `target` hold at positions start to end - 1 what `source` holds there.
+
+        Attention reads what is before, too: a copy goes on where both hold the same. Raises
+        BackendError when this model's slots cannot be copied, or a slot or position is out of
+        range.
+        """
+        if not self.capabilities.slot_copies:
+            raise BackendError("this compiled model cannot copy between slots; encode the tokens")
+        self._check_slot(source)
+        self._check_slot(target)
+        if not 0 <= start <= end <= self.capabilities.seq_len:
+            raise BackendError(
+                f"copy of positions {start} to {end}: expected an ascending range within seq_len "
+                f"{self.capabilities.seq_len}"
+            )
+        self._copy(source, target, start, end)
+
     @abstractmethod
     def reset(self, slot: int) -> None:
         """Forget what the slot holds."""
@@ -149,6 +169,10 @@ class Backend(ABC):
     def _encode_rows(self, slot: int, ids: list[int], start: int) -> "Iterator[torch.Tensor]":
         """`encode_rows` for checked arguments and at most the last bucket's number of tokens."""
         yield self._encode(slot, ids, start, True)
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        """`copy` for checked arguments; called where the capabilities have it."""
+        raise NotImplementedError
 
     @abstractmethod
     def _step(

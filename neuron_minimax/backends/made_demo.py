@@ -5,7 +5,6 @@ is the demo. So the compile that makes the demo notes the digest of its manifest
 digests of all that is run, where nobody but the user writes.
 """
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,26 +12,12 @@ from neuron_minimax.backends.directory import check_compiled
 from neuron_minimax.backends.manifest import MANIFEST_NAME
 from neuron_minimax.checkpoint.writer import make_directory, replacing
 from neuron_minimax.errors import BackendError, NeuronMiniMaxError
-from neuron_minimax.files import read_bytes, sha256_of
+from neuron_minimax.files import read_bytes, sha256_of, user_cache
 from neuron_minimax.progress import Progress
 
 MADE_DEMO = Path("traced_model/demo")  # where `make demo` leaves it
 NOTE = "made-demo"  # in the user's cache
 DIGEST_LINE = 65  # bytes
-
-
-def user_cache() -> Path:
-    """Return $XDG_CACHE_HOME/neuron-minimax, or that in ~/.cache. Raises BackendError for a user
-    who has neither.
-    """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        home = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
-        raise BackendError(
-            "there is no home directory to keep the demo in; set XDG_CACHE_HOME to a directory"
-        ) from None
-    return home / "neuron-minimax"
 
 
 def note_demo(traced: Path) -> str:

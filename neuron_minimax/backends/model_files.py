@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ from neuron_minimax.checkpoint.writer import copy_file, require_space, sync_dire
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError, ConversionError, some_of
 from neuron_minimax.files import stamp
-from neuron_minimax.progress import Progress
+from neuron_minimax.progress import Advance, Progress
 
 MODEL = "model"
 NEW_MODEL = ".model-new"
@@ -118,12 +118,12 @@ def copy_model(
     dropper = PageDropper((converted.tensors,), nbytes)
     with progress.stage("copying weights", nbytes) as advance:
 
-        def count(done: int) -> None:
-            advance(done)
-            dropper.advance(done)
+        def both(count: int = 0, doing: str = "") -> None:
+            advance(count, doing)
+            dropper.advance(count)
 
         for name in missing:
-            _copy_shard(converted, name, new, count)
+            _copy_shard(converted, name, new, both)
             if dropper.drops:
                 TensorDirectory(new, shards=[name]).drop_pages()
     dropper.finish()
@@ -156,10 +156,8 @@ def _keep_copies(converted: Converted, new: Path) -> None:
             remove(path)
 
 
-def _copy_shard(
-    converted: Converted, name: str, new: Path, progress: Callable[[int], None]
-) -> None:
-    copy_file(converted.directory / name, new / name, progress)
+def _copy_shard(converted: Converted, name: str, new: Path, advance: Advance) -> None:
+    copy_file(converted.directory / name, new / name, advance)
     records = {key: record for key, record in converted.records.items() if record.shard == name}
     damaged = damaged_tensors(TensorDirectory(new, shards=[name]), records)
     if damaged:
@@ -201,7 +199,7 @@ def require_whole(converted: Converted, progress: Progress) -> None:
     files that are not as they were written.
     """
     with progress.stage(f"reading {converted.directory}", converted.nbytes) as advance:
-        found = examine(converted.directory, converted.manifest, everything=True, progress=advance)
+        found = examine(converted.directory, converted.manifest, everything=True, advance=advance)
     found.require_whole(converted.directory, _check(converted))
 
 
@@ -212,9 +210,7 @@ def _check(converted: Converted) -> str:
 def damaged_model(opened: Converted, progress: Progress) -> str:
     """Say which file of a model has other bytes than recorded; all are read."""
     with progress.stage(f"reading {opened.directory}", opened.nbytes) as advance:
-        faults = examine(
-            opened.directory, opened.manifest, everything=True, progress=advance
-        ).faults
+        faults = examine(opened.directory, opened.manifest, everything=True, advance=advance).faults
     return next((f"{name} {fault}" for name, fault in faults.items()), "")
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
-from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.records import (
     Count,
     TensorFields,
@@ -40,6 +41,7 @@ from neuron_minimax.files import (
     sha256_of,
     stamp,
 )
+from neuron_minimax.progress import Advance, nothing
 
 Manifest = TypeVar("Manifest", bound="Recorded")
 NAN_MEDIAN = re.compile(rb'("median_if_[a-z]+": )NaN')
@@ -179,11 +181,11 @@ def examine(
     *,
     everything: bool = False,
     shards: bool = True,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> Examination:
     """Compare an output's files with its manifest: stamps first, then the bytes of those with
     another time stamp (of all, if `everything`; of the small ones alone, unless `shards`).
-    `progress` is called with the bytes of each tensor that is read.
+    `advance` is called with the bytes of each tensor that is read.
     """
     recorded = manifest.files
     if recorded is None:
@@ -206,7 +208,7 @@ def examine(
             if record.shard in suspects
         }
         stored = TensorDirectory(directory, shards=suspects)
-        damaged = damaged_tensors(stored, records, progress)
+        damaged = damaged_tensors(stored, records, advance)
         for shard in suspects:
             names = [name for name in damaged if records[name].shard == shard]
             if names:

@@ -36,6 +36,7 @@ STORED_DTYPES: dict[str, np.dtype] = {
     for name, kind in {
         "F8_E4M3": "u1",
         "F8_E5M2": "u1",
+        "F8_E8M0": "u1",
         "BF16": "<u2",
         "F16": "<f2",
         "F32": "<f4",
@@ -48,9 +49,22 @@ STORED_DTYPES: dict[str, np.dtype] = {
         "BOOL": "?",
     }.items()
 }
+# Bits of an element of the format's other dtypes. Such a tensor has its place, and is not read.
+UNREAD_DTYPES = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+    "C64": 64,
+}
 TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "BF16": "bfloat16",
     "F16": "float16",
     "F32": "float32",
@@ -84,7 +98,10 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+        elements = prod(self.shape)
+        if self.dtype in UNREAD_DTYPES:
+            return elements * UNREAD_DTYPES[self.dtype] // 8
+        return elements * STORED_DTYPES[self.dtype].itemsize
 
     @property
     def form(self) -> str:
@@ -152,10 +169,10 @@ def read_header(path: Path) -> list[TensorEntry]:
     """The entries of one safetensors file in the order of their data, checked against the file's
     length.
 
-    What the safetensors library refuses is refused. Of what it takes are refused: a dtype other
-    than those of STORED_DTYPES, a tensor's entry with another field or written as a list, more
-    than MOST_DIMENSIONS, sizes beyond ARRAY_LIMIT, names that are no plain text
-    (`is_plain_text`), keys that stand twice, and more than MOST_TENSORS.
+    What the safetensors library refuses is refused. Of what it takes are refused: a tensor's entry
+    with another field or written as a list, more than MOST_DIMENSIONS, sizes beyond ARRAY_LIMIT,
+    names that are no plain text (`is_plain_text`), keys that stand twice, and more than
+    MOST_TENSORS. A tensor of UNREAD_DTYPES is listed; no array can be had of it.
     Raises CheckpointError naming the file when it is missing, empty, truncated, or its header lies.
     """
     (size, text) = _header_text(path)
@@ -240,12 +257,14 @@ def _tensors_of(header: _Header, path: Path) -> dict[str, _Stored]:
 
 
 def _entry(path: Path, name: str, fields: _Stored, base: int) -> TensorEntry:
-    if fields.dtype not in STORED_DTYPES:
+    if fields.dtype not in STORED_DTYPES and fields.dtype not in UNREAD_DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {shown(fields.dtype)}; expected one of "
             f"{', '.join(STORED_DTYPES)}"
         )
     spec = TensorSpec(name, fields.dtype, fields.shape)
+    if fields.dtype in UNREAD_DTYPES and prod(fields.shape) * UNREAD_DTYPES[fields.dtype] % 8:
+        raise CheckpointError(f"{path}: {name} is {spec.form}, no whole bytes; {ADVICE}")
     (begin, end) = fields.data_offsets
     needed = spec.nbytes
     if not needed and _overflows(fields.shape):

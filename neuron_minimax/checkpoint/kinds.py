@@ -90,7 +90,7 @@ def _training(path: Path) -> list[str]:
 def _pointers(path: Path) -> list[str]:
     """Return the names of the files that Git LFS has not fetched."""
     found = []
-    patterns = ("*.safetensors", "*.bin", "*.pth", "*.json")
+    patterns = ("*.safetensors", "*.bin", "*.pth", "*.json", "*.jinja", "*.txt", "*.model")
     for file in sorted(file for pattern in patterns for file in path.glob(pattern)):
         with suppress(OSError):
             if file.stat().st_size <= POINTER_BYTES and read_bytes(file).startswith(LFS_MARK):

@@ -31,8 +31,9 @@ from neuron_minimax.checkpoint.finished import (
     renew,
     source_files,
 )
+from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
-from neuron_minimax.checkpoint.reader import INDEX_NAME, TensorDirectory
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.records import (
     TensorRecord,
     read_records,
@@ -50,6 +51,7 @@ from neuron_minimax.checkpoint.writer import (
 )
 from neuron_minimax.errors import ConversionError, NeuronMiniMaxError, some_of
 from neuron_minimax.files import differences, stamp
+from neuron_minimax.progress import Advance, nothing
 
 # Who wrote an output is recorded, never compared. Earlier versions had it in the identity.
 MADE_BY = "made_by"
@@ -100,9 +102,9 @@ def fill_directory(
     *,
     overwrite: bool = False,
     check: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> Filled:
-    """Fill a directory, or finish what an earlier run has left there; `progress` gets bytes done.
+    """Fill a directory, or finish what an earlier run has left there; `advance` gets bytes done.
 
     `check` reads every byte of a finished one, computes again what the source gives, and writes the
     shards that differ. Raises ConversionError when the directory holds another output (unless
@@ -111,7 +113,7 @@ def fill_directory(
     finished shards for the next one.
     """
     with held(path, ConversionError):
-        output = _Output(path, recipe, progress)
+        output = _Output(path, recipe, advance)
         try:
             with _named_errors(path):
                 output.require_same_source()
@@ -127,10 +129,10 @@ def fill_directory(
 class _Output:
     """A directory that this run holds."""
 
-    def __init__(self, path: Path, recipe: Recipe, progress: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, recipe: Recipe, advance: Advance) -> None:
         self.path = path
         self.recipe = recipe
-        self.progress = progress
+        self.advance = advance
         self.manifest_path = path / recipe.manifest_name
         # as it reads back from a file
         self.identity = comparable(json.loads(json.dumps(recipe.identity)))
@@ -225,7 +227,7 @@ class _Output:
                 missing.append(shard)
             else:
                 records |= found
-                self.progress(shard.nbytes)
+                self.advance(shard.nbytes)
         kept = {shard.name for shard in shards} - {shard.name for shard in missing}
         for name in (*SMALL_FILES, *(shard.name for shard in missing)):
             (self.path / name).unlink(missing_ok=True)
@@ -247,7 +249,7 @@ class _Output:
         touched = check or not faults.keys().isdisjoint(manifest.shards)
         shards = self.shards if touched else ()
         if check:
-            given = digests_of(shards, self.recipe.source, self.progress)
+            given = digests_of(shards, self.recipe.source, self.advance)
             for shard in shards:
                 others = [name for name in _names(shard) if given[name] != records.get(name)]
                 if others:
@@ -260,7 +262,7 @@ class _Output:
         ]
         if not check:
             kept = manifest.shards - {shard.name for shard in missing}
-            self.progress(sum(record.nbytes for record in records.values() if record.shard in kept))
+            self.advance(sum(record.nbytes for record in records.values() if record.shard in kept))
         records |= self._write(missing)
         changes = [f"{name} {fault}: made again" for name, fault in faults.items()]
         if faults or missing or self._small_files_changed(manifest):
@@ -354,7 +356,7 @@ class _Output:
 
     def _write(self, shards: Sequence[StreamedShard]) -> dict[str, TensorRecord]:
         journal = self.unfinished.write_journal
-        return write_shards(shards, self.recipe.source, self.path, journal, self.progress)
+        return write_shards(shards, self.recipe.source, self.path, journal, self.advance)
 
 
 @contextmanager

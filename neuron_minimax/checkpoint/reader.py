@@ -6,13 +6,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import ConfigDict
 
 from neuron_minimax.checkpoint import header, kinds, schema
 from neuron_minimax.checkpoint.header import (
@@ -21,27 +21,24 @@ from neuron_minimax.checkpoint.header import (
     TORCH_DTYPES,
     TensorEntry,
     TensorSpec,
-    is_plain_text,
     size_text,
 )
 from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_weight_map
 from neuron_minimax.checkpoint.kinds import Wanted
 from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.config import MOST_TENSORS, ModelConfig
-from neuron_minimax.errors import CheckpointError, counted, shown
-from neuron_minimax.files import Stamp, is_plain_name, open_regular, read_bytes, read_json, stamp
+from neuron_minimax.errors import CheckpointError, counted, some_of
+from neuron_minimax.files import Stamp, open_regular, read_bytes, stamp
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention
 from neuron_minimax.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 64 << 10  # of a fingerprint
-MOST_SHARDS = 10_000  # the published checkpoints have some 130
 
 
 def stamps_of(directory: Path) -> dict[str, Stamp]:
@@ -52,15 +49,6 @@ def stamps_of(directory: Path) -> dict[str, Stamp]:
             with suppress(OSError):
                 found[path.name] = stamp(path)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Index:
-    """What is read of an index: the shard of each tensor."""
-
-    __pydantic_config__ = ConfigDict(extra="ignore")
-
-    weight_map: dict[str, str]
 
 
 class TensorDirectory:
@@ -81,7 +69,12 @@ class TensorDirectory:
         self.problems: list[Problem] = []
         self.entries: dict[str, TensorEntry] = {}
         self._maps: dict[str, np.memmap] = {}
-        weight_map = {} if shards else self._weight_map()
+        self.leftovers: list[Problem] = []
+        weight_map = {} if shards else read_weight_map(self.directory)
+        if weight_map and not any(
+            (self.directory / shard).exists() for shard in {*weight_map.values()}
+        ):
+            weight_map = self._without_stale_index(weight_map)
         self.shards = list(shards) or sorted(set(weight_map.values())) or [self._single_file()]
         for shard in self.shards:
             self._read_shard(shard, weight_map)
@@ -102,7 +95,7 @@ class TensorDirectory:
         The kernel ends a process that touches a mapped page behind the end of its file, so what
         streams takes `rows` or `strips`. Raises CheckpointError when the file is too short already.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         path = self.directory / entry.shard
         if path.stat().st_size < entry.end:
             raise CheckpointError(_ends_within(entry))
@@ -117,7 +110,7 @@ class TensorDirectory:
         Read, not mapped: of what is looked at once, mapping each page takes longer than copying it.
         Raises CheckpointError when the file has become shorter.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         if not entry.shape or not entry.nbytes:
             return
         strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
@@ -135,7 +128,7 @@ class TensorDirectory:
 
         Raises CheckpointError when the file cannot be read, or has become shorter.
         """
-        entry = self.entry(name)
+        entry = self._readable(name)
         shape = entry.shape
         start = entry.start
         if rows != slice(None):
@@ -151,7 +144,7 @@ class TensorDirectory:
         """The tensor in its stored dtype, zero-copy over the mapped file."""
         import torch
 
-        dtype = TORCH_DTYPES[self.entry(name).dtype]
+        dtype = TORCH_DTYPES[self._readable(name).dtype]
         return torch.from_numpy(self.array(name)).view(getattr(torch, dtype))
 
     def entry(self, name: str) -> TensorEntry:
@@ -159,6 +152,31 @@ class TensorDirectory:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}") from None
+
+    def adjacent(self, names: Sequence[str]) -> "torch.Tensor | None":
+        """Tensors [R,C] that lie behind each other in one file, as one [sum of R,C], zero-copy;
+        None where they do not.
+        """
+        import torch
+
+        entries = [self._readable(name) for name in names]
+        for before, entry in pairwise(entries):
+            follows = (entry.shard, entry.start) == (before.shard, before.end)
+            if not follows or entry.dtype != before.dtype or entry.shape[1:] != before.shape[1:]:
+                return None
+        self.array(names[-1])  # which the file is long enough for
+        raw = np.asarray(self._map(entries[0].shard))[entries[0].start : entries[-1].end]
+        dtype = getattr(torch, TORCH_DTYPES[entries[0].dtype])
+        return torch.from_numpy(raw).view(dtype).view(-1, *entries[0].shape[1:])
+
+    def _readable(self, name: str) -> TensorEntry:
+        entry = self.entry(name)
+        if entry.dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{name} in {entry.shard} is {entry.dtype}, which is not read; expected one of "
+                f"{', '.join(STORED_DTYPES)}"
+            )
+        return entry
 
     @property
     def nbytes(self) -> int:
@@ -234,43 +252,29 @@ class TensorDirectory:
                 self._maps[shard] = np.memmap(file, dtype=np.uint8, mode="c")
         return self._maps[shard]
 
-    def _weight_map(self) -> dict[str, str]:
-        if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory} is not a directory; expected a checkpoint directory"
-            )
-        path = self.directory / INDEX_NAME
-        try:
-            weight_map = read_json(path, _Index, CheckpointError, ADVICE).weight_map
-        except FileNotFoundError:
-            return {}
-        if not 0 < len(weight_map) <= MOST_TENSORS:
-            raise CheckpointError(
-                f"{path} cannot be used (weight_map has {len(weight_map)} tensors, expected 1 to "
-                f"{MOST_TENSORS}); {ADVICE}"
-            )
-        for name in weight_map:
-            if not is_plain_text(name):
-                raise CheckpointError(
-                    f"{path} lists {shown(name)}, which is no name of a tensor; {ADVICE}"
-                )
-        shards = set(weight_map.values())
-        if len(shards) > MOST_SHARDS:
-            raise CheckpointError(
-                f"{path} names {len(shards)} shards; at most {MOST_SHARDS} are read: {ADVICE}"
-            )
-        for shard in shards:
-            if not is_plain_name(shard) or not is_plain_text(shard):
-                raise CheckpointError(
-                    f"{path} names the shard {shown(shard)}; expected a file name in the same "
-                    "directory"
-                )
-        return weight_map
+    def _without_stale_index(self, weight_map: dict[str, str]) -> dict[str, str]:
+        """Return an index, or none where the single file is there and no file that it lists."""
+        if not (self.directory / SINGLE_NAME).exists():
+            return weight_map
+        message = (
+            f"{INDEX_NAME} lists {counted(len({*weight_map.values()}), 'file')}, none of which is "
+            f"there; {SINGLE_NAME} is read instead, as transformers does: remove the index"
+        )
+        self.leftovers.append(Problem(INDEX_NAME, message, "leftover"))
+        return {}
 
     def _single_file(self) -> str:
         files = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if len(files) == 1:
             return files[0]
+        if SINGLE_NAME in files:
+            others = [name for name in files if name != SINGLE_NAME]
+            message = (
+                f"{some_of(others)} beside {SINGLE_NAME} is not read; merge it in first where it "
+                "belongs to the model, as an adapter does, or remove it"
+            )
+            self.leftovers.append(Problem(others[0], message, "leftover"))
+            return SINGLE_NAME
         found = (
             f"{len(files)} safetensors files and no {INDEX_NAME}"
             if files
@@ -286,10 +290,11 @@ class TensorDirectory:
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
-        if len(self.entries) + len(entries) > MOST_TENSORS:
+        count = len(self.entries) + len(entries)
+        if count > MOST_TENSORS:
             raise CheckpointError(
-                f"{self.directory} has more than {MOST_TENSORS} tensors; it is of no supported "
-                "model"
+                f"{self.directory} has at least {count} tensors; at most {MOST_TENSORS} are read: "
+                "it is of no supported model"
             )
         for entry in entries:
             other = self.entries.get(entry.name)
@@ -320,7 +325,8 @@ class Checkpoint(TensorDirectory, ScaledWeights):
     table for its config.
 
     `problems` also holds what `schema.check_against_schema` finds; `mtp_names` the tolerated
-    multi-token-prediction tensors. `scale_convention` says what `weight_scale_inv` means where its
+    multi-token-prediction tensors, `cache_scale_names` those of an FP8 key/value cache, and
+    `left_out` both. `scale_convention` says what `weight_scale_inv` means where its
     values do not. Raises ConfigError or CheckpointError without such a checkpoint.
     """
 
@@ -338,9 +344,15 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         self.config = schema.with_stored_head(self.config, self.entries)
         self.title = str(self.directory)
         self.mtp_names = schema.mtp_names(self.entries, self.config)
-        if self.entries or not self.problems:  # else no file could be read, which is a problem
-            found = schema.check_against_schema(self.entries, self.config, set(self.mtp_names))
-            self.problems += [each for each in found if each.subject not in self.unread]
+        self.cache_scale_names = schema.cache_scale_names(self.entries, self.config)
+        if not self.entries and self.problems:
+            return  # no file could be read, which is a problem
+        foreign = schema.foreign_format(self.entries, self.config)
+        if foreign is not None:
+            self.problems.append(foreign)
+            return
+        found = schema.check_against_schema(self.entries, self.config, set(self.left_out))
+        self.problems += [each for each in found if each.subject not in self.unread]
 
     @classmethod
     def open(
@@ -366,6 +378,11 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         directory = local_directory(path, progress=progress)
         with progress.stage(f"opening {directory}"):
             return cls(directory, choice)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of tensors that are tolerated, and not run."""
+        return self.mtp_names + self.cache_scale_names
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:

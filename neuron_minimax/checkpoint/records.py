@@ -3,7 +3,7 @@ is on disk.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ from neuron_minimax.checkpoint.header import STORED_DTYPES, HasSpec, TensorSpec
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.streaming import WORKERS, PageDropper
 from neuron_minimax.files import FileName
+from neuron_minimax.progress import Advance, nothing
 
 CHECK_PIECE = 8 << 20
 CRC_POLYNOMIAL = 0xEDB88320  # of crc32, lowest bit first
@@ -122,7 +123,7 @@ def _shift(nbytes: int) -> int:
 def damaged_tensors(
     stored: TensorDirectory,
     records: Mapping[str, TensorRecord],
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> list[str]:
     """Names whose stored bytes, dtype or shape are not what the records say; all are re-read."""
     dropper = PageDropper((stored,), stored.nbytes)
@@ -132,7 +133,7 @@ def damaged_tensors(
         if entry is None or entry.spec != records[name].spec:
             return True
         damaged = _crc32_of(stored, name) != records[name].crc32
-        progress(entry.nbytes)
+        advance(entry.nbytes)
         dropper.advance(entry.nbytes)
         return damaged
 

@@ -62,9 +62,8 @@ class ScaledWeights:
             yield name, codes, self.scales(name, slice(1))
 
     def scales(self, name: str, block_rows: slice = slice(None)) -> np.ndarray:
-        """The stored block scales of an FP8 weight in float32, to which BF16 is widened exactly."""
-        stored = self.rows(schema.scale_name(name), block_rows)
-        return bfloat16.to_float32(stored)
+        """The stored block scales of an FP8 weight, widened to float32, which is exact."""
+        return bfloat16.scales_to_float32(self.rows(schema.scale_name(name), block_rows))
 
     @cached_property
     def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:
@@ -92,12 +91,21 @@ class ScaledWeights:
 
     def multipliers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The float32 factors of an FP8 weight's codes, one for each block that these rows of the
-        weight touch.
+        weight touch; 0 where the stored scale of a block without a code but 0 is 0.
 
         Raises CheckpointError naming stored scales that are not positive finite numbers.
         """
-        block_rows = self.config.weight_block_size[0]
+        block = self.config.weight_block_size
         start, stop, _ = rows.indices(self.specs[name].shape[0])
-        stored = self.scales(name, slice(start // block_rows, ceil_div(stop, block_rows)))
-        fp8.check_scales(schema.scale_name(name), stored)
-        return np.float32(1) / stored if self.convention is ScaleConvention.RECIPROCAL else stored
+        first = start // block[0]
+        last = ceil_div(stop, block[0])
+        stored = self.scales(name, slice(first, last))
+        zero = stored == 0
+        maxima = None
+        if zero.any():
+            codes = self.rows(name, slice(first * block[0], last * block[0]))
+            maxima = fp8.largest_codes(codes, block)
+        fp8.check_scales(schema.scale_name(name), stored, maxima)
+        if self.convention is ScaleConvention.RECIPROCAL:
+            return np.divide(1, stored, out=np.zeros_like(stored), where=~zero)
+        return stored

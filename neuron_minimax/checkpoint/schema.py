@@ -4,19 +4,26 @@ Reports, coverage checks, planners and tests are derived from it.
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 
 from neuron_minimax.checkpoint.header import HasSpec, TensorEntry, TensorSpec
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.families import module_of
+from neuron_minimax.errors import shown
+from neuron_minimax.families import foreign, module_of
 from neuron_minimax.families.family import Role, Weight
 from neuron_minimax.fp8 import block_grid
 
 SCALE_SUFFIX = "_scale_inv"
-DENSE_DTYPES = ("BF16", "F32")
+# Of weights that are no FP8, and of block scales: all that float32 holds exactly.
+DENSE_DTYPES = ("BF16", "F32", "F16")
+SCALE_DTYPES = (*DENSE_DTYPES, "F8_E8M0", "U8")
+# How config.json counts modules of multi-token prediction, and the parts that only these have.
+MTP_COUNTS = ("num_mtp_modules", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+MTP_PARTS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
+CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".kv_scale")
 IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 
 
@@ -106,7 +113,7 @@ def scale_name(weight_name: str) -> str:
 
 def mtp_names(names: Iterable[str], config: ModelConfig) -> list[str]:
     """Return the names of multi-token-prediction tensors, which this project does not run: named
-    so, or of a layer beyond the last where config.json declares such modules.
+    so, or of a layer beyond the last that config.json declares, or whose names show it.
 
     Such a layer holds something that no layer of the model has: else config.json counts too few.
     """
@@ -118,17 +125,25 @@ def mtp_names(names: Iterable[str], config: ModelConfig) -> list[str]:
             found.append(name)
         elif layer is not None and int(layer[1]) >= config.num_hidden_layers:
             beyond.setdefault(int(layer[1]), []).append((name, layer[2]))
-    if not beyond or not config.raw.get("num_mtp_modules"):
+    if not beyond:
         return found
+    declared = any(config.raw.get(field) for field in MTP_COUNTS)
     own = {
         match[2]
         for wanted in expected(replace(config, num_hidden_layers=1))
         if (match := IN_LAYER.match(wanted.name))
     }
     for members in beyond.values():
-        if any(rest not in own for _, rest in members):
+        others = [rest for _, rest in members if rest not in own]
+        if (others and declared) or any(rest.startswith(MTP_PARTS) for rest in others):
             found += [name for name, _ in members]
     return found
+
+
+def cache_scale_names(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """Return the names of scales that servers put beside attention for an FP8 key/value cache."""
+    attention = f".{config.family.attention_module}."
+    return [name for name in names if attention in name and name.endswith(CACHE_SCALES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,33 @@ class Problem:
 
     def __str__(self) -> str:
         return self.message
+
+
+def foreign_format(entries: Mapping[str, TensorEntry], config: ModelConfig) -> Problem | None:
+    """Return the one problem of a checkpoint in a format that is not read, or under other names."""
+    known = [wanted.name for wanted in expected(config)]
+    dtypes = {name: entry.dtype for name, entry in entries.items()}
+    found = foreign.recognized(dtypes, known)
+    if found is not None:
+        (title, name) = found
+        return Problem(
+            name,
+            f"{name} in {entries[name].shard} ({entries[name].spec.form}) shows that the weights "
+            f"are stored as {title}, which is not read; {foreign.take(config.family)}",
+            "format",
+        )
+    prefixes = foreign.renamed(dtypes, known)
+    if prefixes is not None:
+        (there, wanted) = prefixes
+        name = next(name for name in dtypes if name.startswith(there))
+        return Problem(
+            name,
+            f"the names of the tensors, such as {name}, begin with {shown(there)} where "
+            f"{shown(wanted)} is expected, as of a model that was saved within another one or "
+            f"without its head; {foreign.take(config.family)}, or save the language model itself",
+            "names",
+        )
+    return None
 
 
 def check_against_schema(
@@ -164,7 +206,7 @@ def check_against_schema(
         entry = entries.get(wanted.name)
         if wanted.is_scale:
             scaled = entries.get(wanted.name.removesuffix(SCALE_SUFFIX))
-            yield from _check_scale(entry, scaled, wanted, config.family.scale_dtypes)
+            yield from _check_scale(entry, scaled, wanted)
         elif entry is None:
             yield Problem(
                 wanted.name,
@@ -230,8 +272,7 @@ def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
             "check that both come from the same model",
             "shape",
         )
-    allowed = ("F32",) if wanted.weight.float32_only else DENSE_DTYPES
-    allowed = ("F8_E4M3", *allowed) if wanted.weight.quantized else allowed
+    allowed = ("F8_E4M3", *DENSE_DTYPES) if wanted.weight.quantized else DENSE_DTYPES
     if entry.dtype not in allowed:
         reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
         yield Problem(
@@ -245,7 +286,6 @@ def _check_scale(
     scale: TensorEntry | None,
     weight: TensorEntry | None,
     wanted: Expected,
-    dtypes: Sequence[str],
 ) -> Iterator[Problem]:
     fp8_weight = weight is not None and weight.dtype == "F8_E4M3"
     name = wanted.name
@@ -263,10 +303,11 @@ def _check_scale(
             f"{name} in {scale.shard} scales a weight that is {found}; expected F8_E4M3",
             "scale",
         )
-    elif scale.shape != wanted.shape or scale.dtype not in dtypes:
+    elif scale.shape != wanted.shape or scale.dtype not in SCALE_DTYPES:
         yield Problem(
             name,
             f"{name} in {scale.shard} is {scale.dtype} {list(scale.shape)}; expected "
-            f"{' or '.join(dtypes)} {list(wanted.shape)}, one scale for each block of the weight",
+            f"{' or '.join(SCALE_DTYPES)} {list(wanted.shape)}, one scale for each block of the "
+            "weight",
             "scale",
         )

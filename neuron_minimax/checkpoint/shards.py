@@ -18,6 +18,7 @@ from neuron_minimax.checkpoint.records import TensorRecord, joined_crc32
 from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
 from neuron_minimax.checkpoint.writer import ShardWriter, require_space
 from neuron_minimax.errors import ConversionError
+from neuron_minimax.progress import Advance
 
 SYNC_EVERY = 128 << 20  # bytes between background syncs, so that writing back overlaps computing
 
@@ -92,7 +93,7 @@ class ShardStream:
         self,
         results: Iterator[WrittenPiece],
         syncer: ThreadPoolExecutor,
-        progress: Callable[[int], None],
+        advance: Advance,
     ) -> dict[str, TensorRecord]:
         """Take the results of this shard's tasks and join them into records; the file is synced on
         the way.
@@ -110,7 +111,7 @@ class ShardStream:
                 crc = joined_crc32(crc, written.crc32, piece.nbytes)
                 rounded += written.rounded
                 self.writer.written += piece.nbytes
-                progress(piece.nbytes)
+                advance(piece.nbytes)
                 self.dropper.advance(piece.nbytes)
                 if self.writer.written - synced >= SYNC_EVERY and (
                     syncing is None or syncing.done()
@@ -138,7 +139,7 @@ def write_shards(
     source: TensorDirectory,
     directory: Path,
     finished: Callable[[str, Mapping[str, TensorRecord]], None],
-    progress: Callable[[int], None],
+    advance: Advance,
 ) -> dict[str, TensorRecord]:
     """Write shards into a directory; each has its name only when it is whole and synced, and
     `finished` then gets the name and the records.
@@ -165,7 +166,7 @@ def write_shards(
     with closing(in_processes(tasks, nbytes)) as results, ThreadPoolExecutor(1) as syncer:
         for stream in streams:
             with _named_disk_errors(stream):
-                found = stream.collect(results, syncer, progress)
+                found = stream.collect(results, syncer, advance)
             records |= found
             if finishing is not None:  # one shard is synced while the next is computed
                 finishing.result()
@@ -190,10 +191,10 @@ def _named_disk_errors(stream: ShardStream) -> Iterator[None]:
 def digests_of(
     shards: Sequence[StreamedShard],
     source: TensorDirectory,
-    progress: Callable[[int], None],
+    advance: Advance,
 ) -> dict[str, TensorRecord]:
     """Return the records of what the shards would hold, computed from the source and not written;
-    `progress` is called with the bytes of each piece.
+    `advance` is called with the bytes of each piece.
     """
     pieces = [
         (shard, tensor, piece)
@@ -216,7 +217,7 @@ def digests_of(
             crc32 = joined_crc32(int(before.crc32, 16), result.crc32, piece.nbytes)
             rounded = before.rounded_codes + result.rounded
             records[tensor.name] = TensorRecord(tensor.spec, shard.name, f"{crc32:08x}", rounded)
-            progress(piece.nbytes)
+            advance(piece.nbytes)
             dropper.advance(piece.nbytes)
     dropper.finish()
     return records

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from neuron_minimax.checkpoint.header import TensorSpec, size_text
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME, SNAPSHOTS
-from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.streaming import drop_pages
 from neuron_minimax.errors import CheckpointError, NeuronMiniMaxError
 from neuron_minimax.files import open_regular
+from neuron_minimax.progress import Advance, nothing
 
 PARTIAL_SUFFIX = ".partial"
 TOKENIZER_BYTES = 100_000_000  # of one file; the published tokenizer.json has a tenth of it
@@ -75,18 +76,16 @@ def _put_in_place(partial: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
-def copy_file(
-    source: Path, target: Path, progress: Callable[[int], None] = lambda nbytes: None
-) -> None:
+def copy_file(source: Path, target: Path, advance: Advance = nothing) -> None:
     """Copy a regular file's bytes; the copy has its name only when it is whole and synced.
-    `progress` is called with the bytes of each piece.
+    `advance` is called with the bytes of each piece.
 
     Raises OSError, also when the source is a FIFO, a socket or a device.
     """
     with open(open_regular(source), "rb") as original, replacing(target) as copy:
         while piece := original.read(COPY_BYTES):
             copy.write(piece)
-            progress(len(piece))
+            advance(len(piece))
 
 
 def require_space(
@@ -337,13 +336,13 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, str, np.ndarray]],
     shards: int = 1,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> None:
     """Write a whole checkpoint directory from (name, safetensors dtype, array of stored elements)
     that fit in memory.
 
     FP8 arrays are uint8 codes, BF16 arrays uint16. Tensors are spread evenly over the shards, in
-    order; `progress` is called with the bytes of each.
+    order; `advance` is called with the bytes of each.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = list(tensors)
@@ -356,7 +355,7 @@ def write_checkpoint(
             for key, _, array in part:
                 weight_map[key] = name
                 writer.write(np.ascontiguousarray(array))
-                progress(array.nbytes)
+                advance(array.nbytes)
     if shards > 1:
         write_index(directory, weight_map, sum(array.nbytes for _, _, array in rows))
     write_json(directory / CONFIG_NAME, dict(config))

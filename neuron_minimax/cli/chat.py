@@ -1,6 +1,7 @@
 """Commands about answers: chat, generate; and the options that they share with others."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from neuron_minimax.cli.talk import Talk
 from neuron_minimax.cli.turns import TurnPrinter, parts_of, say_if_cut
 from neuron_minimax.errors import GenerationError, shortened
 
+PROMPT_BYTES = 16 << 20
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="most tokens of one answer")]
 Thinking = Annotated[
     bool | None,
@@ -55,6 +57,29 @@ def template_arguments(thinking: bool | None, text: str | None = None) -> dict[s
             '{"enable_thinking": false}'
         )
     return given | named or None
+
+
+def read_prompt(path: Path) -> str:
+    """Return the message in a file, or in standard input for "-", without the line end behind it.
+
+    Raises GenerationError for what is no text in UTF-8, empty, or cannot be read.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read(PROMPT_BYTES + 1) if str(path) == "-" else _bytes_of(path)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise GenerationError(f"the prompt in {name} cannot be read: {reason}") from None
+    if not text.strip() or len(data) > PROMPT_BYTES:
+        state = "empty" if not text.strip() else f"longer than {PROMPT_BYTES} bytes"
+        raise GenerationError(f"the prompt in {name} is {state}; expected a message")
+    return text.removesuffix("\n")
+
+
+def _bytes_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(PROMPT_BYTES + 1)
 
 
 def sampling_options(**asked: float | None) -> dict[str, Any]:
@@ -113,6 +138,10 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="a user's message, put through the chat template")
     ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="the message in a file; - is standard input"),
+    ] = None,
     token_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="prompt tokens, taken as they are")
     ] = None,
@@ -127,6 +156,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option()] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="text that the answer ends before; may be repeated"),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="print the tokens, their text, and with --prompt its parts"),
@@ -137,8 +170,12 @@ def generate(
     dump_logits: Annotated[Path | None, typer.Option(metavar="FILE.safetensors")] = None,
 ) -> None:
     """Generate from a compiled directory; sampling defaults are the checkpoint's own."""
-    if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give either --prompt or --token-ids")
+    if [prompt, prompt_file, token_ids].count(None) != 2:
+        raise typer.BadParameter("give one of --prompt, --prompt-file and --token-ids")
+    if stop and not all(stop):
+        raise typer.BadParameter("--stop is empty; expected a text that ends the answer")
+    if prompt_file is not None:
+        prompt = read_prompt(prompt_file)
     if prompt is None and (thinking is not None or tools or system or chat_template_kwargs):
         raise typer.BadParameter(
             "--system, --tools, --chat-template-kwargs, --thinking and --no-thinking go with "
@@ -167,7 +204,8 @@ def generate(
         sampling = turn.sampling
         if raw:
             prompt_ids = turn.prompt_ids
-    params = replace(nm.SamplingParams(temperature=0.0) if greedy else sampling, **given)
+    base = nm.SamplingParams(temperature=0.0) if greedy else sampling
+    params = replace(base, stop=tuple(stop or ()), **given)
     if prompt is None or raw:
         answer = llm.generate(
             prompt_ids,

@@ -122,7 +122,7 @@ def convert(
         show(plan.render())
         return
     with resumable(RESUMES), progress.stage("converting", plan.nbytes) as advance:
-        converted = plan.write(out, check=check, overwrite=overwrite, progress=advance)
+        converted = plan.write(out, check=check, overwrite=overwrite, advance=advance)
     show(converted.render())
 
 
@@ -172,5 +172,5 @@ def cache(
     source = nm.Checkpoint.open(checkpoint, progress=progress)
     nbytes = source.cache_bytes(dtype)
     with resumable(RESUMES), progress.stage("dequantizing", nbytes) as advance:
-        result = source.cache(cache_dir, dtype, check=check, overwrite=overwrite, progress=advance)
+        result = source.cache(cache_dir, dtype, check=check, overwrite=overwrite, advance=advance)
     show(result.render())

@@ -61,6 +61,10 @@ ExpertKernel = Annotated[
     Literal["torch", "nki"] | None,
     typer.Option(help="neuron: experts in token generation; nki: trn2, not yet run on one"),
 ]
+ExpertScales = Annotated[
+    Literal["block", "expanded", "auto"] | None,
+    typer.Option(help="neuron: scales of FP8 experts on a rank; auto: expanded where needed"),
+]
 BackendName = Literal["cpu", "neuron"]
 CPUEngine = Annotated[
     Literal["compiled", "exported", "eager"] | None,
@@ -76,6 +80,7 @@ OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
         "moe_ep_degree",
         "blockwise_matmul",
         "expert_kernel",
+        "expert_scales",
         "expert_placement",
         "allow_untested_versions",
     ),
@@ -109,6 +114,7 @@ def plan(
     buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = "torch",
     expert_kernel: ExpertKernel = "torch",
+    expert_scales: ExpertScales = "auto",
     goal: Annotated[
         Literal["latency", "throughput"], typer.Option(help="what a search is for")
     ] = "latency",
@@ -129,6 +135,7 @@ def plan(
         context_lengths=parse_buckets(buckets) or (),
         blockwise_matmul=blockwise_matmul,
         expert_kernel=expert_kernel,
+        expert_scales=expert_scales,
         goal=goal,
     )
     show(json.dumps(report.to_json(), indent=2) if as_json else report.render())
@@ -160,6 +167,7 @@ def compile_(
     ] = None,
     blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: ExpertKernel = None,
+    expert_scales: ExpertScales = None,
     expert_placement: Annotated[
         Path | None, typer.Option(metavar="FILE", help="neuron: file of `experts --placement`")
     ] = None,
@@ -194,6 +202,7 @@ def compile_(
         moe_ep_degree=moe_ep_degree,
         blockwise_matmul=blockwise_matmul,
         expert_kernel=expert_kernel,
+        expert_scales=expert_scales,
         expert_placement=os.path.realpath(expert_placement) if expert_placement else None,
         allow_untested_versions=allow_untested_versions or None,
     )
@@ -239,6 +248,9 @@ def serve(
         Literal["separate", "none"],
         typer.Option(help="separate: reasoning_content; none: in the text"),
     ] = "separate",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse fields that nobody knows, not pass them over")
+    ] = False,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="requests in the queue beside those that run; more get 429")
     ] = 256,
@@ -276,6 +288,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         verify=verify,
         split_reasoning=reasoning_format == "separate",
+        strict=strict,
         max_waiting=max_waiting,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
@@ -310,6 +323,7 @@ def check_device(
     buckets: Buckets = None,
     blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: ExpertKernel = None,
+    expert_scales: ExpertScales = None,
     layer: Annotated[int, typer.Option(min=0, help="the layer whose weights are tried")] = 0,
     traced: Annotated[
         Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")
@@ -335,6 +349,7 @@ def check_device(
         moe_ep_degree=moe_ep_degree,
         blockwise_matmul=blockwise_matmul,
         expert_kernel=expert_kernel,
+        expert_scales=expert_scales,
         allow_untested_versions=allow_untested_versions or None,
         engine=engine,
         compute="bf16" if backend == "cpu" else None,

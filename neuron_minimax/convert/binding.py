@@ -36,6 +36,7 @@ class Transform(StrEnum):
     SCALE_INVERTED = "scales inverted (1/x)"
     SCALE_INVERTED_DOUBLED = "scales inverted (1/x) and doubled"
     DEQUANTIZE = "dequantized to BF16"
+    WIDEN = "widened to float32"
     ROUND = "rounded to BF16"
 
 
@@ -138,6 +139,14 @@ def _is_left_out(rule: Rule, sources: Specs, config: ModelConfig) -> bool:
     return schema.is_tied(config.family.weight(source), config) and source not in sources
 
 
+def source_groups(rule: Rule, layer: int | None, config: ModelConfig) -> Groups:
+    """Return the names of a rule's sources in the order of their pieces."""
+    experts = range(config.num_local_experts) if rule.per_expert else (None,)
+    return tuple(
+        tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts
+    )
+
+
 def _bind(
     rule: Rule,
     layer: int | None,
@@ -146,16 +155,14 @@ def _bind(
     layout: Layout,
     convention: ScaleConvention,
 ) -> Iterator[ConvertedTensor]:
-    experts = range(config.num_local_experts) if rule.per_expert else (None,)
-    groups = tuple(
-        tuple(source.format(l=layer, e=expert) for source in rule.sources) for expert in experts
-    )
+    groups = source_groups(rule, layer, config)
     target = rule.target.format(l=layer)
     dtype = _common_dtype(target, groups, sources)
     float32_only = config.family.weight(rule.sources[0]).float32_only
-    if float32_only and dtype != "F32":
+    if float32_only and dtype not in schema.DENSE_DTYPES:
         raise ConversionError(
-            f"{groups[0][0]} is {dtype}; expected F32: routing in less flips experts"
+            f"{groups[0][0]} is {dtype}; expected {' or '.join(schema.DENSE_DTYPES)}: routing in "
+            "less flips experts"
         )
     _check_shapes(rule, groups, sources, config)
     modules = layout.bf16_modules(config.family)
@@ -176,13 +183,14 @@ def _bind(
         )
 
     if dtype != "F8_E4M3":
-        rounded = to_bf16 and dtype == "F32"
-        yield output(
-            target,
-            "BF16" if rounded else dtype,
-            Transform.ROUND if rounded else Transform.KEEP,
-            groups,
-        )
+        transform = Transform.KEEP
+        if to_bf16 and dtype != "BF16":
+            dtype = "BF16"
+            transform = Transform.ROUND
+        elif dtype == "F16" or (float32_only and dtype != "F32"):
+            dtype = "F32"
+            transform = Transform.WIDEN
+        yield output(target, dtype, transform, groups)
         return
     if rule.scale is not ScalePolicy.BLOCK:
         raise ConversionError(f"{groups[0][0]} is FP8, but {target} has no place for block scales")

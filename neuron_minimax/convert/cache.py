@@ -6,7 +6,7 @@ holds the fingerprint of its source, so that a cache of something else is never 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -26,14 +26,17 @@ from neuron_minimax.checkpoint.finished import (
     try_to_renew,
 )
 from neuron_minimax.checkpoint.header import STORED_DTYPES, TORCH_DTYPES, TensorSpec, size_text
+from neuron_minimax.checkpoint.index import SINGLE_NAME
 from neuron_minimax.checkpoint.kinds import CACHE_NAME
 from neuron_minimax.checkpoint.output import Recipe, fill_directory
-from neuron_minimax.checkpoint.reader import SINGLE_NAME, Checkpoint
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.shards import Piece, StreamedShard, StreamedTensor
+from neuron_minimax.convert.binding import source_groups
 from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.files import stamp
 from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.inspection.document import Rendered
+from neuron_minimax.progress import Advance, nothing
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": "F32", "bf16": "BF16"}
@@ -94,12 +97,12 @@ def build_cache(
     *,
     check: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> CacheResult:
     """Write the cache, or finish an interrupted one, or make what of a finished one is missing.
 
     `check` reads every byte of a finished one, computes again what the source gives, and writes the
-    shards that differ. `progress` is called with the bytes of each piece, in all `cache_bytes`. The
+    shards that differ. `advance` is called with the bytes of each piece, in all `cache_bytes`. The
     router's gate and bias stay float32 in a bfloat16 cache. Raises CheckpointError on an unusable
     source, ConversionError when the directory holds something else, was made of another state of
     the source, another run uses it, or the disk is too small (before the first byte).
@@ -124,7 +127,7 @@ def build_cache(
             "compares every byte and writes what differs"
         ),
     )
-    filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
+    filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
     return CacheResult(
         directory=path,
         nbytes=nbytes,
@@ -137,7 +140,7 @@ def build_cache(
 
 def cache_bytes(source: Checkpoint, dtype: str = "float32") -> int:
     """Bytes of weights in the cache of this checkpoint."""
-    return sum(spec.nbytes for spec in _cached_specs(source, dtype))
+    return sum(spec.nbytes for stack in _cached_specs(source, dtype) for spec in stack)
 
 
 def open_cache(cache_dir: str | Path, source: Checkpoint, dtype: str = "float32") -> Checkpoint:
@@ -209,18 +212,20 @@ def _config(source: Checkpoint, dtype: str) -> dict[str, Any]:
 
 
 def plan_shards(source: Checkpoint, dtype: str) -> list[StreamedShard]:
-    """The cache's files, at most 5 GB each (one file when all fits), tensors in the order of the
-    table.
+    """The cache's files, of at most 5 GB or one stack of experts (one file when all fits).
+
+    What the model stacks lies together, in the order of the stack, so that it can be mapped.
     """
     groups: list[list[StreamedTensor]] = [[]]
     filled = 0
-    for spec in _cached_specs(source, dtype):
-        tensor = StreamedTensor(spec, list(_pieces(source, spec)))
-        if groups[-1] and filled + tensor.nbytes > SHARD_BYTES:
+    for stack in _cached_specs(source, dtype):
+        tensors = [StreamedTensor(spec, list(_pieces(source, spec))) for spec in stack]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        if groups[-1] and filled + nbytes > SHARD_BYTES:
             groups.append([])
             filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
+        groups[-1] += tensors
+        filled += nbytes
     if len(groups) == 1:
         return [StreamedShard(SINGLE_NAME, tuple(groups[0]))]
     return [
@@ -237,12 +242,24 @@ def _require_dtype(dtype: str) -> None:
         )
 
 
-def _cached_specs(source: Checkpoint, dtype: str) -> Iterator[TensorSpec]:
+def _cached_specs(source: Checkpoint, dtype: str) -> Iterator[list[TensorSpec]]:
+    """Yield the tensors that become one of the model's, in its order of them."""
     _require_dtype(dtype)
-    for wanted in schema.expected(source.config):
-        if not wanted.is_scale:
-            stored = "F32" if wanted.weight.float32_only else DTYPES[dtype]
-            yield TensorSpec(wanted.name, stored, wanted.shape)
+    config = source.config
+    specs = {
+        wanted.name: TensorSpec(
+            wanted.name, "F32" if wanted.weight.float32_only else DTYPES[dtype], wanted.shape
+        )
+        for wanted in schema.expected(config)
+        if not wanted.is_scale
+    }
+    for layer in (None, *range(config.num_hidden_layers)):
+        for rule in config.family.rules:
+            if layer not in config.layers_with(config.family.weight(rule.sources[0])):
+                continue
+            names = [name for group in source_groups(rule, layer, config) for name in group]
+            if names[0] in specs:  # a tied head is not
+                yield [specs[name] for name in names]
 
 
 def _pieces(source: Checkpoint, spec: TensorSpec) -> Iterator[Piece]:

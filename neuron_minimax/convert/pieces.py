@@ -103,7 +103,10 @@ def _elements(tensor: ConvertedTensor, source: ScaledWeights, name: str, rows: s
             )
         case Transform.ROUND:
             bfloat16.check_finite(name, stored)
-            return bfloat16.round_to_bfloat16(stored)
+            return bfloat16.round_to_bfloat16(bfloat16.to_float32(stored))
+        case Transform.WIDEN:
+            bfloat16.check_finite(name, stored)
+            return bfloat16.to_float32(stored)
         case Transform.KEEP if tensor.dtype == "F8_E4M3":
             fp8.check_codes(name, stored)
         case Transform.KEEP:
@@ -115,7 +118,8 @@ def _scales(tensor: ConvertedTensor, source: ScaledWeights, name: str) -> np.nda
     """Neuron's multipliers: doubling is exact, inverting rounds once."""
     scales = source.multipliers(name.removesuffix(SCALE_SUFFIX))
     scales = scales * np.float32(2) if tensor.transform in DOUBLED else scales
-    fp8.check_scales(f"{name} ({tensor.transform})", scales)
+    # Of zeros alone are the blocks whose multiplier is 0; doubling keeps it.
+    fp8.check_scales(f"{name} ({tensor.transform})", scales, maxima=scales)
     return scales
 
 

@@ -8,7 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,9 +29,19 @@ from neuron_minimax.checkpoint.output import Recipe, fill_directory
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.records import TensorRecord, read_records, records_as_json
 from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
-from neuron_minimax.checkpoint.writer import COMPANION_FILES, find_companions
+from neuron_minimax.checkpoint.tokenizer_file import (
+    NO_TOKENIZER,
+    has_tokenizer,
+    require_whole_companions,
+)
+from neuron_minimax.checkpoint.writer import COMPANION_FILES
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.convert.binding import ConvertedTensor, bind_rules, unquantized_modules
+from neuron_minimax.convert.binding import (
+    ConvertedTensor,
+    Transform,
+    bind_rules,
+    unquantized_modules,
+)
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.manifest import (
     FORMAT_VERSION,
@@ -42,7 +53,7 @@ from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.files import differences
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Rendered
-from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +83,7 @@ class Converted(Rendered):
         path = Path(directory)
         manifest = read_manifest(path)
         with progress.stage(f"opening {path}") as advance:
-            found = examine(path, manifest, shards=read_shards, progress=advance)
+            found = examine(path, manifest, shards=read_shards, advance=advance)
         found.require_whole(path, f"`neuron-minimax convert CKPT {path}` again")
         if read_shards:
             try_to_renew(path / CONVERSION_NAME, manifest, found.files)
@@ -174,10 +185,15 @@ class Converted(Rendered):
         state = "is up to date" if self.was_finished else "is written"
         lines.append(f"{self.directory} {state}")
         lines.append(f"FP8 scales converted: {self.manifest.scales_converted}")
+        treatments = Counter(origin.treatment for origin in self.manifest.operations.values())
+        if treatments[Transform.WIDEN]:
+            tensors = counted(treatments[Transform.WIDEN], "tensor")
+            lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
+        if not has_tokenizer(self.directory):
+            lines.append(NO_TOKENIZER)
         left_out = self.manifest.left_out
         if left_out:
-            tensors = counted(len(left_out), "multi-token-prediction tensor")
-            lines.append(f"left out, since they are not run: {tensors}")
+            lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")
         return "\n".join(lines)
 
 
@@ -232,8 +248,7 @@ class ConversionPlan(Rendered):
         lines.append(counted(len(self.outputs), "tensor"))
         lines.append(f"space needed: {size_text(self.nbytes, 2)}")
         if self.left_out:
-            tensors = counted(len(self.left_out), "multi-token-prediction tensor")
-            lines.append(f"left out: {tensors}")
+            lines.append(f"left out, since not run: {counted(len(self.left_out), 'tensor')}")
         return "\n".join(lines)
 
     def write(
@@ -242,12 +257,12 @@ class ConversionPlan(Rendered):
         *,
         overwrite: bool = False,
         check: bool = False,
-        progress: Callable[[int], None] = lambda nbytes: None,
+        advance: Advance = nothing,
     ) -> Converted:
         """Stream the checkpoint into a directory; an interrupted run is resumed by the next one.
 
         `check` reads every byte of a finished one, computes again what the checkpoint gives, and
-        writes the shards that differ. `progress` is called with the bytes of each piece, in all
+        writes the shards that differ. `advance` is called with the bytes of each piece, in all
         `nbytes`. Raises CheckpointError or ConversionError naming what is wrong; an output that was
         not finished then has no manifest, and what was done is kept for the next run.
         """
@@ -272,7 +287,7 @@ class ConversionPlan(Rendered):
                 "byte and takes the checkpoint as it is now when all are equal"
             ),
         )
-        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, progress=progress)
+        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
         return replace(
             Converted.open(path),
             reused_shards=filled.reused_shards,
@@ -334,18 +349,18 @@ def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> Con
     rules or the layout names no module.
     """
     checkpoint.require_usable()
-    find_companions(checkpoint.directory)
+    require_whole_companions(checkpoint.directory, checkpoint.config)
     layout = layout or Layout()
     outputs = bind_rules(
         checkpoint.specs,
         checkpoint.config,
         layout,
         checkpoint.convention,
-        tolerated=checkpoint.mtp_names,
+        tolerated=checkpoint.left_out,
     )
     return ConversionPlan(
         source=checkpoint,
         layout=layout,
         outputs=outputs,
-        left_out=tuple(checkpoint.mtp_names),
+        left_out=tuple(checkpoint.left_out),
     )

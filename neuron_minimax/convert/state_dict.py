@@ -10,6 +10,7 @@ import numpy as np
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TORCH_DTYPES, TensorSpec
+from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.binding import bind_rules
@@ -17,6 +18,7 @@ from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.pieces import pieces, take_apart
 from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import Role, target_scale_name
+from neuron_minimax.families.family import Operation
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention, ceil_div
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class StateDict(ScaledWeights):
         import torch
 
         tensor = self.tensors[name].detach().contiguous()
-        same_bytes = {"F8_E4M3": torch.uint8, "BF16": torch.uint16}.get(self.specs[name].dtype)
+        bytes_of = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "BF16": torch.uint16}
+        same_bytes = bytes_of.get(self.specs[name].dtype)
         return (tensor if same_bytes is None else tensor.view(same_bytes)).numpy()
 
 
@@ -77,7 +80,10 @@ def convert_hf_to_neuron_state_dict(
             name if name.startswith(head) else f"model.{name}": t for name, t in state_dict.items()
         }
     source = StateDict(state_dict, config, scale_convention)
-    tolerated = schema.mtp_names(state_dict, config)
+    tolerated = [
+        *schema.mtp_names(state_dict, config),
+        *schema.cache_scale_names(state_dict, config),
+    ]
     converted: dict[str, torch.Tensor] = {}
     for output in bind_rules(source.specs, config, layout, source.convention, tolerated):
         memory = np.empty(output.nbytes, np.uint8)
@@ -91,6 +97,28 @@ def convert_hf_to_neuron_state_dict(
         for name in config.family.rank_names(config.num_hidden_layers):
             converted[name] = torch.arange(layout.tp_degree, dtype=torch.int32)
     return converted
+
+
+def mapped_state_dict(cache: Checkpoint) -> dict[str, "torch.Tensor"]:
+    """The converted tensors of a dequantized cache: views of its mapped files, nothing copied.
+
+    Experts that do not lie in the model's order, as in caches of earlier versions, are arranged in
+    memory. Values are not looked at, as they were when the cache was written.
+    """
+    import torch
+
+    state: dict[str, torch.Tensor] = {}
+    for output in bind_rules(cache.specs, cache.config, Layout(), tolerated=cache.left_out):
+        names = [name for group in output.groups for name in group]
+        if output.rule.operation is Operation.COPY:
+            state[output.name] = cache.tensor(names[0])
+            continue
+        stacked = cache.adjacent(names)
+        if stacked is None:
+            stacked = torch.cat([cache.tensor(name) for name in names])
+        (experts, columns, rows) = output.shape
+        state[output.name] = stacked.view(experts, rows, columns).transpose(1, 2)
+    return state
 
 
 def neuron_to_hf_state_dict(

@@ -6,7 +6,7 @@ them is run. MiniMind's training writes no config.json; one is derived from its 
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from neuron_minimax.families import Role
 from neuron_minimax.families.minimind import derived_config
 from neuron_minimax.files import read_json, stamp
 from neuron_minimax.inspection.document import Rendered
-from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.progress import SILENT, Advance, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -278,9 +278,7 @@ def _require_room(model: ModelConfig, made: Path, origin: str | Path) -> None:
         )
 
 
-def _write(
-    directory: Path, raw: Mapping[str, Any], state: State, progress: Callable[[int], None]
-) -> None:
+def _write(directory: Path, raw: Mapping[str, Any], state: State, advance: Advance) -> None:
     """Write the files, in place of what an earlier run has left."""
     for path in directory.iterdir():
         if path.is_dir():
@@ -288,7 +286,7 @@ def _write(
         else:
             path.unlink()
     stored = {name: value for name, value in raw.items() if name not in ("torch_dtype", "dtype")}
-    write_checkpoint(directory, stored, _arrays(state), progress=progress)
+    write_checkpoint(directory, stored, _arrays(state), advance=advance)
 
 
 def _arrays(state: State) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -9,7 +9,6 @@ right one the values of the checkpoint say (`neuron-minimax inspect --check-valu
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.files import read_json, sha256_of
 from neuron_minimax.fp8 import ScaleConvention, bfloat16
 from neuron_minimax.inspection.document import Rendered
+from neuron_minimax.progress import Advance, nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +65,19 @@ class Verification(Rendered):
 def verify(
     source: Checkpoint,
     converted: Converted,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> Verification:
     """Compare a converted directory with the checkpoint it was made of, all of it.
 
     When all is equal, that and the time stamps of both are recorded in the directory, so that both
-    are taken for what was compared here. `progress` is called with the bytes of each output read
+    are taken for what was compared here. `advance` is called with the bytes of each output read
     (twice: once for digests, once for values). Raises ConversionError when the directory was made
     of another checkpoint, or a run writes into it.
     """
     source.require_usable()
     converted.require_source(source)
     with converted.reading():
-        found = _compare_all(source, converted, progress)
+        found = _compare_all(source, converted, advance)
     if not found.equal or converted.accept(source):
         return found
     return replace(
@@ -85,18 +85,16 @@ def verify(
     )
 
 
-def _compare_all(
-    source: Checkpoint, converted: Converted, progress: Callable[[int], None]
-) -> Verification:
+def _compare_all(source: Checkpoint, converted: Converted, advance: Advance) -> Verification:
     stored = converted.tensors
     outputs = bind_rules(
-        source.specs, source.config, converted.layout, converted.convention, source.mtp_names
+        source.specs, source.config, converted.layout, converted.convention, source.left_out
     )
     wanted = {output.name for output in outputs}
     differences = [
         f"{name} is in the output, but in no rule" for name in stored.entries if name not in wanted
     ]
-    damaged = damaged_tensors(stored, converted.records, progress)
+    damaged = damaged_tensors(stored, converted.records, advance)
     damaged += [
         name
         for name, record in converted.files.items()
@@ -113,7 +111,7 @@ def _compare_all(
         differences += found
         differences += _record_differences(converted, output.name, count)
         rounded += count
-        progress(output.nbytes)
+        advance(output.nbytes)
         dropper.advance(output.nbytes)
     dropper.finish()
     if rounded != converted.rounded_codes:
@@ -232,6 +230,8 @@ class _Comparison:
             return _count_wrong_halves(part, original)
         if output.transform is Transform.KEEP:
             return _count_unequal(part, original), 0
+        if output.transform is Transform.WIDEN:
+            return _count_unequal(part, bfloat16.to_float32(original)), 0
         if output.is_scale:
             factor = 2.0 if output.transform in DOUBLED else 1.0
             wanted = self._factors(original).astype(np.float64) * factor
@@ -239,16 +239,20 @@ class _Comparison:
         if scale_name is not None:
             factors = self._factors(self.source.rows(scale_name))
             original = fp8.dequantize(original, factors, self.source.config.weight_block_size)
+        else:
+            original = bfloat16.to_float32(original)
         # Correct to half a unit in the last of BF16's 8 bits, whichever way it was rounded.
         error = np.abs(bfloat16.to_float32(part).astype(np.float64) - original)
         return int(np.count_nonzero(~(error <= np.abs(original) * 2.0**-8 + 2.0**-134))), 0
 
     def _factors(self, stored: np.ndarray) -> np.ndarray:
         """Float32 factors of the codes; a quotient of float64 rounds to that of float32."""
-        stored = bfloat16.to_float32(stored)
+        stored = bfloat16.scales_to_float32(stored)
         if self.convention is ScaleConvention.MULTIPLIER:
             return stored
-        return (1.0 / stored.astype(np.float64)).astype(np.float32)
+        wide = stored.astype(np.float64)
+        inverted = np.divide(1.0, wide, out=np.zeros_like(wide), where=wide != 0)
+        return inverted.astype(np.float32)
 
 
 def _count_wrong_halves(part: np.ndarray, original: np.ndarray) -> tuple[int, int]:

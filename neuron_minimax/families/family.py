@@ -236,8 +236,10 @@ class Family:
     `sampling_without_reasoning` are the settings where a prompt closes the reasoning, if others are
     recommended there. `transformers_names` are the parts of published names that the modules of
     transformers spell differently. `ignored_markers` begin the name parts of published tensors that
-    are not run (multi-token prediction). `sums_router_aux_loss`: `router_aux_loss_coef` in
-    config.json weighs the sum of the layers' balance losses; without it their mean.
+    are not run (multi-token prediction). `unused_fields` are fields of config.json that change
+    nothing in this family, and `published_as` the hub ids of its checkpoints.
+    `sums_router_aux_loss`: `router_aux_loss_coef` in config.json weighs the sum of the layers'
+    balance losses; without it their mean.
     """
 
     name: str
@@ -259,7 +261,9 @@ class Family:
     scale_dtypes: tuple[str, ...] = ("F32",)
     switched_rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     transformers_names: Mapping[str, str] = field(default_factory=dict)
-    ignored_markers: tuple[str, ...] = ()
+    ignored_markers: tuple[str, ...] = ("mtp", "nextn")
+    unused_fields: tuple[str, ...] = ()
+    published_as: str = ""
     sampling_without_reasoning: SamplingDefaults | None = None
     sums_router_aux_loss: bool = False
 

@@ -106,6 +106,5 @@ MINIMAX_M2 = Family(
     neuron_class="neuron_minimax.backends.nxdi.model:NeuronForCausalLM",
     rope_theta=5_000_000.0,
     transformers_names={"block_sparse_moe": "mlp"},
-    # Declared by config.json (`num_mtp_modules`), in no published checkpoint.
-    ignored_markers=("mtp", "nextn"),
+    published_as="MiniMaxAI/MiniMax-M2, -M2.1, -M2.5 or -M2.7",
 )

@@ -40,6 +40,16 @@ YARN = {
     "beta_slow": 1.0,
     "attention_factor": 1.0,
 }
+# Its code writes the fields of experts into dense models, and of one release into another's.
+OF_THE_OTHER_RELEASES = (
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "scoring_func",
+)
 
 
 def _family(
@@ -77,6 +87,8 @@ def _family(
         neuron_class="",
         rope_theta=1_000_000.0,
         sums_router_aux_loss=True,
+        unused_fields=OF_THE_OTHER_RELEASES,
+        published_as="jingyaogong/MiniMind2 or minimind-3",
     )
 
 

@@ -45,4 +45,5 @@ QWEN2 = Family(
     sampling=SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20),
     neuron_class="neuron_minimax.backends.nxdi.model:NeuronForCausalLM",
     rope_theta=10_000.0,
+    published_as="Qwen/Qwen2.5-7B-Instruct or its like",
 )

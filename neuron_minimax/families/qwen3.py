@@ -53,6 +53,7 @@ QWEN3 = Family(
     neuron_class="neuron_minimax.backends.nxdi.model:NeuronForCausalLM",
     rope_theta=10_000.0,
     scale_dtypes=("BF16", "F32"),
+    published_as="Qwen/Qwen3-8B or its like, or with -FP8",
 )
 
 QWEN3_MOE = Family(
@@ -78,4 +79,6 @@ QWEN3_MOE = Family(
     neuron_class="neuron_minimax.backends.nxdi.model:NeuronForCausalLM",
     rope_theta=10_000.0,
     scale_dtypes=("BF16", "F32"),
+    unused_fields=("use_qk_norm",),
+    published_as="Qwen/Qwen3-30B-A3B or its like, or with -FP8",
 )

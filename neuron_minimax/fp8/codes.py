@@ -156,11 +156,13 @@ def check_codes(name: str, codes: np.ndarray) -> None:
         )
 
 
-def check_scales(name: str, scales: np.ndarray) -> None:
+def check_scales(name: str, scales: np.ndarray, maxima: np.ndarray | None = None) -> None:
     """Raise CheckpointError naming the tensor, the first bad block and its value when a scale is
-    not a positive number.
+    not a positive number. Given the largest codes of the blocks, 0 is right where that is 0.
     """
     good = np.isfinite(scales) & (scales > 0)
+    if not good.all() and maxima is not None:
+        good |= (scales == 0) & (maxima == 0)
     if not good.all():
         bad = np.argwhere(~good)
         place = tuple(int(index) for index in bad[0])

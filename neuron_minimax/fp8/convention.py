@@ -121,7 +121,7 @@ def decide_convention(
     for name, codes, scales in samples:
         maxima = largest_codes(codes, block)
         if maxima.any():
-            check_scales(f"{name}_scale_inv", scales)
+            check_scales(f"{name}_scale_inv", scales, maxima)
         found.append((name, median_maxima(maxima, scales)))
     return convention_of_medians(found)
 

@@ -10,6 +10,7 @@ from neuron_minimax.backends.base import Backend
 from neuron_minimax.generation.engine import Request
 from neuron_minimax.generation.events import Message
 from neuron_minimax.generation.generate import answer_room
+from neuron_minimax.generation.plain_text import ChatPrompt
 from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import SamplingParams
 from neuron_minimax.generation.template import Scalar
@@ -24,7 +25,7 @@ class Turn:
     """
 
     tokenizer: TextTokenizer
-    prompt: str
+    prompt: ChatPrompt
     tools: Sequence[Mapping[str, Any]] | None = None
 
     @classmethod
@@ -65,12 +66,13 @@ class Turn:
 
         Raises GenerationError when it does not fit.
         """
+        params = params or self.sampling
         return Request(
             prompt_ids=self.prompt_ids,
-            params=params or self.sampling,
+            params=params,
             max_new_tokens=answer_room(backend.capabilities, self.prompt_ids, max_new_tokens),
             stop_token_ids=frozenset(self.tokenizer.stop_token_ids),
-            reader=self.reader(),
+            reader=self.reader(stops=params.stop),
         )
 
 

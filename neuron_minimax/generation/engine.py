@@ -1,10 +1,9 @@
 """The one engine: continuous batching over a backend's fixed slots, one round at a time.
 
 A round encodes at most one largest bucket of prompt tokens (so that a long prompt delays the others
-by one chunk), and advances every running request by one token. A slot keeps its cache when its
-request ends, and a later prompt of the same scope that begins with the same tokens starts from
-there, where the backend can continue a slot. The engine has no thread and no queue: whoever calls
-it has those.
+by one chunk), and advances every running request by one token. Slots keep their caches when their
+requests end, for later prompts that begin with the same tokens (prefix_cache.py). The engine has no
+thread and no queue: whoever calls it has those.
 
 Shapes: S slots, T prompt tokens, V vocabulary.
 """
@@ -21,12 +20,13 @@ import torch
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted
 from neuron_minimax.generation.events import Event
+from neuron_minimax.generation.prefix_cache import PrefixCache
 from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import Sampler, SamplingParams, log_probabilities
 
 
 class Constraint(Protocol):
-    """A rule that the answer proper has to follow, such as a grammar; its state is one answer's."""
+    """A rule that the whole output has to follow, such as a grammar; its state is one answer's."""
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits [V] with -inf for every token that is not allowed now."""
@@ -132,19 +132,16 @@ class Counters:
 
 @dataclass(eq=False)
 class _Slot:
-    """A slot of the backend: what its cache holds, for which scope, and whom it works for.
+    """A slot of the backend, and whom it works for.
 
-    `next_token` is chosen but not yet computed, None while the prompt is being encoded. `last_used`
-    is when its last token was chosen, `encoded_at` when its prompt last had its turn.
+    `next_token` is chosen but not yet computed, None while the prompt is being encoded.
+    `encoded_at` is when its prompt last had its turn.
     """
 
     number: int
-    tokens: list[int] = field(default_factory=list)
-    scope: Hashable = None
     request: Request | None = None
     sampler: Sampler | None = None
     next_token: int | None = None
-    last_used: float = 0.0
     encoded_at: float = 0.0
 
 
@@ -158,6 +155,7 @@ class Engine:
     def __init__(self, backend: Backend, slots: Sequence[int] | None = None) -> None:
         self.backend = backend
         self.counters = Counters()
+        self._caches = PrefixCache(backend)
         numbers = range(backend.capabilities.slots) if slots is None else slots
         self._slots = [_Slot(number) for number in numbers]
         self._round: Iterator[Update] = iter(())
@@ -175,26 +173,30 @@ class Engine:
     @property
     def held_tokens(self) -> int:
         """The number of tokens in the caches of occupied slots."""
-        return sum(len(slot.tokens) for slot in self._slots if slot.request)
+        return sum(self._caches.length(slot.number) for slot in self._slots if slot.request)
 
     def add(self, request: Request) -> None:
         """Give a request a slot. Raises GenerationError when none is free."""
-        free = [slot for slot in self._slots if slot.request is None]
+        free = {slot.number: slot for slot in self._slots if slot.request is None}
         if not free:
             raise GenerationError(
                 f"{counted(self.slots, 'slot')} taken, none is free; finish or close an answer "
                 "before the next one"
             )
-        slot, kept = self._choose_slot(free, request)
+        scope = request.cache_scope
+        whole = request.needs_all_positions
+        number = self._caches.take(list(free), request.prompt_ids, scope, whole=whole)
+        slot = free[number]
         slot.request = request
-        slot.tokens = slot.tokens[:kept]
-        slot.scope = request.cache_scope
         slot.sampler = Sampler(request.params, request.prompt_ids)
         slot.next_token = None
         slot.encoded_at = request.arrived
-        request.cached_tokens = kept
         self.counters.prompt_tokens += len(request.prompt_ids)
-        self.counters.cached_tokens += kept
+        self._count_cached(request, self._caches.length(number))
+
+    def _count_cached(self, request: Request, tokens: int) -> None:
+        request.cached_tokens += tokens
+        self.counters.cached_tokens += tokens
 
     def cancel(self, request: Request) -> None:
         """Free the slot of a request, if it has one; nothing more is computed for it."""
@@ -215,8 +217,8 @@ class Engine:
         except Exception as error:
             failure = Failure("backend", f"the model failed: {type(error).__name__}")
             broken = [slot.request for slot in self._slots if slot.request]
+            self._caches.clear()
             for slot in self._slots:
-                slot.tokens = []
                 self._release(slot)
             for request in broken:
                 yield Update(request=request, error=failure, cause=error)
@@ -257,23 +259,6 @@ class Engine:
         elif update.request in self._inboxes:
             self._inboxes[update.request].append(update)
 
-    def _choose_slot(self, free: list[_Slot], request: Request) -> tuple[_Slot, int]:
-        """Choose the free slot that holds most of the prompt's beginning, else the least recent.
-
-        What a slot holds for another scope does not count.
-        """
-        if not self.backend.capabilities.chunked_encoding or request.needs_all_positions:
-            return min(free, key=lambda slot: slot.last_used), 0
-        prompt = request.prompt_ids[:-1]  # the last token's logits are in no cache
-        kept = {
-            slot.number: _common_prefix(slot.tokens, prompt)
-            if slot.scope == request.cache_scope
-            else 0
-            for slot in free
-        }
-        best = min(free, key=lambda slot: (-kept[slot.number], slot.last_used))
-        return best, kept[best.number]
-
     def _encode(self) -> Iterator[Update]:
         """Encode pieces of prompts in turn, up to one largest bucket in total."""
         buckets = self.backend.capabilities.buckets
@@ -281,9 +266,11 @@ class Engine:
         pending = [slot for slot in self._slots if slot.request and slot.next_token is None]
         for slot in sorted(pending, key=lambda slot: slot.encoded_at):
             request = slot.request
-            if request is None:  # cancelled between two updates
+            if request is None or budget < buckets[0]:  # None: cancelled between two updates
                 continue
-            piece = list(request.prompt_ids[len(slot.tokens) : len(slot.tokens) + buckets[-1]])
+            self._count_cached(request, self._caches.extend(slot.number))
+            start = self._caches.length(slot.number)
+            piece = list(request.prompt_ids[start : start + buckets[-1]])
             bucket = self.backend.capabilities.bucket_for(len(piece))
             if bucket > budget:
                 continue
@@ -291,11 +278,11 @@ class Engine:
             logits = yield from self._encode_piece(slot, request, piece)
             if slot.request is not request:
                 continue
-            slot.tokens += piece
+            self._caches.append(slot.number, piece)
             slot.encoded_at = time.monotonic()
             self.counters.encoded_positions += len(piece)
             self.counters.padding_positions += bucket - len(piece)
-            if len(slot.tokens) == len(request.prompt_ids):
+            if start + len(piece) == len(request.prompt_ids):
                 yield self._begin(slot, request, logits)
 
     def _begin(self, slot: _Slot, request: Request, logits_V: torch.Tensor) -> Update:
@@ -309,7 +296,7 @@ class Engine:
         self, slot: _Slot, request: Request, piece: list[int]
     ) -> Generator[Update, None, torch.Tensor]:
         """Encode a piece of a prompt; return the logits [V] of its last position."""
-        start = len(slot.tokens)
+        start = self._caches.length(slot.number)
         if request.score_prompt:
             return (yield from self._score_piece(slot, request, piece))
         if request.prompt_logits is None:
@@ -328,7 +315,7 @@ class Engine:
         """Encode a piece of a prompt; yield the log probabilities of the tokens after each of its
         positions, some rows of logits at a time, and before all those of the first token.
         """
-        place = len(slot.tokens)
+        place = self._caches.length(slot.number)
         logits_RV = torch.empty(0)
         first = TokenLogprobs(request.prompt_ids[0], None, [])
         for logits_RV in self.backend.encode_rows(slot.number, piece, place):
@@ -364,7 +351,7 @@ class Engine:
         active = [False] * len(tokens)
         for slot, _, token in running:
             tokens[slot.number] = token
-            positions[slot.number] = len(slot.tokens)
+            positions[slot.number] = self._caches.length(slot.number)
             active[slot.number] = True
         logits_SV = self.backend.step(
             torch.tensor(tokens), torch.tensor(positions), torch.tensor(active)
@@ -372,7 +359,7 @@ class Engine:
         self.counters.active_slots += len(running)
         self.counters.idle_slots += self.slots - len(running)
         for slot, _, token in running:
-            slot.tokens.append(token)
+            self._caches.append(slot.number, [token])
         for slot, request, _ in running:
             if slot.request is request:  # else cancelled between two updates
                 yield self._advance(slot, request, logits_SV[slot.number])
@@ -394,7 +381,7 @@ class Engine:
         """Choose and read the next token; free the slot when it was the last one."""
         assert slot.sampler is not None
         reader = request.reader
-        constraint = request.constraint if reader is None or not reader.in_reasoning else None
+        constraint = request.constraint
         allowed_V = logits_V if constraint is None else constraint.mask(logits_V)
         if request.output_tokens < request.min_new_tokens:
             ends = torch.tensor(sorted(request.stop_token_ids), dtype=torch.int64)
@@ -408,7 +395,6 @@ class Engine:
             logprobs = _logprobs_of(logits_V, token, request.top_logprobs)
         request.output_tokens += 1
         self.counters.output_tokens += 1
-        slot.last_used = time.monotonic()
         slot.next_token = token
         events = reader.push(token) if reader and not stops else []
         reason = None
@@ -444,10 +430,3 @@ def _logprobs_of(logits_V: torch.Tensor, token: int, top: int | None) -> TokenLo
             "`neuron-minimax verify` on the converted checkpoint"
         )
     return TokenLogprobs(token, logprob, likely)
-
-
-def _common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
-    pairs = zip(held, wanted, strict=False)
-    return next(
-        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(held), len(wanted))
-    )

@@ -9,8 +9,9 @@ from typing import Any
 from neuron_minimax.backends import load
 from neuron_minimax.generation.conversation import Turn, as_history
 from neuron_minimax.generation.engine import Engine, NewToken, Request
-from neuron_minimax.generation.events import Event, Message, ToolCall, collect
+from neuron_minimax.generation.events import Content, Event, Message, ToolCall, collect
 from neuron_minimax.generation.generate import Answer, answer, answer_room, dumped
+from neuron_minimax.generation.reader import AnswerReader
 from neuron_minimax.generation.sampling import SamplingParams
 from neuron_minimax.generation.template import Scalar
 from neuron_minimax.generation.tokenizer import TextTokenizer, read_stop_tokens
@@ -143,16 +144,20 @@ class LLM:
             if self._tokenizer
             else read_stop_tokens(self.backend.model_directory, can.vocab_size)
         )
+        params = params or self.sampling
         request = Request(
             prompt_ids=prompt_ids,
-            params=params or self.sampling,
+            params=params,
             max_new_tokens=answer_room(can, prompt_ids, max_new_tokens),
             stop_token_ids=frozenset(stops),
+            reader=AnswerReader(self.tokenizer, stops=params.stop) if params.stop else None,
         )
         with closing(self.engine.run(request)) as run:
             steps: Iterator[NewToken] = (
                 run if dump_logits is None else dumped(run, request, dump_logits)
             )
+            if request.reader is not None:
+                return _read_answer(steps, on_text)
             return answer(steps, self._tokenizer, on_text)
 
     def chat(
@@ -213,3 +218,15 @@ class LLM:
         with closing(self.engine.run(request)) as steps:
             for step in steps:
                 yield from step.events
+
+
+def _read_answer(steps: Iterator[NewToken], on_text: Callable[[str], None]) -> Answer:
+    """Run the steps to their end; the text is what the request's reader lets through."""
+    heard = Heard()
+    for step in steps:
+        heard.add(step)
+        for event in step.events:
+            if isinstance(event, Content):
+                on_text(event.text)
+    reply = heard.reply()
+    return Answer(list(reply.token_ids), reply.text, reply.finish_reason)

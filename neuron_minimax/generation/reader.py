@@ -61,17 +61,17 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Return the text that may be shown; nothing after a stop string was found."""
-        if self.found:
+        if self.found is not None:
             return ""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        places = {stop: place for stop in self._stops if (place := self._held.find(stop)) >= 0}
         if places:
-            self.found = True
-            shown = self._held[: min(places)]
+            self.found = min(places, key=places.__getitem__)
+            shown = self._held[: places[self.found]]
             self._held = ""
             return shown
         kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
@@ -113,14 +113,14 @@ class AnswerReader:
         self._stops = StopStrings(stops)
 
     @property
-    def in_reasoning(self) -> bool:
-        """Say whether the answer proper has not begun."""
-        return self._parser is not None and self._parser.in_reasoning
-
-    @property
     def stopped(self) -> bool:
         """Say whether a stop string was found, or the only call that is allowed is complete."""
-        return self._stops.found or (self._one_call and self._called)
+        return self.stop_string is not None or (self._one_call and self._called)
+
+    @property
+    def stop_string(self) -> str | None:
+        """Return the stop string that was found, if one was."""
+        return self._stops.found
 
     def push(self, token: int) -> list[Event]:
         """Return the events that `token` completes."""

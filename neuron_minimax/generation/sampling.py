@@ -27,12 +27,13 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """The options of choosing a token; temperature 0 is greedy, top_k 0 keeps every token.
+    """The options of choosing a token; temperature 0 is greedy, top_k 0 or -1 keeps every token.
 
     How long an answer may be is not among them: that depends on the prompt and the model.
     `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
     and answer (CTRL, arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted
-    for tokens of the answer, once and per occurrence (OpenAI's definition).
+    for tokens of the answer, once and per occurrence (OpenAI's definition). The answer's text, not
+    the reasoning before it, ends before the first of the `stop` texts.
     """
 
     temperature: float = 1.0
@@ -43,6 +44,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises GenerationError with usage=True; a reader of a file raises its own, which names
@@ -61,14 +63,16 @@ class SamplingParams:
                 raise _refusal(
                     f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
                 )
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < -1:
             raise _refusal(
-                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 to keep every token"
+                f"top_k is {self.top_k!r}; expected a count of tokens, or 0 or -1 for every token"
             )
         if self.seed is not None and (
             not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
         ):
             raise _refusal(f"seed is {self.seed!r}; expected a 64-bit integer")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise _refusal(f"stop is {self.stop!r}; expected texts that end an answer")
 
 
 def _refusal(problem: str) -> GenerationError:

@@ -12,6 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from neuron_minimax.errors import GenerationError, shortened
+from neuron_minimax.generation.plain_text import ChatPrompt, Marks, encode_plain
 from neuron_minimax.limited import LimitedProcess, Limits, Setup, itself
 
 # Rendering takes milliseconds; only a template that does not end comes near.
@@ -21,6 +22,10 @@ THINKING_SWITCHES = ("enable_thinking", "open_thinking")
 # What a template is given in any case.
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 FUNCTIONS = ("raise_exception", "strftime_now")
+# What a message has of the assistant's own words, which may have tags as the model wrote them.
+OWN_WORDS = ("content", "reasoning_content")
+# Texts by which one sees what a template does with a message.
+PROBES = ("first-probe", "second-probe")
 Scalar = str | int | float | bool | None
 
 
@@ -35,8 +40,10 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     arguments: Mapping[str, Scalar] | None = None,
-) -> str:
-    """Return the prompt for the next assistant turn.
+    tags: Sequence[str] = (),
+) -> ChatPrompt:
+    """Return the prompt for the next assistant turn, in which the template's own markers alone are
+    special tokens; what the assistant itself has said may spell its `tags`.
 
     `arguments` are the template's own: see known_arguments. Raises GenerationError without a
     template, or when it refuses the messages, TemplateArgumentError for an argument it lacks.
@@ -47,18 +54,58 @@ def render(
         )
     try:
         named = _by_own_names(hugging_face, tools, arguments) if arguments else {}
-        return hugging_face.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
+        marks = Marks(hugging_face)
+        rendered = hugging_face.apply_chat_template(
+            [_marked(message, marks, tags) for message in messages],
+            tools=marks.marked(list(tools)) if tools else None,
             add_generation_prompt=True,
             tokenize=False,
-            **named,
+            **marks.marked(named),
         )
+        return marks.prompt(rendered)
     except (MemoryError, TemplateArgumentError):
         raise
     except Exception as error:  # whatever Jinja or the template itself raises
         reason = shortened(str(error))  # it may quote the messages
         raise GenerationError(f"the chat template does not take these messages: {reason}") from None
+
+
+def _marked(message: Mapping[str, Any], marks: Marks, tags: Sequence[str]) -> dict[str, Any]:
+    """Return a message with its texts marked."""
+    said = OWN_WORDS if message.get("role") == "assistant" else ()
+    return {key: marks.marked(value, tags if key in said else ()) for key, value in message.items()}
+
+
+def writes_late_system(hugging_face: Any) -> bool:
+    """Say whether the template writes a system message where it stands in the conversation."""
+    probe = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    late = [{"role": "system", "content": PROBES[0]}, {"role": "user", "content": PROBES[1]}]
+    written = _probe(hugging_face, [*probe, *late])
+    return "assistant" in written.partition(PROBES[0])[0] and PROBES[0] in written
+
+
+def writes_results_apart(hugging_face: Any) -> bool:
+    """Say whether the template writes each text of a tool's list of them as a result of its own."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    texts = [{"type": "text", "text": probe} for probe in PROBES]
+    written = _probe(
+        hugging_face,
+        [
+            {"role": "user", "content": "user"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": texts},
+        ],
+    )
+    between = written.partition(PROBES[0])[2].partition(PROBES[1])[0]
+    printed = written.partition(PROBES[0])[0][-1:] in ("'", '"')  # as it is, not written
+    return bool(between.strip()) and not printed
+
+
+def _probe(hugging_face: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return render(hugging_face, messages, None)
+    except GenerationError:
+        return ""
 
 
 def known_arguments(
@@ -138,7 +185,8 @@ class _GenerationTag(Extension):
 
 
 def encode(hugging_face: Any, text: str) -> list[int]:
-    """Return the tokens of `text`, nothing added; spelled-out special tokens count as such.
+    """Return the tokens of `text`, nothing added; spelled-out special tokens count as such, but for
+    those that messages in a chat's prompt have spelled.
 
     Raises GenerationError for half a surrogate pair, as which Python reads bytes that are no UTF-8.
     """
@@ -149,7 +197,16 @@ def encode(hugging_face: Any, text: str) -> list[int]:
             f"the text is no valid Unicode at character {error.start + 1} "
             f"({text[error.start]!r}); expected text in UTF-8"
         ) from None
-    return hugging_face.encode(text, add_special_tokens=False)
+    pieces = text.pieces if isinstance(text, ChatPrompt) else ((text, False),)
+    return [
+        token
+        for piece, plain in pieces
+        for token in (
+            encode_plain(hugging_face, piece)
+            if plain
+            else hugging_face.encode(piece, add_special_tokens=False)
+        )
+    ]
 
 
 def spell(hugging_face: Any, ids: Iterable[int]) -> str:

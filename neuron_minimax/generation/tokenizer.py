@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer and chat template, its stop tokens and its sampling defaults."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,6 +17,7 @@ from neuron_minimax.families.family import SamplingDefaults
 from neuron_minimax.files import read_bytes, read_json, stamp
 from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import CHAT_FORMATS, ChatFormat
+from neuron_minimax.generation.plain_text import ChatPrompt
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.limited import LimitedProcess, OverLimitError, SetupError
 
@@ -115,7 +116,9 @@ class TextTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, nothing added; spelled-out special tokens count as such."""
+        """Return the tokens of `text`, nothing added; spelled-out special tokens count as such, but
+        for those that messages in a rendered chat have spelled.
+        """
         return template.encode(self.hugging_face, text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -162,9 +165,10 @@ class TextTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, template.Scalar] | None = None,
-    ) -> str:
+    ) -> ChatPrompt:
         """Return the prompt for the next assistant turn, from the checkpoint's own chat template.
 
+        `encode` makes special tokens of its markers alone, whatever the messages spell.
         `messages` and `tools` have OpenAI's form, except that arguments of tool calls are objects,
         not text. `arguments` are those of the template, such as `enable_thinking`; one that it
         lacks is refused by name. The template is a program of the checkpoint's authors: it runs in
@@ -172,20 +176,15 @@ class TextTokenizer:
         messages, and when it takes too much time or memory.
         """
         try:
-            return self._renderer.call(template.render, list(messages), tools, arguments)
+            return self._renderer.call(
+                template.render, list(messages), tools, arguments, self.chat_format.tags
+            )
         except OverLimitError as error:
             raise GenerationError(f"the chat template does not end: {error}") from None
         except SetupError as error:
             raise GenerationError(
                 f"the tokenizer cannot be made again from what it writes ({error}); {ADVICE}"
             ) from None
-
-    @property
-    def opening_token(self) -> int | None:
-        """The token with which the model itself may open the reasoning, where it may at all."""
-        if not self.chat_format.model_opens_reasoning:
-            return None
-        return self.hugging_face.get_vocab().get(self.chat_format.reasoning_tags[0])
 
     def sampling_after(self, prompt: str) -> SamplingParams:
         """Return the checkpoint's defaults for an answer to a rendered prompt."""
@@ -206,7 +205,7 @@ def load_hugging_face(directory: Path) -> Any:
 
     Raises GenerationError when there are none, or they cannot be read.
     """
-    from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     if not (directory / "tokenizer.json").is_file():
         raise GenerationError(
@@ -217,11 +216,12 @@ def load_hugging_face(directory: Path) -> Any:
     # What transformers does not know it would warn of, without a need of more than its files.
     known = {} if _model_type(directory) in CONFIG_MAPPING else {"config": PretrainedConfig()}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _loader(directory)(
             str(directory),
             trust_remote_code=False,
             local_files_only=True,
             model_max_length=NO_LIMIT,
+            **_listed_tokens(directory),
             **known,
         )
         template.spell(tokenizer, template.encode(tokenizer, PROBE))  # some fail only then
@@ -236,6 +236,39 @@ def load_hugging_face(directory: Path) -> Any:
             f"{tokenizer.model_max_length!r}; expected a number"
         )
     return tokenizer
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says. Raises GenerationError when it cannot be read."""
+    path = directory / "tokenizer_config.json"
+    try:
+        return read_json(path, dict[str, Any], GenerationError, ADVICE, CONFIG_BYTES)
+    except FileNotFoundError:
+        return {}
+
+
+def _loader(directory: Path) -> Callable[..., Any]:
+    """Return what loads a tokenizer: by its class where the installed transformers has that, else
+    (as of a tokenizer that a later version has saved) from tokenizer.json itself.
+    """
+    import transformers
+
+    named = _settings(directory).get("tokenizer_class")
+    known = not isinstance(named, str) or any(
+        hasattr(transformers, name) for name in (named, f"{named}Fast")
+    )
+    kind = transformers.AutoTokenizer if known else transformers.PreTrainedTokenizerFast
+    return kind.from_pretrained  # type: ignore[no-any-return]
+
+
+def _listed_tokens(directory: Path) -> dict[str, Any]:
+    """Return the special tokens that transformers 5 saves as a list under a name where version 4
+    wants a mapping; both know the older name.
+    """
+    extra = _settings(directory).get("extra_special_tokens")
+    if not isinstance(extra, list):
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
 
 
 @functools.cache

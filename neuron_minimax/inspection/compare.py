@@ -3,7 +3,7 @@ byte.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import counted
 from neuron_minimax.inspection.document import Rendered
+from neuron_minimax.progress import Advance, nothing
 
 SHOWN = 10
 PIECE = 8 << 20
@@ -80,12 +81,12 @@ def compare(
     first: Checkpoint,
     second: Checkpoint,
     values: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    advance: Advance = nothing,
 ) -> Comparison:
     """Compare two opened checkpoints; with `values` every byte of the tensors that both have in the
     same form.
 
-    `progress` is called with the bytes compared of the first one.
+    `advance` is called with the bytes compared of the first one.
     """
     both = [name for name in first.entries if name in second.entries]
 
@@ -104,13 +105,13 @@ def compare(
         only_in_first=tuple(name for name in first.entries if name not in second.entries),
         only_in_second=tuple(name for name in second.entries if name not in first.entries),
         different_headers=tuple(row for row in forms if row[1] != row[2]),
-        different_values=tuple(_different(first, second, same, progress)) if values else None,
+        different_values=tuple(_different(first, second, same, advance)) if values else None,
         config_fields=tuple(pair for pair in pairs if pair[1] != pair[2]),
     )
 
 
 def _different(
-    first: Checkpoint, second: Checkpoint, names: list[str], progress: Callable[[int], None]
+    first: Checkpoint, second: Checkpoint, names: list[str], advance: Advance
 ) -> Iterator[str]:
     def differs(name: str) -> bool:
         pairs = zip(_bytes_of(first, name), _bytes_of(second, name), strict=True)
@@ -118,7 +119,7 @@ def _different(
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name, different in zip(names, pool.map(differs, names), strict=True):
-            progress(first.entry(name).nbytes)
+            advance(first.entry(name).nbytes)
             if different:
                 yield name
 

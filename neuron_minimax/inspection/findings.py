@@ -9,8 +9,12 @@ from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
 from neuron_minimax.errors import CheckpointError, counted, some_of
+from neuron_minimax.families import Role
+from neuron_minimax.families.fields import unused_fields
 from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
@@ -190,6 +194,7 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             "not exist; the tensors decide here. Remove quantization_config"
         )
         yield Finding(severity="warning", kind="config", subject="config.json", message=message)
+    yield from _widened_findings(checkpoint, kinds)
     for row in kinds:
         if len(row.dtypes) > 1:
             message = f"{row.kind} is {row.precision}: not the same everywhere"
@@ -200,17 +205,88 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             f"{checkpoint.mtp_names[0]}), no part of the model, will be left out of a conversion"
         )
         yield Finding(severity="note", kind="mtp", subject=checkpoint.mtp_names[0], message=message)
+    if checkpoint.cache_scale_names:
+        first = checkpoint.cache_scale_names[0]
+        message = (
+            f"{counted(len(checkpoint.cache_scale_names), 'scale')} for a server's FP8 key/value "
+            f"cache (for one {first}), no part of the model, will be left out of a conversion"
+        )
+        yield Finding(severity="note", kind="cache scales", subject=first, message=message)
+    for name, message, is_note in unused_fields(checkpoint.config.raw, checkpoint.config.family):
+        severity: Severity = "note" if is_note else "warning"
+        yield Finding(severity=severity, kind="config", subject=name, message=message)
+    for leftover in checkpoint.leftovers:
+        yield Finding(
+            severity="warning",
+            kind=leftover.kind,
+            subject=leftover.subject,
+            message=leftover.message,
+        )
+    if checkpoint.shards != [SINGLE_NAME] and (checkpoint.directory / SINGLE_NAME).exists():
+        message = (
+            f"{SINGLE_NAME} lies beside {INDEX_NAME}, which does not list it: transformers would "
+            "read it and not the shards; here the index decides. Remove the one that is not meant"
+        )
+        yield Finding(severity="warning", kind="leftover", subject=SINGLE_NAME, message=message)
+
+
+def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
+    """Yield which kinds of weights and scales are stored in a dtype that is widened to float32."""
+    family = checkpoint.config.family
+    float32_only = {family.kind(weight): weight for weight in family.weights if weight.float32_only}
+    for row in kinds:
+        narrow = [dtype for dtype in row.dtypes if dtype in ("BF16", "F16")]
+        if row.kind in float32_only and narrow:
+            rounded = "it may have been rounded by whoever wrote it"
+            if float32_only[row.kind].role is Role.ROUTER_BIAS:
+                rounded += ", which flips experts: at 8 a step of BF16 is 0.06"
+            message = (
+                f"{row.kind} is {' and '.join(narrow)}, where F32 is published: it is widened to "
+                f"float32, which is exact, but {rounded}; take the published checkpoint where you "
+                "can"
+            )
+            yield Finding(severity="warning", kind="dtype", subject=row.kind, message=message)
+        elif "F16" in row.dtypes:
+            message = f"{row.kind} is F16: widened to float32, which is exact and twice as large"
+            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
+    scales = Counter(
+        checkpoint.entries[name].dtype
+        for wanted in schema.expected(checkpoint.config)
+        if wanted.is_scale and (name := wanted.name) in checkpoint.entries
+    )
+    for dtype, count in scales.items():
+        if dtype in schema.SCALE_DTYPES and dtype not in checkpoint.config.family.scale_dtypes:
+            powers = " (as exponents of two)" if dtype in ("F8_E8M0", "U8") else ""
+            message = (
+                f"{counted(count, 'block scale')} of dtype {dtype}{powers}, where "
+                f"{checkpoint.config.family.scale_dtypes[0]} is published: widened to float32, "
+                "which is exact"
+            )
+            yield Finding(severity="note", kind="dtype", subject=dtype, message=message)
+
+
+def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield what is wrong with the tokenizer and the other small files."""
+    for found in broken_companions(checkpoint.directory, checkpoint.config):
+        yield Finding(
+            severity="error", kind=found.kind, subject=found.subject, message=found.message
+        )
+    if not has_tokenizer(checkpoint.directory):
+        yield Finding(
+            severity="warning", kind="tokenizer", subject="tokenizer.json", message=NO_TOKENIZER
+        )
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A note when no file of the checkpoint names the token that ends an answer."""
+    """A note when no file of the checkpoint names the token that ends an answer. A file that cannot
+    be read is one of `companion_findings`.
+    """
     path = checkpoint.directory / "generation_config.json"
     try:
         named = read_json(path, dict[str, Any], CheckpointError, ADVICE).get("eos_token_id")
     except FileNotFoundError:
         named = None
-    except CheckpointError as error:
-        yield Finding(severity="warning", kind="generation", subject=path.name, message=str(error))
+    except CheckpointError:
         return
     if not checkpoint.config.eos_token_ids and named in (None, []):
         message = (

@@ -23,6 +23,7 @@ from neuron_minimax.inspection.findings import (
     KindRow,
     ModuleList,
     ShardRow,
+    companion_findings,
     configuration_findings,
     end_token_findings,
     kind_rows,
@@ -179,7 +180,7 @@ def _report(
     comparison: Comparison | None,
 ) -> PrecisionReport:
     config = checkpoint.config
-    left_out = set(checkpoint.mtp_names)
+    left_out = set(checkpoint.left_out)
     dtypes: dict[str, tuple[int, int]] = {}
     for entry in checkpoint.entries.values():
         count, size = dtypes.get(entry.dtype, (0, 0))
@@ -197,6 +198,7 @@ def _report(
         *configuration_findings(checkpoint, kinds),
         *list_findings(lists, modules),
         *end_token_findings(checkpoint),
+        *companion_findings(checkpoint),
         *(values.findings if values else ()),
     ]
     return PrecisionReport(

@@ -8,7 +8,7 @@ stored, and what they mean is decided from all of them (not from samples, as a c
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as counting
@@ -25,8 +25,9 @@ from neuron_minimax.checkpoint.schema import Expected
 from neuron_minimax.checkpoint.streaming import PageDropper, in_processes
 from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.families import Role, module_of
-from neuron_minimax.fp8 import ScaleConvention
+from neuron_minimax.fp8 import ScaleConvention, bfloat16
 from neuron_minimax.inspection.findings import Finding
+from neuron_minimax.progress import Advance, nothing
 
 SAMPLE = "one row of each block"  # what goes into the histogram and the norms
 SAMPLE_STEP = 37  # rows on from one block row to the next; coprime to the usual heights of blocks
@@ -34,6 +35,8 @@ SAMPLE_STEP = 37  # rows on from one block row to the next; coprime to the usual
 LOW_CODE = fp8.encode(np.array([fp8.OCP_MAX / 4], dtype=np.float32))[0]
 AT_ONCE = 8  # tensors that a process measures before it reports on them
 STRIP_BYTES = 1 << 20
+# The bits of infinity, beyond which NaNs lie, by dtype.
+INFINITIES = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 SQUARES = np.nan_to_num(fp8.DECODED.astype(np.float32) ** 2)
 
 
@@ -112,10 +115,8 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def check_values(
-    checkpoint: Checkpoint, progress: Callable[[int], None] = lambda nbytes: None
-) -> ValueReport:
-    """Read every expected tensor once, on all cores; `progress` is called with bytes read.
+def check_values(checkpoint: Checkpoint, advance: Advance = nothing) -> ValueReport:
+    """Read every expected tensor once, on all cores; `advance` is called with bytes read.
 
     Faults are findings, not errors: each names its tensor. Tensors whose headers are wrong are left
     out.
@@ -139,7 +140,7 @@ def check_values(
         tasks, sum(_nbytes(checkpoint, weight) for weight in wanted), AT_ONCE
     ):
         tally.add(measurement)
-        progress(_nbytes(checkpoint, measurement.weight))
+        advance(_nbytes(checkpoint, measurement.weight))
         dropper.advance(_nbytes(checkpoint, measurement.weight))
     dropper.finish()
     return tally.report()
@@ -179,8 +180,8 @@ def measure(checkpoint: Checkpoint, weight: Expected, broken: Collection[str] = 
 
 
 def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
-    """Measure a BF16 (uint16) or float32 tensor: elements that are not numbers, whether all are
-    zero, the bias's range.
+    """Measure a tensor that is no FP8: elements that are not numbers, whether all are zero, the
+    bias's range.
     """
     entry = checkpoint.entry(weight.name)
     bad = 0
@@ -190,14 +191,13 @@ def _measure_plain(weight: Expected, checkpoint: Checkpoint) -> Measurement:
     for strip in checkpoint.strips(
         weight.name, max(1, STRIP_BYTES * entry.shape[0] // entry.nbytes)
     ):
-        if weight.weight.role is Role.ROUTER_BIAS and strip.dtype == np.float32:
-            low = np.minimum(low, strip.min())
-            high = np.maximum(high, strip.max())
-        bits, sign = (
-            (strip, 0x8000) if strip.dtype == np.uint16 else (strip.view(np.uint32), 0x80000000)
-        )
-        magnitude = np.bitwise_and(bits, bits.dtype.type(sign - 1), out=bits)
-        infinity = 0x7F80 if strip.dtype == np.uint16 else 0x7F800000
+        if weight.weight.role is Role.ROUTER_BIAS:
+            values = bfloat16.to_float32(strip)
+            low = np.minimum(low, values.min())
+            high = np.maximum(high, values.max())
+        bits = strip.view(f"u{strip.itemsize}")
+        magnitude = np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1, out=bits)
+        infinity = INFINITIES[entry.dtype]
         largest = magnitude.max()
         bad += int(np.count_nonzero(magnitude >= infinity)) if largest >= infinity else 0
         all_zero = all_zero and bool(largest == 0)
@@ -238,7 +238,7 @@ def _measure_codes(
         with np.errstate(all="ignore"):
             norms = (
                 float(np.sqrt((squares * squared_scales).sum())),
-                float(np.sqrt((squares / squared_scales).sum())),
+                float(np.sqrt((squares[squares > 0] / squared_scales[squares > 0]).sum())),
             )
     bad = 0
     if maxima.max() == fp8.CODE_NAN:
@@ -370,7 +370,7 @@ def _findings_of(found: Measurement) -> Iterator[Finding]:
         return
     scale_name = schema.scale_name(name)
     try:
-        fp8.check_scales(scale_name, found.scales)
+        fp8.check_scales(scale_name, found.scales, found.maxima)
     except CheckpointError as error:
         yield Finding(severity="error", kind="values", subject=scale_name, message=str(error))
 

@@ -1,3 +1,3 @@
-"""The matrix products over FP8 weights with block scales: in torch, as Numba's loops for graphs,
-and for Trainium2.
+"""The matrix products over FP8 weights with block scales: in torch, in C++ for graphs, and for
+Trainium2.
 """

@@ -26,6 +26,7 @@ from neuron_minimax.model.cache import Cache, KVCache, as_cache, heads_of
 from neuron_minimax.model.layers import Kernels, Linear, RMSNorm, Step, StoredWeight
 from neuron_minimax.model.masks import checked_lengths, checked_mask, checked_positions
 from neuron_minimax.model.moe import DenseMLP, Router, Routing, SparseMoE
+from neuron_minimax.model.parallel import Shard
 from neuron_minimax.model.rope import rope_table
 
 if TYPE_CHECKING:
@@ -38,15 +39,17 @@ FIRST_CAPACITY = 256
 class DecoderLayer(nn.Module):
     """Attention and an MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, shard: Shard, layer: int) -> None:
         super().__init__()
+        config = shard.config
+        self.shard = shard
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(shard, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The family's layout names the MLP: what else its rules put into a layer.
         in_layers = {rule.target.split(".")[2] for rule in config.family.rules if rule.per_layer}
         [self.mlp_name] = in_layers - self._modules.keys()
-        self.add_module(self.mlp_name, _mlp(config, layer))
+        self.add_module(self.mlp_name, _mlp(shard, layer))
 
     @property
     def moe(self) -> SparseMoE:
@@ -61,17 +64,18 @@ class DecoderLayer(nn.Module):
         normed_BTH = self.post_attention_layernorm(hidden_BTH)
         mlp = self.get_submodule(self.mlp_name)
         if isinstance(mlp, DenseMLP):
-            return hidden_BTH + mlp(normed_BTH, step), None
+            return hidden_BTH + self.shard.sum(mlp(normed_BTH, step)), None
         mixed_BTH, routing = mlp(normed_BTH, step)
-        return hidden_BTH + mixed_BTH, routing
+        return hidden_BTH + self.shard.sum(mixed_BTH), routing
 
 
-def _mlp(config: ModelConfig, layer: int) -> nn.Module:
+def _mlp(shard: Shard, layer: int) -> nn.Module:
+    config = shard.config
     if not config.family.architecture.has_experts:
-        return DenseMLP(config, config.intermediate_size)
+        return DenseMLP(shard, config.intermediate_size)
     if layer in config.dense_layers:
-        return DenseMLP(config, config.dense_intermediate_size)
-    return SparseMoE(config)
+        return DenseMLP(shard, config.dense_intermediate_size)
+    return SparseMoE(shard)
 
 
 class Decoder(nn.Module):
@@ -82,6 +86,9 @@ class Decoder(nn.Module):
     dtype of activations and of the cache. Without a state the model has names and shapes only.
     Raises CheckpointError when a tensor is missing, extra, of the wrong shape, or FP8 without its
     scale. To train: `Decoder(config, initial_state(config, seed)).requires_grad_()`.
+
+    With a `shard` it is the part of one rank, over that rank's slices; every rank of the group has
+    to call it with the same tokens, and gets all logits.
     """
 
     def __init__(
@@ -90,20 +97,24 @@ class Decoder(nn.Module):
         state: Mapping[str, torch.Tensor] | None = None,
         *,
         compute: torch.dtype = torch.float32,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
+        shard = shard or Shard(config=config)
         self.config = config
         self.compute = compute
-        self.embed_tokens = StoredWeight(config.vocab_size, config.hidden_size)
+        self.shard = shard
+        self.embed_tokens = StoredWeight(shard.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            DecoderLayer(shard, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, config.weight_block_size)
+            block = shard.block(rows=shard.vocab_size)
+            self.lm_head = Linear(config.hidden_size, shard.vocab_size, block)
         if state is not None:
-            self._assign(state)
+            self.assign(state)
 
     @property
     def routers(self) -> list[Router]:
@@ -188,8 +199,9 @@ class Decoder(nn.Module):
         past = past_key_values
         if past is None and use_cache:
             capacity = max(tokens, FIRST_CAPACITY)
-            past = KVCache.allocate(self.config, batch, capacity, self.compute)
-        cache = None if past is None else as_cache(past, batch, heads_of(self.config, self.compute))
+            past = KVCache.allocate(self.shard.own_heads, batch, capacity, self.compute)
+        heads = heads_of(self.shard.own_heads, self.compute)
+        cache = None if past is None else as_cache(past, batch, heads)
         before_B = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.lengths
         if len(before_B) != batch:
             raise GenerationError(
@@ -214,7 +226,7 @@ class Decoder(nn.Module):
         )
         after_B = before_B
         try:
-            hidden_BTH, routing = self._through_layers(input_ids, step)
+            hidden_BTH, routing = self.through_layers(input_ids, step)
             logits_BTV = self.logits(hidden_BTH)
             if use_cache is not False:
                 after_B = before_B + real_B
@@ -249,12 +261,13 @@ class Decoder(nn.Module):
             real_BT=real_BT,
             kernels=kernels or Kernels(),
         )
-        return self._through_layers(input_ids, step)
+        return self.through_layers(input_ids, step)
 
-    def _through_layers(
+    def through_layers(
         self, input_ids: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, list[Routing]]:
-        hidden_BTH = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute)
+        """What `hidden_states` returns, of a step that is made elsewhere."""
+        hidden_BTH = self._embed(input_ids).to(self.compute)
         routings = []
         for layer in self.layers:
             hidden_BTH, routing = layer(hidden_BTH, step)
@@ -262,14 +275,29 @@ class Decoder(nn.Module):
                 routings.append(routing)
         return self.norm(hidden_BTH), routings
 
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        weight_VH = self.embed_tokens.weight
+        if self.shard.tp_degree == 1:
+            return F.embedding(ids, weight_VH)
+        rows = ids - self.shard.rank * self.shard.vocab_size
+        here = (rows >= 0) & (rows < self.shard.vocab_size)
+        embedded = F.embedding(torch.where(here, rows, 0), weight_VH)
+        return self.shard.sum(torch.where(here[..., None], embedded, 0))
+
     def logits(self, hidden: torch.Tensor, kernels: Kernels | None = None) -> torch.Tensor:
         """Logits [...,V] of final hidden states [...,H]; a tied head is the embedding."""
         kernels = kernels or Kernels()
         if self.lm_head is not None:
-            return self.lm_head(hidden, kernels)
-        return kernels.linear(hidden, self.embed_tokens.weight, None, self.config.weight_block_size)
+            logits = self.lm_head(hidden, kernels)
+        else:
+            block = self.config.weight_block_size
+            logits = kernels.linear(hidden, self.embed_tokens.weight, None, block)
+        if self.shard.tp_degree == 1:
+            return logits
+        return self.shard.concatenate(logits)[..., : self.config.vocab_size]
 
-    def _assign(self, state: Mapping[str, torch.Tensor]) -> None:
+    def assign(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take every tensor of a state dict; CheckpointError as when the model is made."""
         # NxD's rank tensors depend on the tp degree and mean nothing to a model on one device.
         ranks = self.config.family.rank_names(self.config.num_hidden_layers)
         left = {name: tensor for name, tensor in state.items() if name not in ranks}

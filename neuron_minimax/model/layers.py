@@ -19,7 +19,7 @@ from neuron_minimax.kernels.reference import (
     expert_mlp,
     linear,
 )
-from neuron_minimax.model.cache import Cache
+from neuron_minimax.model.static_cache import LayerCache
 
 LinearKernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor
@@ -52,7 +52,7 @@ class Step:
 
     positions_BT: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
-    cache: Cache | None = None
+    cache: LayerCache | None = None
     rows_B: torch.Tensor | None = None
     filled: int = 0
     real_BT: torch.Tensor | None = None
@@ -128,8 +128,14 @@ class RMSNorm(StoredWeight):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight.to(hidden.dtype) * normed.to(hidden.dtype)
+        return self.scaled(wide, wide.pow(2).mean(-1, keepdim=True), hidden.dtype)
+
+    def scaled(
+        self, wide: torch.Tensor, mean_square: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The norm in `dtype` of float32 values whose mean square is known."""
+        normed = wide * torch.rsqrt(mean_square + self.epsilon)
+        return self.weight.to(dtype) * normed.to(dtype)
 
 
 def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from neuron_minimax.families.family import RouterKind
 from neuron_minimax.fp8 import block_grid
 from neuron_minimax.kernels.reference import ExpertWeights
 from neuron_minimax.model.layers import Linear, Step, StoredWeight, take
+from neuron_minimax.model.parallel import Shard
 
 
 class Routing(NamedTuple):
@@ -90,25 +91,19 @@ def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Te
 
 
 class StackedExperts(nn.Module):
-    """All experts' weights, stacked and transposed: [E,H,2I] (gate columns, then up columns) and
+    """A rank's experts, stacked and transposed: [E,H,2I] (gate columns, then up columns) and
     [E,I,H].
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shard: Shard) -> None:
         super().__init__()
-        experts = config.num_local_experts
-        hidden = config.hidden_size
-        intermediate = config.intermediate_size
-        intermediate_blocks, hidden_blocks = block_grid(
-            (intermediate, hidden), config.weight_block_size
-        )
+        experts = len(shard.experts)
+        hidden = shard.config.hidden_size
+        intermediate = shard.config.intermediate_size // shard.moe_tp_degree
+        self.block = shard.expert_block
+        hidden_blocks, intermediate_blocks = block_grid((hidden, intermediate), self.block)
         gate_up_blocks = (experts, hidden_blocks, 2 * intermediate_blocks)
-        # The blocks of w2 [H,I] count its rows in the block's first size, those of w1 and w3 [I,H]
-        # in its second.
-        down_rows, down_columns = block_grid((hidden, intermediate), config.weight_block_size)[::-1]
-        down_blocks = (experts, down_rows, down_columns)
-        # The stacked weights are transposed, and so are their blocks.
-        self.block = (config.weight_block_size[1], config.weight_block_size[0])
+        down_blocks = (experts, *block_grid((intermediate, hidden), self.block))
         self.gate_up_proj = StoredWeight(
             experts, hidden, 2 * intermediate, scale_shape=gate_up_blocks
         )
@@ -127,42 +122,46 @@ class StackedExperts(nn.Module):
 class ExpertMLPs(nn.Module):
     """NxDI's nesting around the expert weights."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shard: Shard) -> None:
         super().__init__()
-        self.mlp_op = StackedExperts(config)
+        self.mlp_op = StackedExperts(shard)
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU: down(silu(gate) * up)."""
+    """SwiGLU: down(silu(gate) * up), of a rank's channels."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+    def __init__(self, shard: Shard, intermediate_size: int) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        block = config.weight_block_size
-        self.gate_proj = Linear(hidden, intermediate_size, block)
-        self.up_proj = Linear(hidden, intermediate_size, block)
-        self.down_proj = Linear(intermediate_size, hidden, block)
+        hidden = shard.config.hidden_size
+        channels = intermediate_size // shard.tp_degree
+        self.gate_proj = Linear(hidden, channels, shard.block(rows=channels))
+        self.up_proj = Linear(hidden, channels, shard.block(rows=channels))
+        self.down_proj = Linear(channels, hidden, shard.block(columns=channels))
 
     def forward(self, hidden_BTH: torch.Tensor, step: Step) -> torch.Tensor:
-        """[B,T,H] to [B,T,H]."""
+        """[B,T,H] to this rank's part of [B,T,H]."""
         gate_BTI = F.silu(self.gate_proj(hidden_BTH, step.kernels))
         up_BTI = self.up_proj(hidden_BTH, step.kernels)
         return self.down_proj(gate_BTI * up_BTI, step.kernels)
 
 
 class SparseMoE(nn.Module):
-    """A router and its experts, and the expert that every token has where a family has one."""
+    """A router, a rank's experts, and the expert that every token has where a family has one."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shard: Shard) -> None:
         super().__init__()
+        config = shard.config
+        self.experts = shard.experts
         self.router = Router(config)
-        self.expert_mlps = ExpertMLPs(config)
+        self.expert_mlps = ExpertMLPs(shard)
         self.shared_experts: DenseMLP | None = None
         if config.family.architecture.shared_expert:
-            self.shared_experts = DenseMLP(config, config.shared_intermediate_size)
+            self.shared_experts = DenseMLP(shard, config.shared_intermediate_size)
 
     def forward(self, hidden_BTH: torch.Tensor, step: Step) -> tuple[torch.Tensor, Routing]:
-        """[B,T,H] to [B,T,H] and the routing; tokens that are padding reach no expert."""
+        """[B,T,H] to this rank's part of [B,T,H], and the routing, by the numbers that experts have
+        over all ranks; tokens that are padding reach no expert.
+        """
         hidden_TH = hidden_BTH.flatten(0, 1)
         routing = self.router(hidden_TH)
         if step.real_BT is not None:
@@ -170,7 +169,7 @@ class SparseMoE(nn.Module):
             routing = routing._replace(expert_index_TK=index_TK)
         out_TH = step.kernels.expert_mlp(
             hidden_TH,
-            routing.expert_index_TK,
+            self._here(routing.expert_index_TK),
             routing.affinity_TK,
             self.expert_mlps.mlp_op.weights(),
         )
@@ -178,3 +177,11 @@ class SparseMoE(nn.Module):
         if self.shared_experts is not None:
             out_BTH = out_BTH + self.shared_experts(hidden_BTH, step)
         return out_BTH, routing
+
+    def _here(self, index_TK: torch.Tensor) -> torch.Tensor:
+        """Numbers of the chosen experts among this rank's; -1 for those of other ranks."""
+        if len(self.experts) == self.router.linear_router.weight.shape[0]:
+            return index_TK
+        local_TK = index_TK - self.experts.start
+        here_TK = (local_TK >= 0) & (local_TK < len(self.experts))
+        return torch.where(here_TK, local_TK, -1)

@@ -77,7 +77,8 @@ def blockwise_matmul(name: str) -> BlockwiseMatmul:
     """The way of that name. Raises ConfigError listing the known ones."""
     if name not in BLOCKWISE_MATMULS:
         raise ConfigError(
-            f"blockwise_matmul is {name!r}; expected one of {', '.join(BLOCKWISE_MATMULS)}"
+            f"blockwise_matmul is {name!r}; expected one of {', '.join(BLOCKWISE_MATMULS)}",
+            usage=True,
         )
     return BLOCKWISE_MATMULS[name]
 

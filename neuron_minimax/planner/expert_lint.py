@@ -1,10 +1,12 @@
-"""The requirements of a mixture of experts: R3, R4, R5, R8, R13 and R14.
+"""The requirements of a mixture of experts: R3, R4, R5, R8, R13, R14 and R19.
 
 Sources: those of planner/lint.py.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from neuron_minimax.checkpoint.header import BINARY_UNITS, size_text
 from neuron_minimax.errors import counted
 from neuron_minimax.families.family import EXPERT_ROLES
 from neuron_minimax.fp8 import ceil_div
@@ -17,7 +19,15 @@ from neuron_minimax.planner.blockwise import (
     unrolled_products,
 )
 from neuron_minimax.planner.cases import REFUSE, WARN, Case, Objection, Requirement
-from neuron_minimax.planner.memory import KERNEL_TOKENS, NEURON_E4M3_MAX, has_fp8
+from neuron_minimax.planner.memory import (
+    BLOCK_SCALES,
+    EXPANDED_SCALES,
+    EXPERT_SCALES,
+    KERNEL_TOKENS,
+    NEURON_E4M3_MAX,
+    expert_scales,
+    has_fp8,
+)
 
 SHORTEST_CONTEXT = 2  # of every compile
 NEEDS_TORCH = "needs expert_kernel torch"
@@ -203,6 +213,36 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             f"codes up to {case.fp8_max}, which it would read as infinity or NaN",
             f"{NEEDS_TORCH}, or a conversion with --fp8-range neuron",
         )
+
+
+def repeated_scales(case: Case) -> Iterator[Objection]:
+    """R19: expanded scales take memory, and are for FP8 experts."""
+    deployment = case.deployment
+    if not has_fp8(EXPERT_ROLES, case.config, deployment):
+        if deployment.expert_scales == EXPANDED_SCALES:
+            yield Objection(
+                "R19",
+                REFUSE,
+                "expert_scales expanded repeats the scales of FP8 experts, and there are none",
+                f"needs expert_scales {EXPERT_SCALES[0]}",
+            )
+        return
+    if expert_scales(case.config, deployment) != EXPANDED_SCALES:
+        return
+    blocks = replace(deployment, expert_scales=BLOCK_SCALES)
+    as_blocks = replace(case, deployment=blocks).memory.experts
+    if not as_blocks:  # more ranks than experts or channels, which R1 refuses
+        return
+    more = case.memory.experts - as_blocks
+    channels = case.config.intermediate_size // deployment.moe_tp_degree
+    yield Objection(
+        "R19",
+        WARN,
+        f"the scales of experts are repeated for each of a rank's {counted(channels, 'channel')}: "
+        f"{size_text(more, 2, units=BINARY_UNITS)} more on a rank, {more / as_blocks:.1%} of its "
+        "experts",
+        "exact at any split; a rank's share of whole blocks avoids it",
+    )
 
 
 EXPERT_REQUIREMENTS: tuple[Requirement, ...] = (

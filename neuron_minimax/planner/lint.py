@@ -15,8 +15,9 @@ from neuron_minimax.errors import counted
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import DENSE_ROLES, EXPERT_ROLES, SHARED_ROLES
 from neuron_minimax.planner.cases import REFUSE, WARN, Case, Objection, Requirement
-from neuron_minimax.planner.expert_lint import EXPERT_REQUIREMENTS, expert_kernel
+from neuron_minimax.planner.expert_lint import EXPERT_REQUIREMENTS, expert_kernel, repeated_scales
 from neuron_minimax.planner.memory import (
+    BLOCK_SCALES,
     NEURON_E4M3_MAX,
     cache_bytes_per_token,
     has_fp8,
@@ -53,6 +54,10 @@ class Channels:
     degree_name: str
     degree: int
     fp8: bool
+
+    @property
+    def of_experts(self) -> bool:
+        return self.degree_name == "moe_tp_degree"
 
 
 def shared_channels(case: Case) -> Iterator[Channels]:
@@ -104,10 +109,14 @@ def shares(case: Case) -> Iterator[Objection]:
 
 
 def whole_blocks(case: Case) -> Iterator[Objection]:
-    """R2: a rank's share of a scaled weight is whole blocks; NxD floor-divides the scale shape."""
+    """R2: a rank's share of a scaled weight is whole blocks, where a scale is of a block; NxD
+    floor-divides the scale shape.
+    """
     rows = case.config.weight_block_size[0]
     for shared in shared_channels(case):
-        if shared.fp8 and shared.size // shared.degree % rows:
+        if not shared.fp8 or shared.size // shared.degree % rows == 0:
+            continue
+        if not shared.of_experts or case.deployment.expert_scales == BLOCK_SCALES:
             yield _partial_blocks(shared, rows, case.config.hidden_size)
 
 
@@ -127,7 +136,8 @@ def whole_heads(case: Case) -> Iterator[Objection]:
         yield Objection(
             "R2",
             REFUSE,
-            f"head_dim {config.head_dim} is not whole blocks of {rows}",
+            f"head_dim {config.head_dim} is not whole blocks of {rows}: ranks take whole heads, "
+            "which NxDI pads and repeats, and a scale that covers parts of two goes with neither",
             "needs a conversion with --attention bf16",
         )
 
@@ -142,24 +152,27 @@ def stored_fp8(roles: Collection[Role], case: Case) -> bool:
 
 
 def _partial_blocks(shared: Channels, rows: int, hidden_size: int) -> Objection:
-    of_experts = shared.degree_name == "moe_tp_degree"
     # tp_degree has to divide the hidden size too (R1).
-    both = shared.size if of_experts else gcd(shared.size, hidden_size)
+    both = shared.size if shared.of_experts else gcd(shared.size, hidden_size)
     good = [degree for degree in divisors(both) if shared.size // degree % rows == 0]
     seen = " (MiniMax-M2 at moe_tp 64 was seen to repeat itself after 30 tokens)"
-    kept = ", or a conversion with its projections in --keep-in-bf16"
-    needed = f"needs a {shared.degree_name} of {' or '.join(map(str, good))}"
-    if not good:
+    degrees = f"a {shared.degree_name} of {' or '.join(map(str, good))}"
+    if shared.of_experts:
+        needed = "needs expert_scales auto, which repeats the scales of a block for its channels"
+        needed += f", or {degrees}" if good else ""
+    elif good:
+        needed = f"needs {degrees}, or a conversion with its projections in --keep-in-bf16"
+    else:
         needed = (
             f"no {shared.degree_name} does, as {shared.size} is not whole blocks: needs the "
-            "checkpoint in BF16"
+            "checkpoint in BF16, or a conversion with its projections in --keep-in-bf16"
         )
     return Objection(
         "R2",
         REFUSE,
         f"{shared.degree_name} {shared.degree} leaves {shared.size // shared.degree} {shared.kind} "
-        f"channels per rank, not whole blocks of {rows}{seen if of_experts else ''}",
-        f"{needed}{'' if of_experts else kept}",
+        f"channels per rank, not whole blocks of {rows}{seen if shared.of_experts else ''}",
+        needed,
     )
 
 
@@ -333,6 +346,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     host_memory,
     supported_sdk,
     expert_kernel,
+    repeated_scales,
     positions,
     neuron_class,
     core_memory,

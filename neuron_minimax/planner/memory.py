@@ -7,7 +7,7 @@ from math import prod
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.families.family import Role, Weight
+from neuron_minimax.families.family import EXPERT_ROLES, Role, Weight
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
@@ -15,6 +15,7 @@ from neuron_minimax.planner.sharding import HeadLayout, head_layout
 BF16_BYTES = 2
 FP8_BYTES = 1
 FLOAT32_BYTES = 4
+CHANNELS = "I"  # the dimension of an expert's weights along which ranks share them
 DTYPE_BYTES = {"BF16": BF16_BYTES, "F32": FLOAT32_BYTES}
 # Largest finite values of Neuron's own E4M3 and of OCP's E4M3FN.
 NEURON_E4M3_MAX = 240
@@ -22,6 +23,12 @@ OCP_E4M3_MAX = 448
 # How experts compute in token generation; the first is the default until the other has run on a
 # device.
 EXPERT_KERNELS = ("torch", "nki")
+# How a rank holds the scales of FP8 experts: one for each stored block, or each repeated along the
+# intermediate channels, so that any split of those is exact; "auto" repeats only where a rank's
+# share is not whole blocks.
+BLOCK_SCALES = "block"
+EXPANDED_SCALES = "expanded"
+EXPERT_SCALES = ("auto", BLOCK_SCALES, EXPANDED_SCALES)
 # Most sequences that the NKI kernel takes at once: its tokens lie along the chip's 128 partitions
 KERNEL_TOKENS = 128
 
@@ -45,6 +52,7 @@ class Deployment:
     fp8_experts: bool = True
     blockwise_matmul: str = "torch"  # of context encoding, a name of planner/blockwise.py
     expert_kernel: str = EXPERT_KERNELS[0]  # of token generation
+    expert_scales: str = EXPERT_SCALES[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +97,8 @@ def rank_memory(config: ModelConfig, deployment: Deployment) -> RankMemory:
     for weight in config.family.weights:
         group, shape = local_shape(weight, config, deployment)
         for layer in config.layers_with(weight):
-            fp8_kept = stays_fp8(weight, layer, config, deployment)
-            parts[group] += weight_bytes(weight, shape, config, fp8_kept)
+            block = scale_block(weight, layer, config, deployment)
+            parts[group] += weight_bytes(weight, shape, block)
     return RankMemory(
         **parts,
         key_value_cache=deployment.batch_size
@@ -128,7 +136,7 @@ def local_shape(
     split: Mapping[str, int] = {
         "Q": layout.query_heads_per_rank * config.head_dim,
         "K": layout.key_value_heads_per_rank * config.head_dim,
-        "I": sizes["I"] // deployment.moe_tp_degree,
+        CHANNELS: sizes["I"] // deployment.moe_tp_degree,
         "F": sizes["F"] // tp,
         "S": sizes["S"] // tp,
     }
@@ -144,19 +152,49 @@ def local_shape(
     return ("attention" if set(weight.dimensions) & {"Q", "K"} else "replicated"), shape
 
 
-def weight_bytes(
-    weight: Weight, shape: tuple[int, ...], config: ModelConfig, fp8_kept: bool
-) -> int:
-    """Bytes of a local shape: FP8 codes with their float32 scales where they are kept, the router
-    in float32, to which NxDI's is widened, and else BF16.
+def weight_bytes(weight: Weight, shape: tuple[int, ...], block: tuple[int, int] | None) -> int:
+    """Bytes of a local shape: FP8 codes with a float32 scale for each `block`, BF16 without one;
+    the router in float32, to which NxDI's is widened.
     """
     if weight.module_group == "router":
         return FLOAT32_BYTES * prod(shape)
-    if not fp8_kept:
+    if block is None:
         return BF16_BYTES * prod(shape)
     *experts, rows, columns = shape
-    blocks = prod(fp8.block_grid((rows, columns), config.weight_block_size))
+    blocks = prod(fp8.block_grid((rows, columns), block))
     return FP8_BYTES * prod(shape) + FLOAT32_BYTES * prod(experts) * blocks
+
+
+def scale_block(
+    weight: Weight, layer: int | None, config: ModelConfig, deployment: Deployment
+) -> tuple[int, int] | None:
+    """Rows and columns that share a scale on a rank; None where the weight is not FP8 there."""
+    if not stays_fp8(weight, layer, config, deployment):
+        return None
+    rows, columns = config.weight_block_size
+    scales = settled_scales(deployment.expert_scales, config, deployment.moe_tp_degree)
+    if weight.per_expert and scales == EXPANDED_SCALES:
+        first, second = weight.dimensions
+        return (1 if first == CHANNELS else rows, 1 if second == CHANNELS else columns)
+    return rows, columns
+
+
+def expert_scales(config: ModelConfig, deployment: Deployment) -> str:
+    """How a rank holds the scales of its experts, "auto" settled; as blocks where none is FP8."""
+    settled = settled_scales(deployment.expert_scales, config, deployment.moe_tp_degree)
+    if settled == EXPANDED_SCALES and has_fp8(EXPERT_ROLES, config, deployment):
+        return EXPANDED_SCALES
+    return BLOCK_SCALES
+
+
+def settled_scales(chosen: str, config: ModelConfig, moe_tp_degree: int) -> str:
+    """One of EXPERT_SCALES, "auto" settled for FP8 experts that so many ranks share."""
+    if chosen in (BLOCK_SCALES, EXPANDED_SCALES):
+        return chosen
+    if not config.family.architecture.has_experts:
+        return BLOCK_SCALES
+    whole = config.intermediate_size // moe_tp_degree % config.weight_block_size[0] == 0
+    return BLOCK_SCALES if whole else EXPANDED_SCALES
 
 
 def stays_fp8(

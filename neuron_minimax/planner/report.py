@@ -14,13 +14,8 @@ from neuron_minimax.errors import ConfigError
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.planner import blockwise, lint, search
 from neuron_minimax.planner.cases import REFUSE, Case, Objection
-from neuron_minimax.planner.memory import Deployment, RankMemory, checkpoint_bytes
-
-# What a compile checks its options with.
-from neuron_minimax.planner.settings import DEFAULT_SEQ_LEN as DEFAULT_SEQ_LEN
+from neuron_minimax.planner.memory import Deployment, RankMemory, checkpoint_bytes, expert_scales
 from neuron_minimax.planner.settings import Asked, DeploymentSettings, deployment_case
-from neuron_minimax.planner.settings import check_buckets as check_buckets
-from neuron_minimax.planner.settings import moe_degrees as moe_degrees
 from neuron_minimax.planner.text import render
 from neuron_minimax.planner.traffic import Traffic, traffic
 from neuron_minimax.progress import SILENT, Progress
@@ -100,6 +95,7 @@ class DeploymentPlan(Rendered):
             "instance": self.case.instance.name,
             "deployment": asdict(self.case.deployment),
             "buckets": list(self.case.buckets),
+            "expert_scales": expert_scales(self.case.config, self.case.deployment),
             "reasons": [asdict(finding) for finding in self.reasons],
             "warnings": [asdict(finding) for finding in self.warnings],
             "bytes_per_rank": self.case.memory.to_json(),

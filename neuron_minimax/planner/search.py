@@ -12,7 +12,13 @@ from neuron_minimax.planner.cases import Case
 from neuron_minimax.planner.conversions import conversions
 from neuron_minimax.planner.expert_lint import least_batch, least_context
 from neuron_minimax.planner.instances import Instance
-from neuron_minimax.planner.memory import EXPERT_KERNELS, KERNEL_TOKENS, cache_bytes_per_token
+from neuron_minimax.planner.memory import (
+    EXPERT_KERNELS,
+    EXPERT_SCALES,
+    KERNEL_TOKENS,
+    cache_bytes_per_token,
+    expert_scales,
+)
 from neuron_minimax.planner.settings import (
     DEGREES,
     LATENCY,
@@ -53,6 +59,7 @@ class Proposal:
             "alike": list(self.alike),
             "deployment": asdict(case.deployment),
             "buckets": list(case.buckets),
+            "expert_scales": expert_scales(case.config, case.deployment),
             "changes": list(self.changes),
             "bytes_per_rank": case.memory.to_json(),
             "bytes_per_core": case.instance.memory_per_core,
@@ -147,8 +154,8 @@ def changes(asked: Asked, case: Case) -> tuple[str, ...]:
             found.append(f"{name} {value} in place of {getattr(was, name)}")
     if case.buckets and case.buckets != asked.case.buckets:
         found.append(f"buckets {','.join(map(str, case.buckets))}")
-    kernels = ("blockwise_matmul", "expert_kernel")
-    chosen = {name: getattr(case.deployment, name) for name in kernels}
+    choices = ("blockwise_matmul", "expert_kernel", "expert_scales")
+    chosen = {name: getattr(case.deployment, name) for name in choices}
     found += [f"{name} {now}" for name, now in chosen.items() if now != getattr(was, name)]
     return tuple(found)
 
@@ -188,12 +195,15 @@ def _machines(asked: Asked) -> list[Instance]:
 
 
 def _kernels(asked: Asked) -> Iterator[Asked]:
-    """The kernels asked for, then those that every instance has."""
+    """The kernels and the layout of scales asked for, then those that every instance and split
+    takes.
+    """
     yield asked
     plain = replace(
         asked.case.deployment,
         blockwise_matmul=blockwise.DEFAULT,
         expert_kernel=EXPERT_KERNELS[0],
+        expert_scales=EXPERT_SCALES[0],
     )
     if plain != asked.case.deployment:
         yield replace(asked, case=replace(asked.case, deployment=plain))

@@ -9,7 +9,7 @@ from neuron_minimax.errors import ConfigError
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.cases import Case
 from neuron_minimax.planner.conversions import stored_as
-from neuron_minimax.planner.memory import EXPERT_KERNELS, Deployment, largest_code
+from neuron_minimax.planner.memory import EXPERT_KERNELS, EXPERT_SCALES, Deployment, largest_code
 
 DEFAULT_INSTANCE = "trn2.48xlarge"
 DEFAULT_SEQ_LEN = 1024
@@ -38,6 +38,7 @@ class DeploymentSettings:
     context_lengths: Sequence[int] = ()
     blockwise_matmul: str = blockwise.DEFAULT
     expert_kernel: str = EXPERT_KERNELS[0]
+    expert_scales: str = EXPERT_SCALES[0]
     goal: str = LATENCY
 
     @property
@@ -99,7 +100,8 @@ def moe_degrees(
         if degree not in (None, 1, own):
             raise ConfigError(
                 f"{name} is {degree}, but {config.family.title} has no experts to share out; leave "
-                "it out: all ranks share its MLPs"
+                "it out: all ranks share its MLPs",
+                usage=True,
             )
     return tp_degree, 1
 
@@ -141,6 +143,7 @@ def _check(settings: DeploymentSettings) -> None:
     for name, chosen, known in (
         ("blockwise_matmul", settings.blockwise_matmul, blockwise.BLOCKWISE_MATMULS),
         ("expert_kernel", settings.expert_kernel, EXPERT_KERNELS),
+        ("expert_scales", settings.expert_scales, EXPERT_SCALES),
         ("goal", settings.goal, GOALS),
     ):
         if chosen not in known:
@@ -186,6 +189,7 @@ def deployment_case(config: ModelConfig, settings: DeploymentSettings) -> Case:
         smallest_context=seq_len,
         blockwise_matmul=settings.blockwise_matmul,
         expert_kernel=settings.expert_kernel,
+        expert_scales=settings.expert_scales,
     )
     case = Case(
         config=config, deployment=deployment, instance=machine, fp8_max=largest_code(config)

@@ -11,7 +11,12 @@ from neuron_minimax.planner import blockwise, lint
 from neuron_minimax.planner.cases import Case
 from neuron_minimax.planner.instances import GIB
 from neuron_minimax.planner.lint import memory_text
-from neuron_minimax.planner.memory import EXPERT_KERNELS
+from neuron_minimax.planner.memory import (
+    EXPANDED_SCALES,
+    EXPERT_KERNELS,
+    EXPERT_SCALES,
+    expert_scales,
+)
 from neuron_minimax.planner.search import Proposal, goal_key
 from neuron_minimax.planner.settings import LATENCY
 
@@ -77,8 +82,12 @@ def options(case: Case) -> str:
     given |= {"batch-size": deployment.batch_size, "seq-len": deployment.seq_len}
     if case.buckets:
         given["buckets"] = ",".join(map(str, case.buckets))
-    kernels = {"blockwise-matmul": blockwise.DEFAULT, "expert-kernel": EXPERT_KERNELS[0]}
-    for name, usual in kernels.items():
+    usual_choices = {
+        "blockwise-matmul": blockwise.DEFAULT,
+        "expert-kernel": EXPERT_KERNELS[0],
+        "expert-scales": EXPERT_SCALES[0],
+    }
+    for name, usual in usual_choices.items():
         chosen = getattr(deployment, name.replace("-", "_"))
         if chosen != usual:
             given[name] = chosen
@@ -107,6 +116,8 @@ def _proposals(plan: "DeploymentPlan") -> Iterator[str]:
         notes = list(proposal.changes)
         if plan.fits and number > 1:
             notes.append(worse(found[0], proposal, plan.asked.goal))
+        if expert_scales(proposal.case.config, proposal.case.deployment) == EXPANDED_SCALES:
+            notes.append("the scales of experts expanded")
         if min(sizes) == size < sizes[0]:
             notes.append("the smallest instance")
         if proposal.alike and "instance" not in plan.asked.given:
@@ -166,7 +177,9 @@ def _sums(plan: "DeploymentPlan") -> Iterator[str]:
     memory = plan.case.memory
     deployment = plan.case.deployment
     instance = plan.case.instance
-    mlps = (("experts", memory.experts), ("dense and shared MLPs", memory.mlp))
+    expanded = expert_scales(plan.case.config, deployment) == EXPANDED_SCALES
+    experts = f"experts{', their scales expanded' if expanded else ''}"
+    mlps = ((experts, memory.experts), ("dense and shared MLPs", memory.mlp))
     copied = " (a copy of it)" if plan.case.config.tie_word_embeddings else ""
     rows = (
         *((name, size) for name, size in mlps if size),

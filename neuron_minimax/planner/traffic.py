@@ -61,7 +61,7 @@ def traffic(case: Case) -> Traffic:
     unread_experts = memory.experts // held * (held - experts_read(config, deployment))
     embedding = config.family.weight_of(Role.EMBEDDING)
     shape = local_shape(embedding, config, deployment)[1]
-    table = weight_bytes(embedding, shape, config, fp8_kept=False)
+    table = weight_bytes(embedding, shape, block=None)
     weights = memory.weights - table - unread_experts
     return Traffic(
         weights=weights,

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from neuron_minimax.serving.messages_api import errors
 from neuron_minimax.serving.protocol import RequestError
 
 logger = logging.getLogger("neuron_minimax.serving")
@@ -25,6 +26,8 @@ PAGE_FILES = {
     for file in (resources.files("neuron_minimax.serving") / "page").iterdir()
 }
 OPEN_PATHS = (*PAGE_FILES, *HEALTH_PATHS)
+MESSAGE_PATH = "/v1/messages"
+REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")  # the second is Anthropic's
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # What a request's handler adds to its line in the log.
 log_fields: contextvars.ContextVar[MutableMapping[str, Any]] = contextvars.ContextVar("log_fields")
@@ -72,9 +75,10 @@ class AccessControl:
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 fields["status"] = message["status"]
+                names = REQUEST_ID_HEADERS[: 2 if is_message_path(scope["path"]) else 1]
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
+                    *((name, request_id.encode()) for name in names),
                 ]
             await send(message)
 
@@ -83,7 +87,7 @@ class AccessControl:
             await self._app(scope, receive, send_with_id)
         except RequestError as error:
             self._on_error(error.kind)
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
         except Exception:  # a fault of ours: the client gets no trace of it, the log does
             self._on_error("internal_error")
             logger.exception("internal error", extra={"fields": fields})
@@ -91,7 +95,7 @@ class AccessControl:
                 fault = RequestError(
                     "internal error; the server's log has it", status=500, kind="internal_error"
                 )
-                await error_response(fault)(scope, receive, send_with_id)
+                await error_response(fault, scope["path"])(scope, receive, send_with_id)
         finally:
             fields["seconds"] = round(time.monotonic() - started, 4)
             level = logging.DEBUG if _is_probe(fields) else logging.INFO
@@ -118,12 +122,14 @@ class AccessControl:
     def _key_of(self, headers: dict[str, str]) -> int:
         """Return the number of the key that was sent. Raises RequestError (401)."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
         given = key.strip(" \t").encode("latin-1")  # the bytes that came
         # Every key is compared, so that the time says nothing.
         matches = [hmac.compare_digest(given, known) for known in self._api_keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if not any(matches):
             raise RequestError(
-                "no valid API key; send it as `Authorization: Bearer KEY`",
+                "no valid API key; send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`",
                 status=401,
                 kind="authentication_error",
                 code="invalid_api_key",
@@ -136,12 +142,20 @@ def _is_probe(fields: MutableMapping[str, Any]) -> bool:
     return fields["path"] in PROBED_PATHS and fields.get("status") in (200, 503)
 
 
-def error_response(error: RequestError) -> JSONResponse:
-    """Return an error in OpenAI's form."""
+def error_response(error: RequestError, path: str) -> JSONResponse:
+    """Return an error in the form of the protocol that is spoken at a path."""
     headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if is_message_path(path):
+        body = errors.body_of(error, log_fields.get()["request_id"])
+        return JSONResponse(body, status_code=errors.status_of(error), headers=headers)
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def is_message_path(path: str) -> bool:
+    """Say whether Anthropic's protocol is spoken at a path."""
+    return path == MESSAGE_PATH or path.startswith(f"{MESSAGE_PATH}/")
 
 
 async def read_body(

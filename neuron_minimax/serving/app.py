@@ -1,25 +1,27 @@
 """The routes: OpenAI's endpoints, health, metrics and the chat page."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from neuron_minimax.serving.access import (
     PAGE_FILES,
     AccessControl,
     error_response,
     log_fields,
-    read_body,
 )
+from neuron_minimax.serving.handling import (
+    EventStream,
+    collected,
+    deadline_of,
+    prepare,
+    receive_body,
+)
+from neuron_minimax.serving.messages_api.routes import add_message_routes
 from neuron_minimax.serving.preparation import (
-    Preparation,
     check_model_name,
     detokenize,
     prepare_chat,
@@ -35,44 +37,15 @@ from neuron_minimax.serving.responses import (
     TextChoice,
     sse,
 )
+from neuron_minimax.serving.responses_api.routes import add_response_routes
 from neuron_minimax.serving.service import Service, Submission
 
-Result = TypeVar("Result")
 PAGE_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
     "'script'; trusted-types 'none'"
 )
-
-
-class EventStream(Response):
-    """Sends server-sent events; calls `on_end` however it ends, at once if the client leaves."""
-
-    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._events = events
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(_gone(receive))
-        try:
-            await asyncio.wait((sender, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._on_end()
-            gone.cancel()
-            sender.cancel()
-            await asyncio.gather(sender, gone, return_exceptions=True)
-        if not sender.cancelled() and (fault := sender.exception()):
-            raise fault
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 def create_app(service: Service) -> FastAPI:
@@ -86,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
     async def refuse(request: Request, error: RequestError) -> Response:
         if not error.counted:
             on_error(error.kind)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
@@ -95,6 +68,8 @@ def create_app(service: Service) -> FastAPI:
         return await refuse(request, refusal)
 
     _add_completion_routes(app, service)
+    add_message_routes(app, service)
+    add_response_routes(app, service)
     _add_token_routes(app, service)
     _add_plain_routes(app, service)
     settings = service.settings
@@ -104,46 +79,13 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-@asynccontextmanager
-async def _deadline(service: Service) -> AsyncIterator[float]:
-    """Give the time (of time.monotonic) by which a request that arrives now has to be answered.
-
-    Raises RequestError (504) when the block, which ends where the engine begins, takes longer.
-    """
-    allowed = service.settings.request_timeout
-    deadline = time.monotonic() + allowed
-    try:
-        async with asyncio.timeout(allowed):
-            yield deadline
-    except TimeoutError:
-        raise RequestError(
-            "the request took longer than the server allows", status=504, kind="timeout"
-        ) from None
-
-
-async def _prepare(
-    request: Request, service: Service, function: Callable[[Preparation, bytes], Result]
-) -> Result:
-    """Read a request's body and have a limited process make something of it. Raises RequestError.
-
-    The place in the line comes after the body, which a client may be slow to send: what unfinished
-    bodies hold is limited where connections are.
-    """
-    body = await read_body(request.receive, service.settings.max_body)
-    if service.settings.log_requests:
-        log_fields.get()["body"] = body.decode("utf-8", "replace")
-    desk = service.model.desks.for_text(len(body))
-    with desk.place():
-        return await desk.work(function, body)
-
-
 def _add_completion_routes(app: FastAPI, service: Service) -> None:
     settings = service.settings
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        async with _deadline(service) as deadline:
-            prepared = await _prepare(request, service, prepare_chat)
+        async with deadline_of(service) as deadline:
+            prepared = await prepare(service, prepare_chat, await receive_body(request, service))
             submission = await service.start_chat(prepared, deadline)
         asked = prepared.asked
         tokenizer = service.model.tokenizer
@@ -156,8 +98,10 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        async with _deadline(service) as deadline:
-            prepared = await _prepare(request, service, prepare_completion)
+        async with deadline_of(service) as deadline:
+            prepared = await prepare(
+                service, prepare_completion, await receive_body(request, service)
+            )
             submission = service.start_completion(prepared, deadline)
         asked = prepared.asked
         tokenizer = service.model.tokenizer
@@ -175,14 +119,14 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def to_tokens(request: Request) -> Response:
-        async with _deadline(service):
-            tokens = await _prepare(request, service, tokenize)
+        async with deadline_of(service):
+            tokens = await prepare(service, tokenize, await receive_body(request, service))
         return Response(tokens, media_type="application/json")
 
     @app.post("/detokenize")
     async def to_text(request: Request) -> Response:
-        async with _deadline(service):
-            text = await _prepare(request, service, detokenize)
+        async with deadline_of(service):
+            text = await prepare(service, detokenize, await receive_body(request, service))
         return Response(text, media_type="application/json")
 
 
@@ -255,17 +199,7 @@ async def _respond(
         return EventStream(
             _chunks(submission, choices, completion, include_usage), submission.cancel
         )
-    collecting = asyncio.create_task(_collect(submission, choices))
-    gone = asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait((collecting, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise RequestError("the client went away", status=499, kind="cancelled", counted=True)
-        collecting.result()
-    finally:
-        submission.cancel()
-        gone.cancel()
-        collecting.cancel()
+    await collected(request, submission, _collect(submission, choices))
     log_fields.get()["completion_tokens"] = sum(each.output_tokens for each in submission.requests)
     body = completion.whole([choice.whole() for choice in choices], submission.requests)
     return Response(body, media_type="application/json")
@@ -293,9 +227,3 @@ async def _chunks(
         if include_usage:
             yield completion.usage_chunk(submission.requests)
     yield DONE
-
-
-async def _gone(receive: Receive) -> None:
-    """Return when the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

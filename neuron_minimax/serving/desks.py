@@ -113,7 +113,15 @@ class Desks:
     Long texts have one process, so that short ones never wait for them.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, model_name: str, seq_len: int, vocab: int) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        model_name: str,
+        seq_len: int,
+        vocab: int,
+        *,
+        strict: bool = False,
+    ) -> None:
         hugging_face = tokenizer.hugging_face
         preparation = Preparation(
             hugging_face=hugging_face,
@@ -121,6 +129,7 @@ class Desks:
             model_name=model_name,
             seq_len=seq_len,
             vocab_size=vocab,
+            strict=strict,
         )
         modules = (*MODULES, type(hugging_face).__module__)
         texts = Setup(itself, preparation, preload=modules)

@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.hf import from_tokenizer
@@ -20,8 +20,8 @@ from neuron_minimax.generation.chat_formats import ChatFormat
 
 # One spelling of white space: a weak model can otherwise indent for ever.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-START = "start: "
-AFTER_REASONING = "/\n{0,2}/ "  # what may still come behind its end
+AFTER_REASONING = "\\n{0,2}"  # what may still come behind its end
+WISHED = {"tools": "the tools' parameters", "response_format": "the JSON schema"}
 # The library's own limits, where its defaults allow one token more than some milliseconds, or one
 # grammar hundreds of megabytes. Its messages would otherwise quote the whole state.
 PARSER_LIMITS = LLParserLimits(
@@ -40,15 +40,19 @@ class GrammarError(GenerationError):
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a request wants: JSON of `schema`, or a call of one or `several` of `tools`.
-
-    The answer may come `after_reasoning`, or begins at once.
+    """What a request wants: JSON of `schema`, a call of one or `several` of `tools`, or one of the
+    two. The prompt has left the reasoning `open`, or the model may open it itself, or not.
     """
 
     schema: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     several: bool = True
-    after_reasoning: bool = True
+    reasoning: Literal["open", "possible", "none"] = "none"
+
+    @property
+    def asked_by(self) -> str:
+        """The field of the request that is named when it cannot be enforced."""
+        return "response_format" if self.schema is not None else "tools"
 
 
 class Grammars:
@@ -61,31 +65,50 @@ class Grammars:
         self._format = chat_format
         self._vocabulary = hugging_face.get_vocab()
 
-    def json(self, schema: Mapping[str, Any], *, after_reasoning: bool = True) -> str:
-        """Return the grammar of one JSON value of `schema`.
+    def make(self, wish: Wish) -> str:
+        """Return the grammar of a whole output that gives what is wished for.
 
-        Raises GrammarError when the schema cannot be enforced.
-        """
-        start = _start(after_reasoning)
-        return self._checked(f"{start}value\nvalue: {_json_rule(schema)}", "the JSON schema")
-
-    def tool_calls(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        several: bool = True,
-        *,
-        after_reasoning: bool = True,
-    ) -> str:
-        """Return the grammar of a turn that calls at least one of `tools` (OpenAI's form).
-
-        Every call gives the required arguments. Raises GrammarError when a tool's schema cannot
+        Reasoning may come first, and where the format has calls within it, they follow the grammar
+        as well. Every call gives the required arguments. Raises GrammarError when a schema cannot
         be enforced.
         """
-        rules = self._format.call_grammar(
-            tools, several=several, literal=self._literal, json_rule=_json_rule
-        )
-        start = _start(after_reasoning)
-        return self._checked("\n".join([start + "calls", *rules]), "the tools' parameters")
+        rules = []
+        answers = []
+        if wish.tools:
+            answers.append("calls")
+            rules += self._format.call_grammar(
+                wish.tools, several=wish.several, literal=self._literal, json_rule=_json_rule
+            )
+        if wish.schema is not None:
+            answers.append("value")
+            rules.append(f"value: {_json_rule(wish.schema)}")
+        rules.append(f"answer: {' | '.join(answers)}")
+        start = {
+            "none": "answer",
+            "possible": f"answer | {self._literal(self._format.reasoning_tags[0])} thought",
+            "open": "thought",
+        }[wish.reasoning]
+        if wish.reasoning != "none":
+            rules += self._reasoning(calls=bool(wish.tools) and self._format.calls_in_reasoning)
+        return self._checked("\n".join([f"start: {start}", *rules]), WISHED[wish.asked_by])
+
+    def _reasoning(self, *, calls: bool) -> list[str]:
+        """Return the rules of `thought`: reasoning up to its end and the answer behind it, or up to
+        calls in it.
+        """
+        ways = {self._format.reasoning_tags[1]: f"/{AFTER_REASONING}/ answer"}
+        if calls:
+            ways[self._format.calls_tag] = "called thought?"
+        tags = "|".join(tag.replace("/", r"\/") for tag in ways)
+        rules = [f"UNTIL_TAG: /(?s:.*)/ & ~/(?s:.*)({tags})(?s:.*)/"]
+        alternatives = []
+        for number, (tag, rest) in enumerate(ways.items()):
+            until = f"UNTIL_TAG {tag}"
+            if self._literal(tag) != tag:
+                until = f"until_{number}"
+                rules.append(f"{until}[suffix={json.dumps(tag)}]: /(?s:.*)/")
+            alternatives.append(f"{until} {rest}")
+        return [*rules, f"thought: {' | '.join(alternatives)}"]
 
     def matcher(self, grammar: str) -> LLMatcher:
         """Return a fresh state of a grammar made here."""
@@ -115,10 +138,6 @@ class Grammars:
         return grammar
 
 
-def _start(after_reasoning: bool) -> str:
-    return START + AFTER_REASONING if after_reasoning else START
-
-
 def _json_rule(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
 
@@ -127,9 +146,7 @@ def make_grammar(grammars: Grammars, pickled: bytes) -> str:
     """Return the grammar of a pickled Wish. Raises GrammarError when it cannot be enforced."""
     wish: Wish = pickle.loads(pickled)
     try:
-        if wish.schema is not None:
-            return grammars.json(wish.schema, after_reasoning=wish.after_reasoning)
-        return grammars.tool_calls(wish.tools, wish.several, after_reasoning=wish.after_reasoning)
+        return grammars.make(wish)
     except GrammarError as error:
-        error.param = "tools" if wish.schema is None else "response_format"
+        error.param = wish.asked_by
         raise

@@ -6,16 +6,18 @@ Everything whose cost grows with what a client has sent is here, and nothing her
 import json
 import pickle
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.generation import template
 from neuron_minimax.generation.chat_formats import ChatFormat
+from neuron_minimax.generation.plain_text import ChatPrompt
+from neuron_minimax.serving.fields import Extras
 from neuron_minimax.serving.grammars import Wish
+from neuron_minimax.serving.messages import template_messages
 from neuron_minimax.serving.protocol import (
-    Call,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -30,6 +32,7 @@ from neuron_minimax.serving.protocol import (
 from neuron_minimax.serving.schemas import check_depth, check_schema
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+Result = TypeVar("Result")
 CHARACTERS_OF_TOKEN = 64  # a token stands for at most a few dozen
 ANY_OBJECT = {"type": "object"}
 
@@ -71,6 +74,7 @@ class Preparation:
     model_name: str
     seq_len: int
     vocab_size: int
+    strict: bool = False
 
     def check_model_name(self, name: str | None) -> None:
         check_model_name(name, self.model_name)
@@ -95,13 +99,19 @@ class Preparation:
         messages: Sequence[ChatMessage],
         tools: list[dict[str, Any]] | None,
         arguments: Mapping[str, template.Scalar] | None,
-    ) -> str:
+    ) -> ChatPrompt:
         """Render the prompt of a chat.
 
         Raises RequestError when the messages cannot be rendered, or the template lacks an argument.
         """
         try:
-            return template.render(self.hugging_face, template_messages(messages), tools, arguments)
+            return template.render(
+                self.hugging_face,
+                template_messages(messages, self.hugging_face),
+                tools,
+                arguments,
+                self.chat_format.tags,
+            )
         except template.TemplateArgumentError as error:
             raise RequestError(
                 f"chat_template_kwargs.{error}",
@@ -118,6 +128,17 @@ class Preparation:
         check_tokens(asked.stop_token_ids or (), self.vocab_size, "stop_token_ids")
 
 
+def with_ignored(
+    known: Preparation, function: Callable[..., Result], *texts: bytes
+) -> tuple[Result, list[str]]:
+    """Return `function(known, extras, *texts)`, and the names of the fields that it passed over.
+
+    Raises RequestError.
+    """
+    extras = Extras(strict=known.strict)
+    return function(known, extras, *texts), extras.ignored
+
+
 def emptied(asked: Asked) -> Asked:
     """Return a request without its texts."""
     texts: dict[str, Any] = {"messages": [], "tools": None, "prompt": ""}
@@ -125,9 +146,9 @@ def emptied(asked: Asked) -> Asked:
     return asked.model_copy(update={k: v for k, v in texts.items() if k in known})
 
 
-def prepare_chat(known: Preparation, body: bytes) -> Prepared[ChatRequest]:
+def prepare_chat(known: Preparation, extras: Extras, body: bytes) -> Prepared[ChatRequest]:
     """Prepare a chat completion. Raises RequestError."""
-    asked = parse_request(ChatRequest, body)
+    asked = parse_request(ChatRequest, body, extras)
     known.check_model_name(asked.model)
     asked.stops()
     asked.top()
@@ -138,21 +159,25 @@ def prepare_chat(known: Preparation, body: bytes) -> Prepared[ChatRequest]:
     form = known.chat_format
     in_reasoning = form.opens_reasoning(prompt)
     without_reasoning = form.closes_reasoning(prompt)
-    may_reason = in_reasoning or (form.model_opens_reasoning and not without_reasoning)
-    pickled = None if wish is None else pickle.dumps(replace(wish, after_reasoning=may_reason))
+    if wish is not None:
+        opens = form.model_opens_reasoning and not without_reasoning
+        otherwise: Literal["possible", "none"] = "possible" if opens else "none"
+        wish = replace(wish, reasoning="open" if in_reasoning else otherwise)
     return Prepared(
         asked=emptied(asked),
         prompts=[known.prompt(known.encode(prompt, "messages"))],
         in_reasoning=in_reasoning,
         without_reasoning=without_reasoning,
         tools=tools,
-        wish=pickled,
+        wish=None if wish is None else pickle.dumps(wish),
     )
 
 
-def prepare_completion(known: Preparation, body: bytes) -> Prepared[CompletionRequest]:
+def prepare_completion(
+    known: Preparation, extras: Extras, body: bytes
+) -> Prepared[CompletionRequest]:
     """Prepare plain completions of one or more prompts. Raises RequestError."""
-    asked = parse_request(CompletionRequest, body)
+    asked = parse_request(CompletionRequest, body, extras)
     known.check_model_name(asked.model)
     asked.stops()
     asked.check()
@@ -169,9 +194,9 @@ def _plain_prompt(known: Preparation, prompt: str | list[int], echo: bool) -> Pr
     return known.prompt(prompt, template.spell(known.hugging_face, fitting) if echo else "")
 
 
-def tokenize(known: Preparation, body: bytes) -> bytes:
+def tokenize(known: Preparation, extras: Extras, body: bytes) -> bytes:
     """Return the response to /tokenize. Raises RequestError."""
-    asked = parse_request(TokenizeRequest, body)
+    asked = parse_request(TokenizeRequest, body, extras)
     known.check_model_name(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise RequestError("expected either prompt or messages", param="prompt")
@@ -185,9 +210,9 @@ def tokenize(known: Preparation, body: bytes) -> bytes:
     ).encode()
 
 
-def detokenize(known: Preparation, body: bytes) -> bytes:
+def detokenize(known: Preparation, extras: Extras, body: bytes) -> bytes:
     """Return the response to /detokenize. Raises RequestError."""
-    asked = parse_request(DetokenizeRequest, body)
+    asked = parse_request(DetokenizeRequest, body, extras)
     known.check_model_name(asked.model)
     if len(asked.tokens) > known.seq_len:
         raise RequestError(
@@ -230,7 +255,9 @@ def tool_objects(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
 
 
 def _wish(asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Wish | None:
-    """Return the grammar that the request asks for, if any."""
+    """Return the grammar that the request asks for, if any. A call that is forced comes before the
+    answer that shall be JSON; one that is not forced is made instead of it.
+    """
     choice = asked.tool_choice
     answer = asked.response_format
     wants_json = answer is not None and answer.type != "text"
@@ -244,10 +271,6 @@ def _wish(asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Wish | None
                 "grammar has ended, so has the answer",
                 param=name,
             )
-    if forced and wants_json:
-        raise RequestError(
-            "response_format and a forced tool_choice exclude each other", param="response_format"
-        )
     if forced and tools:
         if isinstance(choice, NamedToolChoice):
             tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
@@ -260,7 +283,8 @@ def _wish(asked: ChatRequest, tools: list[dict[str, Any]] | None) -> Wish | None
         return Wish(tools=tools, several=several)
     if answer is None or not wants_json:
         return None
-    return Wish(schema=_schema(answer))
+    several = asked.parallel_tool_calls is not False
+    return Wish(schema=_schema(answer), tools=tools or (), several=several)
 
 
 def _schema(answer: ResponseFormat) -> Mapping[str, Any]:
@@ -271,71 +295,3 @@ def _schema(answer: ResponseFormat) -> Mapping[str, Any]:
     schema = answer.json_schema.schema_
     check_schema(schema, "response_format.json_schema.schema", "response_format")
     return schema
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages for a chat template: content as text, arguments of calls as objects.
-
-    One system message comes first: developer messages are system messages, and several join to one.
-    Raises RequestError when they cannot be brought into that form.
-    """
-    head = next(
-        (place for place, message in enumerate(messages) if not _is_system(message)), len(messages)
-    )
-    late = next(
-        (place for place in range(head, len(messages)) if _is_system(messages[place])), None
-    )
-    if late is not None:
-        raise RequestError(
-            f"messages.{late}: a {messages[late].role} message after the conversation has begun is "
-            "not supported; put it first",
-            param=f"messages.{late}.role",
-        )
-    system = "\n\n".join(message.text() for message in messages[:head])
-    rendered = [{"role": "system", "content": system}] if head else []
-    return rendered + [
-        _template_message(place, messages[place]) for place in range(head, len(messages))
-    ]
-
-
-def _is_system(message: ChatMessage) -> bool:
-    return message.role in ("system", "developer")
-
-
-def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
-    if message.role != "assistant" and (
-        message.tool_calls or message.reasoning_content is not None
-    ):
-        raise RequestError(
-            f"messages.{place}: only assistant messages have tool_calls or reasoning_content",
-            param=f"messages.{place}",
-        )
-    if message.content is None and not message.tool_calls and message.reasoning_content is None:
-        raise RequestError(
-            f"messages.{place}.content is missing", param=f"messages.{place}.content"
-        )
-    rendered: dict[str, Any] = {"role": message.role, "content": message.text()}
-    if message.reasoning_content is not None:
-        rendered["reasoning_content"] = message.reasoning_content
-    if message.tool_calls:
-        rendered["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": _called(place, call)}
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        rendered["tool_call_id"] = message.tool_call_id
-    return rendered
-
-
-def _called(place: int, call: Call) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise RequestError(
-            f"messages.{place}.tool_calls: the arguments of {call.function.name} are no JSON "
-            "object",
-            param=f"messages.{place}.tool_calls",
-        )
-    return {"name": call.function.name, "arguments": arguments}

@@ -1,15 +1,16 @@
-"""Requests in OpenAI's format with vLLM's extensions; everything else is refused by name.
+"""Requests in OpenAI's format with vLLM's extensions.
+
+What would change an answer and is not done here is refused by name; what changes nothing is not.
 
 Nothing here imports torch: bodies are read in limited processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -22,6 +23,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neuron_minimax.errors import GenerationError, NeuronMiniMaxError, counted, shortened
+from neuron_minimax.serving.fields import (
+    HINTS,
+    INERT,
+    MARKS,
+    PROMPT_INERT,
+    UNKNOWN,
+    Extras,
+    Fields,
+)
 
 if TYPE_CHECKING:
     from neuron_minimax.generation.sampling import SamplingParams
@@ -46,7 +56,6 @@ MAX_CHOICES = 16
 MAX_ANSWERS = 128  # of all prompts of one request
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_LENGTH = 256
-UNKNOWN = "unknown_field"  # the type of pydantic's error
 
 
 class RequestError(NeuronMiniMaxError):
@@ -84,95 +93,137 @@ class RequestError(NeuronMiniMaxError):
         }
 
 
-class _Strict(BaseModel):
-    """An object without other fields than its own.
+class TextPart(Fields):
+    """A piece of a message; its text stands under the name of its kind, as it does for others."""
 
-    The first one is told: pydantic's `extra="forbid"` makes an error of a kilobyte of each.
-    """
+    hints: ClassVar[frozenset[str]] = MARKS
 
-    model_config = ConfigDict(extra="allow")
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking"]
+    text: StrictStr = ""
+    refusal: StrictStr = ""
+    thinking: StrictStr = ""
+    name: str | None = None  # of the tool that says it, in the vendor's own form
 
     @model_validator(mode="after")
-    def _has_only_its_fields(self) -> Self:
-        for name in self.model_extra or ():
-            raise PydanticCustomError(UNKNOWN, "it is not supported", {"field": name})
+    def _has_its_text(self) -> Self:
+        own = self.type if self.type in ("refusal", "thinking") else "text"
+        if own not in self.model_fields_set:
+            raise PydanticCustomError("missing", "{field} is missing", {"field": own})
         return self
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: StrictStr
+class Function(Fields):
+    hints: ClassVar[frozenset[str]] = MARKS
 
-
-class Function(_Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Fields):
+    hints: ClassVar[frozenset[str]] = MARKS
+
     type: Literal["function"]
     function: Function
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Fields):
     name: str
     arguments: str
 
 
-class Call(_Strict):
+class Call(Fields):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
 
 
-class ChatMessage(_Strict):
+class ReasoningPart(Fields):
+    """A piece of reasoning as proxies keep it: OpenRouter's details, Anthropic's blocks."""
+
+    hints: ClassVar[frozenset[str]] = MARKS | {"type", "id", "format", "index", "data"}
+
+    text: str = ""
+    summary: str = ""
+    thinking: str = ""
+
+    def said(self) -> str:
+        return self.text or self.thinking or self.summary
+
+
+class ChatMessage(Fields):
+    """A message; what the assistant has thought has the first of four names that is given."""
+
+    hints: ClassVar[frozenset[str]] = MARKS | {"annotations", "id", "status", "type", "parsed"}
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {"audio": ({},), "function_call": ({},)}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | Items[TextPart] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    reasoning_details: Items[ReasoningPart] | None = None
+    thinking_blocks: Items[ReasoningPart] | None = None
     tool_calls: Items[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
-    refusal: None = None
-    audio: None = None
-    annotations: Items[Any] | None = Field(None, max_length=0)
-    function_call: None = None
+    refusal: str | None = None
+
+    def texts(self) -> list[str]:
+        """Return the texts that the content has."""
+        if isinstance(self.content, list):
+            parts = [part for part in self.content if part.type != "thinking"]
+            return [part.refusal or part.text for part in parts]
+        text = self.content or self.refusal
+        return [] if text is None else [text]
 
     def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        return "".join(self.texts())
+
+    def thoughts(self) -> str | None:
+        """Return the reasoning, None without any."""
+        parts = self.content if isinstance(self.content, list) else []
+        kept = self.reasoning_details or self.thinking_blocks or []
+        joined = "".join(part.said() for part in kept)
+        written = "".join(part.thinking for part in parts if part.type == "thinking")
+        given = (self.reasoning_content, self.reasoning, joined, written)
+        return next((each for each in given if each), None)
 
 
-class ToolChoiceName(_Strict):
+class ToolChoiceName(Fields):
     name: str
 
 
-class NamedToolChoice(_Strict):
+class NamedToolChoice(Fields):
     type: Literal["function"]
     function: ToolChoiceName
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Fields):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Fields):
+    hints: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool = False
 
 
-class _Sampled(_Strict):
+class _Sampled(Fields):
     """The fields that chat and plain completions share; None: the checkpoint's own default."""
+
+    hints: ClassVar[frozenset[str]] = HINTS
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = INERT
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -193,17 +244,7 @@ class _Sampled(_Strict):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # names the end user; has no effect on the answer
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_LENGTH)  # as in vLLM
-
-    @field_validator(
-        *("n", "stream", "min_tokens", "ignore_eos", "skip_special_tokens", "echo"),
-        mode="before",
-        check_fields=False,
-    )
-    @classmethod
-    def _default_for_null(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
 
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -305,7 +346,9 @@ class CompletionRequest(_Sampled):
         return self.logprobs
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Fields):
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = PROMPT_INERT
+
     model: str | None = None
     add_special_tokens: Literal[False] | None = None  # as everywhere here: none are added
     prompt: str | None = None
@@ -314,29 +357,34 @@ class TokenizeRequest(_Strict):
     chat_template_kwargs: TemplateArguments | None = None
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: Items[int]
 
 
-def parse_request(model: type[Model], body: bytes) -> Model:
-    """Read a JSON body as `model`. Raises RequestError that names the first field at fault."""
+def parse_request(model: type[Model], body: bytes, extras: Extras | None = None) -> Model:
+    """Read a JSON body as `model`; `extras` says how other fields than its own are taken.
+
+    Raises RequestError that names the first field at fault.
+    """
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise RequestError(f"the body has more than {MAX_VALUES} values")
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, context=extras)
     except ValidationError as error:
-        raise _named(error) from None
+        raise named(error) from None
 
 
-def _named(error: ValidationError) -> RequestError:
-    """Return the first problem of a validation; an unknown field is named as unsupported."""
+def named(error: ValidationError, place: str = "") -> RequestError:
+    """Return the first problem of a validation; an unknown field is named as unsupported. `place`
+    is where in the body the value is that was validated.
+    """
     problems = error.errors(include_url=False, include_input=False)
     unknown = next((problem for problem in problems if problem["type"] == UNKNOWN), None)
     problem = unknown or problems[0]
     if problem["type"] == "json_invalid":
         return RequestError(f"the body cannot be read as JSON: {problem['msg']}")
-    path = [str(part) for part in problem["loc"]]
+    path = [*([place] if place else []), *(str(part) for part in problem["loc"])]
     if unknown:
         name = ".".join([*path, unknown["ctx"]["field"]])
         return RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")

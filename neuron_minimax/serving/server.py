@@ -18,11 +18,11 @@ from typing import Any
 import uvicorn
 
 from neuron_minimax.backends import compile_model, verify_compiled
-from neuron_minimax.backends.made_demo import MADE_DEMO, is_made_demo, user_cache
+from neuron_minimax.backends.made_demo import MADE_DEMO, is_made_demo
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import BackendError
-from neuron_minimax.files import read_bytes
+from neuron_minimax.files import read_bytes, user_cache
 from neuron_minimax.progress import SILENT, Progress
 from neuron_minimax.serving.app import create_app
 from neuron_minimax.serving.connections import (

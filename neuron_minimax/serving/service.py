@@ -22,7 +22,7 @@ from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.limited import warm_up
 from neuron_minimax.progress import SILENT, Progress
 from neuron_minimax.serving.access import client
-from neuron_minimax.serving.constraints import Constraint
+from neuron_minimax.serving.constraints import Constraint, Endings
 from neuron_minimax.serving.desks import MODULES, Desks, check_tokenizer
 from neuron_minimax.serving.engine_thread import (
     DrainingError,
@@ -50,6 +50,7 @@ class Settings:
     drain_timeout: float = 120.0
     exit_timeout: float = 10.0
     split_reasoning: bool = True
+    strict: bool = False
     max_body: int = 8 << 20
     max_connections: int = 1024
     client_timeout: float = 60.0
@@ -170,7 +171,13 @@ class Service:
         with self._starting:
             if self._stopped:
                 return
-            desks = Desks(tokenizer, self.settings.model_name, can.seq_len, can.vocab_size)
+            desks = Desks(
+                tokenizer,
+                self.settings.model_name,
+                can.seq_len,
+                can.vocab_size,
+                strict=self.settings.strict,
+            )
             engine = EngineThread(backend, self.metrics, self.settings.max_waiting)
             engine.start()
             self._model = Model(backend, tokenizer, grammars, desks, engine)
@@ -259,7 +266,7 @@ class Service:
             return self._submit(prepared, deadline, readers, [None] * asked.n)
         with ExitStack() as places:
             places.enter_context(self._places(asked.n))
-            constraints = await self._constraints(prepared, prepared.wish, asked.n)
+            constraints = await self._constraints(prepared.wish, asked.n)
             submission = self._submit(prepared, deadline, readers, constraints)
             submission.on_end = places.pop_all().close
         return submission
@@ -298,13 +305,10 @@ class Service:
         finally:
             self._following -= count
 
-    async def _constraints(
-        self, prepared: Prepared[ChatRequest], wish: bytes, count: int
-    ) -> Sequence[Constraint]:
+    async def _constraints(self, wish: bytes, count: int) -> Sequence[Constraint]:
         """Return one state of the request's grammar per choice.
 
-        It holds for the answer; reasoning may come first, unless the prompt has closed it. What a
-        limited process has compiled within its limits, our library compiles in a thread.
+        What a limited process has compiled within its limits, our library compiles in a thread.
         """
         model = self.model
         try:
@@ -313,9 +317,9 @@ class Service:
                 first = await asyncio.to_thread(model.grammars.matcher, grammar)
         except GrammarError as error:
             raise RequestError(f"{error.param}: {error}", param=error.param) from None
-        opening = None if prepared.without_reasoning else model.tokenizer.opening_token
         matchers = [first, *(first.deep_copy() for _ in range(count - 1))]
-        return [Constraint(matcher, opening) for matcher in matchers]
+        endings = Endings(model.tokenizer)
+        return [Constraint(matcher, endings) for matcher in matchers]
 
     def _submit(
         self,

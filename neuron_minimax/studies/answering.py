@@ -4,7 +4,7 @@ Shapes: B sequences, V vocabulary.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from neuron_minimax.generation.chat_formats.minimax_m2 import parse
 from neuron_minimax.generation.events import Message
 from neuron_minimax.model.decoder import Decoder
+from neuron_minimax.progress import Advance, nothing
 from neuron_minimax.training.data.conversations import Conversation
 
 
@@ -32,10 +33,10 @@ def answer_all(
     conversations: Sequence[Conversation],
     max_new_tokens: int = 96,
     batch_size: int = 128,
-    progress: Callable[[int], None] = lambda count: None,
+    advance: Advance = nothing,
 ) -> list[Graded]:
     """Answer all prompts greedily, in the order given, and check each against its own reply.
-    `progress` is called with how many have been answered together.
+    `advance` is called with how many have been answered together.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -46,7 +47,7 @@ def answer_all(
             model, [prompts[index] for index in chosen], int(tokenizer.eos_token_id), max_new_tokens
         )
         replies.update(zip(chosen, decoded, strict=True))
-        progress(len(chosen))
+        advance(len(chosen))
     return [
         Graded(
             conversation, replies[index], is_right(conversation, _text(tokenizer, replies[index]))

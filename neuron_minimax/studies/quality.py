@@ -28,7 +28,7 @@ from neuron_minimax.families import Role
 from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
-from neuron_minimax.progress import SILENT, Progress
+from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 from neuron_minimax.studies.answering import Graded, answer_all, prompt_ids
 from neuron_minimax.training.data.conversations import KINDS, Conversation, held_out
 from neuron_minimax.training.data.encoding import Encoder, Example
@@ -128,7 +128,7 @@ def measure_quality(
             advance(doing="reading prompts")
             logits = prompt_logits(model, tokenizer, conversations)
             advance(doing="answering")
-            graded = answer_all(model, tokenizer, conversations, progress=advance)
+            graded = answer_all(model, tokenizer, conversations, advance=advance)
         reference = reference or (logits, graded)
         scores.append(_score(variant.name, logits, graded, *reference))
     return QualityReport(scores=scores)
@@ -317,10 +317,10 @@ def perplexities(
     model: Decoder,
     examples: Sequence[Example],
     bounds: Sequence[int],
-    progress: Callable[[int], None] = lambda count: None,
+    advance: Advance = nothing,
 ) -> tuple[float, ...]:
     """Return exp of the mean -log p of learned tokens, by ranges of positions up to each bound.
-    `progress` is called for each example.
+    `advance` is called for each example.
     """
     sums = [0.0] * len(bounds)
     counts = [0] * len(bounds)
@@ -334,5 +334,5 @@ def perplexities(
             sums[number] += float(loss[part][learned[part]].sum())
             counts[number] += int(learned[part].sum())
             start = bound - 1
-        progress(1)
+        advance(1)
     return tuple(math.exp(total / max(1, count)) for total, count in zip(sums, counts, strict=True))

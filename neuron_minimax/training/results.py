@@ -20,8 +20,8 @@ from neuron_minimax.checkpoint.finished import (
     files_as_json,
     record_of,
 )
+from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
-from neuron_minimax.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.writer import PARTIAL_SUFFIX, replacing, require_place, write_json
 from neuron_minimax.errors import TrainingError, require_package
 from neuron_minimax.files import read_json

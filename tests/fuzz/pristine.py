@@ -226,7 +226,7 @@ def _stop_halfway(checkpoint: Path, out: Path) -> None:
 
     plan = plan_conversion(Checkpoint.open(checkpoint))
     with contextlib.suppress(_Stopped):
-        plan.write(out, progress=progress)
+        plan.write(out, advance=progress)
 
 
 def _write_trace(work: Path) -> None:

@@ -11,6 +11,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped": {"intermediate_size": 256},
     "padded": {"intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2},
     "converted": {"intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3},
+    # Channels that ranks share in parts of blocks: one block that is not full, one block, a block
+    # and a half.
+    "48 channels": {"intermediate_size": 48},
+    "96 channels": {"intermediate_size": 96},
+    "128 channels": {"intermediate_size": 128},
+    "192 channels": {"intermediate_size": 192},
 }
 # Models of the other families: a family of tests/tiny.py, and the changed fields. With FP8
 # their sizes are whole blocks; in BF16 they are odd.

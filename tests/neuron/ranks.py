@@ -33,6 +33,7 @@ class Run:
     )
     options: dict[str, Any] = field(default_factory=dict)
     expert_kernel: str = "torch"
+    expert_scales: str = "auto"
     expert_placement: str | None = None
     stock: bool = False  # NxDI's own class of the family, over a Hugging Face checkpoint
     forward: bool = True  # False: weights are loaded and counted only
@@ -148,6 +149,7 @@ def build(configuration: Run) -> Any:
             imports.MoENeuronConfig(**options),
             load_config=read_config(configuration.directory),
             expert_kernel=configuration.expert_kernel,
+            expert_scales=configuration.expert_scales,
             expert_placement=configuration.expert_placement,
         )
         application = application_cls(configuration.directory, config)

@@ -28,6 +28,10 @@ DEGREES = {
     "inf2": ((24, 3, 8), (24, 6, 4), (24, 12, 2)),
     "trn2": ((32, 4, 8), (64, 1, 64), (64, 2, 32), (64, 4, 16)),
 }
+# Intermediate sizes of which 8 ranks get 24 and 64 channels each: the sixth rank of the first has
+# channels of two blocks.
+SPLIT_SIZES = (192, 512)
+SPLIT_RANKS = 8
 TINY = {
     "grouped at tp 4": ({}, (4, 2, 2)),
     "padded at tp 4": ({"num_attention_heads": 6}, (4, 2, 2)),
@@ -123,9 +127,10 @@ def shard(
     import torch
 
     from neuron_minimax.backends.nxdi import imports
-    from neuron_minimax.backends.nxdi.config import MiniMaxM2InferenceConfig, read_config
+    from neuron_minimax.backends.nxdi.config import NeuronModelConfig, read_config
     from neuron_minimax.backends.nxdi.model import NeuronForCausalLM
     from neuron_minimax.backends.nxdi.options import quantization_options
+    from neuron_minimax.planner import blockwise
 
     class Recorded(NeuronForCausalLM):
         def checkpoint_loader_fn(self, mmap: bool = False) -> dict:
@@ -136,9 +141,12 @@ def shard(
             )
 
     tp_degree, moe_tp_degree, moe_ep_degree = degrees
+    cores = 2 if tp_degree == 64 else 1
+    settings = blockwise.blockwise_matmul(blockwise.DEFAULT).settings
     options = imports.MoENeuronConfig(
         torch_dtype=torch.bfloat16,
-        logical_nc_config=2 if tp_degree == 64 else 1,
+        logical_nc_config=cores,
+        blockwise_matmul_config=settings | {"logical_nc_config": cores},
         tp_degree=tp_degree,
         moe_tp_degree=moe_tp_degree,
         moe_ep_degree=moe_ep_degree,
@@ -147,7 +155,7 @@ def shard(
         max_context_length=64,
         **quantization_options(directory),
     )
-    config = MiniMaxM2InferenceConfig(options, load_config=read_config(directory))
+    config = NeuronModelConfig(options, load_config=read_config(directory))
     ranks = Recorded(str(directory), config).get_builder().shard_checkpoint()
     from neuronx_distributed.modules.moe.moe_process_group import destroy_moe_model_parallel
 
@@ -192,6 +200,75 @@ def _uint8() -> Any:
     import torch
 
     return torch.uint8
+
+
+def channels(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    """Read back which channels a rank has and which block's scales they come with, of a tiny
+    checkpoint whose experts `numbered` marked.
+    """
+    experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+    weight, scale, down, down_scale = (
+        tensors[experts + name]
+        for name in (
+            "gate_up_proj.weight",
+            "gate_up_proj.scale",
+            "down_proj.weight",
+            "down_proj.scale",
+        )
+    )
+    found = {
+        "gate_up": weight.view(torch.uint8)[0, 0].tolist(),
+        "gate_up_blocks": scale[0, 0].int().tolist(),
+        "down": down.view(torch.uint8)[0, :, 0].tolist(),
+        "down_blocks": down_scale[0, :, 0].int().tolist(),
+    }
+    assert (weight.view(torch.uint8) == weight.view(torch.uint8)[:1, :1]).all()
+    assert (down.view(torch.uint8) == down.view(torch.uint8)[:1, :, :1]).all()
+    assert (scale == scale[:1, :1]).all()
+    assert (down_scale == down_scale[:1, :, :1]).all()
+    return found
+
+
+def numbered(directory: Path) -> Any:
+    """The converted tensors of a directory, but for layer 0's experts: a channel's codes are its
+    number (of gate and of up), its stored scale the number of its block (of gate, then of up).
+    """
+    from neuron_minimax.checkpoint.reader import TensorDirectory
+
+    def state(config: Any, torch: Any) -> dict[str, Any]:
+        stored = TensorDirectory(directory)
+        tensors = {name: stored.tensor(name) for name in stored.entries}
+        experts = "layers.0.block_sparse_moe.expert_mlps.mlp_op."
+        number = torch.arange(config.intermediate_size).to(torch.uint8)
+        shape = tensors[experts + "down_proj.weight"].shape
+        down = number[None, :, None].expand(shape).contiguous()
+        both = torch.cat([number, number]).expand(shape[0], shape[2], -1).contiguous()
+        tensors[experts + "down_proj.weight"] = down.view(torch.float8_e4m3fn)
+        tensors[experts + "gate_up_proj.weight"] = both.view(torch.float8_e4m3fn)
+        for name, dimension in (("gate_up_proj", 2), ("down_proj", 1)):
+            scale = tensors[f"{experts}{name}.scale"]
+            blocks = torch.arange(scale.shape[dimension], dtype=torch.float32)
+            by_block = blocks if dimension == 2 else blocks[:, None]
+            tensors[f"{experts}{name}.scale"] = by_block.expand(scale.shape).contiguous()
+        return tensors
+
+    return state
+
+
+def split_channels(base: Path) -> dict[str, Any]:
+    """Every rank's channels of tiny models whose blocks ranks share, at tp 8."""
+    import torch
+
+    from tests.opened import convert
+    from tests.tiny import write_tiny
+
+    recorded = {}
+    for size in SPLIT_SIZES:
+        converted = base / f"{size}-converted"
+        convert(write_tiny(base / str(size), intermediate_size=size), converted)
+        ranks = shard(converted, (SPLIT_RANKS, SPLIT_RANKS, 1), numbered(converted))
+        recorded[str(size)] = [channels(rank, torch) for rank in ranks]
+    return recorded
 
 
 def tiny_parameters(base: Path) -> dict[str, Any]:
@@ -244,6 +321,7 @@ def main() -> None:
                 key = " ".join([chip, *map(str, degrees)])
                 slices[key] = [places(rank) for rank in shard(base, degrees, marked_state)]
         os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = "trn1"
+        split = split_channels(base)
         tiny = tiny_parameters(base)
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     for name in ("neuronx_distributed", "neuronx_distributed_inference"):
@@ -253,6 +331,7 @@ def main() -> None:
         "versions": versions,
         "sizes": sizes(),
         "slices by chip, tp, moe_tp and moe_ep degree": slices,
+        "channels by intermediate size at tp 8": split,
         "tiny": tiny,
     }
     SLICES.write_text(

@@ -26,6 +26,23 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "converted"
 
 
+def test_the_nki_kernel_takes_a_split_within_blocks(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", seed=SEED, **MODELS["192 channels"])
+    convert(source, tmp_path / "converted")
+    result = run(
+        Run(
+            directory=str(tmp_path / "converted"),
+            through_load_module=True,
+            expert_kernel="nki",
+            tp_degree=2,
+            moe_tp_degree=2,
+        ),
+        tmp_path / "out",
+    )
+    check_against_cpu_model(result, tmp_path / "converted", torch.float32, TOLERANCE)
+    assert result["kernel_matmuls"] > 0
+
+
 @pytest.mark.parametrize(
     "degrees",
     [

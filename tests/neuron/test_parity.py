@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,62 @@ def test_fp8_equals_transformers_on_the_same_dequantized_weights(
         dtypes["qkv_proj.q_proj.weight"] == dtypes["o_proj.o_proj.weight"] == "torch.float8_e4m3fn"
     )
     assert dtypes["qkv_proj.k_proj.scale"] == "torch.float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "channels"),
+    [
+        ("128 channels", SPLIT, 64),
+        ("48 channels", SPLIT, 24),
+        ("grouped", {"tp_degree": 4, "moe_tp_degree": 4}, 64),
+        ("96 channels", {"tp_degree": 4, "moe_tp_degree": 4}, 24),
+        (
+            "192 channels",
+            {"tp_degree": 4, "moe_tp_degree": 4},
+            48,
+        ),  # a rank has two blocks' channels
+        ("128 channels", BOTH, 64),
+    ],
+)
+def test_expanded_scales_make_any_split_of_the_channels_exact(
+    name: str, degrees: dict, channels: int, converted: Converted, tmp_path: Path
+) -> None:
+    configuration = Run(directory=str(converted(name, "fp8")), through_load_module=True, **degrees)
+    result = run(configuration, tmp_path / "out")
+    check(result, name)
+    shapes = {
+        key.partition("mlp_op.")[2]: (dtype, shape[1:])
+        for key, (dtype, shape) in result["parameters"].items()
+    }
+    assert shapes["gate_up_proj.weight"] == ("torch.float8_e4m3fn", [256, 2 * channels])
+    assert shapes["gate_up_proj.scale"] == ("torch.float32", [2, 2 * channels])
+    assert shapes["down_proj.weight"] == ("torch.float8_e4m3fn", [channels, 256])
+    assert shapes["down_proj.scale"] == ("torch.float32", [channels, 2])
+
+
+def test_the_same_split_with_a_scale_per_block_is_refused(
+    converted: Converted, tmp_path: Path
+) -> None:
+    directory = str(converted("128 channels", "fp8"))
+    configuration = Run(
+        directory=directory, through_load_module=True, expert_scales="block", **SPLIT
+    )
+    with pytest.raises(AssertionError, match="leaves 64 channels per rank, not whole blocks"):
+        run(configuration, tmp_path / "out")
+
+
+def test_expanded_scales_change_nothing_where_blocks_would_do(
+    converted: Converted, tmp_path: Path
+) -> None:
+    configuration = Run(
+        directory=str(converted("grouped", "fp8")), through_load_module=True, **SPLIT
+    )
+    results = [
+        run(replace(configuration, expert_scales=scales), tmp_path / scales)
+        for scales in ("block", "expanded")
+    ]
+    assert torch.equal(results[0]["logits"], results[1]["logits"])
+    assert results[0]["parameters"] != results[1]["parameters"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.tiny import write_tiny
     ("name", "degrees"),
     [
         ("qwen3_moe fp8", {"tp_degree": 2, "moe_tp_degree": 2}),
+        ("qwen3_moe fp8", {"tp_degree": 4, "moe_tp_degree": 4}),  # half a block: expanded scales
         ("qwen3_moe mixed", {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2}),
         ("qwen3 fp8", {"tp_degree": 4}),
         ("qwen3 bf16", {"tp_degree": 4}),

@@ -80,6 +80,8 @@ TRN2: dict[str, Any] = {
 }
 CONTEXT: dict[str, Any] = {"submodels": (CONTEXT_ENCODING,)}
 STEPS: dict[str, Any] = {"submodels": (TOKEN_GENERATION,), "buckets": (1024,)}
+# Experts split by channels alone, down to parts of blocks, for one sequence.
+SPLIT: dict[str, Any] = {"batch": 1, "buckets": (128,)}
 SAMPLING = {
     "on_device_sampling_config": {"do_sample": True, "top_k": 40, "top_p": 0.95, "dynamic": True}
 }
@@ -92,7 +94,12 @@ CASES = {
     "trn2 nki": Case(**TRN2 | STEPS, expert_kernel="nki"),
     "trn2 nki batch 128": Case(**TRN2 | STEPS | {"batch": 128}, expert_kernel="nki"),
     "trn2 sampling": Case(**TRN2 | STEPS, overrides=SAMPLING),
+    "trn2 tensor parallel": Case(**TRN2 | SPLIT | {"degrees": (64, 64, 1)}),
+    "trn2 tensor parallel nki": Case(
+        **TRN2 | SPLIT | STEPS | {"degrees": (64, 64, 1)}, expert_kernel="nki"
+    ),
     "trn1": Case(instance="trn1.32xlarge", degrees=(32, 2, 16), batch=32, buckets=(256,)),
+    "trn1 tensor parallel": Case(instance="trn1.32xlarge", degrees=(32, 32, 1), **STEPS | SPLIT),
     "inf2": Case(instance="inf2.48xlarge", degrees=(24, 3, 8), batch=32, buckets=(256,)),
 }
 
@@ -198,7 +205,8 @@ def trace(case: Case, directory: Path) -> dict[str, Any]:
     """Every wanted submodel and bucket of a case: {"submodel bucket": description}."""
     import torch
 
-    from neuron_minimax.backends.nxdi.options import NeuronOptions, default_buckets, environment
+    from neuron_minimax.backends.nxdi.options import NeuronOptions, environment
+    from neuron_minimax.planner.settings import default_buckets
     from tests.full_size import published_config
     from tests.neuron.standins import operations
 

@@ -15,16 +15,20 @@ from tests.nki_interpreter.instructions import Instructions
 from tests.nki_interpreter.language import Language
 from tests.nki_interpreter.machine import HardwareError, Machine
 
+# Where kernels import their neighbours from.
+PACKAGE = "neuron_minimax.kernels.nki"
+
 __all__ = ["HardwareError", "Machine", "load"]
 
 
 def load(path: str | Path) -> tuple[ModuleType, Machine]:
-    """Import the kernel file at `path` under a private name, its NKI imports served by a new
-    machine.
+    """Import the kernel file at `path` under a private name, its NKI imports, and those of its
+    neighbours, served by a new machine.
     """
     machine = Machine()
     stand_ins = _stand_ins(machine)
-    before = {name: sys.modules.get(name) for name in stand_ins}
+    neighbours = [f"{PACKAGE}.{each.stem}" for each in Path(path).parent.glob("[!_]*.py")]
+    before = {name: sys.modules.pop(name, None) for name in (*stand_ins, *neighbours)}
     sys.modules.update(stand_ins)
     try:
         spec = importlib.util.spec_from_file_location(f"interpreted_{Path(path).stem}", path)
@@ -33,7 +37,7 @@ def load(path: str | Path) -> tuple[ModuleType, Machine]:
     finally:
         for name, previous in before.items():
             if previous is None:
-                del sys.modules[name]
+                sys.modules.pop(name, None)
             else:
                 sys.modules[name] = previous
     return module, machine

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.base import LOGIT_ROWS, Backend, Capabilities
-from neuron_minimax.backends.cpu.options import EXPORTED, CPUOptions, compiler
+from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
 from neuron_minimax.backends.manifest import Manifest
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError, counted
+from neuron_minimax.kernels.cpu import library
+from neuron_minimax.kernels.cpu.library import compiler
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.progress import Progress
@@ -23,14 +25,30 @@ TESTED_TORCH = (2, 13)
 EAGER_AS_ASKED = "eager engine, as asked: nothing was compiled"
 EXPORTED_AS_ASKED = "exported graphs, as asked: they run uncompiled"
 NO_COMPILER = (
-    "no C++ compiler (g++, or $CXX) was found: the exported graphs run instead of compiled ones"
+    "no C++ compiler (g++, or $CXX) was found: the exported graphs run instead of compiled ones, "
+    "and torch instead of the kernels, which expands every weight that it reads"
 )
 # of malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
-class EagerBackend(Backend):
+class CPUBackend(Backend):
+    """Slots that are rows of one cache."""
+
+    cache: KVCache
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do: a position is written before it is read, whatever a slot held before."""
+        self._check_slot(slot)
+
+    @torch.inference_mode()
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        for buffer in self.cache.keys + self.cache.values:
+            buffer[target, :, start:end] = buffer[source, :, start:end]
+
+
+class EagerBackend(CPUBackend):
     """The model as it is, over one cache with a row per slot."""
 
     def __init__(self, model: Path | Converted, options: CPUOptions) -> None:
@@ -39,10 +57,6 @@ class EagerBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = cache_for(self.model, options, options.seq_len)
-
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a position is written before it is read, whatever a slot held before."""
-        self._check_slot(slot)
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
@@ -83,14 +97,13 @@ class EagerBackend(Backend):
         return self.model.logits(hidden).float()
 
 
-class CompiledBackend(Backend):
+class CompiledBackend(CPUBackend):
     """Slots over compiled or exported graphs, which share one cache and the mapped weights."""
 
     def __init__(
         self, model: Converted, read: Callable[[str], bytes], engine: str, options: CPUOptions
     ) -> None:
         """`read` gives the bytes of a compiled file; `engine` is the one that it was made for."""
-        # Here, because it imports Numba, which the eager engine does without.
         from neuron_minimax.backends.cpu import graphs as cpu_graphs
 
         self.model_directory = model.directory
@@ -99,7 +112,6 @@ class CompiledBackend(Backend):
         self.config = self.model.config
         self.capabilities = capabilities_of(options, self.config.vocab_size)
         self.cache = cache_for(self.model, options, options.seq_len + 1)
-        cpu_graphs.load_kernels(self.model, cpu_graphs.load_loops(read(cpu_graphs.LOOPS)))
         self.kernels = cpu_graphs.OPERATORS
         state = cpu_graphs.Graph(self.model, self.cache, options.seq_len).state_dict()
         self.token_generation, *encoding = (
@@ -107,10 +119,6 @@ class CompiledBackend(Backend):
             for name in cpu_graphs.graph_names(options)
         )
         self.context_encoding = dict(zip(options.buckets, encoding, strict=True))
-
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a position is written before it is read, whatever a slot held before."""
-        self._check_slot(slot)
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
@@ -174,6 +182,7 @@ def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
         vocab_size=vocab_size,
         chunked_encoding=True,
         all_position_logits=True,
+        slot_copies=True,
     )
 
 
@@ -189,7 +198,7 @@ def build(
     parsed = CPUOptions.parse(options)
     if parsed.engine == "eager":
         return {}, [EAGER_AS_ASKED]
-    from neuron_minimax.backends.cpu.graphs import build_graphs  # imports Numba
+    from neuron_minimax.backends.cpu.graphs import build_graphs
 
     notes = []
     try:
@@ -226,7 +235,10 @@ def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:
     # Where the compiler failed the exported graphs run instead.
     exported = any(name.endswith(EXPORTED) for name in manifest.graphs)
     engine = "exported" if exported else options.engine
-    return CompiledBackend(model, partial(manifest.read_graph, graphs), engine, options)
+    read = partial(manifest.read_graph, graphs)
+    if engine == "compiled" or KERNELS in manifest.graphs:  # which need a compiler
+        library.load(read(KERNELS))
+    return CompiledBackend(model, read, engine, options)
 
 
 def _keep_freed_memory() -> None:

@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from neuron_minimax.backends.cpu.options import CPUOptions, compiler
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.backends.manifest import CodeFile, require_own, withhold
 from neuron_minimax.backends.model_files import remove
 from neuron_minimax.checkpoint.writer import sync_files, write_json
 from neuron_minimax.errors import BackendError
 from neuron_minimax.files import FileName, read_json
+from neuron_minimax.kernels.cpu.library import compiler
 from neuron_minimax.processes import bound
 from neuron_minimax.progress import Advance, Progress
 

@@ -10,26 +10,21 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import safetensors
 import torch
 from torch import nn
 
 from neuron_minimax.backends.cpu.compiling import FinishedGraphs, GraphCompilers, doing
-from neuron_minimax.backends.cpu.options import EXPORTED, CPUOptions
-from neuron_minimax.checkpoint.header import TensorSpec
-from neuron_minimax.checkpoint.writer import ShardWriter
-from neuron_minimax.kernels.cpu.jit import Code, registered
-from neuron_minimax.kernels.cpu.operators import attend, compile_loops, expert_mlp, linear
+from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
+from neuron_minimax.kernels.cpu.library import compiler, copy_built
+from neuron_minimax.kernels.cpu.operators import attend, expert_mlp, linear
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
-from neuron_minimax.model.layers import Kernels, Linear
-from neuron_minimax.model.moe import StackedExperts
+from neuron_minimax.model.layers import Kernels
 from neuron_minimax.progress import Progress
 
 
@@ -55,9 +50,7 @@ def save_exported(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Pat
 
 
 def load_exported(data: bytes, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """The graph over these tensors themselves, from its file's bytes; `load_kernels` must have made
-    its operators.
-    """
+    """The graph over these tensors themselves, from its file's bytes."""
     graph = torch.export.load(io.BytesIO(data)).module()
     return lambda *inputs: graph(state, inputs)
 
@@ -87,7 +80,6 @@ def save_compiled(
 
 
 TOKEN_GENERATION = "token_generation"
-LOOPS = "loops.safetensors"  # "operator symbol" to the bytes of its ELF object
 LIBRARY = ".so"
 OPERATORS_CALLED = ".json"
 SUFFIXES = {"compiled": (LIBRARY, OPERATORS_CALLED), "exported": (EXPORTED,)}
@@ -193,7 +185,7 @@ def build_graphs(
     """Make the files of every graph in `graphs`, each in a process of its own, as many at a time as
     there are cores; those that an interrupted compile has finished there are kept.
 
-    Beside them the loops that graphs call are compiled here, and kept in a file too.
+    Beside them the kernels that graphs call are built here, where there is a compiler.
 
     Returns file name to seconds. Raises BackendError with the last line of what a failing compile
     said; an interruption gets a note that says how many graphs are kept.
@@ -204,6 +196,7 @@ def build_graphs(
     if len(missing) < len(names):
         kept = [name for name in names if name in finished]
         progress(f"kept of an interrupted compile: {', '.join(kept)}")
+    of_kernels: dict[str, float] = {}
     threads = max(1, min(len(missing), os.cpu_count() or 1))
     try:
         with ThreadPoolExecutor(threads) as pool, GraphCompilers(finished) as compilers:
@@ -211,15 +204,11 @@ def build_graphs(
                 pool.submit(compilers.run, model_directory, options, name, progress)
                 for name in missing
             ]
-            with progress.stage("loops over FP8 codes"):
-                started = time.monotonic()
-                model = Decoder.from_converted(
-                    model_directory, compute=COMPUTE_DTYPES[options.compute]
-                )
-                operators = load_kernels(model, {})
-                code = {operator: registered[operator] for operator in operators}
-                save_loops(code, graphs / LOOPS)
-                of_loops = time.monotonic() - started
+            if compiler():
+                with progress.stage("kernels"):
+                    started = time.monotonic()
+                    copy_built(graphs / KERNELS)
+                    of_kernels[KERNELS] = time.monotonic() - started
             for future in as_completed(running):
                 future.result()
     except KeyboardInterrupt as stop:
@@ -228,7 +217,7 @@ def build_graphs(
         raise
     seconds = finished.seconds()
     files = [name + suffix for suffix in SUFFIXES[options.engine] for name in names]
-    return {LOOPS: of_loops} | {file: seconds[file] for file in files}
+    return of_kernels | {file: seconds[file] for file in files}
 
 
 def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: str) -> None:
@@ -280,43 +269,6 @@ def graph_names(options: CPUOptions) -> list[str]:
 
 def context_name(bucket: int) -> str:
     return f"context_encoding_{bucket}"
-
-
-def save_loops(code: Mapping[str, Code], path: Path) -> None:
-    """Write compiled kernels as tensors of bytes, each named by its operator and its symbol."""
-    binaries = {
-        f"{operator} {kernel.symbol}": np.frombuffer(kernel.binary, np.uint8)
-        for operator, kernel in code.items()
-    }
-    specs = [TensorSpec(name, "U8", binary.shape) for name, binary in binaries.items()]
-    with ShardWriter(path, specs) as writer:
-        for binary in binaries.values():
-            writer.write(binary)
-
-
-def load_loops(data: bytes) -> dict[str, Code]:
-    """The inverse of save_loops, from the file's bytes."""
-    code = {}
-    for name, tensor in safetensors.deserialize(data):
-        operator, _, symbol = name.partition(" ")
-        code[operator] = Code(symbol, bytes(tensor["data"]))
-    return code
-
-
-def load_kernels(model: Decoder, code: Mapping[str, Code]) -> list[str]:
-    """Make the operators that this model's graphs call, from `code` where it has them compiled.
-
-    Returns their names.
-    """
-    linears = {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
-    if model.lm_head is None:
-        linears.add(model.embed_tokens.weight.dtype)
-    experts = {
-        module.gate_up_proj.weight.dtype
-        for module in model.modules()
-        if isinstance(module, StackedExperts)
-    }
-    return compile_loops(model.compute, sorted(linears, key=str), sorted(experts, key=str), code)
 
 
 def load_graph(

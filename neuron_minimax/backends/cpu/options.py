@@ -1,9 +1,6 @@
 """The options of the CPU backend, and the environment that its graphs depend on; without torch."""
 
 import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -15,10 +12,12 @@ from neuron_minimax.backends.manifest import cpu_here, versions_of
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
 from neuron_minimax.files import parse_json
+from neuron_minimax.kernels.cpu.library import compiler
 
 COMPUTE = ("float32", "bf16")
 ENGINES = ("compiled", "exported", "eager")
 EXPORTED = ".exported.pt2"  # ends the name of an exported graph
+KERNELS = "kernels.so"
 DEFAULT_CPU_SEQ_LEN = 2048
 MOST = 1 << 30  # slots or positions, which memory bounds much earlier
 DEFAULT_CPU_BUCKETS = (64, 512)
@@ -28,6 +27,8 @@ SOURCES = (
     "config.py",
     "convert/*.py",
     "families/*.py",
+    "kernels/cpu/*.cpp",
+    "kernels/cpu/*.h",
     "kernels/cpu/*.py",
     "kernels/reference.py",
     "model/*.py",
@@ -106,10 +107,4 @@ def check_options(
 
 def environment() -> tuple[dict[str, str], dict[str, str | list[str]]]:
     """Versions and machine features that compiled graphs depend on."""
-    python = {"python": "{}.{}".format(*sys.version_info)}  # whose functions the loops call
-    return python | versions_of(["torch", "numba"], SOURCES), cpu_here()
-
-
-def compiler() -> str:
-    """The path of the C++ compiler, $CXX or g++; "" when there is none."""
-    return shutil.which(os.environ.get("CXX", "g++")) or ""
+    return versions_of(["torch"], SOURCES), cpu_here()

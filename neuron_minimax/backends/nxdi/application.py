@@ -47,6 +47,7 @@ def make_application(model: Path, options: NeuronOptions, **overrides: Any) -> i
         imports.MoENeuronConfig(**fields),
         load_config=read_config(model),
         expert_kernel=options.expert_kernel,
+        expert_scales=options.expert_scales,
         expert_placement=options.expert_placement,
     )
     return application(str(model), config)

@@ -61,7 +61,8 @@ def check_options(
     if foreign:
         raise BackendError(
             f"--{min(foreign)} belongs to the cpu backend; a Neuron compile is BF16 over FP8 "
-            "weights"
+            "weights",
+            usage=True,
         )
     allowed = options.get(ALLOW_UNTESTED, False)
     checked = neuron_options.check(

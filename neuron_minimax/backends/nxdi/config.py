@@ -4,7 +4,7 @@ before anything runs.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,21 @@ import torch
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.moe import ACTIVATIONS
 from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
+from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import LayerKind
 from neuron_minimax.planner import blockwise, instances
 from neuron_minimax.planner.memory import (
+    BLOCK_SCALES,
+    EXPANDED_SCALES,
     EXPERT_KERNELS,
+    EXPERT_SCALES,
     KERNEL_TOKENS,
     NEURON_E4M3_MAX,
     largest_code,
+    settled_scales,
 )
 from neuron_minimax.planner.sdks import SDKS
 
@@ -78,6 +83,8 @@ class NeuronModelConfig(imports.InferenceConfig):
             self.pad_token_id = model.eos_token_ids[0] if model.eos_token_ids else 0
         if not hasattr(self, "expert_kernel"):
             self.expert_kernel = EXPERT_KERNELS[0]
+        if not hasattr(self, "expert_scales"):
+            self.expert_scales = EXPERT_SCALES[0]
         if not hasattr(self, "expert_placement"):
             self.expert_placement = None
         for name in ("output_attentions", "output_hidden_states"):
@@ -112,6 +119,7 @@ class NeuronModelConfig(imports.InferenceConfig):
         if options.quantized:
             self._validate_quantization()
             self._validate_code_range()
+        self._validate_expert_scales()
         self._validate_expert_kernel()
         if not options.on_cpu:
             if self.model_config.family.architecture.has_experts:
@@ -186,6 +194,41 @@ class NeuronModelConfig(imports.InferenceConfig):
                 f"{options.max_batch_size}"
             )
 
+    def _validate_expert_scales(self) -> None:
+        if self.expert_scales not in EXPERT_SCALES:
+            raise ConfigError(
+                f"expert_scales is {self.expert_scales!r}; expected one of "
+                f"{', '.join(EXPERT_SCALES)}"
+            )
+        if self.expert_scales == EXPANDED_SCALES and not self._fp8_layers:
+            raise ConfigError(
+                f"expert_scales is {EXPANDED_SCALES!r}, and there are no FP8 experts whose scales "
+                f"could be; use {EXPERT_SCALES[0]!r}"
+            )
+
+    @property
+    def _expert_scales(self) -> str:
+        """The layout of the scales of FP8 experts, settled."""
+        degree = self.neuron_config.moe_tp_degree
+        return settled_scales(self.expert_scales, self.model_config, degree)
+
+    @property
+    def _fp8_layers(self) -> list[int]:
+        """The layers with FP8 experts."""
+        if not self.model_config.family.architecture.has_experts:
+            return []
+        layers = self.model_config.layers_of(LayerKind.SPARSE)
+        return [layer for layer in layers if self.quantizes(Role.EXPERT_GATE, layer)]
+
+    def expands_scales(self, layer: int) -> bool:
+        """Return whether the ranks hold the scales of a layer's experts expanded."""
+        return self._expert_scales == EXPANDED_SCALES and layer in self._fp8_layers
+
+    def expand_scales(self, state: MutableMapping[str, torch.Tensor]) -> None:
+        """Expand the scales in full checkpoint tensors of the layers that hold them so."""
+        if self._expert_scales == EXPANDED_SCALES:
+            expand_scales(state, self.model_config, self._fp8_layers)
+
     def _validate_quantization(self) -> None:
         options = self.neuron_config
         model = self.model_config
@@ -197,13 +240,15 @@ class NeuronModelConfig(imports.InferenceConfig):
                     f"{field} is {found!r}; the block-scaled FP8 checkpoint needs {value!r}"
                 )
         rows = model.weight_block_size[0]
-        if model.family.architecture.has_experts and self.quantizes(Role.EXPERT_GATE):
+        has_experts = model.family.architecture.has_experts
+        if has_experts and self._expert_scales == BLOCK_SCALES and self._fp8_layers:
             degree = options.moe_tp_degree
             if model.intermediate_size // degree % rows:
                 raise ConfigError(
                     f"intermediate_size {model.intermediate_size} over moe_tp_degree {degree} "
                     f"leaves {model.intermediate_size // degree} channels per rank, not whole "
-                    f"blocks of {rows}; lower moe_tp_degree, raise moe_ep_degree"
+                    f"blocks of {rows}; let their scales be expanded (expert_scales 'auto'), or "
+                    "lower moe_tp_degree and raise moe_ep_degree"
                 )
         for layer, width in self._dense_widths.items():
             if self.quantizes(Role.MLP_GATE, layer) and width // options.tp_degree % rows:

@@ -54,10 +54,16 @@ from neuronx_distributed.parallel_layers.layers import (
 )
 from neuronx_distributed.parallel_layers.mappings import reduce_from_tensor_model_parallel_region
 from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
-from neuronx_distributed.quantization.quantization_config import QuantizationType, QuantizedDtype
+from neuronx_distributed.quantization.quantization_config import (
+    QuantizationType,
+    QuantizedDtype,
+    get_default_blockwise_custom_qconfig_dict,
+)
 from neuronx_distributed.quantization.quantization_layers import (
     BaseQuantizeParallelLinear,
     QuantizedColumnParallel,
+    QuantizedExpertFusedColumnParallel,
+    QuantizedExpertFusedRowParallel,
     QuantizedRowParallel,
 )
 from neuronx_distributed.trace.trace import invoke_preshard_hook

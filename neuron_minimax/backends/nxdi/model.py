@@ -54,7 +54,7 @@ class NeuronDecoderLayer(nn.Module):
         self.self_attn = NeuronAttention(config, quantized=quantized)
         self.mlp_name = mlp_name(model.family)
         width = config.dense_width(layer)
-        mlp = build_moe(config) if width is None else NeuronMLP(config, layer, width)
+        mlp = build_moe(config, layer) if width is None else NeuronMLP(config, layer, width)
         self.add_module(self.mlp_name, mlp)
         self.input_layernorm = hidden_norm(config)
         self.post_attention_layernorm = hidden_norm(config)
@@ -138,11 +138,12 @@ class NeuronDecoderModel(imports.NeuronBaseModel):
         )
 
     def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
-        """NxD calls this before it shards: run every module's own hook, then insist on full
-        coverage.
+        """NxD calls this before it shards: run every module's own hook, expand the scales of
+        experts where the ranks hold them so, then insist on full coverage.
         """
         for name, child in self.named_children():
             imports.invoke_preshard_hook(child, model_state_dict, f"{name}.")
+        self.config.expand_scales(model_state_dict)
         coverage.check_checkpoint(
             coverage.parameters_of(self),
             model_state_dict,

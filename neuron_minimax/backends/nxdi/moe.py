@@ -14,7 +14,7 @@ from torch import nn
 
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.families.family import RouterKind
+from neuron_minimax.families.family import Role, RouterKind
 from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
 
 # NxD's name for what a kind makes scores of logits with.
@@ -146,18 +146,42 @@ def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
     return partial(expert_mlp.expert_mlp, cores=cores)
 
 
-def build_moe(config: Any) -> nn.Module:
+def build_moe(config: Any, layer: int) -> nn.Module:
     """NxDI's MoE block with this project's router; its experts are NxD's, block-scaled once NxDI
-    quantizes them.
+    quantizes them, or by a configuration of their own where their scales are expanded.
 
     With `config.expert_kernel` "nki" their token generation is this project's kernel.
     """
     block = imports.initialize_moe_module(config=with_nxdis_names(config))
     block.router = NeuronRouter(config.model_config)
+    if config.expands_scales(layer):
+        expand(block.expert_mlps.get_mlp_op(), config.model_config)
     kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
     if kernel is not None:
         block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
     return block.eval()
+
+
+def expand(experts: nn.Module, model: ModelConfig) -> None:
+    """Quantize NxD's expert layers so that a scale covers a block of the hidden size and one
+    channel: those of gate_up [E,H,2I] are [E,H/128,2I], those of down [E,I,H] are [E,I,H/128].
+
+    NxDI has one block axis for all layers that it quantizes, and these need two; it leaves alone
+    what is quantized already.
+    """
+    rows, columns = model.weight_block_size  # of the published [I,H] and [H,I]
+    for role, quantized, hidden_axis, size in (
+        (Role.EXPERT_GATE, imports.QuantizedExpertFusedColumnParallel, 1, columns),
+        (Role.EXPERT_DOWN, imports.QuantizedExpertFusedRowParallel, 2, rows),
+    ):
+        name = model.family.module_name(role)
+        options = {
+            **imports.get_default_blockwise_custom_qconfig_dict(),
+            "quantized_dtype": imports.QuantizedDtype.F8E4M3,
+            "block_axis": [hidden_axis],
+            "block_size": [size],
+        }
+        setattr(experts, name, quantized.from_float(getattr(experts, name), options))
 
 
 def with_nxdis_names(config: Any) -> Any:

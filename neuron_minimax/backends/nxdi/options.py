@@ -4,7 +4,7 @@ environment.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,22 @@ from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import BackendError
 from neuron_minimax.families import FAMILIES, Family, Role
 from neuron_minimax.planner import blockwise, instances
-from neuron_minimax.planner.memory import EXPERT_KERNELS, NEURON_E4M3_MAX, largest_code
-from neuron_minimax.planner.report import (
+from neuron_minimax.planner.memory import (
+    EXPERT_KERNELS,
+    EXPERT_SCALES,
+    NEURON_E4M3_MAX,
+    expert_scales,
+    largest_code,
+)
+from neuron_minimax.planner.report import plan_case
+from neuron_minimax.planner.settings import (
+    DEFAULT_INSTANCE,
     DEFAULT_SEQ_LEN,
     DeploymentSettings,
     check_buckets,
+    default_buckets,
     deployment_case,
     moe_degrees,
-    plan_case,
 )
 
 # NxDI's settings for weights with a scale per block; the axes are those of the experts' [E, in,
@@ -35,8 +43,6 @@ BLOCKWISE = {
 MOE_SETTINGS = {"moe_mask_padded_tokens": True, "disable_numeric_cc_token": True}
 FP8_CASTS = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 PARAMETERS_NAME = "parameters.json"  # what a compile expects of each rank's weights
-DEFAULT_INSTANCE = "trn2.48xlarge"
-SMALLEST_BUCKET = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class NeuronOptions:
         blockwise.DEFAULT
     )  # experts in context encoding, a name of planner/blockwise.py
     expert_kernel: str = EXPERT_KERNELS[0]
+    expert_scales: str = EXPERT_SCALES[0]  # of each rank; `check` settles "auto"
     expert_placement: str | None = (
         None  # a file of `neuron-minimax experts --placement`, for moe_ep_degree ranks
     )
@@ -65,24 +72,29 @@ class NeuronOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.expert_kernel not in EXPERT_KERNELS:
-            raise BackendError(
-                f"expert_kernel is {self.expert_kernel!r}; expected one of "
-                f"{', '.join(EXPERT_KERNELS)}"
-            )
+        for name, known in (("expert_kernel", EXPERT_KERNELS), ("expert_scales", EXPERT_SCALES)):
+            if getattr(self, name) not in known:
+                raise BackendError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}",
+                    usage=True,
+                )
         if self.expert_kernel == "nki" and not instances.instance(self.instance).nki_kernels:
             raise BackendError(
                 f"expert_kernel='nki' needs trn2 or later; {self.instance} has no such NKI: use "
-                "'torch'"
+                "'torch'",
+                usage=True,
             )
         blockwise.blockwise_matmul(self.blockwise_matmul)
-        if (
-            self.slots < 1
-            or self.seq_len < 2
-            or min(self.tp_degree, self.moe_tp_degree, self.moe_ep_degree) < 1
-        ):
-            raise BackendError("batch size and degrees have to be at least 1, seq_len at least 2")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise BackendError(
+                    f"{name} is {getattr(self, name)}; expected at least {least}", usage=True
+                )
         check_buckets(self.buckets, self.seq_len)
+
+
+# The least of each size; `slots` is the batch size.
+LEAST = {"slots": 1, "tp_degree": 1, "moe_tp_degree": 1, "moe_ep_degree": 1, "seq_len": 2}
 
 
 def parse(options: Mapping[str, Any]) -> NeuronOptions:
@@ -96,8 +108,8 @@ def parse(options: Mapping[str, Any]) -> NeuronOptions:
 def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[str, Any]:
     """Fill in defaults and let the planner judge; None counts as absent.
 
-    Raises BackendError with the plan when it refuses, unless `force`, and for a family without a
-    class for Neuron.
+    The layout of expert scales is settled. Raises BackendError with the plan when it refuses,
+    unless `force`, for a family without a class for Neuron, and for an option of another backend.
     """
     if not config.family.neuron_class:
         raise BackendError(
@@ -105,17 +117,18 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
             f"{', '.join(family.title for family in FAMILIES.values() if family.neuron_class)}"
         )
     given = {name: value for name, value in options.items() if value is not None}
+    foreign = sorted(given.keys() - {field.name for field in fields(NeuronOptions)})
+    if foreign:
+        raise BackendError(
+            f"the neuron backend does not take --{foreign[0].replace('_', '-')}; it belongs to "
+            "another one",
+            usage=True,
+        )
     given.setdefault("instance", DEFAULT_INSTANCE)
     machine = instances.instance(given["instance"])
     tp = given.setdefault("tp_degree", max(machine.tp_degrees, default=machine.logical_cores))
-    if config.family.architecture.has_experts:
-        given.setdefault(
-            "moe_tp_degree",
-            1 if "moe_ep_degree" not in given else max(1, tp // given["moe_ep_degree"]),
-        )
-    moe_tp = given.setdefault("moe_tp_degree", tp)
     given["moe_tp_degree"], given["moe_ep_degree"] = moe_degrees(
-        config, tp, moe_tp, given.get("moe_ep_degree")
+        config, tp, given.get("moe_tp_degree"), given.get("moe_ep_degree")
     )
     given.setdefault("slots", 1)
     seq_len = given.setdefault("seq_len", min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
@@ -136,6 +149,7 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
                 context_lengths=checked.buckets,
                 blockwise_matmul=checked.blockwise_matmul,
                 expert_kernel=checked.expert_kernel,
+                expert_scales=checked.expert_scales,
             ),
         )
     )
@@ -143,7 +157,11 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
         raise BackendError(
             f"{plan.render()}\nthis cannot work; change the settings, or compile with --force"
         )
-    return {**asdict(checked), "buckets": list(checked.buckets)}
+    return {
+        **asdict(checked),
+        "buckets": list(checked.buckets),
+        "expert_scales": expert_scales(config, plan.deployment),
+    }
 
 
 def _digest(placement: Path) -> str:
@@ -155,16 +173,6 @@ def _digest(placement: Path) -> str:
             f"--expert-placement {placement} cannot be read ({error.strerror}); expected a file "
             "that `neuron-minimax experts --placement` wrote"
         ) from None
-
-
-def default_buckets(seq_len: int) -> tuple[int, ...]:
-    """Powers of two from 128 up to seq_len, which ends the list."""
-    buckets = []
-    size = SMALLEST_BUCKET
-    while size < seq_len:
-        buckets.append(size)
-        size *= 2
-    return (*buckets, seq_len)
 
 
 def neuron_config_fields(options: NeuronOptions) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuron_minimax.backends.nxdi.options import MOE_SETTINGS, default_buckets, quantization_options
+from neuron_minimax.backends.nxdi.options import MOE_SETTINGS, quantization_options
 from neuron_minimax.errors import BackendError, ConfigError
 from neuron_minimax.families import FAMILIES
 from neuron_minimax.families.minimax_m2 import MINIMAX_M2
 from neuron_minimax.planner import blockwise
 from neuron_minimax.planner.sdks import sdk_for, untested
+from neuron_minimax.planner.settings import default_buckets
 
 # vllm-neuron splits config.json's architecture at "For" and lowers the first part:
 # MiniMaxM2ForCausalLM.

@@ -21,10 +21,6 @@ __all__ = ["CHAT_FORMATS", "ChatFormat", "OutputParser"]
 class OutputParser(Protocol):
     """Turns the pieces of one turn's text into events, the same for any split of the text."""
 
-    @property
-    def in_reasoning(self) -> bool:
-        """Say whether what comes next is reasoning, unless it is a tag."""
-
     def feed(self, text: str) -> list[Event]:
         """Return the events that `text` completes."""
 
@@ -40,7 +36,8 @@ class ChatFormat(Protocol):
     `always_stops` end an answer whatever the checkpoint's files say, where it has them as tokens.
     `tags` are tokens that mark parts of the output and are shown as text; `reasoning_tags` open and
     close the reasoning. With `model_opens_reasoning` the model may open it itself, first of all,
-    where the prompt does neither.
+    where the prompt does neither. `calls_tag` opens calls, which with `calls_in_reasoning` may
+    stand there as well; `call_endings` close what calls have open, in any order.
     """
 
     turn_markers: tuple[str, ...]
@@ -50,6 +47,9 @@ class ChatFormat(Protocol):
     tags: tuple[str, ...]
     reasoning_tags: tuple[str, str]
     model_opens_reasoning: bool
+    calls_tag: str
+    calls_in_reasoning: bool
+    call_endings: tuple[str, ...]
 
     def for_template(self, source: str) -> "ChatFormat":
         """Return the format of a checkpoint by its chat template: families may have several."""
@@ -78,8 +78,9 @@ class ChatFormat(Protocol):
     ) -> list[str]:
         """Return the rules (llguidance's Lark dialect) of a turn that calls at least one tool.
 
-        The first rule, `calls`, is one call, or with `several` one or more. `literal` spells a tag
-        in the grammar, `json_rule` a value of a JSON schema.
+        The first two rules are `calls`, one call, or with `several` one or more, and `called`, what
+        follows the tag that opens them. `literal` spells a tag in the grammar, `json_rule` a value
+        of a JSON schema.
         """
 
 

@@ -39,6 +39,7 @@ class HermesFormat(ChatMLFormat):
     """What generation and serving ask such a format for (see ChatFormat)."""
 
     model_opens_reasoning = True
+    call_endings: tuple[str, ...] = ()  # but those of JSON: the rest follows
 
     def parser(
         self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None
@@ -57,9 +58,10 @@ class HermesFormat(ChatMLFormat):
         literal: Callable[[str], str],
         json_rule: Callable[[Mapping[str, Any]], str],
     ) -> list[str]:
-        rules = ['calls: call ("\\n" call)*' if several else "calls: call"]
+        more = '("\\n" calls)?' if several else ""
+        rules = [f"calls: {literal(CALL)} called"]
         body = " | ".join(f"body_{number}" for number in range(len(tools)))
-        rules.append(f'call: {literal(CALL)} "\\n" ({body}) "\\n" {literal(END_CALL)}')
+        rules.append(f'called: "\\n" ({body}) "\\n" {literal(END_CALL)} {more}')
         for number, tool in enumerate(tools):
             function = tool["function"]
             name = json.dumps(function["name"], ensure_ascii=False)
@@ -115,7 +117,6 @@ class HermesParser(TurnParser):
 
     def __init__(self, *, in_reasoning: bool, may_reason: bool, tools_on: bool) -> None:
         super().__init__(in_reasoning=in_reasoning, may_reason=may_reason, tools_on=tools_on)
-        self._index = -1
         self._call_open = False
         self._members: dict[str, Any] = {}
         self._key = ""
@@ -132,6 +133,7 @@ class HermesParser(TurnParser):
         if self._state == self._closing and self._waits(END_CALL):
             self._consume(len(self._buffer))
             self._end_call()
+            self._end_calls()
         else:
             self._abandon()
 
@@ -224,6 +226,7 @@ class HermesParser(TurnParser):
         self._skip(str.isspace)
         if self._take(END_CALL):
             self._end_call()
+            self._end_calls()
         elif self._waits(END_CALL):
             return False
         else:
@@ -267,12 +270,6 @@ class HermesParser(TurnParser):
         self._index += 1
         self._call_open = True
         self._events.append(CallBegin(self._index, self._members[NAME]))
-
-    def _end_call(self) -> None:
-        self._events.append(CallEnd(self._index, True))
-        self._source = []
-        self._newlines_to_drop = math.inf
-        self._state = self._text
 
     def _abandon(self) -> None:
         """Say that the tag is text after all, and go on behind it."""

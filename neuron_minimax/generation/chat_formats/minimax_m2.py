@@ -50,8 +50,11 @@ class MiniMaxM2Format(TaggedCallFormat, TurnFormat):
     end_of_turn = END_OF_TURN
     end_of_turn_id = 200020
     model_opens_reasoning = False  # the template does
+    calls_in_reasoning = True
     tags: tuple[str, ...] = (THINK, END_THINK, TOOLS, END_TOOLS)
     call_tags = TAGS
+    calls_tag = TOOLS
+    call_endings = TAGS.endings
 
     def parser(
         self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None

@@ -40,6 +40,7 @@ class Qwen3CoderFormat(TaggedCallFormat, ChatMLFormat):
 
     model_opens_reasoning = False
     call_tags = TAGS
+    call_endings = TAGS.endings
 
     def parser(
         self, *, in_reasoning: bool, tools: Iterable[Mapping[str, Any]] | None

@@ -36,7 +36,7 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.processes import Noted, first_signal_noted
 from neuron_minimax.progress import SILENT, Advance, Progress
 from neuron_minimax.studies.experts.report import render_report, write_plots
-from neuron_minimax.studies.experts.statistics import Analysis, total_variation
+from neuron_minimax.studies.experts.statistics import Analysis, layer_similarity, total_variation
 from neuron_minimax.studies.experts.trace import Recorder, Trace, record
 
 COMPARISON_NAME = "comparison.json"
@@ -246,6 +246,7 @@ class BatchRunner:
         analysis = Analysis(
             trace=trace,
             router_similarity=self.router_similarity,
+            layer_similarity=self.layer_similarity,
             expert_similarity=self.expert_similarity,
         )
         write_analysis(analysis, self.directory / trace.name, self.options)
@@ -256,6 +257,12 @@ class BatchRunner:
         """[L,E,E], the same for every prompt."""
         weights = [router.linear_router.weight for router in self.model.routers]
         return np.stack([router_similarity(weight.float().numpy()) for weight in weights])
+
+    @cached_property
+    def layer_similarity(self) -> np.ndarray:
+        """[L,L], the same for every prompt."""
+        weights = [router.linear_router.weight for router in self.model.routers]
+        return layer_similarity([weight.float().numpy() for weight in weights])
 
     @cached_property
     def expert_similarity(self) -> dict[int, np.ndarray]:

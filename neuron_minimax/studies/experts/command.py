@@ -16,6 +16,7 @@ from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.cache import build_cache, cache_bytes, open_cache
 from neuron_minimax.convert.layout import FP8Range, Layout
+from neuron_minimax.convert.state_dict import mapped_state_dict
 from neuron_minimax.errors import GenerationError, counted
 from neuron_minimax.files import read_bytes
 from neuron_minimax.generation.sampling import SamplingParams
@@ -104,8 +105,8 @@ def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple
     """Load the eager float32 model of a directory, or of an opened checkpoint.
 
     A directory is a compiled, a converted or a checkpoint directory. The second value is the
-    directory of its tokenizer. Converted weights are mapped. A checkpoint (or its float32 cache,
-    when that is given) is arranged in memory.
+    directory of its tokenizer. Converted weights are mapped, and so is the float32 cache of a
+    checkpoint; the checkpoint itself is arranged in memory.
     """
     if isinstance(model, Path):
         converted = converted_directory(model)
@@ -113,10 +114,12 @@ def load_any(model: Path | Checkpoint, cache: Checkpoint | None = None) -> tuple
             _require_experts(ModelConfig.from_dir(converted), converted)
             return Decoder.from_converted(converted), converted
         model = Checkpoint.open(model)
-    weights = model if cache is None else cache
-    weights.require_usable()
     _require_experts(model.config, model.directory)
-    return Decoder.from_checkpoint(weights, Layout(fp8_range=FP8Range.OCP)), model.directory
+    if cache is not None:
+        cache.require_usable()
+        return Decoder(cache.config, mapped_state_dict(cache)), model.directory
+    model.require_usable()
+    return Decoder.from_checkpoint(model, Layout(fp8_range=FP8Range.OCP)), model.directory
 
 
 def _require_experts(config: ModelConfig, directory: Path) -> None:
@@ -167,7 +170,7 @@ def analyse_checkpoint(
     if cache_dir is not None and source is not None:
         if dump_cache or dump_only:
             with progress.stage("dequantizing", cache_bytes(source)) as advance:
-                lines.append(build_cache(source, cache_dir, progress=advance).render())
+                lines.append(build_cache(source, cache_dir, advance=advance).render())
         if dump_only:
             return lines
         cache = find_cache(cache_dir, source)

@@ -125,6 +125,19 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
         yield _similarity_map(
             title, "Cosine of two experts' router rows.", analysis.router_similarity[layer]
         )
+    if analysis.layer_similarity is not None:
+        note = (
+            "Cosine of an expert's router row with the row most like it of another layer (on the "
+            "diagonal of its own), mean over the experts."
+        )
+        yield _map(
+            "Router similarity of layers",
+            note,
+            analysis.layer_similarity,
+            "layer",
+            "layer",
+            "cosine",
+        )
     for number, matrix in analysis.expert_similarity.items():
         yield _similarity_map(
             f"Expert similarity, layer {number}", "Cosine of two experts' weights.", matrix

@@ -225,16 +225,35 @@ def _script(letter: str) -> str:
     return "cjk" if name.startswith(CJK) else "other script"
 
 
+def layer_similarity(routers_EH: Sequence[np.ndarray]) -> np.ndarray:
+    """Return how alike the routers of two layers are, [L,L]: the cosine of an expert's row with the
+    row of the other layer that is most like it, mean over the experts of both. Within a layer the
+    row itself does not count.
+    """
+    rows = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in routers_EH]
+    found = np.empty((len(rows), len(rows)))
+    for first, one in enumerate(rows):
+        for second, other in enumerate(rows[: first + 1]):
+            cosine_EE = one @ other.T
+            if first == second:
+                np.fill_diagonal(cosine_EE, -1)
+            nearest = (cosine_EE.max(axis=0).mean() + cosine_EE.max(axis=1).mean()) / 2
+            found[first, second] = nearest
+            found[second, first] = nearest
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Analysis(Rendered):
     """Everything the statistics say about one trace.
 
-    `router_similarity` [L,E,E] and `expert_similarity` (layer to [E,E]) are there when the weights
-    were looked at.
+    `router_similarity` [L,E,E], `layer_similarity` [L,L] of the routers and `expert_similarity`
+    (layer to [E,E]) are there when the weights were looked at.
     """
 
     trace: Trace
     router_similarity: np.ndarray | None = None
+    layer_similarity: np.ndarray | None = None
     expert_similarity: dict[int, np.ndarray] = field(default_factory=dict)
     permutations: int = 199
 
@@ -297,6 +316,14 @@ class Analysis(Rendered):
             return None
         return total_variation(self.by_phase["prefill"], self.by_phase["decode"])
 
+    @property
+    def similarity_by_distance(self) -> list[float] | None:
+        """Mean similarity of routers so many layers apart, from 0, within a layer, on."""
+        matrix = self.layer_similarity
+        if matrix is None:
+            return None
+        return [float(np.diagonal(matrix, apart).mean()) for apart in range(len(matrix))]
+
     def summary(self) -> dict[str, Any]:
         """Return JSON values, one per layer where a statistic has layers."""
         trace = self.trace
@@ -321,6 +348,7 @@ class Analysis(Rendered):
             "correlation_by_distance": _test_rows(self.by_distance, "distance"),
             "periodicity": _test_rows(period, "period"),
             "prefill_decode_distance": self.phase_distance,
+            "router_similarity_by_distance": self.similarity_by_distance,
             "token_classes": {name: self.token_classes.count(name) for name in self.by_class},
             "top_pairs": [self.top_pairs(layer) for layer in range(trace.layers)],
         }
@@ -358,6 +386,11 @@ class Analysis(Rendered):
             f"{trace.name}: {counted(len(trace.tokens), 'token')}, "
             f"{counted(trace.layers, 'layer')}, {counted(trace.experts, 'expert')}",
             *([f"  prompt: {shortened(prompt, SHOWN_CHARACTERS)}"] if prompt else []),
+            *(
+                f"  {line}".rstrip()
+                for line in f"answer: {trace.answer}".splitlines()
+                if trace.answer
+            ),
             f"  load: entropy {balance.entropy.mean():.3f} of its maximum, Gini "
             f"{balance.gini.mean():.3f}; the busiest expert has {balance.max_to_mean.mean():.1f} "
             f"times the mean; {dead} of {all_experts} never chosen",
@@ -369,6 +402,12 @@ class Analysis(Rendered):
             f"  layers correlate beyond chance at distances: {distances}",
             f"  periods beyond chance: {_significant_labels(self.periodicity)}",
         ]
+        if self.similarity_by_distance is not None and len(self.similarity_by_distance) > 1:
+            (within, *between) = self.similarity_by_distance
+            lines.append(
+                f"  routers: an expert's nearest is at cosine {within:.3f} within its layer, "
+                f"{between[0]:.3f} one layer on, {np.mean(between):.3f} at any distance"
+            )
         if self.phase_distance is not None:
             lines.append(
                 f"  prefill and decode differ by {self.phase_distance.mean():.3f} (0 the same, 1 "

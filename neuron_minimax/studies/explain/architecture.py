@@ -102,7 +102,7 @@ def sources_of(directory: str | Path) -> tuple[ModelConfig, Specs]:
         return config, {wanted.name: wanted.spec for wanted in schema.declared(config)}
     checkpoint = Checkpoint.open(directory)
     checkpoint.require_usable()
-    left_out = set(checkpoint.mtp_names)
+    left_out = set(checkpoint.left_out)
     specs = {name: spec for name, spec in checkpoint.specs.items() if name not in left_out}
     return checkpoint.config, specs
 

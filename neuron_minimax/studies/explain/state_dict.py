@@ -14,6 +14,7 @@ import numpy as np
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
 from neuron_minimax.checkpoint.schema import SCALE_SUFFIX
+from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.binding import ConvertedTensor, Transform
 from neuron_minimax.convert.pieces import convert_piece
 from neuron_minimax.convert.plan import ConversionPlan, Converted, plan_conversion
@@ -21,6 +22,7 @@ from neuron_minimax.errors import NeuronMiniMaxError, counted
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import Operation
 from neuron_minimax.inspection.document import Part, Rendered, to_text
+from neuron_minimax.planner.memory import EXPANDED_SCALES, EXPERT_SCALES, settled_scales
 
 PREFIX = "model."
 SHOWN = 12
@@ -79,14 +81,58 @@ def walk_state_dict(
     converted: Path | None = None,
     layer: int | None = None,
     grep: str | None = None,
+    moe_tp_degree: int | None = None,
 ) -> Walk:
-    """Walk the loading path of an opened checkpoint; with `converted`, also compare that directory.
+    """Walk the loading path of an opened checkpoint; with `converted`, also compare that directory,
+    and with `moe_tp_degree` say what so many ranks hold of the experts that they share.
 
     Shows the rules of the weights outside the layers and of one layer (`layer`, 0 when none is
     given), or those whose names contain `grep`, in all layers or in that one.
     """
     stages = list(_stages(checkpoint, converted, layer, grep))
+    if moe_tp_degree is not None and not any(stage.wrong for stage in stages):
+        stages.append(_shares(checkpoint.config, moe_tp_degree))
     return Walk(stages=tuple(stages))
+
+
+def _shares(config: ModelConfig, moe_tp_degree: int) -> Stage:
+    """What a rank holds of an expert, of those that NxD cuts along the intermediate channels."""
+    title = "Experts on a rank"
+    if not config.family.architecture.has_experts:
+        sentence = f"{config.family.title} has no experts to share."
+        return Stage(title=title, sentence=sentence, wrong=sentence, advice="Leave the degree out.")
+    if moe_tp_degree < 1 or config.intermediate_size % moe_tp_degree:
+        return Stage(
+            title=title,
+            sentence=f"Shares {config.intermediate_size} channels among {moe_tp_degree} ranks.",
+            wrong="they do not divide",
+            advice=f"Take a moe_tp_degree that divides {config.intermediate_size}.",
+        )
+    channels = config.intermediate_size // moe_tp_degree
+    scales = settled_scales(EXPERT_SCALES[0], config, moe_tp_degree)
+    rows, columns = config.weight_block_size
+    along = 1 if scales == EXPANDED_SCALES else rows
+    hidden = config.hidden_size
+    forms = (
+        (Role.EXPERT_GATE, (hidden, 2 * channels), (hidden // columns, 2 * channels // along)),
+        (Role.EXPERT_DOWN, (channels, hidden), (channels // along, hidden // columns)),
+    )
+    why = (
+        f"not whole blocks of {rows}, so each channel gets the scales of its block"
+        if scales == EXPANDED_SCALES
+        else f"whole blocks of {rows}, which keep a scale each"
+    )
+    return Stage(
+        title=title,
+        sentence=f"NxD cuts {config.intermediate_size} channels for {moe_tp_degree} ranks: "
+        f"{channels} are {why} (--expert-scales auto: {scales}). Scales are of FP8 experts; those "
+        "in BF16 have none.",
+        head=("module", "a rank's weight of an expert", "its scales"),
+        rows=tuple(
+            (config.family.module(role), str(list(weight)), str(list(scale)))
+            for role, weight, scale in forms
+        ),
+    )
 
 
 def _stages(
@@ -242,12 +288,15 @@ def _first_values(conversion: ConversionPlan, output: ConvertedTensor) -> tuple[
     """
     checkpoint = conversion.source
     name = output.groups[0][0]
-    stored = checkpoint.array(name).reshape(-1)[0]
-    before = _element_text(stored, checkpoint.entry(name).dtype)
+    if output.is_scale:
+        before = f"{checkpoint.scales(name.removesuffix(SCALE_SUFFIX))[0, 0]:.4e}"
+    else:
+        stored = checkpoint.array(name).reshape(-1)[0]
+        before = _element_text(stored, checkpoint.entry(name).dtype)
     made = _first_element(checkpoint, output)
     after = _element_text(made, output.dtype)
     if output.transform is Transform.DEQUANTIZE:
-        before = f"{before} * {checkpoint.array(output.scale_groups[0][0])[0, 0]:.4e}"
+        before = f"{before} * {checkpoint.scales(name)[0, 0]:.4e}"
     if output.is_scale:
         weight = next(
             other

@@ -1,0 +1,232 @@
+// Attention over a cache: of one token in every slot (decode), and of a prompt's tokens (prefill).
+//
+// Both are flash attention with online softmax (Dao et al. 2022, arXiv 2205.14135), BLOCK positions
+// at a time. Decode reads each key and value once for all query heads that share it.
+//
+// Shapes: S slots, T tokens, K key heads, G query heads of each, D head_dim; C positions.
+#pragma once
+#include <limits>
+
+#include "linear.h"
+
+namespace neuron_minimax {
+
+constexpr int64_t AHEAD = 8192;  // bytes that are fetched before they are read
+constexpr int64_t BLOCK = 128;   // positions
+constexpr int64_t QUERIES = 96;  // rows of queries that are multiplied together
+constexpr int HEADS = 6;         // query heads in a tile of values: sums stay in registers
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+// Keys and values [S,K,C,D]: positions lie D numbers apart, heads and slots as the cache has them.
+template <class Number>
+struct Cached {
+  const Number *keys, *values;
+  int64_t slots, heads, positions, size;
+  int64_t slots_apart, heads_apart;
+
+  int64_t start(int64_t slot, int64_t head) const { return slot * slots_apart + head * heads_apart; }
+  int64_t visible(int64_t position) const { return position < positions ? position + 1 : 0; }
+};
+
+// Running softmax of some rows: the largest score, the sum of weights, the weighted sum of values.
+struct Softmax {
+  Scratch<float> largest, total, sums;
+
+  void clear(int64_t rows, int64_t size) {
+    largest.assign(rows, NOTHING);
+    total.assign(rows, 0.f);
+    sums.assign(rows * size, 0.f);
+  }
+  // scores [rows, BLOCK] to weights of the first `seen` of a row; the others weigh nothing.
+  void weigh(int64_t row, float* scores, int64_t seen, float scaling, int64_t size) {
+    if (seen <= 0) {
+      std::fill_n(scores, BLOCK, 0.f);
+      return;
+    }
+    std::fill(scores + seen, scores + BLOCK, NOTHING);
+    Lanes most = splat(largest[row]);
+    for (int64_t c = 0; c < BLOCK; c += LANES) {
+      const Lanes score = read(scores + c) * scaling;
+      most = most > score ? most : score;
+      store(scores + c, score);
+    }
+    float high = most[0];
+    for (int lane = 1; lane < LANES; ++lane) high = std::max(high, most[lane]);
+    Lanes weights = {};
+    for (int64_t c = 0; c < BLOCK; c += LANES) {
+      const Lanes weight = exponential(read(scores + c) - high);
+      weights += weight;
+      store(scores + c, weight);
+    }
+    const float shrink = exponential(splat(largest[row] - high))[0];
+    largest[row] = high;
+    total[row] = total[row] * shrink + sum(weights);
+    for (int64_t d = 0; d < size; ++d) sums[row * size + d] *= shrink;
+  }
+  // The average of a row's values, whose sums are in the order in which strips of Number are read.
+  template <class Number>
+  void finish(int64_t row, int64_t visible, int64_t size, float* to) const {
+    const float share = visible ? 1.f / total[row] : 0.f;
+    int64_t d = 0;
+    for (; d + WIDTH <= size; d += WIDTH) {
+      Lanes strip[STRIP];
+      read_strip(&sums[row * size + d], strip);
+      in_order<Number>(strip);
+      UNROLLED for (int part = 0; part < STRIP; ++part) store(to + d + part * LANES, strip[part] * share);
+    }
+    for (; d < size; ++d) to[d] = sums[row * size + d] * share;
+  }
+};
+
+// sums[g,d] += weights[g,c] * values[c,d], strips of sums in the order in which they are read.
+template <class Number, int COUNT>
+inline void add_values(const float* weights, const Number* values, int64_t count, int64_t size, float* sums) {
+  const int64_t ahead = AHEAD / (size * int64_t(sizeof(Number)));
+  int64_t d = 0;
+  for (; d + WIDTH <= size; d += WIDTH) {
+    Lanes total[COUNT][STRIP];
+    UNROLLED for (int g = 0; g < COUNT; ++g) read_strip(sums + g * size + d, total[g]);
+    for (int64_t c = 0; c < count; ++c) {
+      Lanes numbers[STRIP];
+      fetch_strip(values + (c + ahead) * size + d);
+      read_strip(values + c * size + d, numbers);
+      UNROLLED for (int g = 0; g < COUNT; ++g) {
+        const Lanes weight = kept(splat(weights[g * BLOCK + c]));
+        UNROLLED for (int part = 0; part < STRIP; ++part) total[g][part] += weight * numbers[part];
+      }
+    }
+    UNROLLED for (int g = 0; g < COUNT; ++g) UNROLLED for (int part = 0; part < STRIP; ++part)
+        store(sums + g * size + d + part * LANES, total[g][part]);
+  }
+  for (; d < size; ++d)
+    for (int g = 0; g < COUNT; ++g)
+      for (int64_t c = 0; c < count; ++c)
+        sums[g * size + d] += weights[g * BLOCK + c] * read_one(values + c * size + d);
+}
+
+// out [S,K*G,D] of one token per slot.
+template <class Number>
+void decode(const float* query, const Cached<Number>& cached, const int64_t* positions, int64_t group,
+            float* out) {
+  const int64_t size = cached.size;
+  const int64_t ahead = AHEAD / (size * int64_t(sizeof(Number)));
+  const float scaling = 1.f / std::sqrt(float(size));
+  for_each_item(cached.slots * cached.heads, [&](int64_t item) {
+    const int64_t slot = item / cached.heads;
+    const int64_t start = cached.start(slot, item % cached.heads), visible = cached.visible(positions[slot]);
+    thread_local Softmax softmax;
+    thread_local Scratch<float> scores, queries;
+    softmax.clear(group, size);
+    scores.resize(group * BLOCK);
+    queries.resize(group * size);
+    for (int64_t g = 0; g < group; ++g)
+      spread<Number>(query + (item * group + g) * size, size, &queries[g * size]);
+    for (int64_t first = 0; first < visible; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, visible - first);
+      const Number* keys = cached.keys + start + first * size;
+      const Number* values = cached.values + start + first * size;
+      for (int64_t c = 0; c < count;) {
+        const int64_t read_keys = count - c >= ROWS ? ROWS : 1;
+        for (int64_t g = 0; g < group; g += 6)
+          with_constant<6>(std::min<int64_t>(6, group - g), [&](auto tile) {
+            float sums[6 * ROWS] = {};
+            const auto add = read_keys == ROWS ? add_dots<Number, tile, ROWS> : add_dots<Number, tile, 1>;
+            add(&queries[g * size], size, keys + c * size, size, size, keys + (c + ahead) * size, sums);
+            for (int64_t n = 0; n < tile; ++n)
+              for (int64_t r = 0; r < read_keys; ++r)
+                scores[(g + n) * BLOCK + c + r] = sums[n * read_keys + r];
+          });
+        c += read_keys;
+      }
+      for (int64_t g = 0; g < group; ++g) softmax.weigh(g, &scores[g * BLOCK], count, scaling, size);
+      for (int64_t g = 0; g < group; g += HEADS)
+        with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
+          add_values<Number, tile>(&scores[g * BLOCK], values, count, size, &softmax.sums[g * size]);
+        });
+    }
+    for (int64_t g = 0; g < group; ++g)
+      softmax.finish<Number>(g, visible, size, out + (item * group + g) * size);
+  });
+}
+
+// out [S,T,K*G,D], each query over the positions up to its own.
+template <class Panel, class Number>
+void prefill(const float* query, const Cached<Number>& cached, const int64_t* positions, int64_t tokens,
+             int64_t group, float* out) {
+  constexpr bool pairs = std::is_same_v<Panel, BFloat16>;
+  const int64_t size = cached.size, even = pairs ? ceil_div(size, 2) * 2 : size;
+  const int64_t blocks = ceil_div(cached.positions, BLOCK);
+  const float scaling = 1.f / std::sqrt(float(size));
+  const Scratch<float> ones(size, 1.f);
+  // Per block of positions: keys as columns [D, BLOCK], values as rows [BLOCK, D]; zeros behind the last.
+  Scratch<Panel> key_panels(blocks * BLOCK * even), value_panels(blocks * BLOCK * size);
+  for (int64_t slot = 0; slot < cached.slots; ++slot) {
+    int64_t filled = 0;
+    for (int64_t t = 0; t < tokens; ++t)
+      filled = std::max(filled, cached.visible(positions[slot * tokens + t]));
+    for (int64_t head = 0; head < cached.heads; ++head) {
+      const int64_t start = cached.start(slot, head);
+      for_each_item(ceil_div(filled, BLOCK), [&](int64_t block) {
+        const int64_t count = std::min(BLOCK, filled - block * BLOCK);
+        const Number* keys = cached.keys + start + block * BLOCK * size;
+        const Number* values = cached.values + start + block * BLOCK * size;
+        Panel* key_panel = &key_panels[block * BLOCK * even];
+        Panel* value_panel = &value_panels[block * BLOCK * size];
+        std::fill_n(key_panel, BLOCK * even, Panel(0.f));
+        std::fill_n(value_panel, BLOCK * size, Panel(0.f));
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t d = 0; d < size; ++d)
+            if constexpr (pairs)
+              key_panel[(d / 2 * BLOCK + c) * 2 + d % 2] = bfloat16_of(keys + c * size + d);
+            else
+              key_panel[d * BLOCK + c] = read_one(keys + c * size + d);
+          if constexpr (!pairs)
+            expand(values + c * size, ones.data(), size, value_panel + c * size);
+          else if (c % 2 == 0)
+            expand_pairs(values + c * size, c + 1 < count ? values + (c + 1) * size : nullptr, size,
+                         value_panel + c * size);
+        }
+      });
+      const int64_t step =
+          std::max<int64_t>(1, std::min(QUERIES / group, ceil_div(tokens, at::get_num_threads())));
+      for_each_item(ceil_div(tokens, step), [&](int64_t item) {
+        const int64_t first = item * step, rows = std::min(step, tokens - first) * group;
+        thread_local Softmax softmax;
+        thread_local Scratch<float> scores;
+        thread_local Scratch<Panel> queries, weights;
+        thread_local std::vector<int64_t> visible, place;
+        softmax.clear(rows, size);
+        scores.resize(rows * BLOCK);
+        queries.assign(rows * even, Panel(0.f));
+        weights.resize(pairs ? rows * BLOCK : 0);
+        visible.resize(rows);
+        place.resize(rows);
+        int64_t most = 0;
+        for (int64_t n = 0; n < rows; ++n) {
+          const int64_t token = slot * tokens + first + n / group;
+          visible[n] = cached.visible(positions[token]);
+          place[n] = ((token * cached.heads + head) * group + n % group) * size;
+          most = std::max(most, visible[n]);
+          for (int64_t d = 0; d < size; ++d) queries[n * even + d] = Panel(query[place[n] + d]);
+        }
+        for (int64_t block = 0; block < ceil_div(most, BLOCK); ++block) {
+          multiply({rows, BLOCK, even, even, BLOCK, BLOCK}, false, queries.data(),
+                   &key_panels[block * BLOCK * even], scores.data());
+          for (int64_t n = 0; n < rows; ++n)
+            softmax.weigh(n, &scores[n * BLOCK], std::min(BLOCK, visible[n] - block * BLOCK), scaling, size);
+          const Panel* values = &value_panels[block * BLOCK * size];
+          const Shape shape{rows, size, BLOCK, BLOCK, size, size};
+          if constexpr (pairs) {
+            round(scores.data(), rows * BLOCK, weights.data());
+            multiply(shape, true, weights.data(), values, softmax.sums.data());
+          } else {
+            multiply(shape, true, scores.data(), values, softmax.sums.data());
+          }
+        }
+        for (int64_t n = 0; n < rows; ++n) softmax.finish<float>(n, visible[n], size, out + place[n]);
+      });
+    }
+  }
+}
+
+}  // namespace neuron_minimax

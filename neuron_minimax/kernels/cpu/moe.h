@@ -1,0 +1,273 @@
+// Fused mixture of experts: sort by expert, grouped GEMM straight from the stored weights, SwiGLU,
+// combine.
+//
+// Each chosen expert is read once for up to GROUP of its tokens. Few tokens are bound by memory: the
+// weight is read as it lies. Many are bound by arithmetic: blocks are expanded and multiplied.
+//
+// Shapes: H hidden, I intermediate; P pairs of a token and one of its K experts, sorted by expert.
+#pragma once
+#include "linear.h"
+
+namespace neuron_minimax {
+
+constexpr int64_t GROUP = 128;             // pairs of one expert that are multiplied together
+constexpr int64_t FEW_PAIRS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
+constexpr int64_t PASS = 2048;             // pairs whose sums are kept between the two products
+constexpr int64_t DEEP = 16;               // rows of a weight that are read beside each other
+constexpr int64_t SUMS = 4096;             // that stay in the first cache
+constexpr int64_t NARROWEST = 512;         // columns that a thread takes
+constexpr int64_t WIDEST_PANEL = 256;      // columns of a panel: it stays in the second cache
+
+// A weight of every expert, [E, rows, columns], inputs are rows.
+template <class Number>
+struct Stacked {
+  const Number* data;
+  int64_t experts, rows, columns;
+  Scales scales;
+
+  const Number* at(int64_t expert, int64_t row) const { return data + (expert * rows + row) * columns; }
+};
+
+struct Group {
+  int64_t expert, first, count;  // of its pairs
+};
+
+// sums[n,c] += input[n,r] * weight[r,c], while what is needed next is fetched. Strips of sums are in the
+// order in which strips of the weight are read.
+template <class Number, int COUNT>
+inline void add_rows(const float* input, int64_t input_apart, const Number* weight, int64_t apart,
+                     int64_t depth, const Number* ahead, int64_t width, float* sums, int64_t sums_apart) {
+  int64_t c = 0;
+  for (; c + WIDTH <= width; c += WIDTH) {
+    Lanes total[COUNT][STRIP];
+    UNROLLED for (int n = 0; n < COUNT; ++n) read_strip(sums + n * sums_apart + c, total[n]);
+    for (int64_t r = 0; r < depth; ++r) {
+      fetch_strip(ahead + r * apart + c);
+      Lanes numbers[STRIP];
+      read_strip(weight + r * apart + c, numbers);
+      UNROLLED for (int n = 0; n < COUNT; ++n) {
+        const Lanes x = kept(splat(input[n * input_apart + r]));
+        UNROLLED for (int part = 0; part < STRIP; ++part) total[n][part] += x * numbers[part];
+      }
+    }
+    UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int part = 0; part < STRIP; ++part)
+        store(sums + n * sums_apart + c + part * LANES, total[n][part]);
+  }
+  for (; c < width; ++c)
+    for (int n = 0; n < COUNT; ++n)
+      for (int64_t r = 0; r < depth; ++r)
+        sums[n * sums_apart + c] += input[n * input_apart + r] * read_one(weight + r * apart + c);
+}
+
+// out (+)= sums * factor, strips of sums in the order in which they are read.
+template <class Number>
+inline void add_scaled(const float* sums, const float* factor, int64_t width, bool add, float* out) {
+  int64_t c = 0;
+  for (; c + WIDTH <= width; c += WIDTH) {
+    Lanes strip[STRIP];
+    read_strip(sums + c, strip);
+    in_order<Number>(strip);
+    UNROLLED for (int part = 0; part < STRIP; ++part) {
+      float* to = out + c + part * LANES;
+      const Lanes product = strip[part] * read(factor + c + part * LANES);
+      store(to, add ? read(to) + product : product);
+    }
+  }
+  for (; c < width; ++c) out[c] = sums[c] * factor[c] + (add ? out[c] : 0.f);
+}
+
+// Inputs [P, rows] of the pairs of a product, as they are multiplied.
+struct Inputs {
+  Scratch<float> floats;
+  Scratch<BFloat16> rounded;  // with a zero behind an odd row
+  int64_t rows, apart;
+
+  template <class Panel>
+  const Panel* of(int64_t pair) const {
+    if constexpr (std::is_same_v<Panel, float>)
+      return floats.data() + pair * apart;
+    else
+      return rounded.data() + pair * apart;
+  }
+  // Take `count` rows, which row(p, to) writes; floats are multiplied by `half`.
+  template <class Row>
+  void take(int64_t count, int64_t width, bool pairs, float half, const Row& row) {
+    rows = width;
+    apart = apart_of(width);
+    floats.resize(count * apart);
+    rounded.resize(pairs ? count * apart : 0);
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        float* to = &floats[p * apart];
+        row(p, to);
+        if (pairs) round(to, rows, &rounded[p * apart]);
+        if (pairs) rounded[p * apart + rows] = BFloat16(0.f);
+        for (int64_t r = 0; r < rows; ++r) to[r] *= half;
+      }
+    });
+  }
+};
+
+// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few pairs.
+template <class Number>
+void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
+                  int64_t right, float* out) {
+  constexpr float half = HALF_REBIAS<Number>;
+  const int64_t count = group.count, step = std::max(SUMS / count / 64 * 64, NARROWEST);
+  const int64_t tiles = ceil_div(count, TALL);
+  const Scales scales = weight.scales.of_expert(group.expert);
+  thread_local Scratch<float> sums, factor;
+  sums.resize(count * step);
+  factor.resize(step);
+  for (; left < right; left += step) {
+    const int64_t width = std::min(step, right - left);
+    for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
+      const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
+      std::fill_n(sums.begin(), count * width, 0.f);
+      for (int64_t row = top; row < bottom; row += DEEP) {
+        const int64_t depth = std::min(DEEP, bottom - row);
+        const Number* from = weight.at(group.expert, row) + left;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
+          const Number* ahead = tile ? from : from + depth * weight.columns;
+          with_constant<TALL>(height, [&](auto few) {
+            add_rows<Number, few>(inputs.of<float>(group.first + n) + row, inputs.apart, from, weight.columns,
+                                  depth, ahead, width, &sums[n * width], width);
+          });
+        }
+      }
+      scales.of_columns(block, left, width, half, factor.data());
+      for (int64_t n = 0; n < count; ++n)
+        add_scaled<Number>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
+    }
+  }
+}
+
+// The same for many: blocks are expanded to panels of Panel, float or BFloat16.
+template <class Panel, class Number>
+void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
+                   int64_t right, float* out) {
+  constexpr bool pairs = std::is_same_v<Panel, BFloat16>;
+  constexpr float half = pairs ? 1.f : HALF_REBIAS<Number>;
+  const int64_t count = group.count, columns = weight.columns;
+  const Scales scales = weight.scales.of_expert(group.expert);
+  thread_local Scratch<Panel> panel;
+  thread_local Scratch<float> sums, factor;
+  panel.resize(DEPTH * WIDEST_PANEL);
+  factor.resize(WIDEST_PANEL);
+  sums.resize(count * WIDEST_PANEL);
+  for (; left < right; left += WIDEST_PANEL) {
+    const int64_t width = std::min(WIDEST_PANEL, right - left);
+    for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
+      scales.of_columns(block, left, width, half, factor.data());
+      const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
+      for (int64_t row = top; row < bottom; row += DEPTH) {
+        const int64_t depth = std::min(DEPTH, bottom - row);
+        const Number* from = weight.at(group.expert, row) + left;
+        const Panel* input = inputs.of<Panel>(group.first) + row;
+        float* to = out + left;
+        if constexpr (pairs) {
+          for (int64_t r = 0; r < depth; r += 2)
+            expand_pairs(from + r * columns, r + 1 < depth ? from + (r + 1) * columns : nullptr, width,
+                         &panel[r * width]);
+          multiply({count, width, ceil_div(depth, 2) * 2, inputs.apart, width, width}, false, input,
+                   panel.data(), sums.data());
+          for (int64_t n = 0; n < count; ++n)
+            for (int64_t c = 0; c < width; ++c) {
+              const float product = sums[n * width + c] * factor[c];
+              to[n * columns + c] = row ? to[n * columns + c] + product : product;
+            }
+        } else {
+          for (int64_t r = 0; r < depth; ++r)
+            expand(from + r * columns, factor.data(), width, &panel[r * width]);
+          multiply({count, width, depth, inputs.apart, width, columns}, row > 0, input, panel.data(), to);
+        }
+      }
+    }
+  }
+}
+
+// out [P, columns] = inputs[p] @ the weight of p's expert, on all threads.
+template <class Number>
+void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, const Stacked<Number>& weight,
+                     bool pairs, float* out) {
+  const int64_t wanted = ceil_div(weight.columns * int64_t(groups.size()), 4 * at::get_num_threads());
+  const int64_t chunk =
+      std::min(ceil_div(std::max(wanted, NARROWEST), WIDEST_PANEL) * WIDEST_PANEL, weight.columns);
+  const int64_t chunks = ceil_div(weight.columns, chunk);
+  for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
+    const Group& group = groups[item / chunks];
+    const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
+    const auto multiply_group = group.count <= FEW_PAIRS[pairs] ? multiply_few<Number>
+                                : pairs                         ? multiply_many<BFloat16, Number>
+                                                                : multiply_many<float, Number>;
+    multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
+  });
+}
+
+// to = silu(gate) * up.
+inline void activate(const float* gate, const float* up, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    store(to + i, read(gate + i) / (1.f + exponential(-read(gate + i))) * read(up + i));
+  for (; i < count; ++i) to[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+}
+
+// The experts [T,K] of each token, and their weights.
+struct Choice {
+  const int64_t* expert_index;
+  const float* affinity;
+  int64_t tokens, chosen;
+};
+
+// out [T,H] += sum over k of affinity[t,k] * MLP of expert_index[t,k] (hidden[t]).
+template <class Number>
+void expert_mlp(const float* hidden, const Choice& choice, const Stacked<Number>& gate_up,
+                const Stacked<Number>& down, bool pairs, float* out) {
+  const int64_t expert_count = down.experts, chosen = choice.chosen;
+  std::vector<std::vector<int64_t>> pairs_of(expert_count);
+  for (int64_t pair = 0; pair < choice.tokens * chosen; ++pair)
+    if (const int64_t expert = choice.expert_index[pair]; 0 <= expert && expert < expert_count)
+      pairs_of[expert].push_back(pair);
+  const int64_t width = down.columns, intermediate = down.rows;
+  Scratch<float> gate_up_PI, product_PH;
+  Inputs inputs, activated;
+  std::vector<Group> groups;
+  std::vector<int64_t> sorted;
+  constexpr float half = HALF_REBIAS<Number>;
+  const auto run = [&] {
+    const int64_t count = int64_t(sorted.size());
+    gate_up_PI.resize(count * 2 * intermediate);
+    product_PH.resize(count * width);
+    inputs.take(count, width, pairs, half,
+                [&](int64_t p, float* to) { std::copy_n(hidden + sorted[p] / chosen * width, width, to); });
+    multiply_groups(groups, inputs, gate_up, pairs, gate_up_PI.data());
+    activated.take(count, intermediate, pairs, half, [&](int64_t p, float* to) {
+      const float* gate = &gate_up_PI[p * 2 * intermediate];
+      activate(gate, gate + intermediate, intermediate, to);
+    });
+    multiply_groups(groups, activated, down, pairs, product_PH.data());
+    at::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t p = 0; p < count; ++p) {
+        const float share = choice.affinity[sorted[p]];
+        float* to = out + sorted[p] / chosen * width;
+        for (int64_t h = begin; h < end; ++h) to[h] += share * product_PH[p * width + h];
+      }
+    });
+    groups.clear();
+    sorted.clear();
+  };
+  for (int64_t expert = 0; expert < expert_count; ++expert) {
+    const auto& places = pairs_of[expert];
+    const int64_t count = int64_t(places.size()), parts = ceil_div(count, GROUP);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+      if (int64_t(sorted.size()) + end - begin > PASS) run();
+      groups.push_back({expert, int64_t(sorted.size()), end - begin});
+      sorted.insert(sorted.end(), places.begin() + begin, places.begin() + end);
+    }
+  }
+  if (!groups.empty()) run();
+}
+
+}  // namespace neuron_minimax

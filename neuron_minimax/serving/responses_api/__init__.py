@@ -1,0 +1,1 @@
+"""/v1/responses: OpenAI's newer one, as a translation to and from what chat completions use."""

@@ -1,0 +1,191 @@
+"""A checkpoint in another format is one finding, which names it and what to take instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import neuron_minimax as nm
+from neuron_minimax.errors import CheckpointError, ConfigError
+from tests.tiny import write_tiny
+
+EXPERT = ".experts."
+FILE = "model.safetensors"
+
+
+def rewritten(directory: Path, change) -> Path:
+    """Change each weight of an expert, without its scale, to what `change(name, tensor)` gives."""
+    tensors = {}
+    for name, tensor in load_file(directory / FILE).items():
+        if EXPERT not in name:
+            tensors[name] = tensor
+        elif not name.endswith("_scale_inv"):
+            tensors |= change(name.removesuffix(".weight"), tensor)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / FILE)
+    return directory
+
+
+def packed(*ends_and_dtypes):
+    def change(module, tensor):
+        return {f"{module}{end}": torch.ones(8, 8).to(dtype) for end, dtype in ends_and_dtypes}
+
+    return change
+
+
+F32, F8, U8, I32 = torch.float32, torch.float8_e4m3fn, torch.uint8, torch.int32
+FORMATS = {
+    "GPTQ": packed((".qweight", I32), (".qzeros", I32), (".scales", F32), (".g_idx", I32)),
+    "AWQ": packed((".qweight", I32), (".qzeros", I32), (".scales", F32)),
+    "NVFP4, of NVIDIA ModelOpt": packed(
+        (".weight", U8), (".weight_scale", F8), (".weight_scale_2", F32), (".input_scale", F32)
+    ),
+    "NVFP4, of compressed-tensors": packed(
+        (".weight_packed", U8), (".weight_scale", F8), (".weight_global_scale", F32)
+    ),
+    "compressed-tensors, packed": packed((".weight_packed", I32), (".weight_scale", F32)),
+    "MXFP4": packed((".weight_blocks", U8), (".weight_scales", U8)),
+    "MLX": packed((".weight", torch.uint32), (".scales", F32), (".biases", F32)),
+    "bitsandbytes": packed((".weight", U8), (".weight.absmax", F32)),
+    "scales named weight_scale": packed((".weight", F8), (".weight_scale", F32)),
+}
+
+
+@pytest.mark.parametrize("title", FORMATS)
+def test_a_format_is_named_by_its_tensors_in_one_finding(title, tmp_path):
+    source = rewritten(write_tiny(tmp_path / "source", quantization_config=None), FORMATS[title])
+    report = nm.Checkpoint.open(source).inspect()
+    (error,) = [each for each in report.findings if each.severity == "error"]
+    assert title in error.message
+    assert "take MiniMaxAI/MiniMax-M2" in error.message
+    with pytest.raises(CheckpointError, match=title.split(",")[0]):
+        nm.plan_conversion(nm.Checkpoint.open(source))
+
+
+@pytest.mark.parametrize(
+    ("section", "title"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "AWQ"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'NVFP4'.*ModelOpt"),
+        ({"quant_algo": "FP8"}, "ModelOpt"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "yet another"}, "yet another"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_format_is_named_by_config_json_with_what_to_take_instead(section, title, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(raw | {"quantization_config": section}))
+    with pytest.raises(ConfigError, match=f"{title}.*take MiniMaxAI/MiniMax-M2"):
+        nm.Checkpoint.open(source)
+
+
+def test_the_section_of_mlx_is_known(tmp_path):
+    with pytest.raises(ConfigError, match="MLX"):
+        write_tiny(
+            tmp_path / "source",
+            quantization_config=None,
+            quantization={"bits": 4, "group_size": 64},
+        )
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        ("model.language_model.", "model."),
+        ("language_model.model.", "model."),
+        ("model.model.", "model."),
+        ("", "model."),
+    ],
+)
+def test_names_with_other_prefixes_are_one_finding(there, wanted, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    tensors = load_file(source / FILE)
+    renamed = {
+        there + name.removeprefix(wanted) if name.startswith(wanted) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, source / FILE)
+    report = nm.Checkpoint.open(source).inspect()
+    (error,) = [each for each in report.findings if each.severity == "error"]
+    assert error.kind == "names"
+    assert repr(there) in error.message
+    assert repr(wanted) in error.message
+
+
+def with_more(source: Path, more: dict[str, torch.Tensor]) -> Path:
+    save_file(load_file(source / FILE) | more, source / FILE)
+    return source
+
+
+def test_scales_of_a_servers_cache_are_left_out_with_a_note(tmp_path):
+    attention = "model.layers.1.self_attn."
+    names = [attention + "k_proj.k_scale", attention + "attn.v_scale", attention + "v_scale"]
+    source = with_more(write_tiny(tmp_path / "source"), {name: torch.ones(1) for name in names})
+    checkpoint = nm.Checkpoint.open(source)
+    (note,) = [each for each in checkpoint.inspect().findings if each.kind == "cache scales"]
+    assert note.severity == "note"
+    assert "3 scales" in note.message
+    converted = nm.plan_conversion(checkpoint).write(tmp_path / "out")
+    assert sorted(converted.manifest.left_out) == sorted(names)
+    assert nm.verify(checkpoint, converted).equal
+
+
+LAYER = "model.layers.2."
+MTP = {
+    "a layer behind the last": [
+        LAYER + rest
+        for rest in ("eh_proj.weight", "self_attn.q_proj.weight", "shared_head.head.weight")
+    ],
+    "mtp": ["mtp.layers.0.mlp.gate.weight", "mtp.fc.weight"],
+    "mtp_modules": ["model.mtp_modules.0.eh_proj.weight", "mtp_modules.1.norm.weight"],
+    "nextn": ["model.nextn.0.eh_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("declared", ["num_mtp_modules", "num_nextn_predict_layers", None], ids=str)
+@pytest.mark.parametrize("title", MTP)
+def test_multi_token_prediction_is_left_out_in_every_layout(title, declared, tmp_path):
+    fields = {"num_mtp_modules": 0} | ({} if declared is None else {declared: 1})
+    source = with_more(
+        write_tiny(tmp_path / "source", **fields), {name: torch.ones(2, 2) for name in MTP[title]}
+    )
+    checkpoint = nm.Checkpoint.open(source)
+    report = checkpoint.inspect()
+    assert report.usable
+    assert sorted(report.mtp) == sorted(MTP[title])
+    assert sorted(nm.plan_conversion(checkpoint).left_out) == sorted(MTP[title])
+
+
+@pytest.mark.parametrize("other", ["adapter_model.safetensors", "consolidated.safetensors"])
+def test_the_model_is_read_beside_another_file(other, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    save_file({"lora_A.weight": torch.ones(2)}, source / other)
+    checkpoint = nm.Checkpoint.open(source)
+    assert checkpoint.problems == []
+    (warning,) = [each for each in checkpoint.inspect().findings if each.kind == "leftover"]
+    assert other in warning.message
+    assert warning.severity == "warning"
+
+
+def test_a_stale_index_gives_way_to_the_single_file(tmp_path):
+    source = write_tiny(tmp_path / "source")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = nm.Checkpoint.open(source)
+    assert checkpoint.problems == []
+    (warning,) = [each for each in checkpoint.inspect().findings if each.kind == "leftover"]
+    assert "none of which is there" in warning.message
+
+
+def test_a_single_file_beside_whole_shards_is_warned_of(tmp_path):
+    source = write_tiny(tmp_path / "source", shards=2)
+    save_file({"lm_head.weight": torch.ones(2)}, source / FILE)
+    report = nm.Checkpoint.open(source).inspect()
+    assert report.usable
+    (warning,) = [each for each in report.findings if each.kind == "leftover"]
+    assert "transformers would read it" in warning.message
