@@ -354,7 +354,7 @@ def family_settings(dense: str, sparse: str) -> None:
         (dense, {"tp_degree": 3}, "hidden_size 256 cannot be shared by tp_degree 3 ranks"),
         (
             sparse,
-            {"tp_degree": 4, "moe_tp_degree": 4},
+            {"tp_degree": 4, "moe_tp_degree": 4, "expert_scales": "block"},
             "intermediate_size 256 over moe_tp_degree 4 leaves 64 channels per rank",
         ),
         (sparse, {"tp_degree": 2}, "is not tp_degree 2; every rank needs one share of the experts"),
