@@ -58,6 +58,7 @@ NOT_QUICK = {
     "test_generation_demo.py": COMPILES,
     "test_hostile_outputs.py": PROCESSES,
     "test_hub.py": PROCESSES,
+    "test_hub_streaming.py": PROCESSES,
     "test_inspect_page.py": BROWSES,
     "test_limited.py": PROCESSES,
     "test_kernels.py": COMPILES,

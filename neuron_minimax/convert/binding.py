@@ -6,13 +6,14 @@ its weight: the same shapes serve both.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.layout import FP8Range, Layout, check_module_names, kept_in_bf16
 from neuron_minimax.errors import ConversionError, counted
@@ -131,6 +132,16 @@ def bind_rules(
                 "be dropped silently"
             )
     return outputs
+
+
+def files_of(outputs: Iterable[ConvertedTensor], source: TensorDirectory) -> frozenset[str]:
+    """Return the files that hold the sources of outputs."""
+    return frozenset(
+        source.entry(name).shard
+        for output in outputs
+        for group in (*output.groups, *output.scale_groups)
+        for name in group
+    )
 
 
 def _is_left_out(rule: Rule, sources: Specs, config: ModelConfig) -> bool:

@@ -169,12 +169,12 @@ def shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
     for entry in checkpoint.entries.values():
         sizes[entry.shard] += entry.nbytes
     for shard in checkpoint.shards:
-        path = checkpoint.directory / shard
+        stamp = checkpoint.stamps.get(shard)
         yield ShardRow(
             name=shard,
             tensors=counts[shard],
             bytes=sizes[shard],
-            file_bytes=path.stat().st_size if path.exists() else 0,
+            file_bytes=stamp.nbytes if stamp else 0,
         )
 
 
