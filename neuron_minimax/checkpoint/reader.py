@@ -30,7 +30,7 @@ from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.shard_files import Read, ShardFiles
 from neuron_minimax.config import MOST_TENSORS, ModelConfig
-from neuron_minimax.errors import CheckpointError, counted, some_of
+from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.files import Stamp, read_bytes
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention
 from neuron_minimax.progress import SILENT, Progress
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
 SAMPLE_BYTES = 64 << 10  # of a fingerprint
 
 
@@ -70,6 +71,8 @@ class TensorDirectory:
         if weight_map and not any(self.files.exists(shard) for shard in {*weight_map.values()}):
             weight_map = self._without_stale_index(weight_map)
         self.shards = list(shards) or sorted(set(weight_map.values())) or [self._single_file()]
+        if not shards:
+            self._note_leftovers(bool(weight_map))
         for shard in self.shards:
             self._read_shard(shard, weight_map)
         unread = {problem.subject for problem in self.problems if problem.kind == "shard"}
@@ -247,25 +250,40 @@ class TensorDirectory:
         return {}
 
     def _single_file(self) -> str:
-        files = self.files.names()
-        if len(files) == 1:
-            return files[0]
-        if SINGLE_NAME in files:
-            others = [name for name in files if name != SINGLE_NAME]
-            message = (
-                f"{some_of(others)} beside {SINGLE_NAME} is not read; merge it in first where it "
-                "belongs to the model, as an adapter does, or remove it"
-            )
-            self.leftovers.append(Problem(others[0], message, "leftover"))
-            return SINGLE_NAME
-        found = (
-            f"{len(files)} safetensors files and no {INDEX_NAME}"
-            if files
-            else "no safetensors files"
-        )
+        files = [name for name in self.files.names() if name not in ADAPTERS]
+        if len(files) == 1 or SINGLE_NAME in files:
+            return files[0] if len(files) == 1 else SINGLE_NAME
+        found = "no safetensors files of a model"
+        if files:
+            found = f"{len(files)} safetensors files and no {INDEX_NAME}"
+        elif self.files.names():
+            found = f"{self.files.names()[0]}, an adapter for another model, and not that model"
         raise CheckpointError(
             f"{self.directory} has {found}; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}"
         )
+
+    def _note_leftovers(self, has_index: bool) -> None:
+        """Note the files of weights that are not read."""
+        others = [name for name in self.files.names() if name not in self.shards]
+        others += [name for name in ADAPTERS if name in self.stamps and name not in others]
+        read = f"{INDEX_NAME}, which does not list it" if has_index else SINGLE_NAME
+        for name in others:
+            if name in ADAPTERS:
+                message = (
+                    f"{name} is an adapter and is not applied: the model answers as without it; "
+                    "merge it in first (PEFT's merge_and_unload) if it is meant, or remove it"
+                )
+            elif name == SINGLE_NAME:
+                message = (
+                    f"{name} lies beside {read}: transformers would read it and not the shards; "
+                    "here the index decides. Remove the one that is not meant"
+                )
+            else:
+                message = (
+                    f"{name} lies beside {read}, and is not read; merge it in first if it belongs "
+                    "to the model, or remove it"
+                )
+            self.leftovers.append(Problem(name, message, "leftover"))
 
     def _read_shard(self, shard: str, weight_map: Mapping[str, str]) -> None:
         try:
@@ -328,15 +346,25 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         self.config = schema.with_stored_head(self.config, self.entries)
         self.title = self.files.title
         self.mtp_names = schema.mtp_names(self.entries, self.config)
-        self.cache_scale_names = schema.cache_scale_names(self.entries, self.config)
+        predicting = set(self.mtp_names)
+        self.cache_scale_names = [
+            name
+            for name in schema.cache_scale_names(self.entries, self.config)
+            if name not in predicting
+        ]
         if not self.entries and self.problems:
             return  # no file could be read, which is a problem
-        foreign = schema.foreign_format(self.entries, self.config)
-        if foreign is not None:
-            self.problems.append(foreign)
-            return
-        found = schema.check_against_schema(self.entries, self.config, set(self.left_out))
-        self.problems += [each for each in found if each.subject not in self.unread]
+        left_out = set(self.left_out)
+        found = [
+            problem
+            for problem in schema.check_against_schema(self.entries, self.config, left_out)
+            if problem.subject not in self.unread
+        ]
+        if {"extra"} < {problem.kind for problem in found}:  # names that may explain what else is
+            others = {name: entry for name, entry in self.entries.items() if name not in left_out}
+            foreign = schema.foreign_format(others, self.config)
+            found = found if foreign is None else [foreign]
+        self.problems += found
 
     @classmethod
     def open(

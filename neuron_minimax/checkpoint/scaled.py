@@ -10,7 +10,7 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TensorSpec
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import ScaleConventionError
+from neuron_minimax.errors import CheckpointError, ScaleConventionError
 from neuron_minimax.fp8 import (
     ConventionChoice,
     ScaleConvention,
@@ -76,8 +76,17 @@ class ScaledWeights:
         return map(function, items)
 
     def scales(self, name: str, block_rows: slice = slice(None)) -> np.ndarray:
-        """The stored block scales of an FP8 weight, widened to float32, which is exact."""
-        return bfloat16.scales_to_float32(self.rows(schema.scale_name(name), block_rows))
+        """The stored block scales of an FP8 weight, widened to float32, which is exact.
+
+        Raises CheckpointError for scales of a dtype that are none.
+        """
+        scales = schema.scale_name(name)
+        dtype = self.specs[scales].dtype
+        if dtype not in schema.SCALE_DTYPES:
+            raise CheckpointError(
+                f"{scales} is {dtype}; expected {' or '.join(schema.SCALE_DTYPES)}"
+            )
+        return bfloat16.scales_to_float32(self.rows(scales, block_rows))
 
     @cached_property
     def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:

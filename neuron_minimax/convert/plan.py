@@ -68,7 +68,8 @@ from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 @dataclass(frozen=True, kw_only=True)
 class Converted(Rendered):
     """A finished converted directory and its manifest; `reused_shards`, `was_finished` and
-    `changes` say how the run went that gave it.
+    `changes` say how the run went that gave it, `leftovers` which files of the checkpoint it did
+    not read.
     """
 
     directory: Path
@@ -77,6 +78,7 @@ class Converted(Rendered):
     reused_shards: int = 0
     was_finished: bool = False
     changes: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -205,7 +207,7 @@ class Converted(Rendered):
         left_out = self.manifest.left_out
         if left_out:
             lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_warnings(self.leftovers)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +238,11 @@ class ConversionPlan(Rendered):
         )
 
     @property
+    def leftovers(self) -> tuple[str, ...]:
+        """What is said of files beside the checkpoint that are not read."""
+        return tuple(problem.message for problem in self.source.leftovers)
+
+    @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
 
@@ -262,7 +269,7 @@ class ConversionPlan(Rendered):
             lines.append(self._room(self.source.files))
         if self.left_out:
             lines.append(f"left out, since not run: {counted(len(self.left_out), 'tensor')}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_warnings(self.leftovers)])
 
     def _room(self, files: HubFiles) -> str:
         """Say what a streamed conversion needs beside its output."""
@@ -332,6 +339,7 @@ class ConversionPlan(Rendered):
             reused_shards=filled.reused_shards,
             was_finished=filled.was_finished,
             changes=filled.changes,
+            leftovers=self.leftovers,
         )
 
     def converted_config(self) -> dict[str, Any]:
@@ -396,6 +404,10 @@ class ConversionPlan(Rendered):
                 for output in self.outputs
             },
         }
+
+
+def _warnings(leftovers: Sequence[str]) -> list[str]:
+    return [f"warning: {message}" for message in leftovers]
 
 
 def _require_no(differences: Sequence[str], path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
-from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
 from neuron_minimax.errors import CheckpointError, counted, some_of
@@ -222,12 +221,6 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             subject=leftover.subject,
             message=leftover.message,
         )
-    if checkpoint.shards != [SINGLE_NAME] and (checkpoint.directory / SINGLE_NAME).exists():
-        message = (
-            f"{SINGLE_NAME} lies beside {INDEX_NAME}, which does not list it: transformers would "
-            "read it and not the shards; here the index decides. Remove the one that is not meant"
-        )
-        yield Finding(severity="warning", kind="leftover", subject=SINGLE_NAME, message=message)
 
 
 def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
