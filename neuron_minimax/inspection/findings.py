@@ -18,6 +18,7 @@ from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
 Severity = Literal["error", "warning", "note"]
+STEPS_AT_8 = {"BF16": "0.06", "F16": "0.008"}  # between numbers that the dtype has
 ABSENT = "absent"  # from a layer that is of another kind
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -227,12 +228,14 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
     """Yield which kinds of weights and scales are stored in a dtype that is widened to float32."""
     family = checkpoint.config.family
     float32_only = {family.kind(weight): weight for weight in family.weights if weight.float32_only}
+    halves = []
     for row in kinds:
         narrow = [dtype for dtype in row.dtypes if dtype in ("BF16", "F16")]
         if row.kind in float32_only and narrow:
             rounded = "it may have been rounded by whoever wrote it"
             if float32_only[row.kind].role is Role.ROUTER_BIAS:
-                rounded += ", which flips experts: at 8 a step of BF16 is 0.06"
+                steps = " and ".join(f"of {dtype} is {STEPS_AT_8[dtype]}" for dtype in narrow)
+                rounded += f", which flips experts: at 8 a step {steps}"
             message = (
                 f"{row.kind} is {' and '.join(narrow)}, where F32 is published: it is widened to "
                 f"float32, which is exact, but {rounded}; take the published checkpoint where you "
@@ -240,8 +243,13 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
             )
             yield Finding(severity="warning", kind="dtype", subject=row.kind, message=message)
         elif "F16" in row.dtypes:
-            message = f"{row.kind} is F16: widened to float32, which is exact and twice as large"
-            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
+            halves.append(row.kind)
+    if halves:
+        message = (
+            f"{', '.join(halves)} {'are' if len(halves) > 1 else 'is'} F16: widened to float32, "
+            "which is exact and twice as large"
+        )
+        yield Finding(severity="note", kind="dtype", subject=halves[0], message=message)
     scales = Counter(
         checkpoint.entries[name].dtype
         for wanted in schema.expected(checkpoint.config)
