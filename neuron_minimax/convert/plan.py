@@ -37,7 +37,9 @@ from neuron_minimax.checkpoint.records import (
 )
 from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.tokenizer_file import (
+    NO_TEMPLATE,
     NO_TOKENIZER,
+    has_template,
     has_tokenizer,
     require_whole_companions,
 )
@@ -204,6 +206,8 @@ class Converted(Rendered):
             lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
         if not has_tokenizer(self.directory):
             lines.append(NO_TOKENIZER)
+        elif not has_template(self.directory):
+            lines.append(NO_TEMPLATE)
         left_out = self.manifest.left_out
         if left_out:
             lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")

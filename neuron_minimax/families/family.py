@@ -218,6 +218,26 @@ class SamplingDefaults:
     top_k: int
 
 
+# What is allowed for each option of sampling: (lowest, highest, whether the lowest itself is).
+SAMPLING_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 100.0, False),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+
+
+def out_of_range(name: str, value: float) -> str:
+    """Say which numbers an option of sampling may be, "" for one of these."""
+    (low, high, closed) = SAMPLING_RANGES[name]
+    if (low <= value if closed else low < value) and value <= high:
+        return ""
+    bound = "from" if closed else "above"
+    return f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that is particular to one family of models.

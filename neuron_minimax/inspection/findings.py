@@ -10,7 +10,14 @@ from typing import Any, Literal
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
+from neuron_minimax.checkpoint.tokenizer_file import (
+    NO_TEMPLATE,
+    NO_TOKENIZER,
+    TEMPLATE_NAMES,
+    broken_companions,
+    has_template,
+    has_tokenizer,
+)
 from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.families import Role
 from neuron_minimax.families.fields import unused_fields
@@ -276,6 +283,9 @@ def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             severity="warning", kind="tokenizer", subject="tokenizer.json", message=NO_TOKENIZER
         )
+    elif not has_template(checkpoint.directory):
+        subject = TEMPLATE_NAMES[0]
+        yield Finding(severity="warning", kind="tokenizer", subject=subject, message=NO_TEMPLATE)
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
