@@ -233,8 +233,19 @@ def _loader(directory: Path) -> Callable[..., Any]:
     known = not isinstance(named, str) or any(
         hasattr(transformers, name) for name in (named, f"{named}Fast")
     )
-    kind = transformers.AutoTokenizer if known else transformers.PreTrainedTokenizerFast
-    return kind.from_pretrained  # type: ignore[no-any-return]
+    if known:
+        return transformers.AutoTokenizer.from_pretrained  # type: ignore[no-any-return]
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        # It would warn that the file names another class, which is why it is called.
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(*arguments, **options)
+        finally:
+            transformers.logging.set_verbosity(before)
+
+    return load
 
 
 def _listed_tokens(directory: Path) -> dict[str, Any]:
