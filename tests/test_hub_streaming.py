@@ -348,3 +348,39 @@ def test_what_is_read_of_a_streamed_checkpoint_is_what_its_files_hold(hub, check
     assert done.stdout.strip() == expected, done.stderr
     assert os.listdir(tmp_path / "out") == [".download"]
     assert not hub.given.keys() & shards_in(checkpoint)
+
+
+WRONG_HALVES = """
+import sys
+from neuron_minimax import fp8
+from neuron_minimax.cli import main
+
+halve = fp8.halve_into
+
+
+def wrong(halved, codes, spare):
+    found = halve(halved, codes, spare)
+    halved[0, 0] ^= 8
+    return found
+
+
+fp8.halve_into = wrong
+sys.exit(main(["convert", "org/tiny", sys.argv[1], "--stream"]))
+"""
+
+
+def test_a_layer_that_is_not_what_its_sources_give_does_not_count_as_finished(
+    hub, wanted, tmp_path
+):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_HALVES, str(out)],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "does not equal its sources" in done.stderr
+    assert not (out / "conversion.json").exists()
+    assert hub.convert(out).returncode == 0
+    assert tensors_of(out) == tensors_of(wanted)
