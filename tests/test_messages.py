@@ -375,6 +375,11 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
         ),
         ({"system": [{"type": "image"}]}, "system.0.type: found 'image'"),
         ({"thinking": {"type": "disabled"}}, "thinking.type: the chat template"),
+        ({"seed": 1}, "seed is not supported"),
+        ({"n": 2}, "n is not supported"),
+        ({"stop": ["x"]}, "stop is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"logit_bias": {"1": 5}}, "logit_bias is not supported"),
         ({"context_management": {"edits": [{"type": "x"}]}}, "context_management.edits.0.type: "),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: found"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name: "),
@@ -403,6 +408,16 @@ def test_what_cannot_be_honoured_is_refused_by_its_own_name(served, fields, word
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(words)
     assert body["request_id"] == response.headers["request-id"]
+
+
+def test_what_chat_completions_alone_have_may_ask_for_nothing(served):
+    nothing = {"n": 1, "seed": None, "logit_bias": {}, "response_format": {"type": "text"}}
+    assert refusal(served, **nothing).status_code == 200
+    count = f"{served.url}/v1/messages/count_tokens"
+    body = {"messages": QUESTION, "max_tokens": 5, "temperature": 0.5}
+    assert web.post(count, json=body).status_code == 200
+    response = web.post(count, json=body | {"chat_template": "x"})
+    assert response.json()["error"]["message"] == "chat_template is not supported"
 
 
 def conversation():

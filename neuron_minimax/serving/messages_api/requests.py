@@ -5,7 +5,7 @@ by name; hints that change nothing about an answer are taken.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from neuron_minimax.serving.protocol import (
     parse_request,
 )
 from neuron_minimax.serving.translation import (
+    OF_CHAT,
     Hint,
     Names,
     Unsupported,
@@ -143,6 +144,7 @@ class CountRequest(Fields):
             *("metadata", "service_tier"),
         }
     )
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = OF_CHAT
 
     model: StrictStr | None = None
     messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)

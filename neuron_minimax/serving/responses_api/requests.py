@@ -5,8 +5,9 @@ by name; hints that change nothing about an answer are taken.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
@@ -20,6 +21,7 @@ from neuron_minimax.serving.protocol import (
 )
 from neuron_minimax.serving.responses_api.items import chat_messages
 from neuron_minimax.serving.translation import (
+    OF_CHAT,
     Hint,
     Names,
     Unsupported,
@@ -76,6 +78,8 @@ class StreamOptions(Fields):
 
 
 class ResponsesRequest(Fields):
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = OF_CHAT
+
     model: StrictStr | None = None
     input: Any
     instructions: StrictStr | None = None
