@@ -420,6 +420,16 @@ def test_what_chat_completions_alone_have_may_ask_for_nothing(served):
     assert response.json()["error"]["message"] == "chat_template is not supported"
 
 
+@pytest.mark.parametrize("content", [{}, 0, False, 5], ids=str)
+def test_a_result_that_is_neither_text_nor_blocks_is_refused(served, content):
+    said = conversation()["messages"][:2]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": content}
+    response = refusal(served, messages=[*said, {"role": "user", "content": [result]}])
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message == "messages.2.content.0.content: expected a text or a list of blocks"
+
+
 def conversation():
     """A body that has every kind of block, and a tool."""
     called = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"city": "Oslo"}}

@@ -361,7 +361,7 @@ def _user_turn(blocks: list[tuple[str, Any]], extras: Extras) -> Iterator[dict[s
 def _result(block: ToolResultBlock, place: str, extras: Extras) -> list[dict[str, str]]:
     """Return the texts of a result; of an error the first says so, for templates cannot."""
     kinds = {"text": TextBlock}
-    blocks = _blocks(block.content or "", place)
+    blocks = _blocks("" if block.content is None else block.content, place)
     parts = [read_typed(kinds, each, at, extras).text for at, each in blocks]
     if block.is_error:
         parts[:1] = [f"Error: {''.join(parts[:1])}".rstrip()]
