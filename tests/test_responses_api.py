@@ -149,6 +149,48 @@ def test_an_agent_goes_several_turns_and_the_prompt_is_that_of_the_same_chat(
             client.responses.retrieve(response.id)
 
 
+@pytest.mark.parametrize("kind", [{"type": "item_reference"}, {"type": None}, {}], ids=str)
+def test_items_may_be_referred_to_by_their_ids(backend, client, kind):
+    response = answer(client)
+    asked = {"role": "user", "content": "Weather?"}
+    answer(client, input=[asked, *response.output, *outputs_of(response)])
+    prompt = backend.prompt
+    references = [kind | {"id": item.id} for item in response.output]
+    for mixed in (references, [references[0], *response.output[1:3], references[3]]):
+        answer(client, input=[asked, *mixed, *outputs_of(response)])
+        assert backend.prompt == prompt
+    again = answer(client, input=[references[1], asked], previous_response_id=response.id)
+    assert again.status == "completed"
+
+
+def test_what_is_referred_to_is_stored_and_ones_own(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, script)
+    with serving(backend, api_keys=(b"one", b"two")) as served:
+        one = open_client(served, api_key="one")
+        response = answer(one)
+        reference = {"type": "item_reference", "id": response.output[0].id}
+        answer(one, input=[reference])
+        unstored = {"id": answer(one, store=False).output[0].id}
+        other = open_client(served, api_key="two")
+        for client, unknown in ((one, {"id": "x"}), (one, unstored), (other, reference)):
+            with pytest.raises(openai.NotFoundError, match="no item '.*' is stored") as missing:
+                answer(client, input=[unknown])
+            assert missing.value.param == "input"
+        one.responses.delete(response.id)
+        with pytest.raises(openai.NotFoundError, match="no item"):
+            answer(one, input=[reference])
+
+
+@pytest.mark.parametrize("name", ["previous_response_id", "previous\\u005fresponse_id"])
+def test_a_response_is_gone_on_from_however_its_field_is_spelled(served, backend, client, name):
+    first = answer(client, tools=[])
+    body = f'{{"model": "{MODEL}", "input": "Go on.", "{name}": "{first.id}"}}'
+    headers = {"content-type": "application/json"}
+    response = web.post(f"{served.url}/v1/responses", content=body.encode(), headers=headers)
+    assert response.json()["previous_response_id"] == first.id
+    assert "Weather?" in backend.tokenizer.spell(backend.prompt)
+
+
 def test_the_streamed_response_is_the_whole_response(client):
     whole = answer(client)
     streamed = answer(client, stream=True)
@@ -330,7 +372,8 @@ def test_what_agents_send_beside_it_is_taken_and_repeated(client):
         ({"temperature": -1}, "temperature"),
         ({"input": 5}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input.0.id"),
+        ({"input": [{}]}, "input.0.type"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},

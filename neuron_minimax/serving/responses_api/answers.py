@@ -69,7 +69,8 @@ class ResponseAnswer:
         before = self._asked.messages[:-1]
         between = b"" if before == b"[" else b", "
         messages = before + between + json.dumps(given).encode() + b"]"
-        return Stored(json.dumps(self.whole).encode(), messages)
+        items = tuple(_item_id(part) for part in self._turn.parts)
+        return Stored(json.dumps(self.whole).encode(), messages, items)
 
     async def events(
         self, submission: Submission, on_finished: Callable[[], None]

@@ -19,7 +19,7 @@ from neuron_minimax.serving.protocol import (
     RequestError,
     parse_request,
 )
-from neuron_minimax.serving.responses_api.items import chat_messages
+from neuron_minimax.serving.responses_api.items import chat_messages, referenced
 from neuron_minimax.serving.translation import (
     OF_CHAT,
     Hint,
@@ -131,20 +131,33 @@ class PreparedResponse:
     seal_reasoning: bool
 
 
-def previous_id(known: Preparation, extras: Extras, body: bytes) -> str | None:
-    """Return the id of the response that a request goes on from. Raises RequestError."""
-    unsaid = Extras(strict=extras.strict)  # the whole reading that follows says what is passed over
-    return parse_request(ResponsesRequest, body, unsaid).previous_response_id
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What a request needs of the store: the response that it goes on from, and items, by ids."""
+
+    previous: str | None
+    items: list[str]
 
 
 def prepare_response(
-    known: Preparation, extras: Extras, body: bytes, earlier: bytes = b"[]"
-) -> PreparedResponse:
+    known: Preparation,
+    extras: Extras,
+    body: bytes,
+    earlier: bytes | None = None,
+    *responses: bytes,
+) -> PreparedResponse | References:
     """Prepare a response to a request, and to the `earlier` messages of its conversation (JSON).
 
-    Raises RequestError.
+    Return what it refers to where that is not given: the messages, and the stored `responses` that
+    have the items. Raises RequestError.
     """
     asked = parse_request(ResponsesRequest, body, extras)
+    if earlier is None:
+        items = referenced(asked.input, extras)
+        if items or asked.previous_response_id is not None:
+            extras.ignored.clear()  # the whole reading that follows says what is passed over
+            return References(previous=asked.previous_response_id, items=items)
+    stored = {item["id"]: item for each in responses for item in json.loads(each)["output"]}
     included = asked.include or []
     if "message.output_text.logprobs" in included:
         raise RequestError(
@@ -152,9 +165,9 @@ def prepare_response(
             "/v1/chat/completions with logprobs",
             param="include",
         )
-    messages: list[dict[str, Any]] = json.loads(earlier)
+    messages: list[dict[str, Any]] = json.loads(earlier or b"[]")
     places = ["previous_response_id"] * len(messages)
-    for place, message in chat_messages(asked.input, extras):
+    for place, message in chat_messages(asked.input, extras, stored):
         places.append(place)
         messages.append(message)
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
