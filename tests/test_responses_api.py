@@ -545,6 +545,38 @@ def test_a_client_that_leaves_in_the_midst_frees_the_slot_and_leaves_nothing_sto
         client.responses.retrieve(name)
 
 
+@pytest.mark.parametrize(
+    ("said", "delta", "kind"),
+    [
+        ("Hm, hm", "response.reasoning_text.delta", "reasoning"),
+        ("Hm.\n</think>\n\nOn it", "response.output_text.delta", "message"),
+        (CALL.format("Oslo")[:-30], "response.function_call_arguments.delta", "function_call"),
+    ],
+    ids=lambda text: text if text.isidentifier() else "",
+)
+def test_what_a_failure_cuts_off_is_incomplete_and_what_was_said_before_it_is_not(
+    tokenizer_directory, said, delta, kind
+):
+    if "invoke" in said:
+        said = f"Hm.\n</think>\n\n<minimax:tool_call>\n{said}"
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: said + "word " * 100)
+    allowed = threading.Semaphore(len(backend.tokenizer.encode(said)))
+    backend.before_call = allowed.acquire
+    with serving(backend) as served:
+        failed = None
+        for event in open_client(served).responses.create(
+            model=MODEL, input="Hello", tools=[TOOL], stream=True
+        ):
+            failed = event
+            if event.type == delta:
+                served.service.give_up()
+        allowed.release(100)
+    assert failed.type == "response.failed"
+    *before, last = failed.response.output
+    assert (last.type, last.status) == (kind, "incomplete")
+    assert [item.status for item in before] == ["completed"] * len(before)
+
+
 def test_a_stream_that_fails_says_so_last(held):
     served, _ = held
     events = open_client(served).responses.create(model=MODEL, input="Hello", stream=True)

@@ -79,15 +79,15 @@ Change = Opened | Grown | Closed
 
 
 class Turn:
-    """The parts of one answer as it grows, at most one of them open; it begins `in_reasoning` where
-    the prompt has opened that.
+    """The parts of one answer as it grows, of which at most one is `open`; it begins `in_reasoning`
+    where the prompt has opened that.
     """
 
     def __init__(self, *, in_reasoning: bool) -> None:
         self.parts: list[Part] = []
         self.finish_reason: str | None = None
         self.reasoning_tokens = 0
-        self._open: Part | None = None
+        self.open: Part | None = None
         self._in_reasoning = in_reasoning
 
     @property
@@ -123,7 +123,7 @@ class Turn:
                 yield from self._close()
 
     def _grow(self, kind: Kind, text: str) -> Iterator[Change]:
-        if self._open is None or self._open.kind is not kind:
+        if self.open is None or self.open.kind is not kind:
             yield from self._open_part(kind)
         part = self.parts[-1]
         part.text += text
@@ -131,11 +131,12 @@ class Turn:
 
     def _open_part(self, kind: Kind, name: str = "") -> Iterator[Change]:
         yield from self._close()
-        self._open = Part(kind, len(self.parts), name)
-        self.parts.append(self._open)
-        yield Opened(self._open)
+        self.open = Part(kind, len(self.parts), name)
+        self.parts.append(self.open)
+        yield Opened(self.open)
 
     def _close(self) -> Iterator[Change]:
-        if self._open is not None:
-            yield Closed(self._open)
-            self._open = None
+        part = self.open
+        if part is not None:
+            self.open = None
+            yield Closed(part)
