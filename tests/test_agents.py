@@ -6,6 +6,10 @@ import json
 
 import pytest
 
+from neuron_minimax.generation import template
+from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.serving.messages import template_messages
+from neuron_minimax.serving.protocol import ChatMessage
 from tests.served import MODEL, ScriptedBackend, serving, web
 
 SYSTEM = {"role": "system", "content": "First."}
@@ -153,6 +157,24 @@ def test_a_call_quoted_before_an_answer_is_text(agent):
     assert calls_of(choice) == []
     assert choice["message"]["content"] == "No call needed."
     assert call("read") in choice["message"]["reasoning_content"]
+
+
+def test_a_template_is_probed_once_for_all_requests(tokenizer_directory, monkeypatch):
+    hugging_face = TextTokenizer.from_dir(tokenizer_directory).hugging_face
+    rendered = []
+    render = hugging_face.apply_chat_template
+
+    def counted(messages, **options):
+        rendered.append(messages)
+        return render(messages, **options)
+
+    monkeypatch.setattr(hugging_face, "apply_chat_template", counted)
+    result_of_parts = result("a", [{"type": "text", "text": "42"}])
+    late = {"role": "system", "content": "Later."}
+    messages = [ChatMessage(**each) for each in (USER, CALLED, result_of_parts, late, USER)]
+    for _ in range(3):
+        template.render(hugging_face, template_messages(messages, hugging_face), None)
+    assert len(rendered) == 3 + 2
 
 
 def test_what_a_user_types_is_no_control_token(agent):
