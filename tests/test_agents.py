@@ -208,6 +208,39 @@ def test_fields_that_change_nothing_are_not_refused(agent, field):
     assert agent.ask(**field)["message"]["content"] == "Yes."
 
 
+@pytest.mark.parametrize("field", [{"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}])
+def test_a_model_that_always_reasons_does_so_whatever_is_wished(agent, field):
+    message = agent.ask("Hm.\n</think>\n\nYes.", **field)["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("field", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+def test_reasoning_that_is_not_to_be_shown_is_in_no_part_of_the_answer(
+    tokenizer_directory, field, split, stream
+):
+    says = "Hm.\n</think>\n\nYes."
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: says)
+    with serving(backend, split_reasoning=split) as served:
+        shy = Agent(backend, served)
+        response = shy.post(says, logprobs=True, stream=stream, **field)
+        assert shy.post(says).json()["choices"][0]["message"]["content"].endswith("Yes.")
+    assert response.status_code == 200
+    if not stream:
+        (choice,) = response.json()["choices"]
+        assert choice["message"] == {"role": "assistant", "content": "Yes."}
+        entries = choice["logprobs"]["content"]
+    else:
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        chunks = [json.loads(line)["choices"][0] for line in lines[:-1]]
+        assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == "Yes."
+        assert not any("reasoning_content" in chunk["delta"] for chunk in chunks)
+        found = [chunk["logprobs"] for chunk in chunks if chunk.get("logprobs")]
+        entries = [entry for each in found for entry in each["content"]]
+    assert "".join(entry["token"] for entry in entries).strip() == "Yes.[e~["
+
+
 @pytest.mark.parametrize(
     "field", [{"logit_bias": {"1": 5}}, {"functions": [{"name": "f"}]}, {"best_of": 2}], ids=str
 )

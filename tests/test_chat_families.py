@@ -225,6 +225,63 @@ def test_thinking_can_be_switched_off_for_a_request(scripted):
     assert forced.choices[0].message.tool_calls
 
 
+def said_under(client, path, **fields):
+    """Whether there is reasoning in the answer to a question, in any protocol."""
+    url = str(client.base_url).removesuffix("/v1/")
+    asked = "input" if path == "responses" else "messages"
+    body = {"model": MODEL, asked: [{"role": "user", "content": "Hello"}]}
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    response = web.post(f"{url}/v1/{path}", json=body | {limit: 80} | fields)
+    assert response.status_code == 200, response.text
+    return "Hm." in response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        *(
+            ("chat/completions", fields)
+            for fields in (
+                {"reasoning_effort": "none"},
+                {"reasoning": {"effort": "none"}},
+                {"reasoning": {"enabled": False}},
+                {"thinking": {"type": "disabled"}},
+            )
+        ),
+        ("messages", {"thinking": {"type": "disabled"}}),
+        ("responses", {"reasoning": {"effort": "none"}}),
+    ],
+    ids=str,
+)
+def test_a_wish_not_to_reason_turns_the_switch_that_a_template_has(scripted, path, fields):
+    family, client, backend = scripted
+    assert not said_under(client, path, **fields)
+    closed = last_prompt(backend).endswith("<think>\n\n</think>\n\n")
+    assert closed == thinks(family)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"reasoning_effort": "low"}),
+        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 9}}),
+        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 9}}),
+        ("responses", {"reasoning": {"effort": "high", "summary": "auto"}}),
+    ],
+    ids=str,
+)
+def test_a_wish_to_reason_turns_it_on(scripted, path, fields):
+    family, client, _ = scripted
+    assert said_under(client, path, **fields) == thinks(family)
+
+
+def test_the_switch_itself_counts_before_other_wishes(scripted):
+    family, client, _ = scripted
+    if thinks(family):
+        on = {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}
+        assert said_under(client, "chat/completions", **on)
+
+
 def test_a_prompt_that_has_closed_the_reasoning_leaves_none_before_a_forced_call(open_scripted):
     backend = open_scripted("qwen3", lambda prompt: "<think>\nHm.\n</think>\n\nNo.")
     options = {"tools": [ADD_TOOL], "tool_choice": "required", "max_tokens": 200}

@@ -374,7 +374,6 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
             "messages.1.content.0: the thinking is sealed",
         ),
         ({"system": [{"type": "image"}]}, "system.0.type: found 'image'"),
-        ({"thinking": {"type": "disabled"}}, "thinking.type: the chat template"),
         ({"seed": 1}, "seed is not supported"),
         ({"n": 2}, "n is not supported"),
         ({"stop": ["x"]}, "stop is not supported"),

@@ -24,7 +24,7 @@ HINTS = frozenset(
     {
         *("reasoning_effort", "reasoning", "thinking", "verbosity", "store", "metadata", "user"),
         *("service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-        *("prediction", "include_reasoning", "request_id", "priority", "kv_transfer_params"),
+        *("prediction", "request_id", "priority", "kv_transfer_params"),
         "truncation_side",  # of what is not truncated
     }
 )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from neuron_minimax.serving.fields import INERT, Extras
+from neuron_minimax.serving.fields import HINTS, INERT, Extras
 from neuron_minimax.serving.protocol import ChatRequest, RequestError, named
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,6 +29,7 @@ OF_CHAT: Mapping[str, tuple[Any, ...]] = {
     **{
         name: (*INERT.get(name, ()), field.get_default())
         for name, field in ChatRequest.model_fields.items()
+        if name not in HINTS
     },
 }
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from neuron_minimax.generation import template
 from neuron_minimax.serving.fields import Extras, Fields
 from neuron_minimax.serving.preparation import Preparation, Prepared, prepare_chat
 from neuron_minimax.serving.protocol import (
@@ -37,7 +36,6 @@ NAMES: Names = (
     (r"\btools\.(\d+)\.function\.parameters", r"tools.\1.input_schema"),
     (r"\btools\.(\d+)\.function\b", r"tools.\1"),
     (r"\bresponse_format(\.json_schema\.schema)?", "output_config.format.schema"),
-    (r"\bchat_template_kwargs\.enable_thinking", "thinking.type"),
     (r"^stop\b", "stop_sequences"),
 )
 
@@ -214,7 +212,9 @@ def _prepare(
         "model": asked.model,
         "messages": [message for _, message in rendered],
     }
-    request |= _tools(asked, extras) | _thinking(known, asked.thinking) | options
+    if asked.thinking is not None:
+        request["thinking"] = {"type": asked.thinking.type}
+    request |= _tools(asked, extras) | options
     form = asked.output_format or (asked.output_config and asked.output_config.format)
     if form:
         answer = {"name": "answer", "schema": form.schema_}
@@ -233,19 +233,6 @@ def _options(asked: MessagesRequest) -> dict[str, Any]:
         "top_p": asked.top_p,
         "top_k": asked.top_k,
     }
-
-
-def _thinking(known: Preparation, thinking: Thinking | None) -> dict[str, Any]:
-    """Return the arguments of the chat template that turn thinking on or off.
-
-    A template without a switch reasons as it does: it is asked only for what it would refuse.
-    """
-    if thinking is None or thinking.type == "adaptive":
-        return {}
-    switches = template.known_arguments(known.hugging_face) & {*template.THINKING_SWITCHES}
-    if thinking.type == "enabled" and not switches:
-        return {}
-    return {"chat_template_kwargs": {"enable_thinking": thinking.type == "enabled"}}
 
 
 def _tools(asked: CountRequest, extras: Extras) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def prepare_response(
         "stream": asked.stream,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": _response_format(asked.text),
+        "reasoning": asked.reasoning,
         **_choice(asked.tool_choice, tools, extras),
     }
     given = {name: value for name, value in request.items() if value is not None}
