@@ -208,7 +208,9 @@ def test_fields_that_change_nothing_are_not_refused(agent, field):
     assert agent.ask(**field)["message"]["content"] == "Yes."
 
 
-@pytest.mark.parametrize("field", [{"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}])
+@pytest.mark.parametrize(
+    "field", [{"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}], ids=str
+)
 def test_a_model_that_always_reasons_does_so_whatever_is_wished(agent, field):
     message = agent.ask("Hm.\n</think>\n\nYes.", **field)["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
@@ -216,7 +218,9 @@ def test_a_model_that_always_reasons_does_so_whatever_is_wished(agent, field):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("field", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+@pytest.mark.parametrize(
+    "field", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}], ids=str
+)
 def test_reasoning_that_is_not_to_be_shown_is_in_no_part_of_the_answer(
     tokenizer_directory, field, split, stream
 ):

@@ -352,6 +352,58 @@ def test_arguments_that_are_no_unicode_are_refused(scripted):
     assert refused.value.param == "messages"
 
 
+@pytest.mark.parametrize("family", ["qwen3", "minimind"])
+def test_arguments_are_valid_json_in_every_protocol_whatever_the_model_writes(
+    open_scripted, family
+):
+    written = '{"city": "\\ud83d\\u00e9", "days": [1e999, NaN]}'
+    says = f'<tool_call>\n{{"name": "get_weather", "arguments": {written}}}\n</tool_call>'
+    right = {"city": "\ufffdé", "days": ["1e999", "NaN"]}
+    function = WEATHER_TOOL["function"]
+    schema = {"name": function["name"], "input_schema": function["parameters"]}
+    with serving(open_scripted(family, lambda prompt: says)) as served:
+
+        def post(path, **fields):
+            body = {"model": MODEL, "max_tokens": 200, "messages": QUESTION} | fields
+            given = {name: value for name, value in body.items() if value is not None}
+            response = web.post(f"{served.url}/v1/{path}", json=given)
+            assert response.status_code == 200, response.text
+            return response
+
+        flat = {"input": "Weather?", "messages": None, "max_tokens": None}
+        flat["tools"] = [{"type": "function", **function}]
+        (called,) = post("chat/completions", tools=[WEATHER_TOOL]).json()["choices"]
+        (call,) = called["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == right
+        (used,) = post("messages", tools=[schema]).json()["content"]
+        assert used["input"] == right
+        (item,) = post("responses", **flat).json()["output"]
+        assert json.loads(item["arguments"]) == right
+        streams = {
+            "chat/completions": {"tools": [WEATHER_TOOL]},
+            "messages": {"tools": [schema]},
+            "responses": flat,
+        }
+        for path, fields in streams.items():
+            text = post(path, stream=True, **fields).text
+            data = [line.removeprefix("data: ") for line in text.splitlines() if "data: {" in line]
+            assert pieces_of(path, map(json.loads, data)) == right
+
+
+def pieces_of(path, events):
+    """The arguments of a streamed call."""
+    pieces = []
+    for event in events:
+        if path == "messages":
+            pieces.append(event.get("delta", {}).get("partial_json") or "")
+        elif path == "responses":
+            pieces.append(event["delta"] if event["type"].endswith("arguments.delta") else "")
+        else:
+            calls = event["choices"][0]["delta"].get("tool_calls") or ()
+            pieces.extend(call["function"]["arguments"] for call in calls)
+    return json.loads("".join(pieces))
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_an_answer_ends_at_either_end(open_scripted, end):
     backend = open_scripted("qwen3", lambda prompt: f"Yes.{end} And no.")

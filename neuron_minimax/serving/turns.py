@@ -3,7 +3,6 @@ blocks, and /v1/responses output items.
 """
 
 import json
-import math
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,8 +44,8 @@ class Part:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # its own, for ids
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of a complete call; numbers that JSON does not have are texts."""
-        return json.loads(self.text or "{}", parse_constant=str, parse_float=_finite)
+        """Return the arguments of a complete call."""
+        return json.loads(self.text or "{}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,6 @@ class Closed:
     """A part is all there."""
 
     part: Part
-
-
-def _finite(number: str) -> float | str:
-    return float(number) if math.isfinite(float(number)) else number
 
 
 Change = Opened | Grown | Closed
