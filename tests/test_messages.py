@@ -314,6 +314,105 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
     assert "]~b]user\nHi\nthere[e~[" in prompt  # consecutive messages are one turn
 
 
+# What the schemas of Claude Code's tools are made of.
+NESTED = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 99, "description": "Where"},
+        "days": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9, "default": 2},
+        "parts": {
+            "type": "array",
+            "maxItems": 4,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "kind": {"type": "string", "enum": ["rain", "sun"]},
+                    "at": {"anyOf": [{"type": "string", "format": "date"}, {"const": "now"}]},
+                    "marks": {
+                        "type": "object",
+                        "propertyNames": {"type": "string", "pattern": "^[a-z]+$"},
+                        "additionalProperties": {"type": "number"},
+                    },
+                },
+                "required": ["kind"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def test_a_conversation_of_claude_code_is_answered_and_goes_on_from_its_prefix(
+    tokenizer_directory,
+):
+    """The form of what version 2.1.197 has sent to this server."""
+    backend = ScriptedBackend(tokenizer_directory, script, seq_len=4096)
+    cached = {"cache_control": {"type": "ephemeral"}}
+    betas = ("claude-code-20250219", "interleaved-thinking-2025-05-14", "effort-2025-11-24")
+    betas += ("context-management-2025-06-27", "mid-conversation-system-2026-04-07")
+    headers = {
+        "authorization": "Bearer none",
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": ",".join(betas),
+        "x-app": "cli",
+        "x-stainless-timeout": "600",
+    }
+    asked = [{"type": "text", "text": "You may use tools."}, {"type": "text", "text": "Weather?"}]
+    messages = [
+        {"role": "user", "content": [asked[0], asked[1] | cached]},
+        {"role": "system", "content": "The day is the first."},
+    ]
+    body = {
+        "model": MODEL,
+        "messages": messages,
+        "system": [
+            {"type": "text", "text": "You are an agent."},
+            {"type": "text", "text": "Be brief.", **cached},
+        ],
+        "tools": [{"name": "get_weather", "description": "The weather", "input_schema": NESTED}],
+        "metadata": {"user_id": json.dumps({"device_id": "d", "session_id": "s"})},
+        "max_tokens": 32_000,
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "stream": True,
+    }
+    with serving(backend) as served:
+        client = open_anthropic(served, api_key=None, auth_token="none")
+        counts = []
+        for turn in range(3):
+            counted = web.post(
+                f"{served.url}/v1/messages/count_tokens?beta=true", json=body, headers=headers
+            )
+            counts.append(counted.json()["input_tokens"])
+            given = {name: value for name, value in body.items() if name != "stream"}
+            with client.beta.messages.stream(**given, betas=list(betas)) as events:
+                message = events.get_final_message()
+            usage = message.usage
+            assert usage.input_tokens + usage.cache_read_input_tokens == counts[turn]
+            if turn:
+                assert usage.cache_read_input_tokens > counts[turn - 1]
+            content = [block.model_dump(exclude_none=True) for block in message.content]
+            calls = [block for block in message.content if block.type == "tool_use"]
+            results = [
+                {
+                    "tool_use_id": call.id,
+                    "type": "tool_result",
+                    "content": f"rain in {call.input['city']}",
+                    "is_error": False,
+                }
+                for call in calls
+            ]
+            messages.append({"role": "assistant", "content": content})
+            messages += [{"role": "user", "content": [result]} for result in results]
+    assert (message.stop_reason, message.content[-1].text) == ("end_turn", "It is rain in Rome.")
+    prompt = backend.tokenizer.spell(backend.prompt)
+    assert "]~b]system\nYou are an agent.\nBe brief.\n\nThe day is the first." in prompt
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
