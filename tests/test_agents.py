@@ -10,10 +10,10 @@ from neuron_minimax.generation import template
 from neuron_minimax.generation.tokenizer import TextTokenizer
 from neuron_minimax.serving.messages import template_messages
 from neuron_minimax.serving.protocol import ChatMessage
-from tests.served import MODEL, ScriptedBackend, serving, web
+from tests.agent_server import USER, Agent
+from tests.served import ScriptedBackend, serving, web
 
 SYSTEM = {"role": "system", "content": "First."}
-USER = {"role": "user", "content": "Go."}
 PATH = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 
 
@@ -23,35 +23,6 @@ def tool(name, parameters=PATH):
 
 def call(name, body='<parameter name="path">/</parameter>\n'):
     return f'<minimax:tool_call>\n<invoke name="{name}">\n{body}</invoke>\n</minimax:tool_call>'
-
-
-class Agent:
-    """A server whose model says `says`, and what a request brought."""
-
-    def __init__(self, backend, served):
-        self.backend = backend
-        self.url = f"{served.url}/v1/chat/completions"
-        self.prompt: list[int] = []
-
-    def post(self, says="</think>\n\nYes.", messages=(USER,), **options):
-        backend = self.backend
-
-        def script(prompt):
-            self.prompt = backend.prompt
-            return says
-
-        backend.script = script
-        body = {"model": MODEL, "messages": list(messages), "temperature": 0, "max_tokens": 300}
-        return web.post(self.url, json=body | options)
-
-    def ask(self, *arguments, **options):
-        response = self.post(*arguments, **options)
-        assert response.status_code == 200, response.text
-        return response.json()["choices"][0]
-
-    def rendered(self, messages, **options):
-        self.ask(messages=messages, **options)
-        return self.backend.tokenizer.spell(self.prompt)
 
 
 @pytest.fixture(scope="module")

@@ -3,40 +3,18 @@
 import itertools
 import json
 import re
-import threading
 
 import anthropic
 import pytest
 
 from neuron_minimax.serving.messages_api import answers
+from tests.agent_server import PARAMETERS, holding, weather_script
 from tests.served import MODEL, ScriptedBackend, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import WAIT, wait_until
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    "required": ["city"],
-}
 TOOL = {"name": "get_weather", "description": "The weather", "input_schema": PARAMETERS}
 QUESTION = [{"role": "user", "content": "Weather?"}]
-CALL = (
-    '<invoke name="get_weather">\n<parameter name="city">{}</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-
-
-def script(prompt):
-    """Calls twice in one turn, once in the next, then answers from the last result."""
-    results = prompt.rpartition("]~b]user")[2].count("<response>")
-    if results < 3:
-        cities = ("Oslo", "São Paulo") if not results else ("Rome",)
-        calls = "".join(map(CALL.format, cities))
-        return (
-            f"Look {results}.\n</think>\n\nOn it.\n<minimax:tool_call>\n{calls}</minimax:tool_call>"
-        )
-    said = prompt.rpartition("<response>")[2].partition("</response>")[0]
-    return f"Enough.\n</think>\n\nIt is {said}."
 
 
 def open_anthropic(served, **options):
@@ -46,7 +24,7 @@ def open_anthropic(served, **options):
 
 @pytest.fixture(scope="module")
 def backend(tokenizer_directory):
-    return ScriptedBackend(tokenizer_directory, script)
+    return ScriptedBackend(tokenizer_directory, weather_script)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +220,7 @@ def test_more_tokens_than_fit_may_be_asked_for_and_end_with_the_context(tmp_path
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_cut_off_is_in_the_text_behind_it(client, backend, stream):
-    said = script("").partition("Paulo")[0]
+    said = weather_script("").partition("Paulo")[0]
     limit = len(backend.tokenizer.encode(said))
     message = answer(client, stream, max_tokens=limit)
     assert message.stop_reason == "max_tokens"
@@ -281,7 +259,7 @@ def test_an_answer_has_the_form_that_is_asked_for(tmp_path):
 
 
 def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     body = {
         "model": MODEL,
@@ -349,7 +327,7 @@ def test_a_conversation_of_claude_code_is_answered_and_goes_on_from_its_prefix(
     tokenizer_directory,
 ):
     """The form of what version 2.1.197 has sent to this server."""
-    backend = ScriptedBackend(tokenizer_directory, script, seq_len=4096)
+    backend = ScriptedBackend(tokenizer_directory, weather_script, seq_len=4096)
     cached = {"cache_control": {"type": "ephemeral"}}
     betas = ("claude-code-20250219", "interleaved-thinking-2025-05-14", "effort-2025-11-24")
     betas += ("context-management-2025-06-27", "mid-conversation-system-2026-04-07")
@@ -569,11 +547,11 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
     whole = conversation()
     for place in PLACES:
         whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
-    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script)) as served:
         assert web.post(f"{served.url}{path}", json=whole).status_code == 200
     (said,) = (message for message in caplog.messages if "without effect" in message)
     assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
-    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script), strict=True) as served:
         assert web.post(f"{served.url}{path}", json=conversation()).status_code == 200
         responses = [web.post(f"{served.url}{path}", json=body) for body in bodies]
     assert [response.status_code for response in responses] == [400] * len(PLACES)
@@ -598,7 +576,7 @@ def test_errors_have_the_protocols_statuses_and_kinds(served, client):
 
 
 def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend, api_keys=(b"secret",), max_body=100_000) as served:
         assert answer(open_anthropic(served, api_key="secret")).stop_reason == "tool_use"
         bearer = open_anthropic(served, api_key=None, auth_token="secret")
@@ -623,13 +601,8 @@ def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):
 
 @pytest.fixture
 def held(tokenizer_directory):
-    """A server with one slot whose backend waits for the gate before each call."""
-    gate = threading.Event()
-    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
-    backend.before_call = gate.wait
-    with serving(backend) as served:
-        yield served, gate
-        gate.set()
+    with holding(tokenizer_directory) as held:
+        yield held
 
 
 def test_a_client_that_leaves_in_the_midst_frees_the_slot(held):

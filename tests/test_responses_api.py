@@ -10,15 +10,11 @@ import pytest
 
 from neuron_minimax.serving.responses_api import store
 from neuron_minimax.serving.responses_api.store import Store, Stored
+from tests.agent_server import CALL, PARAMETERS, holding, weather_script
 from tests.served import MODEL, ScriptedBackend, open_client, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import wait_until
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    "required": ["city"],
-}
 TOOL = {
     "type": "function",
     "name": "get_weather",
@@ -26,28 +22,11 @@ TOOL = {
     "parameters": PARAMETERS,
     "strict": False,
 }
-CALL = (
-    '<invoke name="get_weather">\n<parameter name="city">{}</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-
-
-def script(prompt):
-    """Calls twice in one turn, once in the next, then answers from the last result."""
-    results = prompt.rpartition("]~b]user")[2].count("<response>")
-    if results < 3:
-        cities = ("Oslo", "São Paulo") if not results else ("Rome",)
-        calls = "".join(map(CALL.format, cities))
-        return (
-            f"Look {results}.\n</think>\n\nOn it.\n<minimax:tool_call>\n{calls}</minimax:tool_call>"
-        )
-    said = prompt.rpartition("<response>")[2].partition("</response>")[0]
-    return f"Enough.\n</think>\n\nIt is {said}."
 
 
 @pytest.fixture(scope="module")
 def backend(tokenizer_directory):
-    return ScriptedBackend(tokenizer_directory, script)
+    return ScriptedBackend(tokenizer_directory, weather_script)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +143,7 @@ def test_items_may_be_referred_to_by_their_ids(backend, client, kind):
 
 
 def test_what_is_referred_to_is_stored_and_ones_own(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend, api_keys=(b"one", b"two")) as served:
         one = open_client(served, api_key="one")
         response = answer(one)
@@ -319,7 +298,7 @@ def test_what_the_limit_cuts_off_is_incomplete(client, backend, stream):
     assert response.status == "incomplete"
     assert response.incomplete_details.reason == "max_output_tokens"
     assert [item.status for item in response.output] == ["incomplete"]
-    limit = len(backend.tokenizer.encode(script("").partition("Paulo")[0]))
+    limit = len(backend.tokenizer.encode(weather_script("").partition("Paulo")[0]))
     response = answer(client, stream, max_output_tokens=limit)
     kinds = [(item.type, item.status) for item in response.output]
     assert kinds == [
@@ -459,11 +438,11 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
     whole = conversation()
     for place in PLACES:
         whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
-    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script)) as served:
         assert web.post(f"{served.url}/v1/responses", json=whole).status_code == 200
     (said,) = (message for message in caplog.messages if "without effect" in message)
     assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
-    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script), strict=True) as served:
         assert web.post(f"{served.url}/v1/responses", json=conversation()).status_code == 200
         responses = [web.post(f"{served.url}/v1/responses", json=body) for body in bodies]
     assert [response.status_code for response in responses] == [400] * len(PLACES)
@@ -473,7 +452,7 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
 
 
 def test_stored_responses_are_deleted_and_are_their_owners_alone(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend, api_keys=(b"one", b"two")) as served:
         one = open_client(served, api_key="one")
         two = open_client(served, api_key="two")
@@ -520,13 +499,8 @@ def test_the_store_makes_room_by_forgetting_what_was_not_used_for_longest(
 
 @pytest.fixture
 def held(tokenizer_directory):
-    """A server with one slot whose backend waits for the gate before each call."""
-    gate = threading.Event()
-    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
-    backend.before_call = gate.wait
-    with serving(backend) as served:
-        yield served, gate
-        gate.set()
+    with holding(tokenizer_directory) as held:
+        yield held
 
 
 def test_a_client_that_leaves_in_the_midst_frees_the_slot_and_leaves_nothing_stored(held):
