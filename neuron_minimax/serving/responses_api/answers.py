@@ -108,6 +108,7 @@ class ResponseAnswer:
             "incomplete_details": None,
             "model": self._model,
             "output": [],
+            "service_tier": "default",
             "temperature": self._request.params.temperature,
             "top_p": self._request.params.top_p,
             "usage": None,
