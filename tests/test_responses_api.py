@@ -138,6 +138,10 @@ def test_items_may_be_referred_to_by_their_ids(backend, client, kind):
     for mixed in (references, [references[0], *response.output[1:3], references[3]]):
         answer(client, input=[asked, *mixed, *outputs_of(response)])
         assert backend.prompt == prompt
+    unsaid = {"type": "reasoning", "id": response.output[0].id, "summary": [], "content": []}
+    for item in (unsaid, unsaid | {"id": "rs_unknown"}):
+        answer(client, input=[asked, item, *response.output[1:], *outputs_of(response)])
+        assert (backend.prompt == prompt) == (item is unsaid)
     again = answer(client, input=[references[1], asked], previous_response_id=response.id)
     assert again.status == "completed"
 

@@ -71,6 +71,10 @@ class ReasoningItem(_Item):
     content: list[ReasoningText] | None = None
     encrypted_content: StrictStr | None = None
 
+    @property
+    def empty(self) -> bool:
+        return not (self.summary or self.content or self.encrypted_content)
+
     def text(self) -> str | None:
         """Return the reasoning; None where another server has sealed it."""
         if self.content:
@@ -100,14 +104,19 @@ ITEMS: Any = {
 PARTS: Any = {"input_text": InputText, "output_text": OutputText}
 
 
-def referenced(given: Any, extras: Extras) -> list[str]:
-    """Return the ids of the stored items that an input refers to. Raises RequestError."""
+def referenced(given: Any, extras: Extras) -> tuple[list[str], list[str]]:
+    """Return the ids of the stored items that an input refers to, and those of reasoning without
+    its text, which some clients send back so. Raises RequestError.
+    """
     items = [
         _read(value, f"input.{number}", extras)
         for number, value in enumerate(given if isinstance(given, list) else ())
-        if isinstance(value, dict) and _kind(value) == "item_reference"
+        if isinstance(value, dict) and _kind(value) in ("item_reference", "reasoning")
     ]
-    return [item.id for item in items]
+    return (
+        [item.id for item in items if isinstance(item, ItemReference)],
+        [item.id for item in items if isinstance(item, ReasoningItem) and item.id and item.empty],
+    )
 
 
 def chat_messages(
@@ -126,7 +135,8 @@ def chat_messages(
     for number, value in enumerate(given):
         place = f"input.{number}"
         item = _read(value, place, extras)
-        if isinstance(item, ItemReference):
+        refers = isinstance(item, ItemReference)
+        if refers or (isinstance(item, ReasoningItem) and item.empty and item.id in stored):
             item = _read(stored[item.id], place, extras)
         if not turn.takes(item):
             yield from turn.ended()

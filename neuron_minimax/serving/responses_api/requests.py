@@ -133,10 +133,13 @@ class PreparedResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class References:
-    """What a request needs of the store: the response that it goes on from, and items, by ids."""
+    """What a request needs of the store: the response that it goes on from, and items, by ids; of
+    `reasoning` what is there.
+    """
 
     previous: str | None
     items: list[str]
+    reasoning: list[str]
 
 
 def prepare_response(
@@ -153,10 +156,11 @@ def prepare_response(
     """
     asked = parse_request(ResponsesRequest, body, extras)
     if earlier is None:
-        items = referenced(asked.input, extras)
-        if items or asked.previous_response_id is not None:
+        previous = asked.previous_response_id
+        items, reasoning = referenced(asked.input, Extras())
+        if items or reasoning or previous is not None:
             extras.ignored.clear()  # the whole reading that follows says what is passed over
-            return References(previous=asked.previous_response_id, items=items)
+            return References(previous=previous, items=items, reasoning=reasoning)
     stored = {item["id"]: item for each in responses for item in json.loads(each)["output"]}
     included = asked.include or []
     if "message.output_text.logprobs" in included:

@@ -77,7 +77,7 @@ async def _prepared(service: Service, store: Store, body: bytes) -> PreparedResp
     asked = await prepare(service, prepare_response, body)
     if isinstance(asked, References):
         owner = client.get()
-        responses = store.holding(owner, asked.items)
+        responses = store.holding(owner, asked.items, asked.reasoning)
         earlier = b"[]" if asked.previous is None else _earlier(store, owner, asked.previous)
         asked = await prepare(service, prepare_response, body, earlier, *responses)
     assert isinstance(asked, PreparedResponse)

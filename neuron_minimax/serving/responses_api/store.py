@@ -60,9 +60,11 @@ class Store:
         self.get(owner, name)
         self._forget(owner, name)
 
-    def holding(self, owner: Hashable, items: Iterable[str]) -> list[bytes]:
-        """Return the responses that have said the items. Raises RequestError (404) for the first
-        item that none has.
+    def holding(
+        self, owner: Hashable, items: Iterable[str], others: Iterable[str] = ()
+    ) -> list[bytes]:
+        """Return the responses that have said the items, and of `others` those that are there.
+        Raises RequestError (404) for the first item that no response has.
         """
         names: dict[str, None] = {}
         for item in items:
@@ -75,6 +77,9 @@ class Store:
                     code="item_not_found",
                 )
             names[self._response_of[owner, item]] = None
+        for item in others:
+            if (owner, item) in self._response_of:
+                names[self._response_of[owner, item]] = None
         return [self.get(owner, name).response for name in names]
 
     def _forget(self, owner: Hashable, name: str) -> None:
