@@ -25,7 +25,7 @@ class SamplingParams:
     `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
     and answer (CTRL, arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted
     for tokens of the answer, once and per occurrence (OpenAI's definition). The answer's text, not
-    the reasoning before it, ends before the first of the `stop` texts.
+    the reasoning before it, ends before the first of the `stop` texts; one text may be given alone.
     """
 
     temperature: float = 1.0
@@ -36,7 +36,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises GenerationError with usage=True; a reader of a file raises its own, which names
@@ -61,8 +61,12 @@ class SamplingParams:
             not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
         ):
             raise _refusal(f"seed is {self.seed!r}; expected a 64-bit integer")
-        if not all(isinstance(text, str) and text for text in self.stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
             raise _refusal(f"stop is {self.stop!r}; expected texts that end an answer")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 def _refusal(problem: str) -> GenerationError:
