@@ -376,7 +376,7 @@ def test_what_an_interruption_left_of_a_long_prompt_is_replaced_by_the_same_prom
         (["TRACED", "--prompt", "x", "--output-format", "csv"], 2, "'csv' is not one of 'json'"),
         (["TRACED", "--prompt", "nosuch.txt"], 1, "the prompt file nosuch.txt does not exist"),
         (["--trace", "absent"], 1, "absent is no routing trace"),
-        (["--trace", "TRACE", "--placement", "3"], 1, "8 experts cannot be split evenly over 3"),
+        (["--trace", "TRACE", "--placement", "9"], 1, "8 experts cannot be split over 9"),
         (["absent", "--prompt", "x"], 1, "absent does not exist"),
     ],
 )

@@ -220,9 +220,21 @@ def test_a_placement_evens_out_skewed_loads_on_a_trace_it_has_not_seen():
     assert (after.max_to_mean(held_out) < 0.85 * before.max_to_mean(held_out)).all()
 
 
+def test_experts_that_the_ranks_do_not_divide_are_placed_as_evenly():
+    load = np.array([[9, 1, 1, 8, 1, 1, 7]])
+    placement = place(load, 3)
+    assert sorted(placement.rank_load(load)[0]) == [9, 9, 10]
+    first, second, third = np.split(placement.order[0], [3, 5])
+    assert len(first) == 3
+    assert [load[0, rank].sum() for rank in (first, second, third)] == list(
+        placement.rank_load(load)[0]
+    )
+    assert placement.max_to_mean(load)[0] == pytest.approx(10 / (28 / 3))
+
+
 def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
-    with pytest.raises(ConversionError, match="8 experts cannot be split evenly over 3 ranks"):
-        place(np.ones((2, 8)), 3)
+    with pytest.raises(ConversionError, match="8 experts cannot be split over 9 ranks; expected 1"):
+        place(np.ones((2, 8)), 9)
     with pytest.raises(ConversionError, match="exactly once"):
         Placement(order=np.zeros((2, 8), dtype=int), ranks=4)
     with pytest.raises(ConversionError, match="with 16 experts, as placed"):
