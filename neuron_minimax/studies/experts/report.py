@@ -9,6 +9,7 @@ Shapes: L layers, N tokens, K chosen per token, E experts.
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -19,7 +20,12 @@ import numpy as np
 
 from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.errors import GenerationError, counted, require_package, shortened
-from neuron_minimax.studies.experts.statistics import SIGNIFICANT, Analysis, PermutationTest
+from neuron_minimax.studies.experts.statistics import (
+    SIGNIFICANT,
+    Analysis,
+    LayerSimilarity,
+    PermutationTest,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,6 +144,15 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
             "layer",
             "cosine",
         )
+    if analysis.expert_layers is not None:
+        yield _map(
+            "Expert similarity of layers",
+            expert_layers_note(analysis.expert_layers, analysis.trace.experts),
+            analysis.expert_layers.matrix,
+            "layer",
+            "layer",
+            "cosine",
+        )
     for number, matrix in analysis.expert_similarity.items():
         yield _similarity_map(
             f"Expert similarity, layer {number}", "Cosine of two experts' weights.", matrix
@@ -145,6 +160,22 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
     if analysis.by_class:
         yield {"title": "Token classes", "choices": list(_class_maps(analysis))}
+
+
+def expert_layers_note(found: LayerSimilarity, experts: int) -> str:
+    note = (
+        "Cosine of an expert's weights with those most like them of another layer (on the diagonal "
+        "of its own), mean over the experts."
+    )
+    if not found.error:
+        return note
+    # The largest of so many normal numbers, about.
+    chance = found.error * math.sqrt(2 * math.log(experts))
+    return (
+        f"{note} From a random projection of all weights: a cosine's standard error is "
+        f"{found.error:.2g}, and the nearest of {experts} unrelated experts is at about "
+        f"{chance:.2g}."
+    )
 
 
 def _class_maps(analysis: Analysis) -> Iterator[dict[str, Any]]:
