@@ -182,34 +182,31 @@ def test_expert_similarity_equals_the_cosine_of_whole_weights(directories, name)
         similarity.expert_similarity(checkpoint, 2)
 
 
-def test_experts_of_two_layers_are_compared_exactly_where_a_sketch_holds_all_weights(
-    directories, monkeypatch
-):
+def test_experts_of_two_layers_are_compared_exactly_where_sketches_hold_all_weights(directories):
     checkpoint = Checkpoint(directories["source"])
     vectors = [expert_vectors(checkpoint, layer) for layer in range(2)]
-    weights = vectors[0].shape[1]
     cosine = torch.nn.functional.cosine_similarity(vectors[0][:, None], vectors[1][None], dim=-1)
     wanted = (cosine.amax(0).mean() + cosine.amax(1).mean()) / 2
-    monkeypatch.setattr(similarity, "SKETCH", weights)
     exact = similarity.expert_layer_similarity(checkpoint, 3)
     assert exact.error == 0
     assert exact.matrix[0, 1] == exact.matrix[1, 0] == pytest.approx(float(wanted), abs=1e-6)
-    monkeypatch.setattr(similarity, "SKETCH", weights - 1)
-    assert similarity.expert_layer_similarity(checkpoint).error == pytest.approx(
-        weights**-0.5, 1e-3
-    )
+    sketched = similarity.expert_layer_similarity(checkpoint, sketch_bytes=4 * 16 * 10_000)
+    assert sketched.error == 0.01
+    assert sketched.matrix[0, 1] == pytest.approx(float(wanted), abs=0.03)
 
 
-@pytest.mark.parametrize("size", [512, 1000, 8192])
-def test_a_sketch_has_the_error_that_it_says(directories, monkeypatch, size):
+@pytest.mark.parametrize("numbers", [512, 1000, 10_000])
+def test_a_sketch_has_the_error_that_it_says(directories, numbers):
     checkpoint = Checkpoint(directories["source"])
-    monkeypatch.setattr(similarity, "SKETCH", size)
-    both = [torch.from_numpy(similarity.expert_sketch(checkpoint, n, 2)[0]) for n in range(2)]
-    sketched = torch.nn.functional.cosine_similarity(*(torch.cat(both)[at] for at in PAIRS), dim=-1)
+    both = [similarity.expert_sketch(checkpoint, layer, numbers, 2) for layer in range(2)]
+    sketches = torch.from_numpy(np.concatenate(both))
     vectors = torch.cat([expert_vectors(checkpoint, layer) for layer in range(2)])
-    cosine = torch.nn.functional.cosine_similarity(*(vectors[at] for at in PAIRS), dim=-1)
-    deviation = float((sketched - cosine).square().mean().sqrt())
-    assert deviation == pytest.approx(size**-0.5, rel=0.35)  # of 120 pairs: 5 standard errors
+    cosines = [
+        torch.nn.functional.cosine_similarity(*(rows[at] for at in PAIRS), dim=-1)
+        for rows in (sketches, vectors)
+    ]
+    deviation = float((cosines[0] - cosines[1]).square().mean().sqrt())
+    assert deviation == pytest.approx(numbers**-0.5, rel=0.35)  # of 120 pairs: 5 standard errors
 
 
 def test_router_similarity_equals_torch_and_a_zero_row_is_like_nothing():

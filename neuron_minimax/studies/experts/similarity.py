@@ -18,7 +18,7 @@ from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.studies.experts.statistics import LayerSimilarity, layer_similarity
 
 STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
-SKETCH = 8192  # numbers that stand for an expert: 520 MB for 62 layers of 256
+SKETCH_BYTES = 512 << 20  # of all experts' sketches: 8456 numbers for each of 62 x 256
 SEED = 20  # of the signs, which are the same in every run
 
 
@@ -49,50 +49,62 @@ def expert_similarity(checkpoint: Checkpoint, layer: int, jobs: int | None = Non
     return _cosine(total)
 
 
-def expert_layer_similarity(checkpoint: Checkpoint, jobs: int | None = None) -> LayerSimilarity:
+def expert_layer_similarity(
+    checkpoint: Checkpoint, jobs: int | None = None, sketch_bytes: int = SKETCH_BYTES
+) -> LayerSimilarity:
     """Return how alike the experts of two layers are, as `layer_similarity` has it of routers, from
-    a sketch of every expert; it is exact where an expert has no more weights than a sketch numbers.
+    a sketch of every expert; it is exact where the experts take no more than `sketch_bytes` in
+    float32.
 
-    Memory is that of the sketches, whatever the checkpoint's size; every weight is read once,
-    `jobs` strips at a time.
+    Memory is that of the sketches and of some strips, whatever the checkpoint's size; every weight
+    is read once, `jobs` strips at a time.
     """
     jobs = jobs or os.cpu_count() or 1
-    layers = range(checkpoint.config.num_hidden_layers)
-    found = [expert_sketch(checkpoint, layer, jobs) for layer in layers]
-    sketches, weights = zip(*found, strict=True)
-    error = 0.0 if max(weights) <= SKETCH else SKETCH**-0.5
+    layers = checkpoint.config.num_hidden_layers
+    weights = sum(_widths(checkpoint, _strips(checkpoint, 0)))
+    most = sketch_bytes // (4 * layers * checkpoint.config.num_local_experts)
+    numbers = min(weights, max(1, most))
+    sketches = [expert_sketch(checkpoint, layer, numbers, jobs) for layer in range(layers)]
+    error = 0.0 if numbers == weights else numbers**-0.5
     return LayerSimilarity(layer_similarity(sketches), error)
 
 
-def expert_sketch(checkpoint: Checkpoint, layer: int, jobs: int) -> tuple[np.ndarray, int]:
-    """Return a random projection [E,S] of the experts' weights, the same for all layers, and D.
+def expert_sketch(checkpoint: Checkpoint, layer: int, numbers: int, jobs: int) -> np.ndarray:
+    """Return a random projection [E,S] to S `numbers` of the experts' weights, the same for all
+    layers.
 
     Weight i is added to number i modulo S with a sign drawn for i: inner products are kept in the
     mean, and cosines with a standard error of 1 / sqrt(S) (Charikar, Chen, Farach-Colton 2002,
     "Finding frequent items in data streams"; Weinberger et al. 2009, "Feature hashing").
     """
     strips = _strips(checkpoint, layer)
-    sizes = [
-        (rows.stop - rows.start) * checkpoint.entry(names[0]).shape[1] for names, rows in strips
-    ]
-    starts = np.cumsum([0, *sizes])
+    starts = np.cumsum([0, *_widths(checkpoint, strips)]) % numbers
 
-    def sketch(number: int) -> np.ndarray:
+    def signed(number: int) -> tuple[slice, np.ndarray]:
+        """A strip's part of some of the numbers."""
         block = _block(checkpoint, *strips[number])
-        block *= np.random.default_rng([SEED, number]).choice(
-            np.array([-1, 1], np.float32), block.shape[1]
-        )
-        before = int(starts[number]) % SKETCH
-        padding = (before, -(before + block.shape[1]) % SKETCH)
-        whole = np.pad(block, ((0, 0), padding))
-        return whole.reshape(len(block), -1, SKETCH).sum(axis=1)
+        width = block.shape[1]
+        draw = np.random.default_rng([SEED, number])
+        block *= draw.choice(np.array([-1, 1], np.float32), width)
+        start = int(starts[number])
+        if start + width <= numbers:
+            return slice(start, start + width), block
+        padded = np.pad(block, ((0, 0), (start, -(start + width) % numbers)))
+        return slice(0, numbers), padded.reshape(len(block), -1, numbers).sum(axis=1)
 
-    total = np.zeros((checkpoint.config.num_local_experts, SKETCH), np.float32)
+    total = np.zeros((checkpoint.config.num_local_experts, numbers), np.float32)
     with ThreadPoolExecutor(jobs) as pool:
         for first in range(0, len(strips), 2 * jobs):  # no more parts wait to be added
-            for part in pool.map(sketch, range(first, min(first + 2 * jobs, len(strips)))):
-                total += part
-    return total, int(starts[-1])
+            for place, part in pool.map(signed, range(first, min(first + 2 * jobs, len(strips)))):
+                total[:, place] += part
+    return total
+
+
+def _widths(checkpoint: Checkpoint, strips: list[tuple[list[str], slice]]) -> list[int]:
+    """Weights of one expert in each strip."""
+    return [
+        (rows.stop - rows.start) * checkpoint.entry(names[0]).shape[1] for names, rows in strips
+    ]
 
 
 def _block(checkpoint: Checkpoint, names: list[str], rows: slice) -> np.ndarray:
