@@ -89,8 +89,12 @@ def expert_sketch(checkpoint: Checkpoint, layer: int, numbers: int, jobs: int) -
         start = int(starts[number])
         if start + width <= numbers:
             return slice(start, start + width), block
-        padded = np.pad(block, ((0, 0), (start, -(start + width) % numbers)))
-        return slice(0, numbers), padded.reshape(len(block), -1, numbers).sum(axis=1)
+        folded = np.zeros((len(block), numbers), np.float32)
+        while block.shape[1]:
+            piece, block = np.split(block, [numbers - start], axis=1)
+            folded[:, start : start + piece.shape[1]] += piece
+            start = 0
+        return slice(0, numbers), folded
 
     total = np.zeros((checkpoint.config.num_local_experts, numbers), np.float32)
     with ThreadPoolExecutor(jobs) as pool:
