@@ -203,6 +203,10 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
     assert tool.main([*arguments, *options]) == 0
     folder = tmp_path / "prompt-1"
     assert (folder / "expert_similarity_0.light.png").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["expert_similarity_by_distance"]) == summary["layers"]
+    assert summary["expert_similarity_error"] == 0
+    assert "Expert similarity of layers" in (folder / "report.html").read_text()
     if form == "json":
         rows = json.loads((folder / "routing.json").read_text())
     else:
@@ -212,7 +216,9 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
     assert (
         rows[0]["experts"] == Trace.load(folder / "trace.safetensors").expert_index[0, 0].tolist()
     )
-    assert "prompt-1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prompt-1" in said
+    assert "experts: an expert's nearest is at cosine" in said
 
 
 def test_every_run_of_the_tool_has_a_new_folder_by_default(tool):
@@ -376,7 +382,7 @@ def test_what_an_interruption_left_of_a_long_prompt_is_replaced_by_the_same_prom
         (["TRACED", "--prompt", "x", "--output-format", "csv"], 2, "'csv' is not one of 'json'"),
         (["TRACED", "--prompt", "nosuch.txt"], 1, "the prompt file nosuch.txt does not exist"),
         (["--trace", "absent"], 1, "absent is no routing trace"),
-        (["--trace", "TRACE", "--placement", "3"], 1, "8 experts cannot be split evenly over 3"),
+        (["--trace", "TRACE", "--placement", "9"], 1, "8 experts cannot be split over 9"),
         (["absent", "--prompt", "x"], 1, "absent does not exist"),
     ],
 )

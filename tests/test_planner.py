@@ -117,7 +117,7 @@ def test_the_worked_examples_of_the_documentation(
         ("R1", {"moe_ep_degree": 32}, {}),
         (
             "R1",
-            {"tp_degree": 24, "moe_ep_degree": 24},
+            {"tp_degree": 24, "moe_ep_degree": 16},
             {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8},
         ),
         (

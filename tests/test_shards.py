@@ -33,6 +33,14 @@ RUN = {
         Case("minimax_m2", {"vocab_size": 161, "num_attention_heads": 6}),
         ((4, 2),),
     ),
+    "MiniMax-M2, experts that the ranks do not divide": (
+        Case("minimax_m2", {"num_local_experts": 6}),
+        ((4, 4),),
+    ),
+    "Qwen3-MoE, experts that the ranks do not divide, softmax as it is": (
+        Case("qwen3_moe", {"num_experts": 7, "norm_topk_prob": False}),
+        ((4, 2),),
+    ),
     # Heads of 32 channels and thirds of experts that end within a scale block.
     "Qwen3-MoE in FP8": (CASES["Qwen3-MoE in FP8"], ((2, 2), (4, 1))),
     "Qwen3-MoE in BF16": (CASES["Qwen3-MoE in BF16, softmax as it is, dense layers"], ((2, 2),)),
@@ -187,7 +195,7 @@ def test_nothing_is_left_out_and_nothing_cast(aligned, tmp_path, name):
     ("degrees", "message"),
     [
         ((4, 3), "moe_ep_degree 3 does not divide tp_degree 4"),
-        ((16, 16), "moe_ep_degree 16 does not divide the 8 experts"),
+        ((16, 16), "moe_ep_degree 16 is more than the 8 experts"),
         ((512, 1), "intermediate_size 256 cannot be divided over 512 ranks"),
     ],
 )

@@ -97,7 +97,7 @@ class StackedExperts(nn.Module):
 
     def __init__(self, shard: Shard) -> None:
         super().__init__()
-        experts = len(shard.experts)
+        experts = shard.held_experts
         hidden = shard.config.hidden_size
         intermediate = shard.config.intermediate_size // shard.moe_tp_degree
         self.block = shard.expert_block

@@ -1,4 +1,4 @@
-"""The requirements of a mixture of experts: R3, R4, R5, R8, R13, R14 and R19.
+"""The requirements of a mixture of experts: R1, R3, R4, R5, R8, R13, R14, R19 and R20.
 
 Sources: those of planner/lint.py.
 """
@@ -27,6 +27,8 @@ from neuron_minimax.planner.memory import (
     NEURON_E4M3_MAX,
     expert_scales,
     has_fp8,
+    held_experts,
+    padding_experts,
 )
 
 SHORTEST_CONTEXT = 2  # of every compile
@@ -39,7 +41,12 @@ def least_batch(case: Case) -> int:
     """
     if case.deployment.moe_ep_degree == 1 or case.deployment.expert_kernel == "nki":
         return 1
-    return ceil_div(case.config.num_local_experts, case.config.num_experts_per_tok)
+    return ceil_div(all_experts(case), case.config.num_experts_per_tok)
+
+
+def all_experts(case: Case) -> int:
+    """Experts that the ranks hold together, those of zeros included."""
+    return case.config.num_local_experts + padding_experts(case.config, case.deployment)
 
 
 def least_context(case: Case) -> int:
@@ -47,6 +54,32 @@ def least_context(case: Case) -> int:
     if case.deployment.moe_ep_degree == 1:
         return SHORTEST_CONTEXT
     return max(SHORTEST_CONTEXT, ceil_div(TOKEN_BLOCK, case.config.num_experts_per_tok))
+
+
+def shared_experts(case: Case) -> Iterator[Objection]:
+    """R1 and R20: every rank holds an expert, and as many as the others, zeros included."""
+    experts = case.config.num_local_experts
+    ranks = case.deployment.moe_ep_degree
+    if ranks > experts:
+        yield Objection(
+            "R1",
+            REFUSE,
+            f"{experts} experts cannot be shared by the {ranks} ranks of moe_ep_degree",
+            f"needs a moe_ep_degree of {experts} or less",
+        )
+        return
+    padding = padding_experts(case.config, case.deployment)
+    if not padding:
+        return
+    held = held_experts(case.config, case.deployment)
+    one = size_text(case.memory.experts // held, 2, units=BINARY_UNITS)
+    yield Objection(
+        "R20",
+        WARN,
+        f"moe_ep_degree {ranks} does not divide {experts} experts: {padding} of its ranks hold "
+        f"{counted(held - 1, 'expert')} and one of zeros, {one} that no token can choose",
+        f"exact; a moe_ep_degree that divides {experts} avoids it",
+    )
 
 
 def expert_decoding(case: Case) -> Iterator[Objection]:
@@ -59,7 +92,7 @@ def expert_decoding(case: Case) -> Iterator[Objection]:
             "R3",
             REFUSE,
             f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
-            f"{config.num_local_experts} experts is below 1, for which NxD raises "
+            f"{all_experts(case)} experts is below 1, for which NxD raises "
             "NotImplementedError",
             f"needs batch_size {needed} or more, moe_ep_degree 1, or expert_kernel nki on trn2",
         )
@@ -246,6 +279,7 @@ def repeated_scales(case: Case) -> Iterator[Objection]:
 
 
 EXPERT_REQUIREMENTS: tuple[Requirement, ...] = (
+    shared_experts,
     expert_decoding,
     expert_encoding,
     trn1_groups,

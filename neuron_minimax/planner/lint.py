@@ -92,7 +92,6 @@ def shares(case: Case) -> Iterator[Objection]:
             "needs degrees whose product is tp_degree",
         )
     for what, size, degree_name, degree in (
-        ("experts", config.num_local_experts, "moe_ep_degree", deployment.moe_ep_degree),
         ("channels of the hidden size", config.hidden_size, "tp_degree", deployment.tp_degree),
         *(
             (f"{shared.kind} channels", shared.size, shared.degree_name, shared.degree)

@@ -55,6 +55,19 @@ class Deployment:
     expert_scales: str = EXPERT_SCALES[0]
 
 
+def held_experts(config: ModelConfig, deployment: Deployment) -> int:
+    """Experts of a layer on a rank, as many on each: where the ranks do not divide them, some hold
+    zeros in place of one, which no token can choose, because the router does not know them.
+    """
+    return ceil_div(config.num_local_experts, deployment.moe_ep_degree)
+
+
+def padding_experts(config: ModelConfig, deployment: Deployment) -> int:
+    """Experts of zeros in a layer, over all ranks."""
+    held = held_experts(config, deployment)
+    return held * deployment.moe_ep_degree - config.num_local_experts
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
     """Bytes on one rank; `replicated` is the part of the weights that every rank holds whole."""
@@ -142,7 +155,7 @@ def local_shape(
     }
     shape = tuple(split.get(symbol, sizes[symbol]) for symbol in weight.dimensions)
     if weight.per_expert:
-        return "experts", (config.num_local_experts // deployment.moe_ep_degree, *shape)
+        return "experts", (held_experts(config, deployment), *shape)
     if weight.module_group == "embedding":
         return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
     if weight.module_group == "head":

@@ -13,6 +13,7 @@ import torch
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.moe import ACTIVATIONS
 from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
+from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
@@ -141,6 +142,11 @@ class NeuronModelConfig(imports.InferenceConfig):
                     f"moe_ep_degree is {options.moe_ep_degree}, and {model.family.title} has no "
                     "experts to spread; expected 1"
                 )
+        elif options.moe_ep_degree > model.num_local_experts:
+            raise ConfigError(
+                f"moe_ep_degree {options.moe_ep_degree} is more than the {model.num_local_experts} "
+                "experts; choose one that is not"
+            )
         elif options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
             raise ConfigError(
                 f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is "
@@ -223,6 +229,17 @@ class NeuronModelConfig(imports.InferenceConfig):
     def expands_scales(self, layer: int) -> bool:
         """Return whether the ranks hold the scales of a layer's experts expanded."""
         return self._expert_scales == EXPANDED_SCALES and layer in self._fp8_layers
+
+    @property
+    def padding(self) -> Padding:
+        """That of the experts, where the ranks do not divide them."""
+        return Padding(self.model_config.num_local_experts, self.neuron_config.moe_ep_degree)
+
+    def pad_experts(self, state: MutableMapping[str, torch.Tensor]) -> None:
+        """Pad the experts in full checkpoint tensors."""
+        self.padding.pad_experts(
+            state, self.model_config, self.model_config.layers_of(LayerKind.SPARSE)
+        )
 
     def expand_scales(self, state: MutableMapping[str, torch.Tensor]) -> None:
         """Expand the scales in full checkpoint tensors of the layers that hold them so."""

@@ -243,7 +243,8 @@ def _runs(letter: str, weight: Weight, shard: Shard) -> list[Run]:
         count = min(share, size - first)
         return [(first, count), (None, share - count)]
     if letter == "E" and weight.per_expert:
-        return [(shard.experts.start, len(shard.experts))]
+        held = len(shard.experts)
+        return [(shard.experts.start, held), (None, shard.held_experts - held)]
     ranks = {"I": shard.mlp_ranks, "F": shard.tp_degree, "S": shard.tp_degree}.get(letter, 1)
     share = size // ranks
     return [(shard.rank % ranks * share, share)]
