@@ -440,3 +440,7 @@ def test_a_shape_that_does_not_belong_is_named():
         expert_mlp(torch.randn(2, 256), index, affinity, narrow)
     with pytest.raises(ValueError, match="hidden_TH"):
         expert_mlp(torch.randn(2, 128), index, affinity, stacked)
+    with pytest.raises(
+        ValueError, match=r"affinity_TK has shape \[2, 1\]; expected one per chosen .*\[2, 2\]"
+    ):
+        operators.expert_mlp(torch.randn(2, 256), index, affinity[:, :1], stacked)

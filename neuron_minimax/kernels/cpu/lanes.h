@@ -159,8 +159,9 @@ inline Four sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
 }
 inline float sum(Lanes lanes) { return sums_of(lanes, Lanes{}, Lanes{}, Lanes{})[0]; }
 
-// e^x within 1e-7 between -87 and 88, whose values it has beyond, but 0 of minus infinity. Cephes'
-// expf: 2^n times a polynomial of the rest.
+// e^x = 2^n e^r, where n is x / ln 2 rounded and r = x - n ln 2, with ln 2 in two parts (Cody and Waite);
+// e^r is the polynomial of degree 7 of expf in Cephes (S. Moshier, netlib.org/cephes). Its relative
+// error is below 1e-7 from -87 to 88; below -87 it is 0, above 88 it stays e^88.
 inline Lanes exponential(Lanes x) {
   const Lanes low = splat(-87.f), high = splat(88.f);
   const Words vanishes = x < low;

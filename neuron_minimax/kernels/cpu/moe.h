@@ -4,19 +4,19 @@
 // Each chosen expert is read once for up to GROUP of its tokens. Few tokens are bound by memory: the
 // weight is read as it lies. Many are bound by arithmetic: blocks are expanded and multiplied.
 //
-// Shapes: H hidden, I intermediate; P pairs of a token and one of its K experts, sorted by expert.
+// Shapes: H hidden, I intermediate; P places, one for each of a token's K experts, sorted by expert.
 #pragma once
 #include "linear.h"
 
 namespace neuron_minimax {
 
-constexpr int64_t GROUP = 128;             // pairs of one expert that are multiplied together
-constexpr int64_t FEW_PAIRS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
-constexpr int64_t PASS = 2048;             // pairs whose sums are kept between the two products
-constexpr int64_t DEEP = 16;               // rows of a weight that are read beside each other
-constexpr int64_t SUMS = 4096;             // that stay in the first cache
-constexpr int64_t NARROWEST = 512;         // columns that a thread takes
-constexpr int64_t WIDEST_PANEL = 256;      // columns of a panel: it stays in the second cache
+constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
+constexpr int64_t FEW_TOKENS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
+constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
+constexpr int64_t DEEP = 16;                // rows of a weight that are read beside each other
+constexpr int64_t SUMS = 4096;              // that stay in the first cache
+constexpr int64_t NARROWEST = 512;          // columns that a thread takes
+constexpr int64_t WIDEST_PANEL = 256;       // columns of a panel: it stays in the second cache
 
 // A weight of every expert, [E, rows, columns], inputs are rows.
 template <class Number>
@@ -29,7 +29,7 @@ struct Stacked {
 };
 
 struct Group {
-  int64_t expert, first, count;  // of its pairs
+  int64_t expert, first, count;  // of its places
 };
 
 // sums[n,c] += input[n,r] * weight[r,c], while what is needed next is fetched. Strips of sums are in the
@@ -76,18 +76,18 @@ inline void add_scaled(const float* sums, const float* factor, int64_t width, bo
   for (; c < width; ++c) out[c] = sums[c] * factor[c] + (add ? out[c] : 0.f);
 }
 
-// Inputs [P, rows] of the pairs of a product, as they are multiplied.
+// Inputs [P, rows] of a product, as they are multiplied.
 struct Inputs {
   Scratch<float> floats;
   Scratch<BFloat16> rounded;  // with a zero behind an odd row
   int64_t rows, apart;
 
   template <class Panel>
-  const Panel* of(int64_t pair) const {
+  const Panel* of(int64_t place) const {
     if constexpr (std::is_same_v<Panel, float>)
-      return floats.data() + pair * apart;
+      return floats.data() + place * apart;
     else
-      return rounded.data() + pair * apart;
+      return rounded.data() + place * apart;
   }
   // Take `count` rows, which row(p, to) writes; floats are multiplied by `half`.
   template <class Row>
@@ -108,7 +108,7 @@ struct Inputs {
   }
 };
 
-// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few pairs.
+// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few tokens.
 template <class Number>
 void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
                   int64_t right, float* out) {
@@ -198,7 +198,7 @@ void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, con
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= FEW_PAIRS[pairs] ? multiply_few<Number>
+    const auto multiply_group = group.count <= FEW_TOKENS[pairs] ? multiply_few<Number>
                                 : pairs                         ? multiply_many<BFloat16, Number>
                                                                 : multiply_many<float, Number>;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
@@ -225,10 +225,10 @@ template <class Number>
 void expert_mlp(const float* hidden, const Choice& choice, const Stacked<Number>& gate_up,
                 const Stacked<Number>& down, bool pairs, float* out) {
   const int64_t expert_count = down.experts, chosen = choice.chosen;
-  std::vector<std::vector<int64_t>> pairs_of(expert_count);
-  for (int64_t pair = 0; pair < choice.tokens * chosen; ++pair)
-    if (const int64_t expert = choice.expert_index[pair]; 0 <= expert && expert < expert_count)
-      pairs_of[expert].push_back(pair);
+  std::vector<std::vector<int64_t>> places_of(expert_count);
+  for (int64_t place = 0; place < choice.tokens * chosen; ++place)
+    if (const int64_t expert = choice.expert_index[place]; 0 <= expert && expert < expert_count)
+      places_of[expert].push_back(place);
   const int64_t width = down.columns, intermediate = down.rows;
   Scratch<float> gate_up_PI, product_PH;
   Inputs inputs, activated;
@@ -258,7 +258,7 @@ void expert_mlp(const float* hidden, const Choice& choice, const Stacked<Number>
     sorted.clear();
   };
   for (int64_t expert = 0; expert < expert_count; ++expert) {
-    const auto& places = pairs_of[expert];
+    const auto& places = places_of[expert];
     const int64_t count = int64_t(places.size()), parts = ceil_div(count, GROUP);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;

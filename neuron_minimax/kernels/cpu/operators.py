@@ -66,9 +66,15 @@ def expert_mlp(
 
     With bfloat16 hidden and `pairs`, as in `linear`, experts with many tokens round silu(gate) * up
     to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different kinds
-    are left to torch. Raises TypeError as `linear`.
+    are left to torch. Raises ValueError on shapes that do not belong together, and TypeError as
+    `linear`.
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
+    if affinity_TK.shape != expert_index_TK.shape:
+        raise ValueError(
+            f"affinity_TK has shape {list(affinity_TK.shape)}; expected one per chosen expert, "
+            f"{list(expert_index_TK.shape)}"
+        )
     gate_up, gate_up_scale, down, down_scale, block = weights
     for weight, scale in ((gate_up, gate_up_scale), (down, down_scale)):
         _check_dtypes(weight, scale)
