@@ -13,9 +13,9 @@ namespace neuron_minimax {
 constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
 constexpr int64_t FEW_TOKENS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
 constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
-constexpr int64_t DEEP = 16;                // rows of a weight that are read beside each other
-constexpr int64_t SUMS = 4096;              // that stay in the first cache
-constexpr int64_t NARROWEST = 512;          // columns that a thread takes
+constexpr int64_t FETCHED = 12288;          // bytes that are fetched before they are read
+constexpr int64_t NARROWEST = 512;          // columns that a thread takes at a time
+constexpr int64_t WIDEST = 4096;            // whose sums stay in the second cache
 constexpr int64_t WIDEST_PANEL = 256;       // columns of a panel: it stays in the second cache
 
 // A weight of every expert, [E, rows, columns], inputs are rows.
@@ -32,17 +32,19 @@ struct Group {
   int64_t expert, first, count;  // of its places
 };
 
-// sums[n,c] += input[n,r] * weight[r,c], while what is needed next is fetched. Strips of sums are in the
-// order in which strips of the weight are read.
+// sums[n,c] += input[n,r] * weight[r,c], while the same rows are fetched, and near their end those from
+// `below` on. Strips of sums are in the order in which strips of the weight are read.
 template <class Number, int COUNT>
 inline void add_rows(const float* input, int64_t input_apart, const Number* weight, int64_t apart,
-                     int64_t depth, const Number* ahead, int64_t width, float* sums, int64_t sums_apart) {
+                     int64_t depth, const Number* below, int64_t width, float* sums, int64_t sums_apart) {
+  const int64_t ahead = std::min(FETCHED / int64_t(sizeof(Number)) / depth / WIDTH * WIDTH, width);
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
+    const Number* next = c + ahead < width ? weight + c + ahead : below + c + ahead - width;
     Lanes total[COUNT][STRIP];
     UNROLLED for (int n = 0; n < COUNT; ++n) read_strip(sums + n * sums_apart + c, total[n]);
     for (int64_t r = 0; r < depth; ++r) {
-      fetch_strip(ahead + r * apart + c);
+      fetch_strip(next + r * apart);
       Lanes numbers[STRIP];
       read_strip(weight + r * apart + c, numbers);
       UNROLLED for (int n = 0; n < COUNT; ++n) {
@@ -108,38 +110,35 @@ struct Inputs {
   }
 };
 
-// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few tokens.
-template <class Number>
+// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few tokens; DEEP rows of the weight
+// are read beside each other.
+template <class Number, int DEEP>
 void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
                   int64_t right, float* out) {
   constexpr float half = HALF_REBIAS<Number>;
-  const int64_t count = group.count, step = std::max(SUMS / count / 64 * 64, NARROWEST);
+  const int64_t count = group.count, width = right - left;
   const int64_t tiles = ceil_div(count, TALL);
   const Scales scales = weight.scales.of_expert(group.expert);
   thread_local Scratch<float> sums, factor;
-  sums.resize(count * step);
-  factor.resize(step);
-  for (; left < right; left += step) {
-    const int64_t width = std::min(step, right - left);
-    for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
-      const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
-      std::fill_n(sums.begin(), count * width, 0.f);
-      for (int64_t row = top; row < bottom; row += DEEP) {
-        const int64_t depth = std::min(DEEP, bottom - row);
-        const Number* from = weight.at(group.expert, row) + left;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
-          const Number* ahead = tile ? from : from + depth * weight.columns;
-          with_constant<TALL>(height, [&](auto few) {
-            add_rows<Number, few>(inputs.of<float>(group.first + n) + row, inputs.apart, from, weight.columns,
-                                  depth, ahead, width, &sums[n * width], width);
-          });
-        }
+  sums.resize(count * width);
+  factor.resize(width);
+  for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
+    const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
+    std::fill_n(sums.begin(), count * width, 0.f);
+    for (int64_t row = top; row < bottom; row += DEEP) {
+      const int64_t depth = std::min<int64_t>(DEEP, bottom - row);
+      const Number* from = weight.at(group.expert, row) + left;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
+        with_constant<TALL>(height, [&](auto few) {
+          add_rows<Number, few>(inputs.of<float>(group.first + n) + row, inputs.apart, from, weight.columns,
+                                depth, from + depth * weight.columns, width, &sums[n * width], width);
+        });
       }
-      scales.of_columns(block, left, width, half, factor.data());
-      for (int64_t n = 0; n < count; ++n)
-        add_scaled<Number>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
     }
+    scales.of_columns(block, left, width, half, factor.data());
+    for (int64_t n = 0; n < count; ++n)
+      add_scaled<Number>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
   }
 }
 
@@ -192,15 +191,16 @@ template <class Number>
 void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, const Stacked<Number>& weight,
                      bool pairs, float* out) {
   const int64_t wanted = ceil_div(weight.columns * int64_t(groups.size()), 4 * at::get_num_threads());
-  const int64_t chunk =
-      std::min(ceil_div(std::max(wanted, NARROWEST), WIDEST_PANEL) * WIDEST_PANEL, weight.columns);
+  const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
+  const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= FEW_TOKENS[pairs] ? multiply_few<Number>
-                                : pairs                         ? multiply_many<BFloat16, Number>
-                                                                : multiply_many<float, Number>;
+    const auto multiply_group = group.count <= 2                   ? multiply_few<Number, 8>
+                                : group.count <= FEW_TOKENS[pairs] ? multiply_few<Number, 16>
+                                : pairs                            ? multiply_many<BFloat16, Number>
+                                                                   : multiply_many<float, Number>;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
   });
 }
