@@ -2,6 +2,7 @@
 #pragma once
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -127,6 +128,12 @@ inline Lanes kept(Lanes lanes) {
   asm("" : "+x"(lanes));
 #endif
   return lanes;
+}
+constexpr int64_t FETCHED = 12288;  // bytes that are fetched before they are read
+// How many numbers of each of some rows that is.
+template <class Number>
+inline int64_t columns_ahead(int64_t rows, int64_t length) {
+  return std::min<int64_t>(FETCHED / (rows * int64_t(sizeof(Number))) / WIDTH * WIDTH, length);
 }
 template <class Number>
 inline void fetch_strip(const Number* from) {

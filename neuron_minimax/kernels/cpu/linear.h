@@ -14,14 +14,17 @@ constexpr int64_t CACHED = 8192;          // numbers of the input that stay in t
 constexpr int64_t PANEL_ROWS = 128;       // of a weight that are expanded together,
 constexpr int64_t PANEL_INPUTS = 512;     // and rows of input that they are multiplied with
 
-// sums[n,r] += dot(input n, row r of a weight), while the next rows are fetched.
+// sums[n,r] += dot(input n, row r of a weight), while the same rows are fetched, and near their end those
+// from `below` on.
 template <class Number, int COUNT, int READ>
 inline void add_dots(const float* input, int64_t apart, const Number* weight, int64_t features,
-                     int64_t length, const Number* ahead, float* sums) {
+                     int64_t length, const Number* below, float* sums) {
+  const int64_t ahead = columns_ahead<Number>(READ, length);
   Lanes total[COUNT][READ] = {};
   int64_t i = 0;
   for (; i + WIDTH <= length; i += WIDTH) {
-    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(ahead + r * features + i);
+    const Number* next = i + ahead < length ? weight + i + ahead : below + i + ahead - length;
+    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
     UNROLLED for (int part = 0; part < STRIP; ++part) {
       Lanes numbers[READ];
       UNROLLED for (int r = 0; r < READ; ++r) numbers[r] = kept(read_part(weight + r * features + i, part));
@@ -49,7 +52,7 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
   const int64_t apart = apart_of(features);
   const int64_t tiles = ceil_div(rows, TALL);
   const int64_t chunk = CACHED / std::min<int64_t>(rows, TALL) / 64 * 64;
-  const int64_t tall = std::min<int64_t>(scales.block_rows, 64);
+  const int64_t tall = std::min<int64_t>(scales.block_rows, 128);
   const int64_t per_block = ceil_div(scales.block_rows, tall);
   Scratch<float> inputs(rows * features);
   for (int64_t n = 0; n < rows; ++n) spread<Number>(hidden + n * features, features, &inputs[n * features]);
@@ -76,7 +79,7 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
             const auto add = read == ROWS ? add_dots<Number, count, ROWS> : add_dots<Number, count, 1>;
             const Number* from = weight + row * features + left;
             add(&scaled[n * apart + left], apart, from, features, std::min(chunk, features - left),
-                from + (tile ? 0 : read * features), &sums[n * read]);
+                from + read * features, &sums[n * read]);
           });
         }
       for (int64_t n = 0; n < rows; ++n)

@@ -13,7 +13,6 @@ namespace neuron_minimax {
 constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
 constexpr int64_t FEW_TOKENS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
 constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
-constexpr int64_t FETCHED = 12288;          // bytes that are fetched before they are read
 constexpr int64_t NARROWEST = 512;          // columns that a thread takes at a time
 constexpr int64_t WIDEST = 4096;            // whose sums stay in the second cache
 constexpr int64_t WIDEST_PANEL = 256;       // columns of a panel: it stays in the second cache
@@ -37,7 +36,7 @@ struct Group {
 template <class Number, int COUNT>
 inline void add_rows(const float* input, int64_t input_apart, const Number* weight, int64_t apart,
                      int64_t depth, const Number* below, int64_t width, float* sums, int64_t sums_apart) {
-  const int64_t ahead = std::min(FETCHED / int64_t(sizeof(Number)) / depth / WIDTH * WIDTH, width);
+  const int64_t ahead = columns_ahead<Number>(depth, width);
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
     const Number* next = c + ahead < width ? weight + c + ahead : below + c + ahead - width;
