@@ -11,7 +11,7 @@
 namespace neuron_minimax {
 
 constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
-constexpr int64_t FEW_TOKENS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
+constexpr int64_t FEW_TOKENS[] = {48, 40};  // up to so many a weight is read as it lies: in float32, as pairs
 constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
 constexpr int64_t NARROWEST = 512;          // columns that a thread takes at a time
 constexpr int64_t WIDEST = 4096;            // whose sums stay in the second cache
@@ -31,25 +31,42 @@ struct Group {
   int64_t expert, first, count;  // of its places
 };
 
-// sums[n,c] += input[n,r] * weight[r,c], while the same rows are fetched, and near their end those from
+// Strips of a row as registers of float32, for products with an input each.
+template <class Stored>
+struct Floats {
+  using Number = Stored;
+  using Input = float;
+  static constexpr int ROWS = 1;
+  static constexpr float HALF = HALF_REBIAS<Number>;
+  Lanes numbers[STRIP];
+
+  void read(const Number* row, const Number*) { read_strip(row, numbers); }
+  void add_times(const float* input, Lanes (&total)[STRIP]) const {
+    const Lanes x = kept(splat(*input));
+    UNROLLED for (int part = 0; part < STRIP; ++part) total[part] += x * numbers[part];
+  }
+  static void in_order(Lanes (&strip)[STRIP]) { neuron_minimax::in_order<Number>(strip); }
+  static float one(const Number* from) { return read_one(from); }
+};
+
+// sums[n,c] += input[n,r] * weight[r,c] by products of strips (Floats, or Pairs of bf16.h), while the same rows are fetched, and near their end those from
 // `below` on. Strips of sums are in the order in which strips of the weight are read.
-template <class Number, int COUNT>
-inline void add_rows(const float* input, int64_t input_apart, const Number* weight, int64_t apart,
-                     int64_t depth, const Number* below, int64_t width, float* sums, int64_t sums_apart) {
+template <class Product, int COUNT, class Number = typename Product::Number>
+inline void add_rows(const typename Product::Input* input, int64_t input_apart, const Number* weight,
+                     int64_t apart, int64_t depth, const Number* below, int64_t width, float* sums,
+                     int64_t sums_apart) {
   const int64_t ahead = columns_ahead<Number>(depth, width);
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
     const Number* next = c + ahead < width ? weight + c + ahead : below + c + ahead - width;
     Lanes total[COUNT][STRIP];
     UNROLLED for (int n = 0; n < COUNT; ++n) read_strip(sums + n * sums_apart + c, total[n]);
-    for (int64_t r = 0; r < depth; ++r) {
-      fetch_strip(next + r * apart);
-      Lanes numbers[STRIP];
-      read_strip(weight + r * apart + c, numbers);
-      UNROLLED for (int n = 0; n < COUNT; ++n) {
-        const Lanes x = kept(splat(input[n * input_apart + r]));
-        UNROLLED for (int part = 0; part < STRIP; ++part) total[n][part] += x * numbers[part];
-      }
+    for (int64_t r = 0; r < depth; r += Product::ROWS) {
+      UNROLLED for (int row = 0; row < Product::ROWS; ++row) fetch_strip(next + (r + row) * apart);
+      const Number* from = weight + r * apart + c;
+      Product product;
+      product.read(from, r + 1 < depth ? from + apart : from);  // behind an odd last row inputs are 0
+      UNROLLED for (int n = 0; n < COUNT; ++n) product.add_times(input + n * input_apart + r, total[n]);
     }
     UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int part = 0; part < STRIP; ++part)
         store(sums + n * sums_apart + c + part * LANES, total[n][part]);
@@ -57,17 +74,17 @@ inline void add_rows(const float* input, int64_t input_apart, const Number* weig
   for (; c < width; ++c)
     for (int n = 0; n < COUNT; ++n)
       for (int64_t r = 0; r < depth; ++r)
-        sums[n * sums_apart + c] += input[n * input_apart + r] * read_one(weight + r * apart + c);
+        sums[n * sums_apart + c] += input[n * input_apart + r] * Product::one(weight + r * apart + c);
 }
 
 // out (+)= sums * factor, strips of sums in the order in which they are read.
-template <class Number>
+template <class Product>
 inline void add_scaled(const float* sums, const float* factor, int64_t width, bool add, float* out) {
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
     Lanes strip[STRIP];
     read_strip(sums + c, strip);
-    in_order<Number>(strip);
+    Product::in_order(strip);
     UNROLLED for (int part = 0; part < STRIP; ++part) {
       float* to = out + c + part * LANES;
       const Lanes product = strip[part] * read(factor + c + part * LANES);
@@ -111,10 +128,9 @@ struct Inputs {
 
 // out[p, left:right] = inputs[p] @ columns of an expert's weight, for few tokens; DEEP rows of the weight
 // are read beside each other.
-template <class Number, int DEEP>
+template <class Product, int DEEP, class Number = typename Product::Number>
 void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
                   int64_t right, float* out) {
-  constexpr float half = HALF_REBIAS<Number>;
   const int64_t count = group.count, width = right - left;
   const int64_t tiles = ceil_div(count, TALL);
   const Scales scales = weight.scales.of_expert(group.expert);
@@ -130,14 +146,15 @@ void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
         with_constant<TALL>(height, [&](auto few) {
-          add_rows<Number, few>(inputs.of<float>(group.first + n) + row, inputs.apart, from, weight.columns,
-                                depth, from + depth * weight.columns, width, &sums[n * width], width);
+          add_rows<Product, few>(inputs.of<typename Product::Input>(group.first + n) + row, inputs.apart,
+                                 from, weight.columns, depth, from + depth * weight.columns, width,
+                                 &sums[n * width], width);
         });
       }
     }
-    scales.of_columns(block, left, width, half, factor.data());
+    scales.of_columns(block, left, width, Product::HALF, factor.data());
     for (int64_t n = 0; n < count; ++n)
-      add_scaled<Number>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
+      add_scaled<Product>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
   }
 }
 
@@ -193,11 +210,16 @@ void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, con
   const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
   const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
+  auto multiply_more = multiply_few<Floats<Number>, 16>;
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  if constexpr (std::is_same_v<Number, E4M3>)
+    if (pairs && weight.scales.block_rows % 2 == 0) multiply_more = multiply_few<Pairs, 16>;
+#endif
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= 2                   ? multiply_few<Number, 8>
-                                : group.count <= FEW_TOKENS[pairs] ? multiply_few<Number, 16>
+    const auto multiply_group = group.count <= 2                   ? multiply_few<Floats<Number>, 8>
+                                : group.count <= FEW_TOKENS[pairs] ? multiply_more
                                 : pairs                            ? multiply_many<BFloat16, Number>
                                                                    : multiply_many<float, Number>;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);

@@ -64,8 +64,9 @@ def expert_mlp(
 ) -> torch.Tensor:
     """`reference.ExpertMLP` for graphs: weights are not rounded, sums and silu are float32's.
 
-    With bfloat16 hidden and `pairs`, as in `linear`, experts with many tokens round silu(gate) * up
-    to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different kinds
+    With bfloat16 hidden and `pairs`, as in `linear`, experts with three tokens or more round
+    silu(gate) * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of
+    different kinds
     are left to torch. Raises ValueError on shapes that do not belong together, and TypeError as
     `linear`.
     """
