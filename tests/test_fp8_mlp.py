@@ -405,6 +405,9 @@ def test_a_linear_layer_equals_the_product_with_the_expanded_weight(dtype, rows,
     wanted = hidden.double() @ (weight.bfloat16() if dense else weight).double().T
     found = operators.linear(hidden[None], *arguments, (128, 128))[0]
     assert found.dtype == dtype
+    pairs = dtype == torch.bfloat16
+    unrounded = torch.ops.neuron_minimax.linear(hidden.float(), *arguments, 128, 128, pairs)
+    assert error(unrounded, wanted.numpy()) < FLOAT32_ERROR
     assert error(found, wanted.numpy()) < (FLOAT32_ERROR if dtype == torch.float32 else 2**-8)
 
 

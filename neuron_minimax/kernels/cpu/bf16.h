@@ -80,6 +80,36 @@ inline void round(const Number* from, int64_t count, BFloat16* to) {
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+inline Lanes add_pairs(Lanes sums, __m512bh numbers, Lanes pairs) {
+  return (Lanes)_mm512_dpbf16_ps((__m512)sums, numbers, (__m512bh)pairs);
+}
+
+// A strip of a row as pairs of bfloat16 numbers that are beside each other. Of codes the first register
+// has the first eight of every sixteen.
+inline void read_pairs(const E4M3* from, __m512bh (&to)[2]) {
+  const __m512i codes = _mm512_loadu_si512(from);
+  const __m512i lower = lower_bytes(codes), upper = upper_bytes(codes);
+  to[0] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
+  to[1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+}
+inline void read_pairs(const BF16* from, __m512bh (&to)[2]) {
+  to[0] = (__m512bh)_mm512_loadu_si512(from);
+  to[1] = (__m512bh)_mm512_loadu_si512(from + WIDTH / 2);
+}
+// Whole strips of numbers to the order in which strips of Number are read as pairs.
+template <class Number>
+inline void spread_pairs(BFloat16* numbers, int64_t count) {
+  if constexpr (sizeof(Number) == 1)
+    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) {
+      BFloat16 strip[WIDTH];
+      std::copy_n(numbers + i, WIDTH, strip);
+      for (int64_t j = 0; j < WIDTH; j += 16) {
+        std::copy_n(strip + j, 8, numbers + i + j / 2);
+        std::copy_n(strip + j + 8, 8, numbers + i + WIDTH / 2 + j / 2);
+      }
+    }
+}
+
 // Strips of two rows of codes as pairs of bfloat16 numbers, for products with a pair of inputs each.
 struct Pairs {
   using Number = E4M3;
@@ -100,7 +130,7 @@ struct Pairs {
   void add_times(const BFloat16* input, Lanes (&total)[STRIP]) const {
     const Lanes pair = kept((Lanes)_mm512_set1_epi32(load_as<int32_t>(input)));
     UNROLLED for (int part = 0; part < STRIP; ++part)
-        total[part] = (Lanes)_mm512_dpbf16_ps((__m512)total[part], numbers[part], (__m512bh)pair);
+        total[part] = add_pairs(total[part], numbers[part], pair);
   }
   // A register holds the same four of every sixteen codes.
   static void in_order(Lanes (&strip)[STRIP]) {

@@ -16,8 +16,8 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, check_shapes
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
-# Up to so many rows a dense weight of the activations' dtype is read as it lies, as FEW_ROWS of
-# linear.h has it; for more it is left to the library.
+# Up to so many rows a dense weight of the activations' dtype is read as it lies; more are left to
+# the library.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12}
 
 
