@@ -140,6 +140,12 @@ inline void fetch_strip(const Number* from) {
   for (int64_t i = 0; i < WIDTH; i += 64 / int64_t(sizeof(Number))) __builtin_prefetch(from + i);
 }
 
+template <int ROWS, class Number>
+inline void fetch_rows(const Number* from, int64_t apart, int64_t count) {
+  for (int64_t i = 0; i < count; i += WIDTH)
+    for (int row = 0; row < ROWS; ++row) fetch_strip(from + row * apart + i);
+}
+
 inline float read_one(const float* from) { return *from; }
 template <class Number>
 inline float read_one(const Number* from) {

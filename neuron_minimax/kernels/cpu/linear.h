@@ -201,6 +201,7 @@ void linear_of_many(const float* hidden, int64_t rows, const Number* weight, int
         for (int64_t r = 0; r < tall; ++r) {
           const Number* from = weight + (first + r) * features + top;
           Panel* to = &panel[r * DEPTH];
+          fetch_rows<1>(from + DEPTH, features, DEPTH);
           if constexpr (pairs) {
             round(from, depth, to);
             if (even > depth) to[depth] = Panel(0.f);

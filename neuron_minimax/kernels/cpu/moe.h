@@ -182,9 +182,11 @@ void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Numbe
         const Panel* input = inputs.of<Panel>(group.first) + row;
         float* to = out + left;
         if constexpr (pairs) {
-          for (int64_t r = 0; r < depth; r += 2)
+          for (int64_t r = 0; r < depth; r += 2) {
+            fetch_rows<2>(from + (r + DEPTH) * columns, columns, width);
             expand_pairs(from + r * columns, r + 1 < depth ? from + (r + 1) * columns : nullptr, width,
                          &panel[r * width]);
+          }
           multiply({count, width, ceil_div(depth, 2) * 2, inputs.apart, width, width}, false, input,
                    panel.data(), sums.data());
           for (int64_t n = 0; n < count; ++n)
@@ -193,8 +195,10 @@ void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Numbe
               to[n * columns + c] = row ? to[n * columns + c] + product : product;
             }
         } else {
-          for (int64_t r = 0; r < depth; ++r)
+          for (int64_t r = 0; r < depth; ++r) {
+            fetch_rows<1>(from + (r + DEPTH) * columns, columns, width);
             expand(from + r * columns, factor.data(), width, &panel[r * width]);
+          }
           multiply({count, width, depth, inputs.apart, width, columns}, row > 0, input, panel.data(), to);
         }
       }
