@@ -14,7 +14,7 @@ namespace neuron_minimax {
 constexpr int64_t AHEAD = 8192;  // bytes that are fetched before they are read
 constexpr int64_t BLOCK = 128;   // positions
 constexpr int64_t QUERIES = 96;  // rows of queries that are multiplied together
-constexpr int HEADS = 6;         // query heads in a tile of values: sums stay in registers
+constexpr int HEADS = 6;         // query heads in a tile: sums stay in registers
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // Keys and values [S,K,C,D]: positions lie D numbers apart, heads and slots as the cache has them.
@@ -127,9 +127,9 @@ void decode(const float* query, const Cached<Number>& cached, const int64_t* pos
       const Number* values = cached.values + start + first * size;
       for (int64_t c = 0; c < count;) {
         const int64_t read_keys = count - c >= ROWS ? ROWS : 1;
-        for (int64_t g = 0; g < group; g += 6)
-          with_constant<6>(std::min<int64_t>(6, group - g), [&](auto tile) {
-            float sums[6 * ROWS] = {};
+        for (int64_t g = 0; g < group; g += HEADS)
+          with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
+            float sums[HEADS * ROWS] = {};
             const auto add = read_keys == ROWS ? add_dots<Number, tile, ROWS> : add_dots<Number, tile, 1>;
             add(&queries[g * size], size, keys + c * size, size, size, keys + (c + ahead) * size, sums);
             for (int64_t n = 0; n < tile; ++n)

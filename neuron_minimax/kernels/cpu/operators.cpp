@@ -52,6 +52,11 @@ at::Tensor linear(const at::Tensor& hidden, const at::Tensor& weight, const Opti
   }
   with_stored(weight.scalar_type(), [&](auto number) {
     using Number = decltype(number);
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    if constexpr (!std::is_same_v<Number, float>)
+      if (pairs && rows > 2 && (!scale || block_columns % WIDTH == 0))
+        return linear_of_few_by_pairs(from, rows, numbers<Number>(weight), outputs, features, scales, to);
+#endif
     for (int64_t n = 0; n < rows; n += FEW_ROWS[0])
       linear_of_few(from + n * features, std::min(FEW_ROWS[0], rows - n), numbers<Number>(weight), outputs,
                     features, scales, to + n * outputs);

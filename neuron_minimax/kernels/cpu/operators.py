@@ -16,8 +16,8 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, check_shapes
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
-# Up to so many rows a dense weight of the activations' dtype is read as it lies, as FEW_ROWS of
-# linear.h has it; for more it is left to the library.
+# Up to so many rows a dense weight of the activations' dtype is read as it lies; more are left to
+# the library.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12}
 
 
@@ -64,11 +64,18 @@ def expert_mlp(
 ) -> torch.Tensor:
     """`reference.ExpertMLP` for graphs: weights are not rounded, sums and silu are float32's.
 
-    With bfloat16 hidden and `pairs`, as in `linear`, experts with many tokens round silu(gate) * up
-    to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different kinds
-    are left to torch. Raises TypeError as `linear`.
+    With bfloat16 hidden and `pairs`, as in `linear`, experts with three tokens or more round
+    silu(gate) * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of
+    different kinds
+    are left to torch. Raises ValueError on shapes that do not belong together, and TypeError as
+    `linear`.
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
+    if affinity_TK.shape != expert_index_TK.shape:
+        raise ValueError(
+            f"affinity_TK has shape {list(affinity_TK.shape)}; expected one per chosen expert, "
+            f"{list(expert_index_TK.shape)}"
+        )
     gate_up, gate_up_scale, down, down_scale, block = weights
     for weight, scale in ((gate_up, gate_up_scale), (down, down_scale)):
         _check_dtypes(weight, scale)
