@@ -5,14 +5,16 @@ rule both ways.
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from neuron_minimax.backends.nxdi import options
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import ConfigError
+from neuron_minimax.errors import BackendError, ConfigError
 from neuron_minimax.planner import instances
 from neuron_minimax.planner.blockwise import token_blocks
 from neuron_minimax.planner.cases import REFUSE, WARN, Case
@@ -23,6 +25,7 @@ from neuron_minimax.planner.memory import (
     cache_bytes_per_token,
     checkpoint_bytes,
     rank_memory,
+    settled_scales,
 )
 from neuron_minimax.planner.report import plan_case, plan_deployment
 from neuron_minimax.planner.settings import DeploymentSettings, deployment_case
@@ -178,6 +181,78 @@ def test_expanded_scales_are_for_fp8_experts() -> None:
     expanded = deployment(expert_scales="expanded", fp8_experts=False)
     assert "R19" in refusals(replace(case(), deployment=expanded))
     assert "R19" not in refusals(replace(case(), deployment=deployment(fp8_experts=False)))
+
+
+def keeping(*modules: str) -> ModelConfig:
+    """The published model, converted with the experts' modules of these names kept in BF16."""
+    raw = published_config()
+    quantization = raw["quantization_config"] | {"modules_to_not_convert": modules}
+    return ModelConfig.from_dict(raw | {"quantization_config": quantization, "neuron_minimax": {}})
+
+
+@pytest.mark.parametrize(
+    ("kept", "expanded", "kernel"),
+    [
+        ((), "", ""),
+        (("layers.7.block_sparse_moe.expert_mlps.mlp_op.down_proj",), "layer 7 ", "layer 7 "),
+        (
+            ("expert_mlps.mlp_op.gate_up_proj",),
+            "layers 0, 1, 2, 3, 4, 5, 6, 7 and 54 more ",
+            "layers 0, 1, 2",
+        ),
+        (
+            ("layers.5.block_sparse_moe.expert_mlps", "layers.9.block_sparse_moe.expert_mlps"),
+            "",
+            "layers 5, 9 ",
+        ),
+    ],
+    ids=["none", "down of one layer", "gate and up of all", "two layers whole"],
+)
+def test_experts_that_are_kept_in_part_go_with_neither_expanded_scales_nor_the_kernel(
+    kept: tuple[str, ...], expanded: str, kernel: str
+) -> None:
+    model = keeping(*kept)
+    for changes, rule, named in (
+        ({"moe_tp_degree": 64, "moe_ep_degree": 1}, "R19", expanded),
+        ({"expert_kernel": "nki"}, "R14", kernel),
+    ):
+        judged = replace(case(**changes), config=model)
+        found = [
+            each.message for each in lint(judged) if (each.rule, each.severity) == (rule, REFUSE)
+        ]
+        assert len(found) == bool(named)
+        assert all(named in each for each in found)
+        with pytest.raises(BackendError, match=f"{rule} refuse") if named else nullcontext():
+            options.check(model, degrees_of(judged), force=False)
+
+
+def degrees_of(judged: Case) -> dict[str, Any]:
+    """The options of a compile of a case."""
+    taken = judged.deployment
+    return {
+        "tp_degree": taken.tp_degree,
+        "moe_tp_degree": taken.moe_tp_degree,
+        "moe_ep_degree": taken.moe_ep_degree,
+        "slots": taken.batch_size,
+        "expert_kernel": taken.expert_kernel,
+    }
+
+
+def test_scales_are_blocks_where_a_share_is_whole_blocks_both_ways() -> None:
+    raw = published_config()
+    for block, degree, settled in (
+        ([128, 128], 4, "block"),
+        ([64, 128], 24, "expanded"),
+        ([128, 64], 24, "expanded"),
+        ([64, 64], 24, "block"),
+    ):
+        quantization = raw["quantization_config"] | {"weight_block_size": block}
+        model = ModelConfig.from_dict(raw | {"quantization_config": quantization})
+        assert settled_scales("auto", model, degree) == settled, block
+        shared = case(
+            moe_tp_degree=degree, moe_ep_degree=1, tp_degree=degree, expert_scales="block"
+        )
+        assert ("R2" in refusals(replace(shared, config=model))) == (settled == "expanded"), block
 
 
 def test_batches_below_32_are_fine_without_expert_parallelism() -> None:

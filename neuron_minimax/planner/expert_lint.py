@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from neuron_minimax.checkpoint.header import BINARY_UNITS, size_text
 from neuron_minimax.errors import counted
-from neuron_minimax.families.family import EXPERT_ROLES
+from neuron_minimax.families.family import EXPERT_ROLES, LayerKind, Role
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.blockwise import (
     DEFAULT,
@@ -26,7 +26,10 @@ from neuron_minimax.planner.memory import (
     KERNEL_TOKENS,
     NEURON_E4M3_MAX,
     expert_scales,
+    fp8_expert_layers,
     has_fp8,
+    layers_text,
+    stays_fp8,
 )
 
 SHORTEST_CONTEXT = 2  # of every compile
@@ -190,6 +193,14 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             "expert_kernel nki takes FP8 experts with 128 x 128 block scales only",
             NEEDS_TORCH,
         )
+    elif kept := kept_layers(case):
+        yield Objection(
+            "R14",
+            REFUSE,
+            "expert_kernel nki takes experts whose weights are all FP8, and in "
+            f"{layers_text(kept)} modules_to_not_convert keeps some in BF16",
+            f"{NEEDS_TORCH}, or a conversion without them in --keep-in-bf16",
+        )
     elif case.deployment.batch_size > KERNEL_TOKENS:
         yield Objection(
             "R14",
@@ -215,8 +226,24 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
         )
 
 
+def expert_layers(case: Case) -> tuple[list[int], list[int]]:
+    """The layers whose experts are FP8 on the device, whole and in part."""
+    config = case.config
+
+    def is_fp8(role: Role, layer: int) -> bool:
+        return stays_fp8(config.family.weight_of(role), layer, config, case.deployment)
+
+    return fp8_expert_layers(config, is_fp8)
+
+
+def kept_layers(case: Case) -> list[int]:
+    """The layers with experts that are not FP8 whole."""
+    whole, _ = expert_layers(case)
+    return [layer for layer in case.config.layers_of(LayerKind.SPARSE) if layer not in whole]
+
+
 def repeated_scales(case: Case) -> Iterator[Objection]:
-    """R19: expanded scales take memory, and are for FP8 experts."""
+    """R19: expanded scales take memory, and are for experts that are FP8 whole."""
     deployment = case.deployment
     if not has_fp8(EXPERT_ROLES, case.config, deployment):
         if deployment.expert_scales == EXPANDED_SCALES:
@@ -228,6 +255,17 @@ def repeated_scales(case: Case) -> Iterator[Objection]:
             )
         return
     if expert_scales(case.config, deployment) != EXPANDED_SCALES:
+        return
+    _, partly = expert_layers(case)
+    if partly:
+        yield Objection(
+            "R19",
+            REFUSE,
+            f"expert_scales expanded takes experts whose weights are all FP8, and in "
+            f"{layers_text(partly)} modules_to_not_convert keeps some in BF16",
+            f"needs expert_scales {BLOCK_SCALES} at a share of whole blocks, or a conversion with "
+            f"all of them or none in --keep-in-bf16 ({case.config.family.experts_module})",
+        )
         return
     blocks = replace(deployment, expert_scales=BLOCK_SCALES)
     as_blocks = replace(case, deployment=blocks).memory.experts

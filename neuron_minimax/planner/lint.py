@@ -22,6 +22,7 @@ from neuron_minimax.planner.memory import (
     cache_bytes_per_token,
     has_fp8,
     heads,
+    whole_block,
 )
 from neuron_minimax.planner.sdks import SDKS
 
@@ -112,7 +113,7 @@ def whole_blocks(case: Case) -> Iterator[Objection]:
     """R2: a rank's share of a scaled weight is whole blocks, where a scale is of a block; NxD
     floor-divides the scale shape.
     """
-    rows = case.config.weight_block_size[0]
+    rows = whole_block(case.config)
     for shared in shared_channels(case):
         if not shared.fp8 or shared.size // shared.degree % rows == 0:
             continue
@@ -123,7 +124,7 @@ def whole_blocks(case: Case) -> Iterator[Objection]:
 def whole_heads(case: Case) -> Iterator[Objection]:
     """R2: the hidden size and a head are whole blocks, at whatever degrees."""
     config = case.config
-    rows = config.weight_block_size[0]
+    rows = whole_block(config)
     if stored_fp8(tuple(Role), case) and config.hidden_size % rows:
         yield Objection(
             "R2",
