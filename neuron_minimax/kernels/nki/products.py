@@ -19,7 +19,7 @@ from neuron_minimax.kernels.nki.loads import (
 PSUM_BANK = 512  # float32 values per partition and bank; one accumulation tile must fit in one bank
 INSTRUCTION_CYCLES = 64  # the least that the vector engine takes for one, at an element a cycle
 # From here on the scalar engine applies the scales, a block at a time, and the vector engine adds
-SCALAR_ENGINE_TOKENS = 64
+SCALAR_ENGINE_TOKENS = 24
 
 
 def block_scaled_product(moving, weight, scales, expert, buffers, tiles):
