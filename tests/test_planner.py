@@ -30,6 +30,7 @@ from neuron_minimax.planner.memory import (
 from neuron_minimax.planner.report import plan_case, plan_deployment
 from neuron_minimax.planner.settings import DeploymentSettings, deployment_case
 from tests.full_size import published_config
+from tests.published import published
 
 TRN3 = "trn3 Gen1 server (1/4 of Gen1)"
 PUBLISHED = ModelConfig.from_dict(published_config())
@@ -236,6 +237,22 @@ def degrees_of(judged: Case) -> dict[str, Any]:
         "slots": taken.batch_size,
         "expert_kernel": taken.expert_kernel,
     }
+
+
+@pytest.mark.parametrize(("batch_size", "refused"), [(64, False), (128, True)])
+def test_the_nki_kernel_is_refused_what_does_not_fit_its_memory(
+    batch_size: int, refused: bool
+) -> None:
+    """Experts of 6144 x 2560, in FP8."""
+    model = ModelConfig.from_dict(published("Qwen3-Coder-480B-A35B-FP8"))
+    wide = deployment(tp_degree=32, moe_ep_degree=32, expert_kernel="nki", batch_size=batch_size)
+    found = [
+        each for each in lint(replace(case(), config=model, deployment=wide)) if each.rule == "R14"
+    ]
+    assert [each.severity for each in found] == [REFUSE if refused else WARN]
+    if refused:
+        assert "128 tokens of 6144 features and 2560 channels need" in found[0].message
+        assert "tokens fit" in found[0].message
 
 
 def test_scales_are_blocks_where_a_share_is_whole_blocks_both_ways() -> None:

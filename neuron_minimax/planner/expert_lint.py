@@ -10,6 +10,7 @@ from neuron_minimax.checkpoint.header import BINARY_UNITS, size_text
 from neuron_minimax.errors import counted
 from neuron_minimax.families.family import EXPERT_ROLES, LayerKind, Role
 from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.kernels.nki.memory import ExpertSizes, overflow
 from neuron_minimax.planner.blockwise import (
     DEFAULT,
     TOKEN_BLOCK,
@@ -209,6 +210,13 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             f"{case.deployment.batch_size}",
             f"{NEEDS_TORCH}, or a smaller batch",
         )
+    elif said := overflow(kernel_sizes(case), case.deployment.batch_size):
+        yield Objection(
+            "R14",
+            REFUSE,
+            f"expert_kernel nki has too little memory: {said}",
+            f"{NEEDS_TORCH}, or fewer sequences or channels on a rank",
+        )
     else:
         yield Objection(
             "R14",
@@ -234,6 +242,15 @@ def expert_layers(case: Case) -> tuple[list[int], list[int]]:
         return stays_fp8(config.family.weight_of(role), layer, config, case.deployment)
 
     return fp8_expert_layers(config, is_fp8)
+
+
+def kernel_sizes(case: Case) -> ExpertSizes:
+    """What the kernel has on a rank."""
+    return ExpertSizes(
+        hidden=case.config.hidden_size,
+        channels=case.config.intermediate_size // case.deployment.moe_tp_degree,
+        expanded=expert_scales(case.config, case.deployment) == EXPANDED_SCALES,
+    )
 
 
 def kept_layers(case: Case) -> list[int]:

@@ -85,7 +85,7 @@ class Machine:
     in_use: Counter = field(default_factory=Counter)
     shared: list = field(default_factory=list)
     shared_used: int = 0
-    busy: "Storage | None" = None
+    busy: int | None = None  # the number of the tensor that the last product was of
     trips: list[int] = field(default_factory=list)  # of the first core's dynamic loops
     loops: int = 0  # dynamic loops of this core so far
     body: list | None = None  # the instructions of this pass through a dynamic loop

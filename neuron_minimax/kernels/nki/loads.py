@@ -7,11 +7,9 @@ weight. Features lie along partitions, 128 to a tile; the last tile may not be f
 import nki.isa as nisa
 import nki.language as nl
 
-PARTITIONS = 128  # also the block size: one block is one contraction tile
+from neuron_minimax.kernels.nki.memory import PARTITIONS, RING, ROWS_PER_LOAD
+
 QUADRANT = 32  # partitions that a shuffle reaches at once
-# Rows of blocks per DMA: 1.5 MB at the real size, far above the DMA's fixed cost of about 2 us
-ROWS_PER_LOAD = 4
-RING = 3  # weight buffers per projection: one in use, two in flight
 
 
 def register_of(value):

@@ -7,17 +7,14 @@ weight.
 import nki.isa as nisa
 import nki.language as nl
 
-from neuron_minimax.kernels.nki.loads import (
+from neuron_minimax.kernels.nki.loads import ceil_div, load_codes, row_size, spans
+from neuron_minimax.kernels.nki.memory import (
+    INSTRUCTION_CYCLES,
     PARTITIONS,
+    PSUM_BANK,
     ROWS_PER_LOAD,
-    ceil_div,
-    load_codes,
-    row_size,
-    spans,
 )
 
-PSUM_BANK = 512  # float32 values per partition and bank; one accumulation tile must fit in one bank
-INSTRUCTION_CYCLES = 64  # the least that the vector engine takes for one, at an element a cycle
 # From here on the scalar engine applies the scales, a block at a time, and the vector engine adds
 SCALAR_ENGINE_TOKENS = 24
 
@@ -179,17 +176,12 @@ def channel_scaled_product(activated, weight, scales, expert, ring, dtype):
         first = load * ROWS_PER_LOAD
         codes = ring[load % len(ring)]
         load_codes(codes, weight, expert, first, nisa.oob_mode.error)
-        stationary = []
-        moving = []
+        stationary = []  # type: ignore[var-annotated]  # NKI traces no annotations
+        moving = []  # type: ignore[var-annotated]
         left = channels - first * PARTITIONS
         for start, count, rows in spans(min(ROWS_PER_LOAD * PARTITIONS, left)):
-            scaled = times_scales(activated, scales, (first + start, count, rows), dtype)
-            for row in range(count):
-                blocks = codes[0:rows, start + row, :]
-                if dtype == nl.float32:
-                    blocks = widened(blocks)
-                stationary.append(blocks)
-                moving.append(scaled[:, row, :, :])
+            span = (first + start, count, rows)
+            add_operands((stationary, moving), codes, start, (activated, scales, span), dtype)
         for column in range(0, columns, group):
             width = min(group, columns - column)
             partial = nl.ndarray((PARTITIONS, width, tokens), dtype=nl.float32, buffer=nl.psum)
@@ -208,6 +200,21 @@ def channel_scaled_product(activated, weight, scales, expert, ring, dtype):
             else:
                 nisa.tensor_tensor(dst=summed, data1=summed, data2=partial, op=nl.add)
     return out
+
+
+def add_operands(operands, codes, start, scaled_by, dtype):
+    """Add the stationary and the moving operands of a span of channels: its codes from `start` on,
+    and its channels times their scales.
+    """
+    stationary, moving = operands
+    activated, scales, span = scaled_by
+    scaled = times_scales(activated, scales, span, dtype)
+    for row in range(span[1]):
+        blocks = codes[0 : span[2], start + row, :]
+        if dtype == nl.float32:
+            blocks = widened(blocks)
+        stationary.append(blocks)
+        moving.append(scaled[:, row, :, :])
 
 
 def times_scales(activated, scales, span, dtype):
