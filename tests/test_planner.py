@@ -381,6 +381,28 @@ def test_trn1_and_inf2_are_told_the_last_sdk_that_supports_them_and_newer_chips_
             assert not found
 
 
+def test_trn3_is_told_the_path_that_goes_on_and_other_chips_are_not() -> None:
+    for name in instances.names():
+        found = [finding for finding in lint(case(name)) if finding.rule == "R20"]
+        assert [finding.severity for finding in found] == [WARN] * (instance(name).family == "trn3")
+        assert all("--backend torch-neuron" in finding.fix for finding in found)
+    native = [each for each in lint(replace(case(TRN3), fp8_max=448)) if each.rule == "R9"]
+    assert "or --backend torch-neuron, which looks every code up" in native[0].fix
+
+
+def test_trn3_has_the_cores_and_memory_that_its_page_gives() -> None:
+    """Gen1: 64 chips, 9,216 GiB and 313.6 TB/s in 4 servers; Gen2: 144, 20,736 and 705.6 in 36."""
+    for name, chips, gib, terabytes, servers in (
+        (TRN3, 64, 9216, 313.6, 4),
+        ("trn3 Gen2 server (1/36 of Gen2)", 144, 20736, 705.6, 36),
+    ):
+        machine = instance(name)
+        assert machine.logical_cores * machine.logical_nc_config * servers == 8 * chips
+        assert machine.device_memory * servers == gib * GIB
+        bandwidth = machine.bandwidth_per_core * machine.logical_cores * servers
+        assert bandwidth == pytest.approx(terabytes * 1e12)
+
+
 def test_the_planner_needs_no_torch() -> None:
     code = "import sys, neuron_minimax.planner.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
