@@ -261,6 +261,24 @@ def test_codes_above_240_reach_the_result_as_nan_instead_of_wrong_numbers(kernel
     assert kernel[0].expert_mlp(*case.arguments()).isnan().all()
 
 
+def test_codes_up_to_448_are_read_by_the_cores_that_have_them_alone(kernel):
+    case = Case(tokens=2)
+    *inputs, weights = case.arguments()
+    halved = kernel[0].expert_mlp(*inputs, weights)
+    doubled = weights._replace(
+        gate_up=(weights.gate_up.float() * 1.75).to(torch.float8_e4m3fn),
+        down=(weights.down.float() * 1.75).to(torch.float8_e4m3fn),
+    )
+    assert max(each.float().abs().max() for each in (doubled.gate_up, doubled.down)) > 240
+    module, _ = nki_interpreter.load(KERNEL, generation=4)
+    out = module.expert_mlp(*inputs, doubled, ocp_codes=True)
+    case.gate_up, case.down = doubled.gate_up, doubled.down
+    assert relative_error(out, slow_expert_mlp(case)) < 1e-5
+    assert torch.equal(module.expert_mlp(*inputs, weights), halved)
+    with pytest.raises(nki_interpreter.HardwareError, match="not with float8_e4m3fn"):
+        kernel[0].expert_mlp(*inputs, doubled, ocp_codes=True)
+
+
 def test_what_the_kernel_does_not_take_is_refused_by_name(kernel):
     expert_mlp = kernel[0].expert_mlp
     with pytest.raises(ValueError, match="1 to 128 tokens"):

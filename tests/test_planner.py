@@ -287,7 +287,8 @@ def test_ocp_codes_are_refused_below_trn3_and_unproven_there() -> None:
 
 def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it() -> None:
     kernel = deployment(expert_kernel="nki")
-    assert "R14" in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
+    assert "R14" in refusals(replace(case(), deployment=kernel, fp8_max=448))
+    assert "R14" not in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
     assert "R14" in refusals(replace(case("trn1.32xlarge"), deployment=kernel))
     assert "R14" not in refusals(replace(case(), deployment=kernel))
     assert any(

@@ -25,7 +25,6 @@ from neuron_minimax.planner.memory import (
     EXPANDED_SCALES,
     EXPERT_SCALES,
     KERNEL_TOKENS,
-    NEURON_E4M3_MAX,
     expert_scales,
     fp8_expert_layers,
     has_fp8,
@@ -167,7 +166,7 @@ def blockwise_kernels(case: Case) -> Iterator[Objection]:
 
 
 def expert_kernel(case: Case) -> Iterator[Objection]:
-    """R14: the NKI expert kernel needs trn2's NKI, and reads codes as the E4M3 that ends at 240."""
+    """R14: the NKI expert kernel needs NKI of trn2 or later, and reads codes as the chip's E4M3."""
     if case.deployment.expert_kernel != "nki":
         return
     if not case.config.family.architecture.has_experts:
@@ -224,12 +223,12 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             "expert_kernel nki has run on a simulator only",
             "check it with `neuron-minimax check-device` first",
         )
-    if case.fp8_max > NEURON_E4M3_MAX:
+    if case.fp8_max > case.instance.e4m3_max:
         yield Objection(
             "R14",
             REFUSE,
-            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has "
-            f"codes up to {case.fp8_max}, which it would read as infinity or NaN",
+            f"expert_kernel nki reads codes up to {case.instance.e4m3_max} there; this conversion "
+            f"has codes up to {case.fp8_max}, which it would read as infinity or NaN",
             f"{NEEDS_TORCH}, or a conversion with --fp8-range neuron",
         )
 

@@ -287,9 +287,7 @@ class NeuronModelConfig(imports.InferenceConfig):
             )
 
     def _validate_code_range(self) -> None:
-        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native, and not for the
-        NKI kernel.
-        """
+        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native."""
         largest = largest_code(self.model_config)
         if largest == NEURON_E4M3_MAX:
             return
@@ -306,12 +304,6 @@ class NeuronModelConfig(imports.InferenceConfig):
                 f"the checkpoint has FP8 codes up to {largest}, and {' and '.join(casts)} would "
                 f"have them read up to {NEURON_E4M3_MAX}; unset them, or convert with --fp8-range "
                 "neuron"
-            )
-        if self.expert_kernel == "nki":
-            raise ConfigError(
-                f"the checkpoint has FP8 codes up to {largest}, and expert_kernel='nki' reads E4M3 "
-                f"up to {NEURON_E4M3_MAX}; convert with --fp8-range neuron, or use "
-                "expert_kernel='torch'"
             )
 
     def _validate_sampling(self) -> None:

@@ -66,6 +66,7 @@ def expert_mlp(
     affinity_TK: torch.Tensor,
     weights: ExpertWeights,
     cores: int = 1,
+    ocp_codes: bool = False,
 ) -> torch.Tensor:
     """`kernels.reference.ExpertMLP` on a NeuronCore; `cores` physical cores (the logical core size)
     share the visits.
@@ -75,9 +76,10 @@ def expert_mlp(
     of hidden; down product the same way; times affinity and summed over experts in float32, rounded
     once to the dtype of hidden. With expanded scales (gate_up [E,H/128,2I], down [E,I,H/128])
     silu(gate) * up is multiplied by the scale of its channel before it is rounded, and I need not
-    be a multiple of 128. The codes must be within +-240 (`--fp8-range neuron`). With float32
-    hidden (a test mode) the codes are widened to float32 on the chip. Raises ValueError on shapes,
-    blocks or weights this kernel does not take, or does not have the memory for.
+    be a multiple of 128. The codes must be within +-240 (`--fp8-range neuron`), but with
+    `ocp_codes` (`--fp8-range ocp`), which NeuronCore-v4 (trn3) and later ones alone read. With
+    float32 hidden (a test mode) the codes are widened to float32 on the chip. Raises ValueError on
+    shapes, blocks or weights this kernel does not take, or does not have the memory for.
     """
     expanded = has_expanded_scales(weights)
     unscaled = weights._replace(gate_up_scale=None, down_scale=None)
@@ -112,7 +114,10 @@ def expert_mlp(
     plan = plan_visits(expert_index_TK, affinity_TK, gate_up.shape[0], cores)
     # The weights go in as they are: a view as bytes has no XLA lowering and would cut them out of a
     # traced graph.
-    out_CTH = expert_mlp_kernel[cores](hidden_TH, *plan, gate_up, gate_up_scale, down, down_scale)
+    native = (True,) if ocp_codes else ()  # no operand of a graph otherwise
+    out_CTH = expert_mlp_kernel[cores](
+        hidden_TH, *plan, gate_up, gate_up_scale, down, down_scale, *native
+    )
     return out_CTH.sum(dim=0).to(hidden_TH.dtype)
 
 
@@ -131,7 +136,15 @@ def has_expanded_scales(weights: ExpertWeights) -> bool:
 
 @nki.jit
 def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
-    hidden_TH, rounds, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale
+    hidden_TH,
+    rounds,
+    visits,
+    affinity_VT,
+    gate_up,
+    gate_up_scale,
+    down,
+    down_scale,
+    ocp_codes=False,
 ):
     """Run the visits on this core: hidden [T,H], the plan of plan_visits, weights of ExpertWeights.
 
@@ -148,8 +161,9 @@ def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
         cores = nl.num_programs(axes=0)
 
     hidden = load_transposed(hidden_TH)
-    gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2])
-    down_ring = weight_ring(ceil_div(channels, PARTITIONS), hidden_size)
+    codes = nl.float8_e4m3fn if ocp_codes else nl.float8_e4m3
+    gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2], codes)
+    down_ring = weight_ring(ceil_div(channels, PARTITIONS), hidden_size, codes)
     out = nl.ndarray((PARTITIONS, hidden_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=out, value=0.0)
 

@@ -88,12 +88,12 @@ def store_transposed(result, core, columns):
     nisa.dma_copy(dst=result[core], src=rows)
 
 
-def weight_ring(row_blocks, columns):
+def weight_ring(row_blocks, columns, dtype):
     """Buffers [P, rows of blocks, columns] of codes, empty."""
     rows = min(ROWS_PER_LOAD, row_blocks)
     ring = []
     for _ in range(RING):  # a plain loop: NKI traces it
-        codes = nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf)
+        codes = nl.ndarray((PARTITIONS, rows, columns), dtype=dtype, buffer=nl.sbuf)
         ring.append(codes)
     return ring
 
@@ -112,7 +112,7 @@ def load_codes(tile, weight, expert, first, oob_mode):
                 offset=(first + start) * PARTITIONS * columns,
                 scalar_offset=expert,
                 indirect_dim=0,
-                dtype=nl.float8_e4m3,
+                dtype=tile.dtype,
             ),
             oob_mode=oob_mode,
         )
