@@ -80,6 +80,7 @@ XLA_TORCH ?= torch==2.9.1+cpu
 
 trace-neuron: neuron-sources .venv-xla/stamp
 	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m pytest tests/neuron/test_tracing.py tests/neuron/test_backend.py -k graphs
+	.venv-xla/bin/python -m pytest tests/test_rank_graphs.py -k torch_xla
 
 # Writes tests/data/neuron_traces.json anew; look at what changed in it.
 record-neuron: neuron-sources .venv-xla/stamp

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import training
+from benchmarks import kernel_model, training
 from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
@@ -146,6 +147,19 @@ def test_the_trainers_that_are_compared_take_the_same_steps(tmp_path, experts):
     assert ours.losses[-1] < ours.losses[0] - 0.1
     assert ours.losses == pytest.approx(theirs.losses, rel=2e-4)
     assert min(ours.rate, theirs.rate, ours.cpu_rate, theirs.cpu_rate) > 0
+
+
+@pytest.mark.slow
+def test_the_page_of_the_kernel_has_the_models_tables_and_what_they_say():
+    page = (Path(__file__).parents[1] / "docs" / "fp8_kernel.md").read_text(encoding="utf-8")
+    visits = kernel_model.visits_table()
+    assert f"\n{visits}\n" in page
+    assert f"\n{kernel_model.shares_table(kernel_model.SHARES, [1])}\n" in page
+    lines = [line.strip("| ").split(" | ") for line in visits.splitlines()[2:]]
+    by_memory = [int(cells[0]) for cells in lines if cells[7] == "DMA"]
+    slower = [int(cells[0]) for cells in lines if float(cells[8]) <= 1]
+    assert f"Up to {max(by_memory)} tokens the memory is the limit" in page
+    assert f"from {min(slower)} tokens on weights kept in BF16 would be faster" in page
 
 
 def test_a_draft_is_what_followed_the_last_three_tokens_and_is_right_up_to_the_first_other():

@@ -3,6 +3,7 @@ a run by ranks.
 """
 
 import json
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_minimax.backends.nxdi.coverage import check_checkpoint
 from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig, expert_share
+from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families import Role, target_scale_name
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.kernels.reference import expand_scale
@@ -138,6 +141,26 @@ def test_codes_and_scales_of_experts_are_padded_and_routers_are_not() -> None:
         padded = state[name.format(l=0)].view(torch.uint8)
         assert padded.tolist() == [[0, 1], [2, 3], [4, 5], [0, 0]]
         assert state[target_scale_name(name).format(l=0)].tolist() == [[1], [1], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (8,), (8, 1), (8, 2, 2), (8, 4, 2), (8, 2, 6), (8, 2, 384), (8, 384, 2)],
+    ids=str,
+)
+def test_scales_that_are_not_one_for_each_block_are_left_for_coverage_to_name(
+    shape: tuple[int, ...],
+) -> None:
+    config = ModelConfig.from_dict(tiny_config(intermediate_size=192))
+    names = [target_scale_name(config.family.rule_of(role).target).format(l=0) for role in EXPERTS]
+    state = {names[0]: torch.ones(shape), names[1]: torch.ones(8, 2, 3)}
+    given = dict(state)
+    expand_scales(state, config, [0, 1])
+    assert state.keys() == given.keys()
+    assert all(state[name] is given[name] for name in given)
+    parameters = {name: torch.nn.Parameter(torch.ones(8, 3, 3)) for name in names}
+    with pytest.raises(CheckpointError, match=re.escape(f"{names[1]} has shape [8, 2, 3], but")):
+        check_checkpoint(parameters, state, 8)
 
 
 @pytest.mark.parametrize("name", RECORDED["tiny"])

@@ -222,7 +222,7 @@ def test_pruned_experts_are_padded_where_no_degrees_that_divide_them_are_nearly_
     deployment = found.deployment
     taken = (deployment.tp_degree, deployment.moe_tp_degree, deployment.moe_ep_degree)
     assert (taken, found.to_json()["padding_experts"]) == (degrees, padding)
-    said = [warning.message for warning in found.warnings if warning.rule == "R20"]
+    said = [warning.message for warning in found.warnings if warning.rule == "R21"]
     assert [f"{padding} of its ranks" in message for message in said] == [True] * bool(padding)
     noted = f"{padding} of moe_ep {degrees[2]} with an expert of zeros" in found.render()
     assert noted == (bool(padding) and bool(found.proposals))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.model.decoder import Decoder
@@ -116,6 +117,21 @@ def aligned(tmp_path_factory) -> Path:
 
 def loaded(directory: Path, rank: int, *degrees: int):
     return load_rank(directory, shard_of(ModelConfig.from_dir(directory), rank, *degrees))
+
+
+def test_codes_up_to_448_are_looked_up_as_those_up_to_240_are(tmp_path):
+    """The published codes as they are, and halved with scales doubled."""
+    source = Checkpoint(write_tiny(tmp_path / "published"))
+    largest = {}
+    logits = {}
+    for name in FP8Range:
+        plan_conversion(source, Layout(fp8_range=name)).write(tmp_path / name)
+        part = loaded(tmp_path / name, 0, 1, 1)
+        codes = [each for each in part.model.state_dict().values() if each.dtype == U8]
+        largest[name] = max(int((each & 0x7F).max()) for each in codes)
+        logits[name] = part.model(some_ids())[0]
+    assert largest["neuron"] < 0x78 <= largest["ocp"] < 0x7F
+    assert (logits["ocp"] - logits["neuron"]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("degrees", [(2, 1), (2, 2), (4, 2), (4, 4)])

@@ -119,10 +119,10 @@ class Weight:
 
     @property
     def float32_only(self) -> bool:
-        """True where less than float32 is refused.
+        """True where the published checkpoint stores float32, which a conversion keeps: routing.
 
-        Routing needs float32: bias values are 4.7 to 9.5, where BF16 steps are 0.03 to 0.06 and
-        flip experts.
+        A checkpoint that stores it in less is widened, and a report says so: bias values are 4.7 to
+        9.5, where BF16 steps are 0.03 to 0.06 and flip experts. FP8 is refused.
         """
         return self.published_dtype == "F32"
 

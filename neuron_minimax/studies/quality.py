@@ -25,6 +25,7 @@ from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
+from neuron_minimax.families.fields import BESIDE_ROPE
 from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.model.decoder import Decoder
@@ -298,11 +299,18 @@ def measure_lengths(
     }  # fmt: skip
     rows = {}
     for name, scaling in settings.items():
-        config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
+        config = ModelConfig.from_dict(with_rope(opened.config.raw, scaling or {}))
         with progress.stage(f"perplexity, RoPE {name}", chats, "chats") as advance:
             model = Decoder(config, convert_hf_to_neuron_state_dict(published, config))
             rows[name] = perplexities(model, examples, bounds, advance)
     return LengthReport(bounds=tuple(bounds), rows=rows)
+
+
+def with_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of either style with this scaling in place of its own."""
+    stored = raw.get("rope_parameters") or {}
+    kept = {name: stored[name] for name in BESIDE_ROPE if name in stored}
+    return {**raw, "rope_parameters": None, "rope_scaling": {**kept, **scaling}}
 
 
 def long_chat(encoder: Encoder, seed: int) -> Example:

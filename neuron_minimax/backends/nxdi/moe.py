@@ -17,6 +17,7 @@ from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families.family import Role, RouterKind
 from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
+from neuron_minimax.planner.memory import NEURON_E4M3_MAX, largest_code
 
 # NxD's name for what a kind makes scores of logits with.
 ACTIVATIONS = {RouterKind.SIGMOID_BIAS: "sigmoid", RouterKind.SOFTMAX: "softmax"}
@@ -140,7 +141,7 @@ class KernelExperts(imports.ExpertMLPsV2):
         return (here_TKE * places_E).sum(dim=-1, dtype=torch.int32) - 1
 
 
-def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
+def expert_kernel(name: str, cores: int, ocp_codes: bool = False) -> ExpertMLP | None:
     """The kernel for token generation, on `cores` physical cores per rank; None for "torch", NxD's
     own operations.
     """
@@ -148,7 +149,7 @@ def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
         return None
     from neuron_minimax.kernels.nki import expert_mlp
 
-    return partial(expert_mlp.expert_mlp, cores=cores)
+    return partial(expert_mlp.expert_mlp, cores=cores, ocp_codes=ocp_codes)
 
 
 def build_moe(config: Any, layer: int) -> nn.Module:
@@ -161,7 +162,11 @@ def build_moe(config: Any, layer: int) -> nn.Module:
     block.router = NeuronRouter(config.model_config, config.padding)
     if config.expands_scales(layer):
         expand(block.expert_mlps.get_mlp_op(), config.model_config)
-    kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
+    kernel = expert_kernel(
+        config.expert_kernel,
+        config.neuron_config.logical_nc_config,
+        ocp_codes=largest_code(config.model_config) > NEURON_E4M3_MAX,
+    )
     if kernel is not None:
         block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
     return block.eval()
