@@ -19,7 +19,7 @@ from neuron_minimax.kernels.reference import (
     expert_mlp,
     linear,
 )
-from neuron_minimax.model.static_cache import LayerCache
+from neuron_minimax.model.cache import LayerCache
 
 LinearKernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor

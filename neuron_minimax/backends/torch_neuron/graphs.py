@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from neuron_minimax.backends.torch_neuron.caches import BlockCache, SlotCache
 from neuron_minimax.backends.torch_neuron.kernels import decoded_codes, static_kernels
-from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.cache import KVCache, LayerCache
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import frequencies
-from neuron_minimax.model.static_cache import BlockCache, LayerCache, SlotCache
 
 
 class RankGraph(nn.Module):
