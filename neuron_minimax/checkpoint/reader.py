@@ -4,7 +4,7 @@ or as zero-copy views of the mapped files, block scales as the factors that they
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -139,6 +139,16 @@ class TensorDirectory:
         with self._opened(entry.shard) as descriptor:
             _read_into(found, descriptor, start, entry)
         return found
+
+    def fill(self, name: str, parts: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Fill each part, which is contiguous memory, with the tensor's bytes from an offset on.
+
+        Raises CheckpointError when the file cannot be read, or has become shorter.
+        """
+        entry = self._readable(name)
+        with self._opened(entry.shard) as descriptor:
+            for part, offset in parts:
+                _read_into(part, descriptor, entry.start + offset, entry)
 
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor in its stored dtype, zero-copy over the mapped file."""
