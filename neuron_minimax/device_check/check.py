@@ -184,7 +184,7 @@ def check_device(
         )
     module = options_module(backend)
     resolved = module.check_options(config, options)
-    module.environment()
+    module.environment(resolved)
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(
         Converted.open(converted, read_shards=False)
     ):
