@@ -29,7 +29,7 @@ from tests.tiny_tokenizer import write_tokenizer
 from tests.tiny_traced import VOCAB, answer_alone
 from tests.waiting import WAIT, wait_until
 
-TOLERANCE = 2e-5  # Measured: at most 3e-6.
+TOLERANCE = 2e-5  # Measured: at most 6e-6, for logits of up to 4.4.
 SEQ_LEN = 96
 OPTIONS = {"slots": 2, "seq_len": SEQ_LEN, "buckets": [8, 80]}
 FAMILIES = ("minimax_m2", "qwen3_moe")
