@@ -113,11 +113,11 @@ def compile(
 ) -> CompileReport:
     """Compile a converted directory into `traced`, or recognize that this was done.
 
-    `backend` is "cpu" or "neuron"; `options` are the backend's own, under the names of the command
-    line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles in any case;
-    `check` reads every byte of a compile that is there, weights too, and makes again what is
-    damaged. The weights are hard links to the converted shards, or stay where they are when that is
-    on another file system; with `copy_weights` they are copies, and `traced` needs no other
+    `backend` is "cpu", "neuron" or "torch-neuron"; `options` are the backend's own, under the names
+    of the command line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles
+    in any case; `check` reads every byte of a compile that is there, weights too, and makes again
+    what is damaged. The weights are hard links to the converted shards, or stay where they are when
+    that is on another file system; with `copy_weights` they are copies, and `traced` needs no other
     directory. `progress` hears of each graph. Raises BackendError on bad options, when another
     compile is writing to `traced`, when it holds something else, or when its disk is too small, and
     ConversionError when the converted directory is damaged.

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernel_model, training
+from benchmarks import kernel_model, rank_layer, training
 from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
 from benchmarks.speculation import drafts_right
 from benchmarks.suite import collect
+from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, from_json, render, render_markdown, row, summary, to_json
+from neuron_minimax.config import ModelConfig
 
 
 def rated(what: str, ours: float, peer: float = 10.0) -> Row:
@@ -173,3 +175,10 @@ def test_a_draft_is_what_followed_the_last_three_tokens_and_is_right_up_to_the_f
     )
     # An answer that repeats itself is looked up in itself: the nearest time counts.
     assert drafts_right([], list("abcabcabc"), 2)[-1] == (2, 2)
+
+
+def test_a_layer_with_other_experts_is_another_one(tmp_path):
+    small = {"hidden_size": 128, "num_attention_heads": 8, "num_experts_per_tok": 1}
+    for experts in (2, 3):
+        layer = rank_layer.layer_of(tmp_path, real_layers(1, experts, 64) | small)
+        assert ModelConfig.from_dir(layer).num_local_experts == experts

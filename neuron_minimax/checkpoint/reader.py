@@ -137,6 +137,16 @@ class TensorDirectory:
             _read_into(found, read, start, entry)
         return found
 
+    def fill(self, name: str, parts: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Fill each part, which is contiguous memory, with the tensor's bytes from an offset on.
+
+        Raises CheckpointError when the file cannot be read, or has become shorter.
+        """
+        entry = self._readable(name)
+        with self.files.opened(entry.shard) as read:
+            for part, offset in parts:
+                _read_into(part, read, entry.start + offset, entry)
+
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor in its stored dtype, zero-copy over the mapped file."""
         import torch

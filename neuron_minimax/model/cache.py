@@ -16,9 +16,30 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
+class LayerCache(Protocol):
+    """What a layer asks of a cache."""
+
+    def write(
+        self,
+        layer: int,
+        rows_B: torch.Tensor,
+        positions_BT: torch.Tensor,
+        key_BTKD: torch.Tensor,
+        value_BTKD: torch.Tensor,
+    ) -> None:
+        """Store T tokens of sequences `rows_B` at their positions."""
+        ...
+
+    def read(
+        self, layer: int, rows_B: torch.Tensor | None, filled: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B,K,filled,D] of sequences `rows_B`, or of all in order (None)."""
+        ...
+
+
 @runtime_checkable
-class Cache(Protocol):
-    """What the decoder asks of a cache, once a pass (`reserve`, `lengths`) and in every layer.
+class Cache(LayerCache, Protocol):
+    """What the decoder asks of a cache: once a pass, and in every layer as LayerCache says.
 
     lengths   [B] int64, how many positions each sequence holds: where its next token stands.
               Setting smaller ones shortens the sequences
@@ -36,23 +57,6 @@ class Cache(Protocol):
         Returns how many positions attention reads. Raises GenerationError naming the sequence that
         does not fit, before anything is written.
         """
-        ...
-
-    def write(
-        self,
-        layer: int,
-        rows_B: torch.Tensor,
-        positions_BT: torch.Tensor,
-        key_BTKD: torch.Tensor,
-        value_BTKD: torch.Tensor,
-    ) -> None:
-        """Store T tokens of sequences `rows_B` at their positions."""
-        ...
-
-    def read(
-        self, layer: int, rows_B: torch.Tensor | None, filled: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B,K,filled,D] of sequences `rows_B`, or of all in order (None)."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.families.family import RouterKind
+from neuron_minimax.families.family import Role, RouterKind
 from neuron_minimax.fp8 import block_grid
 from neuron_minimax.kernels.reference import ExpertWeights
 from neuron_minimax.model.layers import Linear, Step, StoredWeight, take
@@ -44,7 +44,10 @@ class Router(nn.Module):
         self.kind = config.family.architecture.router
         self.experts_per_token = config.num_experts_per_tok
         self.normalised = config.norm_topk_prob
-        self.linear_router = StoredWeight(config.num_local_experts, config.hidden_size)
+        float32_only = config.family.weight_of(Role.ROUTER).float32_only
+        self.linear_router = StoredWeight(
+            config.num_local_experts, config.hidden_size, float32_only=float32_only
+        )
         if self.kind is RouterKind.SIGMOID_BIAS:
             # A buffer, not a parameter: training moves it by a rule of its own, without a gradient.
             bias_E = torch.empty(config.num_local_experts, device="meta")
@@ -72,13 +75,13 @@ class Router(nn.Module):
         return Routing(scores_TE, index_TK, affinity_TK)
 
     def assign(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Take the bias out of `state`, widened to float32.
+        """Take the bias out of `state`.
 
-        Raises CheckpointError when it is missing or of another shape.
+        Raises CheckpointError when it is missing, of another shape, or not in float32.
         """
         if self.kind is RouterKind.SIGMOID_BIAS:
             ((buffer, empty),) = self.named_buffers(name, recurse=False)
-            self.e_score_correction_bias = take(state, buffer, tuple(empty.shape)).float()
+            self.e_score_correction_bias = take(state, buffer, tuple(empty.shape), (torch.float32,))
 
 
 def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.errors import NeuronMiniMaxError, counted
+from neuron_minimax.errors import BackendError, NeuronMiniMaxError, counted
 from neuron_minimax.generation.engine import (
     Counters,
     Engine,
@@ -126,11 +126,19 @@ class EngineThread:
     that have a slot at once.
 
     Each round it drops what was cancelled or is late, admits waiting requests in order of arrival,
-    and lets the engine do one round.
+    and lets the engine do one round. When the backend has failed for good it gives up, and calls
+    `on_lost` with why.
     """
 
-    def __init__(self, backend: Backend, metrics: Metrics, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: Metrics,
+        max_waiting: int = 256,
+        on_lost: Callable[[BackendError], None] = lambda why: None,
+    ) -> None:
         self.metrics = metrics
+        self._on_lost = on_lost
         self._engine = Engine(backend)
         self._max_waiting = max_waiting
         self._waiting: deque[ServedRequest] = deque()
@@ -257,6 +265,9 @@ class EngineThread:
         positions = engine.slots * engine.backend.capabilities.seq_len
         self.metrics.running.set(engine.occupied)
         self.metrics.kv_use.set(engine.held_tokens / positions)
+        if engine.backend.failure is not None:
+            self.give_up()
+            self._on_lost(engine.backend.failure)
 
     def _drop(self) -> None:
         """Give up what was cancelled or is late, running or waiting."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.base import LOGIT_ROWS, Backend, Capabilities
+from neuron_minimax.backends.cpu import graphs as cpu_graphs
 from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
 from neuron_minimax.backends.manifest import Manifest
 from neuron_minimax.convert.plan import Converted
@@ -104,8 +105,6 @@ class CompiledBackend(CPUBackend):
         self, model: Converted, read: Callable[[str], bytes], engine: str, options: CPUOptions
     ) -> None:
         """`read` gives the bytes of a compiled file; `engine` is the one that it was made for."""
-        from neuron_minimax.backends.cpu import graphs as cpu_graphs
-
         self.model_directory = model.directory
         compute = COMPUTE_DTYPES[options.compute]
         self.model = Decoder.from_converted(model, compute=compute, byte_codes=True)
@@ -198,13 +197,11 @@ def build(
     parsed = CPUOptions.parse(options)
     if parsed.engine == "eager":
         return {}, [EAGER_AS_ASKED]
-    from neuron_minimax.backends.cpu.graphs import build_graphs
-
     notes = []
     try:
         if parsed.engine == "exported":
             notes = [EXPORTED_AS_ASKED if compiler() else NO_COMPILER]
-        return build_graphs(model, graphs, parsed, progress), notes
+        return cpu_graphs.build_graphs(model, graphs, parsed, progress), notes
     except Exception as error:  # whatever an export or a compiler may raise
         said = str(error).strip().splitlines() or ["no message"]
         problem = f"{type(error).__name__}: {said[0]}"
@@ -221,7 +218,8 @@ def build(
             f"torch {version} could not compile this model ({problem}): the exported graphs run "
             "instead"
         )
-        return build_graphs(model, graphs, replace(parsed, engine="exported"), progress), [note]
+        exported = replace(parsed, engine="exported")
+        return cpu_graphs.build_graphs(model, graphs, exported, progress), [note]
 
 
 def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:

@@ -105,6 +105,8 @@ def check_options(
     return {**asdict(chosen), "buckets": list(chosen.buckets)}
 
 
-def environment() -> tuple[dict[str, str], dict[str, str | list[str]]]:
-    """Versions and machine features that compiled graphs depend on."""
+def environment(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, str | list[str]]]:
+    """Versions and machine features that compiled graphs depend on, whatever the options are."""
     return versions_of(["torch"], SOURCES), cpu_here()

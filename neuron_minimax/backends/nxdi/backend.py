@@ -82,9 +82,9 @@ def untested_versions(instance: str) -> list[str]:
     return untested(sdk_for(instances.instance(instance).family), installed_versions())
 
 
-def environment() -> tuple[dict[str, str], dict[str, Any]]:
-    """Versions of the Neuron packages. Raises BackendError with AWS's install line when one is not
-    there.
+def environment(options: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Versions of the Neuron packages, whatever the options are. Raises BackendError with AWS's
+    install line when one is not there.
     """
     versions = versions_of(["torch"], SOURCES)
     for distribution, package in PACKAGES.items():

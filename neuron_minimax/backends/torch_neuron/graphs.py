@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from neuron_minimax.backends.torch_neuron.caches import BlockCache, SlotCache
 from neuron_minimax.backends.torch_neuron.kernels import decoded_codes, static_kernels
-from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.cache import KVCache, LayerCache
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import frequencies
-from neuron_minimax.model.static_cache import BlockCache, LayerCache, SlotCache
 
 
 class RankGraph(nn.Module):
@@ -32,8 +32,9 @@ class RankGraph(nn.Module):
             self.register_buffer(f"keys_{layer}", keys)
             self.register_buffer(f"values_{layer}", values)
         per_pair, self.rope_magnitude = frequencies(model.config)
-        self.register_buffer("rope_frequencies", per_pair)
-        self.register_buffer("code_values", decoded_codes())
+        device = cache.keys[0].device
+        self.register_buffer("rope_frequencies", per_pair.to(device))
+        self.register_buffer("code_values", decoded_codes().to(device))
 
     def cached(self, kind: str) -> list[torch.Tensor]:
         """The "keys" or "values" of every layer."""
@@ -123,6 +124,33 @@ class ContextEncoding(SlotGraph):
         return self.logits(last_1H)[0], hidden_1TH[0]
 
 
+class Logits(SlotGraph):
+    """The head alone, for positions of a prompt that are asked for."""
+
+    def forward(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Logits [R,V] float32 of final hidden states."""
+        return self.logits(hidden_RH)
+
+
+class CopySlot(SlotGraph):
+    """One slot's keys and values at some positions, in all layers, copied to another slot."""
+
+    def forward(
+        self,
+        source_1: torch.Tensor,
+        target_1: torch.Tensor,
+        start_1: torch.Tensor,
+        end_1: torch.Tensor,
+    ) -> torch.Tensor:
+        """Copy positions start to end - 1; returns their number [1]."""
+        places_C = torch.arange(self.seq_len + 1, device=start_1.device)
+        copied_C1 = ((places_C >= start_1) & (places_C < end_1))[:, None]
+        for stored in (*self.cached("keys"), *self.cached("values")):
+            both = torch.where(copied_C1, stored[source_1], stored[target_1])
+            stored[target_1] = both
+        return end_1 - start_1
+
+
 class BlockStep(RankGraph):
     """T tokens of each of B sequences over a cache of blocks; B and T are those of the inputs."""
 
@@ -145,8 +173,9 @@ class BlockStep(RankGraph):
 
 
 def slot_cache(model: Decoder, slots: int, seq_len: int) -> KVCache:
-    """An empty cache of a rank's heads for SlotGraph."""
-    return KVCache.allocate(model.shard.own_heads, slots, seq_len + 1, model.compute)
+    """An empty cache of a rank's heads for SlotGraph, on the model's device."""
+    with torch.device(model.embed_tokens.weight.device):
+        return KVCache.allocate(model.shard.own_heads, slots, seq_len + 1, model.compute)
 
 
 def block_cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
