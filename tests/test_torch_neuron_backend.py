@@ -320,6 +320,13 @@ def test_a_group_that_cannot_hold_the_model_is_refused_before_a_rank_starts(mode
         models["minimax_m2"].compiled("large", tp_degree=3, moe_tp_degree=3)
 
 
+def test_a_command_that_torchrun_has_started_is_refused(models, monkeypatch):
+    traced = models["minimax_m2"].compiled("one", tp_degree=1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(BackendError, match=r"itself .* run it without torchrun"):
+        load(traced)
+
+
 def test_the_command_line_says_whose_an_option_is(models, tmp_path, capsys):
     converted = models["minimax_m2"].directory / "converted"
     command = ["compile", str(converted), str(tmp_path), "--tp-degree", "2"]

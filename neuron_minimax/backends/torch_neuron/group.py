@@ -31,8 +31,8 @@ from neuron_minimax.processes import isolated
 MAIN = "from neuron_minimax.backends.torch_neuron.rank import main; main()"
 SHOWN_LINES = 20  # of what a rank has printed
 SECONDS_TO_END = 10.0  # of a process that has closed its pipe
-# Where the compilers keep what they have made, by their variables; AWS's page of TorchNeuron's
-# variables has the first two, the third is of its sources.
+# Where the compilers keep what they have made, by their variables: TorchNeuron's are those that
+# public sources which run on it set, vLLM-Neuron's among them.
 CACHES = {
     "neuron": {
         "TORCH_NEURONX_NEFF_CACHE_DIR": "neff",
@@ -81,8 +81,14 @@ class RankGroup:
         directory: Path | None = None,
     ) -> None:
         """`task` makes each rank's task, of its number and the scratch directory, which is made in
-        `directory`, or where temporary ones are. Raises BackendError when a rank does not start.
+        `directory`, or where temporary ones are. Raises BackendError when a rank does not start, or
+        torchrun has started this process: each of its processes would start all ranks.
         """
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise BackendError(
+                "torchrun has started this command, which starts the model's ranks itself "
+                f"({options.tp_degree} of them); run it without torchrun"
+            )
         self.size = options.tp_degree
         self._number = 0
         self.failure: BackendError | None = None
