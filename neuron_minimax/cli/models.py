@@ -70,9 +70,13 @@ CPUEngine = Annotated[
     Literal["compiled", "exported", "eager"] | None,
     typer.Option(help="cpu; default: compiled, or exported without a C++ compiler"),
 ]
+KVCacheDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "fp8"] | None,
+    typer.Option(help="cpu: of keys and values; default: auto, that of activations"),
+]
 # Whose options of `compile` and `check-device` are whose; the others are of both.
 OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
-    "cpu": ("compute", "engine"),
+    "cpu": ("compute", "kv_cache_dtype", "engine"),
     "neuron": (
         "instance",
         "tp_degree",
@@ -156,6 +160,7 @@ def compile_(
         Literal["float32", "bf16"] | None,
         typer.Option(help="cpu: dtype of activations; default: float32"),
     ] = None,
+    kv_cache_dtype: KVCacheDtype = None,
     engine: CPUEngine = None,
     instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
     tp_degree: Annotated[int | None, typer.Option(min=1, help="neuron: ranks")] = None,
@@ -195,6 +200,7 @@ def compile_(
         slots=batch_size,
         seq_len=seq_len,
         compute=compute,
+        kv_cache_dtype=kv_cache_dtype,
         engine=engine,
         instance=instance,
         tp_degree=tp_degree,
