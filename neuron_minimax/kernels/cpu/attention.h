@@ -17,7 +17,7 @@ namespace neuron_minimax {
 constexpr int64_t AHEAD = 8192;  // bytes that are fetched before they are read
 constexpr int64_t BLOCK = 128;   // positions
 constexpr int64_t QUERIES = 96;  // rows of queries that are multiplied together
-constexpr int HEADS = 6;         // query heads in a tile of values: sums stay in registers
+constexpr int HEADS = 6;         // query heads in a tile: sums stay in registers
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // Keys and values [S,K,C,D]: positions, heads and slots lie as far apart as the cache has them.
@@ -92,6 +92,32 @@ struct Softmax {
   }
 };
 
+// scores[g,r] = dot(query g, key r), rows BLOCK apart, while the next keys are fetched. Queries are in the
+// order in which strips of Number are read.
+template <class Number, int COUNT, int READ>
+inline void dots(const float* queries, const Number* keys, int64_t apart, int64_t size, const Number* ahead,
+                 float* scores) {
+  Lanes total[COUNT][READ] = {};
+  int64_t d = 0;
+  for (; d + WIDTH <= size; d += WIDTH) {
+    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(ahead + r * apart + d);
+    UNROLLED for (int part = 0; part < STRIP; ++part) {
+      Lanes numbers[READ];
+      UNROLLED for (int r = 0; r < READ; ++r) numbers[r] = kept(read_part(keys + r * apart + d, part));
+      UNROLLED for (int g = 0; g < COUNT; ++g) {
+        const Lanes x = kept(read(queries + g * size + d + part * LANES));
+        UNROLLED for (int r = 0; r < READ; ++r) total[g][r] += x * numbers[r];
+      }
+    }
+  }
+  UNROLLED for (int g = 0; g < COUNT; ++g) {
+    Four four = sums_of(total[g][0], total[g][1 % READ], total[g][2 % READ], total[g][3 % READ]);
+    for (int64_t rest = d; rest < size; ++rest)
+      for (int r = 0; r < READ; ++r) four[r] += queries[g * size + rest] * read_one(keys + r * apart + rest);
+    std::memcpy(scores + g * BLOCK, &four, READ * sizeof(float));
+  }
+}
+
 // sums[g,d] += weights[g,c] * values[c,d], strips of sums in the order in which they are read.
 template <class Number, int COUNT>
 inline void add_values(const float* weights, const Number* values, int64_t apart, int64_t count, int64_t size,
@@ -144,14 +170,11 @@ void decode(const float* query, const Cached<Number>& cached, const int64_t* pos
       const Number* values = cached.values + start + first * apart;
       for (int64_t c = 0; c < count;) {
         const int64_t read_keys = count - c >= ROWS ? ROWS : 1;
-        for (int64_t g = 0; g < group; g += 6)
-          with_constant<6>(std::min<int64_t>(6, group - g), [&](auto tile) {
-            float sums[6 * ROWS] = {};
-            const auto add = read_keys == ROWS ? add_dots<Number, tile, ROWS> : add_dots<Number, tile, 1>;
-            add(&queries[g * size], size, keys + c * apart, apart, size, keys + (c + ahead) * apart, sums);
-            for (int64_t n = 0; n < tile; ++n)
-              for (int64_t r = 0; r < read_keys; ++r)
-                scores[(g + n) * BLOCK + c + r] = sums[n * read_keys + r];
+        for (int64_t g = 0; g < group; g += HEADS)
+          with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
+            const auto multiply = read_keys == ROWS ? dots<Number, tile, ROWS> : dots<Number, tile, 1>;
+            multiply(&queries[g * size], keys + c * apart, apart, size, keys + (c + ahead) * apart,
+                     &scores[g * BLOCK + c]);
           });
         c += read_keys;
       }
