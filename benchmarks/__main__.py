@@ -19,6 +19,7 @@ BENCHMARKS = (
     Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
     Benchmark(module="llama", options={"rounds": 2}),
+    Benchmark(module="length", options={"rounds": 2}),
     Benchmark(module="serving", options={"rounds": 2}),
     Benchmark(module="prefixes", options={"rounds": 2}),
     Benchmark(module="speculation", options={"rounds": 5}),

@@ -128,10 +128,12 @@ def transformers_command(cache: Path, continuous_batching: bool) -> list[str]:
     return [*command, *(["--continuous-batching"] * continuous_batching)]
 
 
-def llama_command(gguf: Path, slots: int) -> list[str]:
+def llama_command(gguf: Path, slots: int, clients: int) -> list[str]:
+    """A connection has a thread of the server's to itself, else it may be closed while it waits."""
     command = [str(llama.SERVER), "--model", str(gguf), "--port", str(free_port())]
     command += ["--parallel", str(slots), "--ctx-size", str(slots * SEQ_LEN)]
-    return [*command, "--threads", "1", "--threads-batch", "1", "--alias", "model"]
+    command += ["--threads-http", str(clients + 4), "--alias", "model"]
+    return [*command, "--threads", "1", "--threads-batch", "1"]
 
 
 OURS = "ours"
@@ -157,7 +159,7 @@ def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dic
         source = directory / "checkpoints" / "serving"
         gguf = run_apart(llama.gguf_of, directory, "serving", source)
         commands[LLAMA] = (
-            llama_command(gguf, setting.slots),
+            llama_command(gguf, setting.slots, max(setting.clients)),
             r"listening on (http://\S+)",
             "model",
         )
