@@ -92,6 +92,20 @@ neuron-sources:
 	    echo "SOURCES=$(SOURCES) holds no $$source/src; give a folder with checkouts of the three public" \
 	      "repositories (docs/neuron_proof.md)" >&2; exit 2; }; done
 
+# llama.cpp, with which `make bench` compares: its source comes with its Python binding. Half an hour on two cores.
+LLAMA := llama_cpp_python-0.3.36
+LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_BLAS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+.venv-llama/stamp:
+	$(make-venv)
+	$(@D)/bin/python -m pip install --quiet gguf==0.19.0 cmake ninja
+	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==0.3.36
+	tar -xzf $(@D)/$(LLAMA).tar.gz -C $(@D)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install --quiet $(@D)/$(LLAMA)
+	PATH=$(CURDIR)/$(@D)/bin:$$PATH cmake -G Ninja -S $(@D)/$(LLAMA)/vendor/llama.cpp -B $(@D)/build $(LLAMA_OPTIONS)
+	nice -n 10 $(@D)/bin/cmake --build $(@D)/build --target llama llama-server
+	touch $@
+
 # About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks

@@ -19,6 +19,8 @@ BENCHMARKS = (
     Benchmark(module="loading", options={"rounds": 2}),
     Benchmark(module="decoding", options={"rounds": 2}),
     Benchmark(module="rounding", options={}),
+    Benchmark(module="llama", options={"rounds": 2}),
+    Benchmark(module="length", options={"rounds": 2}),
     Benchmark(module="serving", options={"rounds": 2}),
     Benchmark(module="prefixes", options={"rounds": 2}),
     Benchmark(module="speculation", options={"rounds": 5}),

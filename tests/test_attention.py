@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from neuron_minimax import fp8
+from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.kernels.cpu import operators
 from neuron_minimax.kernels.cpu.operators import DENSE_DTYPES
+from neuron_minimax.kernels.reference import SCALE_BYTES, as_cached
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -159,6 +164,58 @@ def test_any_head_size_is_attended_with(tokens, size, dtype):
     found = operators.attend(query, keys, values, torch.arange(150 - tokens, 150)[None])
     wanted = slow(query[:, -1], keys, values, [149])
     assert np.abs(found[:, -1].double().numpy() - wanted).max() < ERROR_OF_PROMPT[dtype]
+
+
+@given(
+    size=st.sampled_from([1, 16, 128]),
+    exponent=st.integers(-44, 30),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_cached_is_rounded_once_with_a_scale_per_position_and_head(size, exponent, seed):
+    chance = np.random.default_rng(seed)
+    rows = (chance.normal(size=(2, 3, 5, size)) * 10.0**exponent).astype(np.float32)
+    rows[0, 0, 0] = 0
+    halves = as_cached(torch.from_numpy(rows), torch.bfloat16).view(torch.uint16).numpy()
+    assert np.array_equal(halves, bfloat16.round_to_bfloat16(rows))
+    stored = as_cached(torch.from_numpy(rows), torch.uint8).numpy()
+    scale = np.abs(rows).max(-1, keepdims=True) / np.float32(448)
+    scale = np.maximum(scale, np.float32(2**-126))
+    assert np.array_equal(stored[..., :-SCALE_BYTES], fp8.encode(rows / scale))
+    assert np.array_equal(stored[..., -SCALE_BYTES:].copy().view(np.float32), scale)
+
+
+def values_of(stored):
+    """Float64 of what `as_cached` has made."""
+    if stored.dtype != torch.uint8:
+        return stored.double()
+    bytes_ = stored.numpy()
+    scale = bytes_[..., -SCALE_BYTES:].copy().view(np.float32)
+    return torch.from_numpy(fp8.decode(bytes_[..., :-SCALE_BYTES]).astype(np.float64) * scale)
+
+
+@given(
+    length=st.integers(1, 3 * DEPTH),
+    tokens=st.sampled_from([1, 2, 9]),
+    size=st.sampled_from([1, 40, 64, 128]),
+    group=st.integers(1, 8),
+    dtype=st.sampled_from([torch.bfloat16, torch.uint8]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(length, tokens, size, group, dtype):
+    tokens = min(tokens, length)
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(1, tokens, 2 * group, size, generator=generator)
+    keys, values = (
+        as_cached(torch.randn(1, 2, length + 3, size, generator=generator), dtype) for _ in "kv"
+    )
+    keys[:, :, length:] = values[:, :, length:] = 0x7F if dtype == torch.uint8 else torch.nan
+    positions = torch.arange(length - tokens, length)[None]
+    found = operators.attend(query, keys[:, :, :length], values[:, :, :length], positions)
+    wide = values_of(keys), values_of(values)
+    for token in range(tokens):
+        wanted = slow(query[:, token], *wide, [length - tokens + token])
+        assert np.abs(found[:, token].double().numpy() - wanted).max() < ERROR[torch.float32]
 
 
 def test_keys_and_values_that_lie_differently_are_refused():

@@ -102,6 +102,13 @@ def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
     assert summary(rows) == "1 benchmark FAILED"
 
 
+def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_do():
+    (found,) = [Row(what="peer", skipped="it is not built: make it")]
+    assert "skipped: it is not built: make it" in render_markdown([found])
+    assert summary([found]) == "1 skipped"
+    assert from_json(to_json([found])) == [found]
+
+
 def test_a_curve_is_superlinear_when_its_largest_point_is_above_its_law():
     def curve(seconds: list[float]) -> Curve:
         points = tuple(

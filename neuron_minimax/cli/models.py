@@ -74,9 +74,13 @@ CPUEngine = Annotated[
         "compiled or eager"
     ),
 ]
+KVCacheDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "fp8"] | None,
+    typer.Option(help="cpu: of keys and values; default: auto, that of activations"),
+]
 # Whose options of `compile` and `check-device` are whose; the others are of all.
 OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
-    "cpu": ("compute", "engine"),
+    "cpu": ("compute", "kv_cache_dtype", "engine"),
     "neuron": (
         "instance",
         "tp_degree",
@@ -169,6 +173,7 @@ def compile_(
         Literal["float32", "bf16"] | None,
         typer.Option(help="cpu, torch-neuron: dtype of activations; default on a CPU: float32"),
     ] = None,
+    kv_cache_dtype: KVCacheDtype = None,
     engine: CPUEngine = None,
     device: Annotated[
         Literal["neuron", "cpu"] | None,
@@ -216,6 +221,7 @@ def compile_(
         slots=batch_size,
         seq_len=seq_len,
         compute=compute,
+        kv_cache_dtype=kv_cache_dtype,
         engine=engine,
         device=device,
         instance=instance,

@@ -11,6 +11,7 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import GenerationError, counted
+from neuron_minimax.kernels.reference import as_cached, cached_width
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -78,8 +79,9 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype = torch.float32
     ) -> Self:
-        """An empty cache; `dtype` is that of the model's activations."""
-        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        """An empty cache; `dtype` is the model's `cache_dtype`, one of KV_CACHE_DTYPES."""
+        width = cached_width(config.head_dim, dtype)
+        shape = (slots, config.num_key_value_heads, capacity, width)
         layers = range(config.num_hidden_layers)
         lengths = torch.zeros(slots, dtype=torch.int64)
         return cls(
@@ -124,8 +126,9 @@ class KVCache:
         value_BTKD: torch.Tensor,
     ) -> None:
         """Store T tokens of slots `rows_B` at their positions, in place."""
-        self.keys[layer][rows_B[:, None], :, positions_BT] = key_BTKD
-        self.values[layer][rows_B[:, None], :, positions_BT] = value_BTKD
+        for stored, new_BTKD in ((self.keys, key_BTKD), (self.values, value_BTKD)):
+            rows = as_cached(new_BTKD, stored[layer].dtype)
+            stored[layer][rows_B[:, None], :, positions_BT] = rows
 
     def read(
         self, layer: int, rows_B: torch.Tensor | None, filled: int
@@ -173,8 +176,8 @@ class FullCache(KVCache):
             return
         rows = rows_B[:, None].expand_as(positions_BT)[inside_BT]
         positions = positions_BT[inside_BT]
-        self.keys[layer][rows, :, positions] = key_BTKD[inside_BT]
-        self.values[layer][rows, :, positions] = value_BTKD[inside_BT]
+        for stored, new_BTKD in ((self.keys, key_BTKD), (self.values, value_BTKD)):
+            stored[layer][rows, :, positions] = as_cached(new_BTKD[inside_BT], stored[layer].dtype)
 
 
 class BatchingCache(KVCache):
@@ -331,13 +334,13 @@ class DynamicCacheView:
         return (keys, values) if rows_B is None else (keys[rows_B], values[rows_B])
 
 
-# Key/value heads, head_dim and dtype of each layer.
+# Key/value heads, elements of one and dtype of each layer.
 Heads = list[tuple[int, int, torch.dtype]]
 
 
 def heads_of(config: ModelConfig, dtype: torch.dtype) -> Heads:
-    """What a model with activations in `dtype` writes into the layers of a cache."""
-    head = (config.num_key_value_heads, config.head_dim, dtype)
+    """What a model whose cache is in `dtype` writes into its layers."""
+    head = (config.num_key_value_heads, cached_width(config.head_dim, dtype), dtype)
     return [head] * config.num_hidden_layers
 
 

@@ -18,6 +18,7 @@ from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError, counted
 from neuron_minimax.kernels.cpu import library
 from neuron_minimax.kernels.cpu.library import compiler
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.progress import Progress
@@ -165,7 +166,8 @@ def rows_of(
 def cache_for(model: Decoder, options: CPUOptions, positions: int) -> KVCache:
     """The empty cache of all slots. Raises BackendError when it does not fit into memory."""
     try:
-        return KVCache.allocate(model.config, options.slots, positions, model.compute)
+        dtype = KV_CACHE_DTYPES[options.cache_dtype]
+        return KVCache.allocate(model.config, options.slots, positions, dtype)
     except (RuntimeError, MemoryError):
         raise BackendError(
             f"the cache of {counted(options.slots, 'slot')} of {options.seq_len} positions does "

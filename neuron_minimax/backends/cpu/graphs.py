@@ -22,6 +22,7 @@ from neuron_minimax.backends.cpu.compiling import FinishedGraphs, GraphCompilers
 from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
 from neuron_minimax.kernels.cpu.library import compiler, copy_built
 from neuron_minimax.kernels.cpu.operators import attend, expert_mlp, linear
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.model.layers import Kernels
@@ -225,7 +226,8 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
     doing("reading the model")
     compute = COMPUTE_DTYPES[options.compute]
     model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
-    cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
+    dtype = KV_CACHE_DTYPES[options.cache_dtype]
+    cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, dtype)
     graphs_by_name = {
         each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)
     }

@@ -89,22 +89,16 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& keys, const at::Ten
   at::Tensor out = at::empty_like(query);
   const int64_t slots = positions.size(0), tokens = positions.size(1), heads = keys.size(1);
   const int64_t group = query.size(0) / (slots * tokens * heads);
-  const bool rounded = pairs && has_pairs() && keys.scalar_type() == at::kBFloat16;
+  const bool rounded = pairs && has_pairs() && keys.scalar_type() != at::kFloat;
   with_stored(keys.scalar_type(), [&](auto number) {
     using Number = decltype(number);
-    if constexpr (!std::is_same_v<Number, E4M3>) {
-      const Cached<Number> cached{
-          numbers<Number>(keys), numbers<Number>(values), slots,         heads, keys.size(2),
-          keys.size(3),          keys.stride(0),          keys.stride(1)};
-      float* to = out.data_ptr<float>();
-      if (tokens == 1)
-        decode(floats(query), cached, integers(positions), group, to);
-      else if constexpr (std::is_same_v<Number, BF16>)
-        (rounded ? prefill<BFloat16, Number>
-                 : prefill<float, Number>)(floats(query), cached, integers(positions), tokens, group, to);
-      else
-        prefill<float>(floats(query), cached, integers(positions), tokens, group, to);
-    }
+    const Cached<Number> cached{
+        numbers<Number>(keys), numbers<Number>(values), slots,          heads,         keys.size(2),
+        query.size(1),         keys.stride(0),          keys.stride(1), keys.stride(2)};
+    float* to = out.data_ptr<float>();
+    if (tokens == 1) return decode(floats(query), cached, integers(positions), group, to);
+    const auto of_prompt = rounded ? prefill<BFloat16, Number> : prefill<float, Number>;
+    of_prompt(floats(query), cached, integers(positions), tokens, group, to);
   });
   return out;
 }

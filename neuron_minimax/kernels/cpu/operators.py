@@ -104,7 +104,8 @@ def attend(
     positions_BT: torch.Tensor,
     pairs: bool = True,
 ) -> torch.Tensor:
-    """`reference.attend` for graphs, whose keys and values are the first positions of a cache.
+    """`reference.attend` for graphs, whose keys and values are the first positions of a cache, in
+    float32, bfloat16 or FP8.
 
     A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's
     products are of bfloat16 numbers where hidden and keys are, with `pairs` as in `linear`.
@@ -112,10 +113,11 @@ def attend(
     """
     batch, tokens, heads, size = query_BTND.shape
     keys, values = (each.stride() for each in (key_BKCD, value_BKCD))
-    if keys != values or keys[2:] != (size, 1) or key_BKCD.dtype != value_BKCD.dtype:
+    width = reference.cached_width(size, key_BKCD.dtype)
+    if keys != values or keys[2:] != (width, 1) or key_BKCD.dtype != value_BKCD.dtype:
         raise ValueError(
             f"keys {key_BKCD.dtype} with strides {keys} and values {value_BKCD.dtype} with strides "
-            f"{values}; expected the same of both, and positions that lie {size} numbers apart"
+            f"{values}; expected the same of both, and positions that lie {width} elements apart"
         )
     attended = torch.ops.neuron_minimax.attend(
         _float32(query_BTND).view(-1, size),
@@ -164,7 +166,7 @@ def _experts_by_torch(*arguments: Any) -> torch.Tensor:
 def _attend_by_torch(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
     keys, values, positions, _ = arguments
     shaped = query.view(*positions.shape, -1, query.shape[-1])
-    attended = reference.attend(shaped, keys.to(query.dtype), values.to(query.dtype), positions)
+    attended = reference.attend(shaped, keys, values, positions)
     visible = (positions < keys.shape[2])[:, :, None]  # the others attend to nothing
     return torch.where(visible, attended, 0).view(query.shape)
 
