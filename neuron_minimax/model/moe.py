@@ -151,7 +151,7 @@ class SparseMoE(nn.Module):
     def __init__(self, shard: Shard) -> None:
         super().__init__()
         config = shard.config
-        self.experts = shard.experts
+        self.shard = shard
         self.router = Router(config)
         self.expert_mlps = ExpertMLPs(shard)
         self.shared_experts: DenseMLP | None = None
@@ -169,7 +169,7 @@ class SparseMoE(nn.Module):
             routing = routing._replace(expert_index_TK=index_TK)
         out_TH = step.kernels.expert_mlp(
             hidden_TH,
-            self._here(routing.expert_index_TK),
+            self._here(routing.expert_index_TK, step.rank),
             routing.affinity_TK,
             self.expert_mlps.mlp_op.weights(),
         )
@@ -178,10 +178,11 @@ class SparseMoE(nn.Module):
             out_BTH = out_BTH + self.shared_experts(hidden_BTH, step)
         return out_BTH, routing
 
-    def _here(self, index_TK: torch.Tensor) -> torch.Tensor:
+    def _here(self, index_TK: torch.Tensor, rank: torch.Tensor | None) -> torch.Tensor:
         """Numbers of the chosen experts among this rank's; -1 for those of other ranks."""
-        if len(self.experts) == self.router.linear_router.weight.shape[0]:
+        if self.shard.moe_ep_degree == 1:
             return index_TK
-        local_TK = index_TK - self.experts.start
-        here_TK = (local_TK >= 0) & (local_TK < len(self.experts))
+        first = self.shard.experts.start if rank is None else self.shard.first_expert(rank)
+        local_TK = index_TK - first
+        here_TK = (local_TK >= 0) & (local_TK < self.shard.experts_per_rank)
         return torch.where(here_TK, local_TK, -1)

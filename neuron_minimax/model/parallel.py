@@ -8,6 +8,7 @@ ones, as operators: a graph holds them, and outside of one they are waited for a
 
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from neuron_minimax.errors import ConfigError
 from neuron_minimax.fp8 import ceil_div
 
 COLLECTIVES = torch.ops._c10d_functional
+RankT = TypeVar("RankT", int, torch.Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +87,16 @@ class Shard:
     @property
     def experts(self) -> range:
         """Numbers of the experts of this rank."""
-        count = self.config.num_local_experts // self.moe_ep_degree
-        first = self.rank // self.moe_tp_degree * count
-        return range(first, first + count)
+        first = self.first_expert(self.rank)
+        return range(first, first + self.experts_per_rank)
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.config.num_local_experts // self.moe_ep_degree
+
+    def first_expert(self, rank: RankT) -> RankT:
+        """Number of the first expert of a rank: experts go to consecutive ranks."""
+        return rank // self.moe_tp_degree * self.experts_per_rank
 
     @property
     def own_heads(self) -> ModelConfig:
