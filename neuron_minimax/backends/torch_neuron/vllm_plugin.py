@@ -80,6 +80,8 @@ class RankConfig:
         it does not serve.
         """
         raw = hf_config.to_dict()
+        if not (raw.get("quantization_config") or {}).get("quant_method"):
+            raw.pop("quantization_config", None)  # what vLLM leaves of one that is cleared
         _require_defaults(neuron_config, NEURON_SETTINGS, "neuron_config")
         return cls(
             shard=_shard_in_vllm(ModelConfig.from_dict(raw)),
