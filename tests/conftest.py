@@ -92,6 +92,8 @@ NOT_QUICK = {
     "test_training_states.py": TRAINS,
     "test_training_steps.py": TRAINS,
     "test_training_sequences.py": TRAINS,
+    "test_vllm.py": PROCESSES,
+    "test_vllm_contract.py": PROCESSES,
 }
 # The modules that take longest, the longest first: `make test` gives whole modules to two
 # processes, and none of these is the last of one while the other waits.

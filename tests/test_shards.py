@@ -21,7 +21,7 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.memory import Deployment, rank_memory
 from tests.family_oracles import BF16, CASES, Case, Pair
 from tests.gloo_ranks import CUT, PROMPT, STEPS, WORLD, some_ids
-from tests.tiny import write_tiny
+from tests.tiny import tiny_config, write_tiny
 
 U8 = torch.uint8
 ROOT = Path(__file__).parent.parent
@@ -218,3 +218,15 @@ def test_nothing_is_left_out_and_nothing_cast(aligned, tmp_path, name):
 def test_a_group_that_cannot_hold_the_model_is_refused(aligned, degrees, message):
     with pytest.raises(ConfigError, match=message):
         shard_of(ModelConfig.from_dir(aligned), 0, *degrees)
+
+
+@pytest.mark.parametrize(
+    ("experts", "tp_degree", "moe_ep_degree"), [(8, 4, 2), (6, 4, 4), (7, 4, 2)]
+)
+def test_a_rank_in_a_tensor_has_the_experts_of_its_number(experts, tp_degree, moe_ep_degree):
+    config = ModelConfig.from_dict(tiny_config(num_local_experts=experts))
+    for rank in range(tp_degree):
+        shard = shard_of(config, rank, tp_degree, moe_ep_degree)
+        bounds = torch.tensor([rank, rank + shard.moe_tp_degree])
+        first, behind = shard.first_expert(bounds).tolist()
+        assert range(first, behind) == shard.experts

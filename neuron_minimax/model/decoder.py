@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         self, input_ids: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, list[Routing]]:
         """What `hidden_states` returns, of a step that is made elsewhere."""
-        hidden_BTH = self._embed(input_ids).to(self.compute)
+        hidden_BTH = self.embed(input_ids, step.rank).to(self.compute)
         routings = []
         for layer in self.layers:
             hidden_BTH, routing = layer(hidden_BTH, step)
@@ -278,11 +278,13 @@ class Decoder(nn.Module):
                 routings.append(routing)
         return self.norm(hidden_BTH), routings
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
+        """[...] to [...,H] in the dtype of the embedding; `rank` is that of `Step`."""
         weight_VH = self.embed_tokens.weight
         if self.shard.tp_degree == 1:
             return F.embedding(ids, weight_VH)
-        rows = ids - self.shard.rank * self.shard.vocab_size
+        first_row = (self.shard.rank if rank is None else rank) * self.shard.vocab_size
+        rows = ids - first_row
         here = (rows >= 0) & (rows < self.shard.vocab_size)
         embedded = F.embedding(torch.where(here, rows, 0), weight_VH)
         return self.shard.sum(torch.where(here[..., None], embedded, 0))

@@ -50,6 +50,8 @@ class Step:
     rows_B         the cache slots of the batch rows; None: the batch is all slots, in order
     filled         how many cache positions attention reads
     real_BT        which tokens are not padding; None: all
+    rank           this rank's number as a tensor, where one graph serves every rank of the group;
+                   None: the shard's own
     """
 
     positions_BT: torch.Tensor
@@ -58,6 +60,7 @@ class Step:
     rows_B: torch.Tensor | None = None
     filled: int = 0
     real_BT: torch.Tensor | None = None
+    rank: torch.Tensor | None = None
     kernels: Kernels = Kernels()
 
 

@@ -154,7 +154,7 @@ class SparseMoE(nn.Module):
     def __init__(self, shard: Shard) -> None:
         super().__init__()
         config = shard.config
-        self.experts = shard.experts
+        self.shard = shard
         self.router = Router(config)
         self.expert_mlps = ExpertMLPs(shard)
         self.shared_experts: DenseMLP | None = None
@@ -172,7 +172,7 @@ class SparseMoE(nn.Module):
             routing = routing._replace(expert_index_TK=index_TK)
         out_TH = step.kernels.expert_mlp(
             hidden_TH,
-            self._here(routing.expert_index_TK),
+            self._here(routing.expert_index_TK, step.rank),
             routing.affinity_TK,
             self.expert_mlps.mlp_op.weights(),
         )
@@ -181,10 +181,14 @@ class SparseMoE(nn.Module):
             out_BTH = out_BTH + self.shared_experts(hidden_BTH, step)
         return out_BTH, routing
 
-    def _here(self, index_TK: torch.Tensor) -> torch.Tensor:
+    def _here(self, index_TK: torch.Tensor, rank: torch.Tensor | None) -> torch.Tensor:
         """Numbers of the chosen experts among this rank's; -1 for those of other ranks."""
-        if len(self.experts) == self.router.linear_router.weight.shape[0]:
+        if self.shard.moe_ep_degree == 1:
             return index_TK
-        local_TK = index_TK - self.experts.start
-        here_TK = (local_TK >= 0) & (local_TK < len(self.experts))
-        return torch.where(here_TK, local_TK, -1)
+        first: int | torch.Tensor = self.shard.experts.start
+        behind: int | torch.Tensor = self.shard.experts.stop
+        if rank is not None:
+            first = self.shard.first_expert(rank)
+            behind = self.shard.first_expert(rank + self.shard.moe_tp_degree)
+        here_TK = (index_TK >= first) & (index_TK < behind)
+        return torch.where(here_TK, index_TK - first, -1)

@@ -93,6 +93,14 @@ class Shard:
         """Experts that every rank has room for, as many on each: its own, and zeros after them."""
         return ceil_div(self.config.num_local_experts, self.moe_ep_degree)
 
+    def first_expert(self, rank: torch.Tensor) -> torch.Tensor:
+        """Number of the first expert of a rank that a graph is given, as `expert_share` has it; of
+        the rank behind the last, how many experts there are.
+        """
+        fewest, fuller_ranks = divmod(self.config.num_local_experts, self.moe_ep_degree)
+        expert_rank = rank // self.moe_tp_degree
+        return expert_rank * fewest + expert_rank.clamp(max=fuller_ranks)
+
     @property
     def own_heads(self) -> ModelConfig:
         """The config with this rank's heads alone: what its cache is made for."""

@@ -18,27 +18,32 @@ from neuron_minimax.model.rope import frequencies
 
 class RankGraph(nn.Module):
     """A rank's model, and as buffers what a graph needs beside it: the cache of every layer, the
-    angles of RoPE, the values of FP8 codes.
+    angles of RoPE, the values of FP8 codes. A cache that others allocate is bound later.
     """
 
     code_values: torch.Tensor
     rope_frequencies: torch.Tensor
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache | None = None) -> None:
         super().__init__()
         self.model = model
-        self.layer_count = len(cache.keys)
-        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            self.register_buffer(f"keys_{layer}", keys)
-            self.register_buffer(f"values_{layer}", values)
+        if cache is not None:
+            self.bind(cache.keys, cache.values)
         per_pair, self.rope_magnitude = frequencies(model.config)
-        device = cache.keys[0].device
+        device = model.embed_tokens.weight.device
         self.register_buffer("rope_frequencies", per_pair.to(device))
         self.register_buffer("code_values", decoded_codes().to(device))
 
+    def bind(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Take the keys and values of every layer, without a copy."""
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            self.register_buffer(f"keys_{layer}", pair[0])
+            self.register_buffer(f"values_{layer}", pair[1])
+
     def cached(self, kind: str) -> list[torch.Tensor]:
         """The "keys" or "values" of every layer."""
-        return [self.get_buffer(f"{kind}_{layer}") for layer in range(self.layer_count)]
+        layers = self.model.config.num_hidden_layers
+        return [self.get_buffer(f"{kind}_{layer}") for layer in range(layers)]
 
     def hidden_states(
         self,
@@ -48,6 +53,8 @@ class RankGraph(nn.Module):
         cache: LayerCache,
         filled: int,
         rows_B: torch.Tensor | None = None,
+        *,
+        rank: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B,T,H] after the last norm; the other arguments are those of `Step`."""
         step = Step(
@@ -57,6 +64,7 @@ class RankGraph(nn.Module):
             rows_B=rows_B,
             filled=filled,
             real_BT=real_BT,
+            rank=rank,
             kernels=static_kernels(self.code_values),
         )
         return self.model.through_layers(ids_BT, step)[0]
