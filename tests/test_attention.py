@@ -82,7 +82,8 @@ def test_scores_far_apart_neither_overflow_nor_vanish(tokens):
     for order in (1, -1):  # the largest score in the first positions, or in the last
         growing = 30 * torch.linspace(order, -order, keys.shape[2])[:, None] * query[0, 0]
         of_tokens = query[:, None].expand(-1, tokens, -1, -1)
-        found = operators.attend(of_tokens, growing[None, None], values[:, :, :-2], positions)
+        seen = growing[None, None, :-2], values[:, :, :-2]
+        found = operators.attend(of_tokens, *seen, positions)
         wanted = slow(query, growing[None, None], values, [2 * DEPTH])
         assert (
             np.abs(found[:, -1].numpy() - wanted).max() < 6e-5
@@ -200,14 +201,19 @@ def values_of(stored):
     size=st.sampled_from([1, 40, 64, 128]),
     group=st.integers(1, 8),
     dtype=st.sampled_from([torch.bfloat16, torch.uint8]),
+    magnitude=st.sampled_from([1.0, 1e-6, 1e-12, 1e12]),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(length, tokens, size, group, dtype):
+def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(
+    length, tokens, size, group, dtype, magnitude
+):
+    """Values may be of any magnitude, and the error is of theirs."""
     tokens = min(tokens, length)
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(1, tokens, 2 * group, size, generator=generator)
     keys, values = (
-        as_cached(torch.randn(1, 2, length + 3, size, generator=generator), dtype) for _ in "kv"
+        as_cached(scaling * torch.randn(1, 2, length + 3, size, generator=generator), dtype)
+        for scaling in (1, magnitude)
     )
     keys[:, :, length:] = values[:, :, length:] = 0x7F if dtype == torch.uint8 else torch.nan
     positions = torch.arange(length - tokens, length)[None]
@@ -215,7 +221,8 @@ def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(length, tokens, size, gro
     wide = values_of(keys), values_of(values)
     for token in range(tokens):
         wanted = slow(query[:, token], *wide, [length - tokens + token])
-        assert np.abs(found[:, token].double().numpy() - wanted).max() < ERROR[torch.float32]
+        off = np.abs(found[:, token].double().numpy() - wanted).max()
+        assert off < magnitude * ERROR[torch.float32]
 
 
 def test_keys_and_values_that_lie_differently_are_refused():
@@ -223,3 +230,28 @@ def test_keys_and_values_that_lie_differently_are_refused():
     for other in (values.transpose(1, 2).contiguous().transpose(1, 2), values.bfloat16()):
         with pytest.raises(ValueError, match="expected the same of both"):
             operators.attend(query[:, None], keys, other, torch.tensor([[6]]))
+
+
+def test_no_tokens_and_no_sequences_are_attended_with():
+    keys = torch.randn(2, 2, 5, WIDE_STRIP)
+    for batch, tokens in ((2, 0), (0, 3)):
+        query = torch.randn(batch, tokens, 4, WIDE_STRIP)
+        positions = torch.zeros(batch, tokens, dtype=torch.int64)
+        found = operators.attend(query, keys[:batch], keys[:batch], positions)
+        assert found.shape == (batch, tokens, 4 * WIDE_STRIP)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_position_before_the_first_attends_to_nothing(tokens):
+    query, keys = torch.randn(1, tokens, 4, WIDE_STRIP), torch.randn(1, 2, 5, WIDE_STRIP)
+    found = operators.attend(query, keys, keys, torch.full((1, tokens), -3))
+    assert torch.equal(found, torch.zeros(1, tokens, 4 * WIDE_STRIP))
+
+
+@pytest.mark.parametrize(
+    ("heads", "sequences", "positions"), [(3, 1, (1, 2)), (4, 2, (1, 2)), (4, 1, (1, 1))]
+)
+def test_what_kernels_would_read_beside_is_refused(heads, sequences, positions):
+    query, keys = torch.randn(1, 2, heads, WIDE_STRIP), torch.randn(sequences, 2, 5, WIDE_STRIP)
+    with pytest.raises(ValueError, match=r"expected those of 1 sequences of 2 tokens, .* divide"):
+        operators.attend(query, keys, keys, torch.zeros(positions, dtype=torch.int64))

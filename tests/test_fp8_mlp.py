@@ -455,3 +455,13 @@ def test_a_shape_that_does_not_belong_is_named():
         ValueError, match=r"affinity_TK has shape \[2, 1\]; expected one per chosen .*\[2, 2\]"
     ):
         operators.expert_mlp(torch.randn(2, 256), index, affinity[:, :1], stacked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_are_multiplied(dtype):
+    stacked = weights(4, 256, 128)
+    hidden = torch.zeros(0, 256, dtype=dtype)
+    index, affinity = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
+    assert operators.expert_mlp(hidden, index, affinity, stacked).shape == (0, 256)
+    for weight, scale in ((torch.zeros(128, 256), None), (stacked.down[0], torch.ones(1, 2))):
+        assert operators.linear(hidden, weight, scale, (128, 128)).shape == (0, 128)

@@ -4,7 +4,8 @@
 // at a time. Decode reads each key and value once for all query heads that share it.
 //
 // Of FP8 a position of a head is D codes and their scale (as_cached of reference.py): codes are
-// multiplied as they are, a key's scale is then its scores', and a value's its weights'.
+// multiplied as they are, a key's scale is then its scores', and a value's its weights'. With the scales
+// goes half of what codes lack, or products of weights and small values would be subnormal.
 //
 // Shapes: S slots, T tokens, K key heads, G query heads of each, D head_dim; C positions.
 #pragma once
@@ -29,12 +30,17 @@ struct Cached {
   int64_t slots_apart, heads_apart, apart;
 
   int64_t start(int64_t slot, int64_t head) const { return slot * slots_apart + head * heads_apart; }
-  int64_t visible(int64_t position) const { return position < positions ? position + 1 : 0; }
-  // rows[n,c] *= the scale of position c, where there is one: `first` is the first of `count`.
-  void scale(const Number* first, int64_t count, float* rows, int64_t height) const {
+  int64_t visible(int64_t position) const {
+    return 0 <= position && position < positions ? position + 1 : 0;
+  }
+  // rows[n,c] *= half * the scale of position c, where there is one: `first` is the first of `count`.
+  void scale(const Number* first, int64_t count, float half, float* rows, int64_t height) const {
     if constexpr (SCALED) {
       alignas(64) float scales[BLOCK] = {};
-      for (int64_t c = 0; c < count; ++c) std::memcpy(scales + c, first + c * apart + size, sizeof(float));
+      for (int64_t c = 0; c < count; ++c) {
+        std::memcpy(scales + c, first + c * apart + size, sizeof(float));
+        scales[c] *= half;
+      }
       for (int64_t n = 0; n < height; ++n)
         for (int64_t c = 0; c < BLOCK; ++c) rows[n * BLOCK + c] *= scales[c];
     }
@@ -152,7 +158,7 @@ void decode(const float* query, const Cached<Number>& cached, const int64_t* pos
   constexpr float half = HALF_REBIAS<Number>;
   const int64_t size = cached.size, apart = cached.apart;
   const int64_t ahead = AHEAD / (apart * int64_t(sizeof(Number)));
-  const float scaling = half / std::sqrt(float(size));
+  const float scaling = 1.f / std::sqrt(float(size));
   for_each_item(cached.slots * cached.heads, [&](int64_t item) {
     const int64_t slot = item / cached.heads;
     const int64_t start = cached.start(slot, item % cached.heads), visible = cached.visible(positions[slot]);
@@ -178,16 +184,16 @@ void decode(const float* query, const Cached<Number>& cached, const int64_t* pos
           });
         c += read_keys;
       }
-      cached.scale(keys, count, scores.data(), group);
+      cached.scale(keys, count, half, scores.data(), group);
       for (int64_t g = 0; g < group; ++g) softmax.weigh(g, &scores[g * BLOCK], count, scaling, size);
-      cached.scale(values, count, scores.data(), group);
+      cached.scale(values, count, half, scores.data(), group);
       for (int64_t g = 0; g < group; g += HEADS)
         with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
           add_values<Number, tile>(&scores[g * BLOCK], values, apart, count, size, &softmax.sums[g * size]);
         });
     }
     for (int64_t g = 0; g < group; ++g)
-      softmax.finish<Number>(g, visible, size, half * half, out + (item * group + g) * size);
+      softmax.finish<Number>(g, visible, size, half, out + (item * group + g) * size);
   });
 }
 
@@ -199,7 +205,7 @@ void prefill(const float* query, const Cached<Number>& cached, const int64_t* po
   constexpr float half = pairs ? 1.f : HALF_REBIAS<Number>;  // which float32 panels have, and half is wanting
   const int64_t size = cached.size, apart = cached.apart, even = pairs ? ceil_div(size, 2) * 2 : size;
   const int64_t blocks = ceil_div(cached.positions, BLOCK);
-  const float scaling = half / std::sqrt(float(size));
+  const float scaling = 1.f / std::sqrt(float(size));
   const Scratch<float> halves(size, half);
   // Per block of positions: keys as columns [D, BLOCK], values as rows [BLOCK, D]; zeros behind the last.
   Scratch<Panel> key_panels(blocks * BLOCK * even), value_panels(blocks * BLOCK * size);
@@ -256,10 +262,10 @@ void prefill(const float* query, const Cached<Number>& cached, const int64_t* po
           multiply({rows, BLOCK, even, even, BLOCK, BLOCK}, false, queries.data(),
                    &key_panels[block * BLOCK * even], scores.data());
           const int64_t at = start + block * BLOCK * apart, count = std::min(BLOCK, filled - block * BLOCK);
-          cached.scale(cached.keys + at, count, scores.data(), rows);
+          cached.scale(cached.keys + at, count, half, scores.data(), rows);
           for (int64_t n = 0; n < rows; ++n)
             softmax.weigh(n, &scores[n * BLOCK], std::min(BLOCK, visible[n] - block * BLOCK), scaling, size);
-          cached.scale(cached.values + at, count, scores.data(), rows);
+          cached.scale(cached.values + at, count, half, scores.data(), rows);
           const Panel* values = &value_panels[block * BLOCK * size];
           const Shape shape{rows, size, BLOCK, BLOCK, size, size};
           if constexpr (pairs) {
@@ -269,7 +275,7 @@ void prefill(const float* query, const Cached<Number>& cached, const int64_t* po
             multiply(shape, true, scores.data(), values, softmax.sums.data());
           }
         }
-        for (int64_t n = 0; n < rows; ++n) softmax.finish<float>(n, visible[n], size, half, out + place[n]);
+        for (int64_t n = 0; n < rows; ++n) softmax.finish<float>(n, visible[n], size, 1.f, out + place[n]);
       });
     }
   }

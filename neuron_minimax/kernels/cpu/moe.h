@@ -49,8 +49,9 @@ struct Floats {
   static float one(const Number* from) { return read_one(from); }
 };
 
-// sums[n,c] += input[n,r] * weight[r,c] by products of strips (Floats, or Pairs of bf16.h), while the same rows are fetched, and near their end those from
-// `below` on. Strips of sums are in the order in which strips of the weight are read.
+// sums[n,c] += input[n,r] * weight[r,c] by products of strips (Floats, or Pairs of bf16.h), while the same
+// rows are fetched, and near their end those from `below` on. Strips of sums are in the order in which
+// strips of the weight are read.
 template <class Product, int COUNT, class Number = typename Product::Number>
 inline void add_rows(const typename Product::Input* input, int64_t input_apart, const Number* weight,
                      int64_t apart, int64_t depth, const Number* below, int64_t width, float* sums,

@@ -87,6 +87,7 @@ at::Tensor expert_mlp(const at::Tensor& hidden, const at::Tensor& expert_index, 
 at::Tensor attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& positions, bool pairs) {
   at::Tensor out = at::empty_like(query);
+  if (!out.numel()) return out;
   const int64_t slots = positions.size(0), tokens = positions.size(1), heads = keys.size(1);
   const int64_t group = query.size(0) / (slots * tokens * heads);
   const bool rounded = pairs && has_pairs() && keys.scalar_type() != at::kFloat;

@@ -52,7 +52,7 @@ def linear(
         *block,
         _by_pairs(hidden.dtype, weight_OI.dtype, pairs),
     )
-    return out_NO.view(*hidden.shape[:-1], -1).to(hidden.dtype)
+    return out_NO.view(*hidden.shape[:-1], weight_OI.shape[0]).to(hidden.dtype)
 
 
 def expert_mlp(
@@ -66,9 +66,8 @@ def expert_mlp(
 
     With bfloat16 hidden and `pairs`, as in `linear`, experts with three tokens or more round
     silu(gate) * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of
-    different kinds
-    are left to torch. Raises ValueError on shapes that do not belong together, and TypeError as
-    `linear`.
+    different kinds are left to torch. Raises ValueError on shapes that do not belong together, and
+    TypeError as `linear`.
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
     if affinity_TK.shape != expert_index_TK.shape:
@@ -109,9 +108,22 @@ def attend(
 
     A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's
     products are of bfloat16 numbers where hidden and keys are, with `pairs` as in `linear`.
-    Raises ValueError when keys and values lie differently.
+    Raises ValueError when keys and values lie differently, or are not of as many sequences and of
+    heads that divide the query's: kernels would read beside them.
     """
     batch, tokens, heads, size = query_BTND.shape
+    sequences, key_heads, *_ = key_BKCD.shape
+    if (
+        value_BKCD.shape != key_BKCD.shape
+        or tuple(positions_BT.shape) != (batch, tokens)
+        or sequences != batch
+        or heads % key_heads
+    ):
+        raise ValueError(
+            f"keys have shape {list(key_BKCD.shape)}, values {list(value_BKCD.shape)} and "
+            f"positions {list(positions_BT.shape)}; expected those of {batch} sequences of "
+            f"{tokens} tokens, with heads that divide {heads}"
+        )
     keys, values = (each.stride() for each in (key_BKCD, value_BKCD))
     width = reference.cached_width(size, key_BKCD.dtype)
     if keys != values or keys[2:] != (width, 1) or key_BKCD.dtype != value_BKCD.dtype:
