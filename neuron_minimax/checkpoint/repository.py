@@ -90,7 +90,7 @@ class Repository:
             return
         with named_hub_errors(self.match, f"a part of {shard} of "):
             url, headers = self._request(shard, 0, 1)
-            options = {"headers": headers, "timeout": SECONDS}
+            options: dict[str, Any] = {"headers": headers, "timeout": SECONDS}
             answer: AbstractContextManager[Any]
             if hasattr(utils, "http_stream_backoff"):
                 answer = utils.http_stream_backoff("GET", url, **options)
