@@ -340,6 +340,23 @@ def test_what_is_left_of_another_commit_is_not_used(hub, wanted, tmp_path):
     assert tensors_of(out) == tensors_of(wanted)
 
 
+def test_other_bytes_under_the_same_samples_are_noticed(hub, checkpoint, tmp_path):
+    """Between the samples of a shard the fingerprint sees nothing; its digest does."""
+    out = tmp_path / "out"
+    assert hub.convert(out).returncode == 0
+    shard = checkpoint / SECOND
+    data = shard.read_bytes()
+    place = 100_000  # behind the first sample, before the second
+    try:
+        shard.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
+        hub.commit = "e" * 40
+        refused = hub.convert(out)
+        assert refused.returncode == 1
+        assert f"{SECOND} of org/tiny@{hub.commit} has other bytes" in refused.stderr
+    finally:
+        shard.write_bytes(data)
+
+
 def test_a_run_that_is_killed_anywhere_is_gone_on_with(hub, wanted, checkpoint, tmp_path):
     out = tmp_path / "out"
     nbytes = {name: (checkpoint / name).stat().st_size for name in shards_in(checkpoint)}

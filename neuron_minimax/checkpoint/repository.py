@@ -1,7 +1,6 @@
 """A repository on the Hugging Face hub: what it holds, and parts of its files."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -91,9 +90,8 @@ class Repository:
         with named_hub_errors(self.match, f"a part of {shard} of "):
             url, headers = self._request(shard, 0, 1)
             options: dict[str, Any] = {"headers": headers, "timeout": SECONDS}
-            answer: AbstractContextManager[Any]
             if hasattr(utils, "http_stream_backoff"):
-                answer = utils.http_stream_backoff("GET", url, **options)
+                answer: Any = utils.http_stream_backoff("GET", url, **options)
             else:  # before huggingface_hub 1.0
                 answer = utils.http_backoff("GET", url, **options, stream=True)
             with answer as response:
