@@ -352,7 +352,7 @@ def test_other_bytes_under_the_same_samples_are_noticed(hub, checkpoint, tmp_pat
         hub.commit = "e" * 40
         refused = hub.convert(out)
         assert refused.returncode == 1
-        assert f"{SECOND} of org/tiny@{hub.commit} has other bytes" in refused.stderr
+        assert f"{SECOND} of org/tiny@{hub.commit} has another SHA-256" in refused.stderr
     finally:
         shard.write_bytes(data)
 
