@@ -115,7 +115,9 @@ class _Handler(SimpleHTTPRequestHandler):
             if self.server.spoiled[file.name]:
                 self.server.spoiled[file.name] -= 1
                 data = data[:-1] + bytes([data[-1] ^ 1])
-        elif asked and self.server.gives_parts:
+        elif asked and not self.server.gives_parts:
+            self.server.given[file.name] += end
+        elif asked:
             end = min(end, int(asked["end"]) + 1)
             self.server.parts[file.name] += end - start
         stop = self.server.cut.pop(file.name, end) if self.command == "GET" else end

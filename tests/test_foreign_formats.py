@@ -229,6 +229,29 @@ def test_the_model_is_read_beside_another_file_which_everyone_is_told_of(
         assert text.endswith(f"\nwarning: {warning.message}")
 
 
+def test_weights_of_another_format_are_told_of_in_one_line(tmp_path):
+    source = write_tiny(tmp_path / "source")
+    others = ("model-q4.gguf", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+    for name in (*others, "training_args.bin"):
+        (source / name).write_bytes(b"{}")
+    checkpoint = nm.Checkpoint.open(source)
+    (warning,) = [each for each in checkpoint.inspect().findings if each.kind == "leftover"]
+    assert warning.message.startswith(f"{others[0]} and 1 more: weights of another format")
+    assert nm.plan_conversion(checkpoint).leftovers == (warning.message,)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, [1, 10**6]])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_token_that_the_model_does_not_have_is_told_of(file, token, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    path = source / file
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**fields, "eos_token_id": token}))
+    findings = nm.Checkpoint.open(source).inspect().findings
+    (note,) = [each for each in findings if "passed over" in each.message]
+    assert note.message.startswith(f"{file}: eos_token_id is {-1 if token == -1 else 10**6}, ")
+
+
 def test_an_adapter_alone_is_no_model(tmp_path):
     source = write_tiny(tmp_path / "source")
     (source / FILE).rename(source / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from pathlib import Path
 import pytest
 
 from neuron_minimax.checkpoint.header import read_header
+from neuron_minimax.checkpoint.hub_files import HubFiles
 from neuron_minimax.checkpoint.index import INDEX_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.checkpoint.repository import Published, Repository
 from neuron_minimax.checkpoint.writer import write_checkpoint
 from neuron_minimax.config import ModelConfig
-from tests.hub_stand_in import Hub, serving
+from neuron_minimax.progress import SILENT
+from tests.hub_stand_in import COMMIT, Hub, serving
 from tests.opened import contents, convert
 from tests.tiny import tiny_config, tiny_tensors
 from tests.tiny_tokenizer import write_tokenizer
@@ -281,8 +285,30 @@ def test_a_hub_that_cannot_be_streamed_from_is_named(
     change(hub)
     refused = hub.convert(tmp_path / "out")
     assert refused.returncode == 1
-    assert words in refused.stderr
+    assert refused.stderr.count(words) == 1
     assert "leave out --stream" in refused.stderr
+    sizes = [path.stat().st_size for path in hub.checkpoint.glob("*.safetensors")]
+    assert sum(hub.given[name] for name in shards_in(hub.checkpoint)) <= max(sizes)  # not of each
+
+
+def test_threads_may_read_the_same_bytes(tmp_path, monkeypatch):
+    """The three samples of a shard that is shorter than one are the same."""
+    shard = "model.safetensors"
+    published = Published(nbytes=8, sha256="0" * 64)
+    repository = Repository(hub_id=f"org/tiny@{COMMIT}", shards={shard: published}, small=())
+    (tmp_path / ".parts").mkdir()
+    files = HubFiles(repository, tmp_path, SILENT)
+    both_wrote = threading.Barrier(2, timeout=60)
+    replace = Path.replace
+
+    def replace_together(path: Path, target: Path) -> Path:
+        both_wrote.wait()
+        return replace(path, target)
+
+    monkeypatch.setattr(Repository, "part", lambda *_: b"elements")
+    monkeypatch.setattr(Path, "replace", replace_together)
+    found = list(files.overlapped(lambda _: files.sample(shard, 0, 8), range(2)))
+    assert found == [b"elements"] * 2
 
 
 def test_a_directory_is_not_streamed(hub, checkpoint, tmp_path):
@@ -312,6 +338,23 @@ def test_what_is_left_of_another_commit_is_not_used(hub, wanted, tmp_path):
     assert hub.convert(out).returncode == 0
     assert hub.parts[FIRST]  # asked for again
     assert tensors_of(out) == tensors_of(wanted)
+
+
+def test_other_bytes_under_the_same_samples_are_noticed(hub, checkpoint, tmp_path):
+    """Between the samples of a shard the fingerprint sees nothing; its digest does."""
+    out = tmp_path / "out"
+    assert hub.convert(out).returncode == 0
+    shard = checkpoint / SECOND
+    data = shard.read_bytes()
+    place = 100_000  # behind the first sample, before the second
+    try:
+        shard.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
+        hub.commit = "e" * 40
+        refused = hub.convert(out)
+        assert refused.returncode == 1
+        assert f"{SECOND} of org/tiny@{hub.commit} has another SHA-256" in refused.stderr
+    finally:
+        shard.write_bytes(data)
 
 
 def test_a_run_that_is_killed_anywhere_is_gone_on_with(hub, wanted, checkpoint, tmp_path):

@@ -277,7 +277,9 @@ def changed_source(manifest: Recorded, source: TensorDirectory, written_ns: int)
                 f"{now.nbytes}"
             )
         elif recorded[name].sha256 != source.files.published.get(name, ""):
-            return f"{name} of {source.files.title} was taken from elsewhere"
+            both = recorded[name].sha256 and name in source.files.published
+            differs = "has another SHA-256" if both else "was taken from elsewhere"
+            return f"{name} of {source.files.title} {differs}"
         elif recorded[name].stamp != now:
             return f"{name} of {source.files.title} was modified since"
     return ""

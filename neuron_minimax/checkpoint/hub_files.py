@@ -9,25 +9,21 @@ needed, whole and with the digest that the hub publishes.
 
 import glob
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from re import Match
-from typing import Annotated
 
 import numpy as np
-from pydantic import ConfigDict, Field
 
 from neuron_minimax.checkpoint.header import (
     TensorEntry,
     header_length,
     parse_header,
-    size_text,
 )
-from neuron_minimax.checkpoint.hub import HUB_ID, WANTED_FILES, download, named_hub_errors
+from neuron_minimax.checkpoint.hub import HUB_ID, download
+from neuron_minimax.checkpoint.repository import Repository
 from neuron_minimax.checkpoint.shard_files import Item, Needs, Read, Result, ShardFiles
 from neuron_minimax.checkpoint.writer import (
     PARTIAL_SUFFIX,
@@ -38,7 +34,6 @@ from neuron_minimax.checkpoint.writer import (
 from neuron_minimax.errors import CheckpointError, ConversionError, some_of
 from neuron_minimax.files import (
     Stamp,
-    is_plain_name,
     open_regular,
     read_bytes,
     read_json,
@@ -48,36 +43,7 @@ from neuron_minimax.progress import Progress
 
 PARTS = ".parts"
 HEADER_GUESS = 100_000  # bytes of a file that hold most headers
-AT_ONCE = 8  # requests
-SECONDS = 60  # for one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """What the hub says of a shard: its size, and the SHA-256 of its bytes."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    nbytes: Annotated[int, Field(ge=0, lt=2**63)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repository:
-    """One commit of a repository, its shards, and the names of its small files."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    hub_id: str
-    shards: Mapping[str, Published]
-    small: tuple[str, ...]
-
-    @property
-    def match(self) -> Match[str]:
-        """The name and the commit, as `download` takes them."""
-        match = HUB_ID.fullmatch(self.hub_id)
-        assert match is not None
-        return match
+AT_ONCE = 8  # requests, and files whose digest is computed
 
 
 class HubFiles(ShardFiles):
@@ -92,6 +58,7 @@ class HubFiles(ShardFiles):
         self.repository = repository
         self.progress = progress
         self.held: set[str] = set()
+        self._beginnings: dict[str, bytes] = {}
         # A shard has no time of its own; its digest stands for it.
         self.stamps |= {name: Stamp(shard.nbytes, 0) for name, shard in repository.shards.items()}
         self.published = {name: shard.sha256 for name, shard in repository.shards.items()}
@@ -110,7 +77,7 @@ class HubFiles(ShardFiles):
                 "needs no streaming: leave out --stream",
                 usage=True,
             )
-        repository = _ask(match)
+        repository = Repository.ask(match)
         try:
             _claim(directory, repository)
         except OSError as error:
@@ -121,7 +88,9 @@ class HubFiles(ShardFiles):
         with progress.stage(f"downloading the small files of {hub_id}") as advance:
             names = [glob.escape(name) for name in repository.small]
             download(repository.match, names, advance, directory)
-        return cls(repository, directory, progress)
+        files = cls(repository, directory, progress)
+        files._fetch_beginnings()
+        return files
 
     @property
     def title(self) -> str:
@@ -138,41 +107,31 @@ class HubFiles(ShardFiles):
         return shard in self.repository.shards
 
     def entries(self, shard: str) -> list[TensorEntry]:
-        return self._headers(shard)
-
-    @cached_property
-    def _headers(self) -> Callable[[str], list[TensorEntry]]:
-        """The headers of all shards, fetched together when the first is asked for."""
-
-        def fetch(shard: str) -> list[TensorEntry] | CheckpointError:
-            try:
-                return self._fetch_header(shard)
-            except CheckpointError as error:
-                return error
-
-        found = dict(zip(self.names(), self.overlapped(fetch, self.names()), strict=True))
-
-        def of(shard: str) -> list[TensorEntry]:
-            try:
-                entries = found[shard]
-            except KeyError:
-                raise CheckpointError(
-                    f"{self._title(shard)} is missing, though the index lists it"
-                ) from None
-            if isinstance(entries, CheckpointError):
-                raise entries
-            return entries
-
-        return of
-
-    def _fetch_header(self, shard: str) -> list[TensorEntry]:
+        beginning = self._beginnings.get(shard)
+        if beginning is None:
+            raise CheckpointError(
+                f"{self.repository.title_of(shard)} is missing, though the index lists it"
+            )
         size = self.repository.shards[shard].nbytes
+        end = 8 + header_length(self.repository.title_of(shard), size, beginning[:8])
+        return parse_header(self.repository.title_of(shard), size, beginning[8:end])
+
+    def _fetch_beginnings(self) -> None:
+        """Fetch every shard's bytes up to the end of its header.
+
+        Raises CheckpointError, at the first that does not arrive, or for a hub without parts.
+        """
+        self.repository.require_parts()
+        found = self.overlapped(self._beginning, self.names())
+        self._beginnings = dict(zip(self.names(), found, strict=True))
+
+    def _beginning(self, shard: str) -> bytes:
         beginning = self.sample(shard, 0, HEADER_GUESS)
-        length = header_length(self._title(shard), size, beginning[:8])
-        text = beginning[8 : 8 + length]
-        if len(text) < length:
-            text = self.sample(shard, 8, length)
-        return parse_header(self._title(shard), size, text)
+        size = self.repository.shards[shard].nbytes
+        end = 0
+        with suppress(CheckpointError):  # which `entries` raises
+            end = 8 + header_length(self.repository.title_of(shard), size, beginning[:8])
+        return beginning + self.sample(shard, len(beginning), end - len(beginning))
 
     @contextmanager
     def opened(self, shard: str) -> Iterator[Read]:
@@ -197,8 +156,9 @@ class HubFiles(ShardFiles):
             data = path.read_bytes()
             if len(data) == end - start:  # as it is not after a loss of power, since none is synced
                 return data
-        data = self._fetch(shard, start, end)
-        partial = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
+        data = self.repository.part(shard, start, end)
+        # Two threads may read the same bytes: the samples of a small shard are the same ones.
+        partial = path.with_name(f"{path.name}.{threading.get_ident()}{PARTIAL_SUFFIX}")
         partial.write_bytes(data)
         partial.replace(path)
         return data
@@ -206,7 +166,8 @@ class HubFiles(ShardFiles):
     def map(self, shard: str) -> tuple[np.memmap, int]:
         if shard not in self.held:
             raise CheckpointError(
-                f"{self._title(shard)} is not here: a checkpoint that is streamed cannot be mapped"
+                f"{self.repository.title_of(shard)} is not here: a checkpoint that is streamed "
+                "cannot be mapped"
             )
         return super().map(shard)
 
@@ -280,8 +241,9 @@ class HubFiles(ShardFiles):
         if found != wanted:
             path.unlink()
             raise CheckpointError(
-                f"{self._title(shard)} was downloaded twice and has the SHA-256 {found}, where "
-                f"{wanted} is published; it was removed. Run again later, or from another network"
+                f"{self.repository.title_of(shard)} was downloaded twice and has the SHA-256 "
+                f"{found}, where {wanted} is published; it was removed. Run again later, or from "
+                "another network"
             )
         self._require_same_parts(shard)
 
@@ -295,8 +257,9 @@ class HubFiles(ShardFiles):
                 if file.read(len(data)) != data:
                     _clear(self.directory)
                     raise CheckpointError(
-                        f"{self._title(shard)}: bytes {start} to {start + len(data)} were other "
-                        "ones when they were fetched alone; they were removed: run again"
+                        f"{self.repository.title_of(shard)}: bytes {start} to "
+                        f"{start + len(data)} were other ones when they were fetched alone; they "
+                        "were removed: run again"
                     )
 
     def _keep(self, shards: Collection[str]) -> None:
@@ -305,28 +268,6 @@ class HubFiles(ShardFiles):
             self.held.discard(shard)
             (self.directory / shard).unlink(missing_ok=True)
         self.unmap()
-
-    def _fetch(self, shard: str, start: int, end: int) -> bytes:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-        match = self.repository.match
-        with named_hub_errors(match, f"a part of {shard} of "):
-            url = hf_hub_url(match["name"], shard, revision=match["revision"])
-            headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
-            response = http_backoff("GET", url, headers=headers, timeout=SECONDS)
-            hf_raise_for_status(response)
-            data: bytes = response.content
-        if len(data) != end - start:
-            raise CheckpointError(
-                f"the hub gave {size_text(len(data))} of {self._title(shard)} where "
-                f"{size_text(end - start)} were asked for; a hub that gives no parts of files "
-                "cannot be streamed from: leave out --stream"
-            )
-        return data
-
-    def _title(self, shard: str) -> Path:
-        return Path(self.repository.match["name"]) / shard
 
 
 def _steps(needs: Needs) -> Iterator[tuple[str, set[str]]]:
@@ -339,30 +280,6 @@ def _steps(needs: Needs) -> Iterator[tuple[str, set[str]]]:
         here |= needs[target]
         here &= set().union(*(needs[later] for later in order[number:]))
         yield target, set(here)
-
-
-def _ask(match: Match[str]) -> Repository:
-    """Ask the hub for the files of a repository."""
-    from huggingface_hub import HfApi
-
-    with named_hub_errors(match):
-        info = HfApi().model_info(match["name"], revision=match["revision"], files_metadata=True)
-    shards = {}
-    small = []
-    for file in info.siblings or ():
-        name = file.rfilename
-        if not is_plain_name(name):
-            continue
-        if not name.endswith(".safetensors"):
-            small += [name] if any(Path(name).match(pattern) for pattern in WANTED_FILES) else []
-            continue
-        if file.lfs is None or file.size is None:
-            raise CheckpointError(
-                f"the hub publishes no SHA-256 of {name} of {match[0]}, which streaming compares; "
-                "leave out --stream"
-            )
-        shards[name] = Published(nbytes=file.size, sha256=file.lfs.sha256)
-    return Repository(hub_id=f"{match['name']}@{info.sha}", shards=shards, small=tuple(small))
 
 
 def _claim(directory: Path, repository: Repository) -> None:

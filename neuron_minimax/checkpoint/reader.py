@@ -3,6 +3,7 @@ or as zero-copy views of the mapped files, block scales as the factors that they
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import Problem
 from neuron_minimax.checkpoint.shard_files import Read, ShardFiles
 from neuron_minimax.config import MOST_TENSORS, ModelConfig
-from neuron_minimax.errors import CheckpointError, counted
+from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.files import Stamp, read_bytes
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention
 from neuron_minimax.progress import SILENT, Progress
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
+FOREIGN = re.compile(r".+\.gguf|pytorch_model.*\.bin")  # weights as others store them
 SAMPLE_BYTES = 64 << 10  # of a fingerprint
 
 
@@ -277,6 +279,13 @@ class TensorDirectory:
         others = [name for name in self.files.names() if name not in self.shards]
         others += [name for name in ADAPTERS if name in self.stamps and name not in others]
         read = f"{INDEX_NAME}, which does not list it" if has_index else SINGLE_NAME
+        foreign = [name for name in sorted(self.stamps) if FOREIGN.fullmatch(name)]
+        if foreign:
+            message = (
+                f"{some_of(foreign)}: weights of another format, not compared and not read; those "
+                "of the safetensors files are. Remove what is not meant"
+            )
+            self.leftovers.append(Problem(foreign[0], message, "leftover"))
         for name in others:
             if name in ADAPTERS:
                 message = (

@@ -59,6 +59,12 @@ class GenerationFields:
     repetition_penalty: float | None = None
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer, none or several."""
+        named = self.eos_token_id
+        return () if named is None else named if isinstance(named, tuple) else (named,)
+
+    @property
     def sampling(self) -> dict[str, float]:
         """The options of sampling that are stated."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.tokenizer_file import (
+    GENERATION_NAME,
     NO_TEMPLATE,
     NO_TOKENIZER,
     TEMPLATE_NAMES,
+    GenerationFields,
     broken_companions,
     has_template,
     has_tokenizer,
@@ -289,17 +292,34 @@ def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A note when no file of the checkpoint names the token that ends an answer. A file that cannot
-    be read is one of `companion_findings`.
+    """A note when no file of the checkpoint names the token that ends an answer, and one when a
+    file names a token that the model does not have. A file that cannot be read is one of
+    `companion_findings`.
     """
-    path = checkpoint.directory / "generation_config.json"
+    path = checkpoint.directory / GENERATION_NAME
+    in_generation: tuple[int, ...] = ()
     try:
-        named = read_json(path, dict[str, Any], CheckpointError, ADVICE).get("eos_token_id")
+        in_generation = read_json(path, GenerationFields, CheckpointError, ADVICE).end_tokens
     except FileNotFoundError:
-        named = None
+        pass
     except CheckpointError:
         return
-    if not checkpoint.config.eos_token_ids and named in (None, []):
+    tokens = checkpoint.config.vocab_size
+    for file, ids in (
+        (CONFIG_NAME, checkpoint.config.eos_token_ids),
+        (path.name, in_generation),
+    ):
+        unknown = [str(token) for token in ids if not 0 <= token < tokens]
+        if unknown:
+            message = (
+                f"{file}: eos_token_id is {' and '.join(unknown)}, and the model has tokens 0 to "
+                f"{tokens - 1}: it is passed over, and an answer ends where the others, the other "
+                "file or the tokenizer say"
+            )
+            yield Finding(
+                severity="note", kind="generation", subject="eos_token_id", message=message
+            )
+    if not checkpoint.config.eos_token_ids and not in_generation:
         message = (
             f"neither config.json nor {path.name} names eos_token_id: transformers would not stop; "
             "here an answer ends at the tokenizer's end-of-turn token"
