@@ -369,6 +369,14 @@ def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp
     assert all(torch.allclose(other, logits[0], atol=1e-3) for other in logits[1:])
 
 
+def test_an_empty_prompt_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    assert [prompt.text for prompt in read_prompts(["."])] == ["not asked for"]
+    with pytest.raises(GenerationError, match="'' holds no prompt"):
+        read_prompts([""])
+
+
 def test_prompts_are_texts_files_or_directories_with_names_of_their_own(tmp_path):
     for name in ("b", "a"):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
