@@ -348,8 +348,17 @@ def test_a_raw_prompt_is_the_tokenizer_s_plain_encoding_of_it(scripted, capsys, 
         assert main(["generate", "anywhere", "--raw", *options]) == 0
         assert given.pop() == plain
         assert capsys.readouterr().out == " more\n"
-    assert main(["generate", "anywhere", "--raw", "--prompt", ""]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "anywhere"), ("generate", "anywhere", "--raw"), ("run", "anywhere")],
+    ids=" ".join,
+)
+def test_a_prompt_that_says_nothing_is_refused_before_anything_is_made(command, text, capsys):
+    assert main([*command, "--prompt", text]) == 1
+    assert capsys.readouterr().err == "error: --prompt is empty; expected a message\n"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ placement, errors.
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +319,42 @@ def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path)
     assert stage.total == len(runner.encode(Prompt(name="one", text="sunny"))) + 4
 
 
+def test_experts_are_compared_before_the_prompts_and_an_interruption_ends_that_at_once(
+    traced, tmp_path
+):
+    model, directory = load_any(traced)
+    heard = Heard()
+    runner = BatchRunner(
+        model=model,
+        tokenizer=TextTokenizer.from_dir(directory),
+        directory=tmp_path / "out",
+        options=QUICK,
+        similarity_of=Checkpoint(traced.parent / "checkpoint"),
+        max_new_tokens=10**9,
+        progress=heard,
+    )
+    prompts = [Prompt(name="one", text="sunny")]
+    with pytest.raises(GenerationError, match="exceed the model's"):
+        runner.run(prompts)
+    assert not heard.stages
+
+    def interrupt(count, doing):
+        if heard.stages[-1].what == "comparing experts of all layers" and count:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner.max_new_tokens = 4
+    heard.on_advance = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(prompts)
+    assert heard.stages[-1].counts == [1]
+    assert not (tmp_path / "out").exists()
+    heard = runner.progress = Heard()
+    assert runner.run(prompts).analyses[0].expert_layers is not None
+    assert [(stage.what, sum(stage.counts)) for stage in heard.stages[:-1]] == [
+        ("comparing experts of all layers", runner.similarity_of.config.num_hidden_layers)
+    ]
+
+
 def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp_path):
     import torch
 
@@ -329,6 +367,14 @@ def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp
     with torch.inference_mode():
         logits = [model(torch.arange(7)[None])[0] for model in models]
     assert all(torch.allclose(other, logits[0], atol=1e-3) for other in logits[1:])
+
+
+def test_an_empty_prompt_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    assert [prompt.text for prompt in read_prompts(["."])] == ["not asked for"]
+    with pytest.raises(GenerationError, match="'' holds no prompt"):
+        read_prompts([""])
 
 
 def test_prompts_are_texts_files_or_directories_with_names_of_their_own(tmp_path):

@@ -75,9 +75,14 @@ def read_prompt(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise GenerationError(f"the prompt in {name} cannot be read: {reason}") from None
+    return checked_prompt(text, f"the prompt in {name}").removesuffix("\n")
+
+
+def checked_prompt(text: str, name: str = "--prompt") -> str:
+    """Return a message. Raises GenerationError where it says nothing."""
     if not text.strip():
-        raise GenerationError(f"the prompt in {name} is empty; expected a message")
-    return text.removesuffix("\n")
+        raise GenerationError(f"{name} is empty; expected a message")
+    return text
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -187,6 +192,8 @@ def generate(
         raise typer.BadParameter("--stop is empty; expected a text that ends the answer")
     if prompt_file is not None:
         prompt = read_prompt(prompt_file)
+    elif prompt is not None:
+        prompt = checked_prompt(prompt)
     plain = prompt is None or raw
     if plain and (thinking is not None or tools or system or chat_template_kwargs):
         raise typer.BadParameter(

@@ -10,7 +10,14 @@ import typer
 
 import neuron_minimax as nm
 from neuron_minimax.cli.app import app
-from neuron_minimax.cli.chat import MaxNewTokens, ShowReasoning, Thinking, talk, template_arguments
+from neuron_minimax.cli.chat import (
+    MaxNewTokens,
+    ShowReasoning,
+    Thinking,
+    checked_prompt,
+    talk,
+    template_arguments,
+)
 from neuron_minimax.cli.ending import resumable, say
 from neuron_minimax.cli.models import KVCacheDtype
 from neuron_minimax.cli.progress import Shown
@@ -70,6 +77,8 @@ def run(
 
     What is made is kept, and the next run starts in seconds.
     """
+    if prompt is not None:
+        checked_prompt(prompt)
     stages = Stages(say)
     arguments = template_arguments(thinking)
     with resumable("what is finished is kept; run the same command again to go on"):

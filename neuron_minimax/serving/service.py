@@ -399,7 +399,9 @@ class Service:
             room = room_for_answer(self.model.backend.capabilities, prompt.length, limit or None)
         except GenerationError as error:
             param = "messages" if isinstance(asked, ChatRequest) else "prompt"
-            raise RequestError(str(error), param=param, code="context_length_exceeded") from None
+            # By this code clients know to shorten a prompt, which an empty one cannot be.
+            code = "context_length_exceeded" if prompt.length else None
+            raise RequestError(str(error), param=param, code=code) from None
         room = 0 if limit == 0 else room
         if asked.min_tokens > room:
             raise RequestError(

@@ -37,7 +37,7 @@ from neuron_minimax.studies.experts.statistics import (
     layer_similarity,
     total_variation,
 )
-from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+from neuron_minimax.studies.experts.trace import Recorder, Trace, check_fits, record
 
 COMPARISON_NAME = "comparison.json"
 TRACE_NAME = "trace.safetensors"
@@ -156,17 +156,22 @@ class BatchRunner:
         """Record, analyse and write every prompt.
 
         An interruption (SIGINT, SIGTERM or KeyboardInterrupt) ends the batch with it, after what
-        was recorded is written. Raises GenerationError when a prompt does not fit the model.
+        was recorded is written. Raises GenerationError, before all else, when a prompt does not fit
+        the model.
         """
         analyses = []
         speeds = []
         stop: KeyboardInterrupt | None = None
         encoded = [self.encode(prompt) for prompt in prompts]
+        for ids in encoded:
+            check_fits(self.model, ids, self.max_new_tokens)
         names = [prompt.name for prompt in prompts]
         prompts = [
             replace(prompt, name=free_name(self.directory, prompt.name, ids, names, prompt.text))
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
+        # Before there is anything to keep: a signal ends the reading of all weights at once.
+        _ = self.expert_similarity, self.expert_layers
         total = sum(map(len, encoded)) + len(prompts) * self.max_new_tokens
         with (
             first_signal_noted() as noted,
@@ -271,17 +276,23 @@ class BatchRunner:
         if self.similarity_of is None:
             return {}
         last = self.similarity_of.config.num_hidden_layers - 1
-        return {
-            layer: expert_similarity(self.similarity_of, layer, self.options.jobs)
-            for layer in sorted({0, last // 2, last})
-        }
+        found = {}
+        layers = sorted({0, last // 2, last})
+        with self.progress.stage("comparing experts", len(layers), "layers") as advance:
+            for layer in layers:
+                advance(doing=f"layer {layer}")
+                found[layer] = expert_similarity(self.similarity_of, layer, self.options.jobs)
+                advance(1)
+        return found
 
     @cached_property
     def expert_layers(self) -> LayerSimilarity | None:
         """Of the experts of every two layers; reads all their weights."""
         if self.similarity_of is None:
             return None
-        return expert_layer_similarity(self.similarity_of, self.options.jobs)
+        layers = self.similarity_of.config.num_hidden_layers
+        with self.progress.stage("comparing experts of all layers", layers, "layers") as advance:
+            return expert_layer_similarity(self.similarity_of, self.options.jobs, advance=advance)
 
 
 def free_name(

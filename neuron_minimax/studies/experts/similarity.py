@@ -15,6 +15,7 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import CheckpointError
 from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.progress import Advance, nothing
 from neuron_minimax.studies.experts.statistics import LayerSimilarity, layer_similarity
 
 STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
@@ -50,21 +51,27 @@ def expert_similarity(checkpoint: Checkpoint, layer: int, jobs: int | None = Non
 
 
 def expert_layer_similarity(
-    checkpoint: Checkpoint, jobs: int | None = None, sketch_bytes: int = SKETCH_BYTES
+    checkpoint: Checkpoint,
+    jobs: int | None = None,
+    sketch_bytes: int = SKETCH_BYTES,
+    advance: Advance = nothing,
 ) -> LayerSimilarity:
     """Return how alike the experts of two layers are, as `layer_similarity` has it of routers, from
     a sketch of every expert; it is exact where the experts take no more than `sketch_bytes` in
     float32.
 
     Memory is that of the sketches and of some strips, whatever the checkpoint's size; every weight
-    is read once, `jobs` strips at a time.
+    is read once, `jobs` strips at a time. `advance` counts layers.
     """
     jobs = jobs or os.cpu_count() or 1
     layers = checkpoint.config.num_hidden_layers
     weights = sum(_widths(checkpoint, _strips(checkpoint, 0)))
     most = sketch_bytes // (4 * layers * checkpoint.config.num_local_experts)
     numbers = min(weights, max(1, most))
-    sketches = [expert_sketch(checkpoint, layer, numbers, jobs) for layer in range(layers)]
+    sketches = []
+    for layer in range(layers):
+        sketches.append(expert_sketch(checkpoint, layer, numbers, jobs))
+        advance(1)
     error = 0.0 if numbers == weights else numbers**-0.5
     return LayerSimilarity(layer_similarity(sketches), error)
 
