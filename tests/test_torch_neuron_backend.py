@@ -305,6 +305,7 @@ def test_without_the_device_a_message_says_what_to_install(models, tmp_path, cap
         ({"instance": "trn2.48xlarge"}, "does not take --instance"),
         ({"device": "gpu"}, "device is 'gpu'; expected neuron or cpu"),
         ({"engine": "eager"}, "engine is 'eager'; expected compiled"),
+        ({"engine": "exported"}, "expected compiled or eager"),
         ({"engine": "exported", "device": "cpu"}, "expected compiled or eager"),
         ({"tp_degree": 4, "moe_tp_degree": 3}, "moe_tp_degree 3 times moe_ep_degree 1 is not"),
         ({"seq_len": 10**6}, "beyond max_position_embeddings"),

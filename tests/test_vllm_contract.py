@@ -38,8 +38,8 @@ SERVED = {
     "Qwen3-MoE in FP8": CASES["Qwen3-MoE in FP8"],
     "Qwen3 in FP8, tied": CASES["Qwen3 in FP8, tied"],
     # On some ranks zeros stand where others have an expert.
-    "Qwen3-MoE of 7 experts": Case("qwen3_moe", {"num_experts": 7, "norm_topk_prob": False}),
-    "MiniMax-M2 of 6 experts": Case("minimax_m2", {"num_local_experts": 6}),
+    "Qwen3-MoE of 7 experts": Case("qwen3_moe", {"num_experts": 7, "num_hidden_layers": 1}),
+    "MiniMax-M2 of 6 experts": Case("minimax_m2", {"num_local_experts": 6, "num_hidden_layers": 1}),
 }
 DEGREES = [(name, degrees) for name, degrees in vllm_neuron_ranks.RUN]
 

@@ -1,4 +1,4 @@
-"""Groups of gloo processes in which vLLM-Neuron's runner is played; test_vllm_contract starts them."""
+"""Groups of gloo processes that play vLLM-Neuron's runner; test_vllm_contract starts them."""
 
 import os
 import sys
