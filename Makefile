@@ -107,7 +107,7 @@ LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_BLAS=OFF -DL
 	touch $@
 
 # The plugin under vLLM's own registry, config, groups, pool of blocks and sampler, with vLLM-Neuron's part played; of
-# each vLLM that vLLM-Neuron was built on, in an environment of its own (3.4 GB each).
+# each vLLM that vLLM-Neuron was built on, in an environment of its own (3.4 GB each). Then the protocols of the later one.
 VLLM := 0.24 0.29
 .venv-vllm-%/stamp: tests/vllm_requirements.py
 	$(make-venv)
@@ -120,6 +120,7 @@ VLLM := 0.24 0.29
 test-vllm: $(VLLM:%=.venv-vllm-%/stamp)
 	for version in $(VLLM); do \
 	  .venv-vllm-$$version/bin/python -m pytest tests/test_vllm.py tests/test_vllm_contract.py || exit 1; done
+	.venv-vllm-0.29/bin/python -m pytest tests/vllm/test_protocol.py
 
 # About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp

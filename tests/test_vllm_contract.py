@@ -37,6 +37,9 @@ SERVED = {
     "MiniMax-M2 in BF16": Case("minimax_m2", BF16),
     "Qwen3-MoE in FP8": CASES["Qwen3-MoE in FP8"],
     "Qwen3 in FP8, tied": CASES["Qwen3 in FP8, tied"],
+    # On some ranks zeros stand where others have an expert.
+    "Qwen3-MoE of 7 experts": Case("qwen3_moe", {"num_experts": 7, "num_hidden_layers": 1}),
+    "MiniMax-M2 of 6 experts": Case("minimax_m2", {"num_local_experts": 6, "num_hidden_layers": 1}),
 }
 DEGREES = [(name, degrees) for name, degrees in vllm_neuron_ranks.RUN]
 
@@ -63,8 +66,8 @@ def converted(pair: Pair) -> Path:
 @pytest.fixture(scope="module")
 def ranks(
     pairs: dict[str, Pair], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, list[Request]]]:
-    """What each of two gloo processes was given for every case and every degree."""
+) -> dict[int, list[dict[str, list[Request]]]]:
+    """What each gloo process of a group of so many was given for every case and every degree."""
     out = tmp_path_factory.mktemp("ranks")
     directories = [str(converted(pairs[name])) for name, _ in DEGREES]
     subprocess.run(
@@ -73,7 +76,10 @@ def ranks(
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{STANDIN}"},
         check=True,
     )
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return {
+        world: [torch.load(out / f"{world}_{rank}.pt", weights_only=False) for rank in range(world)]
+        for world in vllm_neuron_ranks.WORLDS
+    }
 
 
 def require_oracles_rows(pair: Pair, requests: list[Request]) -> None:
@@ -101,19 +107,20 @@ def test_every_step_has_the_logits_and_the_token_of_transformers(
 
 
 @pytest.mark.parametrize(("name", "degrees"), DEGREES, ids=str)
-def test_so_has_every_rank_of_two(
-    ranks: list[dict[str, list[Request]]],
+def test_so_has_every_rank_of_a_group(
+    ranks: dict[int, list[dict[str, list[Request]]]],
     pairs: dict[str, Pair],
     name: str,
     degrees: tuple[int, int],
 ) -> None:
-    for rank in ranks:
+    for rank in ranks[degrees[0]]:
         require_oracles_rows(pairs[name], rank[f"{name} {degrees}"])
 
 
-def test_ranks_sample_the_same_tokens(ranks: list[dict[str, list[Request]]]) -> None:
+def test_ranks_sample_the_same_tokens(ranks: dict[int, list[dict[str, list[Request]]]]) -> None:
     first, second = (
-        [request.tokens for request in rank[vllm_neuron_ranks.SAMPLED]] for rank in ranks
+        [request.tokens for request in rank[vllm_neuron_ranks.SAMPLED]]
+        for rank in ranks[vllm_neuron_ranks.SAMPLING_WORLD]
     )
     assert first == second
 
@@ -191,6 +198,11 @@ def test_temperature_zero_is_greedy_whatever_the_noise() -> None:
     noise = torch.tensor([[0.0, 1 - 2**-24, 0.5]])
     params = torch.tensor([[-1.0, 1.0, 0.0]])
     assert vllm_plugin.sampled_tokens(logits, params, noise).tolist() == [1]
+
+
+def test_a_row_without_a_largest_logit_gives_a_token_that_there_is() -> None:
+    logits = torch.tensor([[1.0, torch.nan, 2.0], [0.0, 7.0, 7.0]])
+    assert vllm_plugin.first_largest(logits).tolist() == [2, 1]
 
 
 def test_a_bucket_is_one_whole_graph_for_every_step_and_every_rank(tmp_path: Path) -> None:

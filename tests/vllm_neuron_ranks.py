@@ -1,4 +1,4 @@
-"""Two gloo processes in which vLLM-Neuron's runner is played; test_vllm_contract starts them."""
+"""Groups of gloo processes that play vLLM-Neuron's runner; test_vllm_contract starts them."""
 
 import os
 import sys
@@ -20,14 +20,17 @@ from neuron_minimax.backends.torch_neuron.weights import shard_of
 from neuron_minimax.config import ModelConfig
 from tests.vllm_neuron_runner import MixedPool, Request, Runner, serve
 
-WORLD = 2
 SAMPLED = "sampled"
-# Degrees of tensor and of expert parallelism.
+# Degrees of tensor and of expert parallelism; as many processes as the first.
 RUN = [
     ("MiniMax-M2 in FP8", (2, 1)),
     ("MiniMax-M2 in BF16", (2, 2)),
     ("Qwen3-MoE in FP8", (2, 2)),
+    ("Qwen3-MoE of 7 experts", (2, 2)),
+    ("MiniMax-M2 of 6 experts", (4, 4)),
 ]
+WORLDS = (2, 4)
+SAMPLING_WORLD = 2
 
 
 @contextmanager
@@ -57,34 +60,37 @@ def loaded(
     return model.to("cpu")
 
 
-def main(rank: int, out: Path, directories: list[str]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=WORLD
-    )
+def main(world: int, rank: int, out: Path, directories: list[str]) -> None:
+    store = f"file://{out / f'store_{world}'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     group = dist.group.WORLD.group_name
     served: dict[str, list[Request]] = {}
     for (name, degrees), directory in zip(RUN, directories, strict=True):
+        if degrees[0] != world:
+            continue
         model = loaded(Path(directory), rank, *degrees, group)
         served[f"{name} {degrees}"] = serve(Runner(model, model, MixedPool(), rank=rank))
-    options = {"sampling": OnDeviceSampling(max_top_k=20), "returns_logits": True}
-    model = loaded(Path(directories[0]), rank, *RUN[0][1], group, **options)
-    torch.manual_seed(rank)  # ranks draw each for itself
-    params = torch.tensor([[10.0, 0.9, 1.0]])
-    sampler = Runner(model, model, MixedPool(), lambda rows: params.expand(rows, 3), rank)
-    served[SAMPLED] = serve(sampler)
-    torch.save(served, out / f"{rank}.pt")
+    if world == SAMPLING_WORLD:
+        options = {"sampling": OnDeviceSampling(max_top_k=20), "returns_logits": True}
+        model = loaded(Path(directories[0]), rank, *RUN[0][1], group, **options)
+        torch.manual_seed(rank)  # ranks draw each for itself
+        params = torch.tensor([[10.0, 0.9, 1.0]])
+        sampler = Runner(model, model, MixedPool(), lambda rows: params.expand(rows, 3), rank)
+        served[SAMPLED] = serve(sampler)
+    torch.save(served, out / f"{world}_{rank}.pt")
     dist.destroy_process_group()
 
 
 def start(out: Path, directories: list[str]) -> int:
-    """Run both ranks, each in a process of its own; they share what is imported."""
+    """Run every rank of every group, each in a process of its own; they share what is imported."""
     started = []
-    for rank in range(WORLD):
-        process = os.fork()
-        if process == 0:
-            main(rank, out, directories)
-            return 0
-        started.append(process)
+    for world in WORLDS:
+        for rank in range(world):
+            process = os.fork()
+            if process == 0:
+                main(world, rank, out, directories)
+                return 0
+            started.append(process)
     return max(os.waitpid(process, 0)[1] for process in started)
 
 

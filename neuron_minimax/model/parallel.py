@@ -53,8 +53,8 @@ class Shard:
             )
         if self.moe_ep_degree > max(1, experts):
             raise ConfigError(
-                f"moe_ep_degree {self.moe_ep_degree} is more than the {experts} experts; choose "
-                "one that is not"
+                f"moe_ep_degree {self.moe_ep_degree} is more than the {experts} experts; choose a "
+                "smaller one, and a larger moe_tp_degree"
             )
         widths = {
             "shared_intermediate_size": (config.shared_intermediate_size, self.tp_degree),

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 PREFIX = "neuron_minimax"
+IDLE_SECONDS = 1.0  # at most, between two looks at the backend
 INTERNAL_ERROR = "internal error; the server's log has it"
 
 
@@ -126,8 +127,8 @@ class EngineThread:
     that have a slot at once.
 
     Each round it drops what was cancelled or is late, admits waiting requests in order of arrival,
-    and lets the engine do one round. When the backend has failed for good it gives up, and calls
-    `on_lost` with why.
+    and lets the engine do one round. When the backend has failed for good, amid a round or while
+    nothing was asked of it, it gives up, and calls `on_lost` with why.
     """
 
     def __init__(
@@ -235,10 +236,12 @@ class EngineThread:
             self._end()
 
     def _has_work(self) -> bool:
-        """Wait for work; False when the thread is to stop."""
+        """Wait for work, or until it is time to look whether the backend has failed; False when the
+        thread is to stop.
+        """
         with self._changed:
             self._changed.notify_all()  # drain() may be waiting for idleness
-            self._changed.wait_for(lambda: self._stopping or not self._idle())
+            self._changed.wait_for(lambda: self._stopping or not self._idle(), IDLE_SECONDS)
             return not self._stopping
 
     def _end(self) -> None:

@@ -34,6 +34,8 @@ except ImportError as error:
 ROOT = Path(__file__).parents[2]
 TABLE = "| what | endpoint | where |"
 WHOLE_TABLE_OF = "0.32"  # of an earlier version some rows are not true
+# What differs from an earlier version alone.
+EARLIER = {("field", "/v1/responses", "usage.input_tokens_details.cache_write_tokens")}
 MODULES = [
     "test_agents.py",
     "test_chat_families.py",
@@ -179,6 +181,6 @@ def test_every_protocol_is_spoken_streamed_and_not(exchanges):
 
 def test_vllm_reads_what_passes_but_for_what_is_documented(exchanges):
     found = {each for exchange in exchanges for each in differences(exchange)}
-    assert found <= documented()
+    assert found <= documented() | EARLIER
     if vllm.__version__.startswith(WHOLE_TABLE_OF):
         assert found == documented()

@@ -30,6 +30,7 @@ from neuron_minimax.processes import isolated
 
 MAIN = "from neuron_minimax.backends.torch_neuron.rank import main; main()"
 SHOWN_LINES = 20  # of what a rank has printed
+SHOWN_BYTES = 1 << 16
 SECONDS_TO_END = 10.0  # of a process that has closed its pipe
 # Where the compilers keep what they have made, by their variables: TorchNeuron's are those that
 # public sources which run on it set, vLLM-Neuron's among them.
@@ -66,8 +67,7 @@ class RankTask:
 
 
 class RankGroup:
-    """Started ranks of one model. `logits` [R,V] float32 is what the first rank has answered last,
-    `failure` why nothing can be asked of them any more.
+    """Started ranks of one model. `logits` [R,V] float32 is what the first rank has answered last.
 
     One thread at a time. `close` ends all ranks, as does the end of this process, however it ends.
     """
@@ -91,7 +91,7 @@ class RankGroup:
             )
         self.size = options.tp_degree
         self._number = 0
-        self.failure: BackendError | None = None
+        self._failure: BackendError | None = None
         scratch = tempfile.TemporaryDirectory(prefix=".ranks-", dir=directory)
         place = Path(scratch.name).resolve()
         nbytes = rows * vocab_size * torch.float32.itemsize
@@ -105,10 +105,21 @@ class RankGroup:
         try:
             for rank in range(self.size):
                 environment = _environment(options, rank, place, port)
-                self._ranks.append(_Process.start(environment, memory))
+                self._ranks.append(_Process.start(environment, memory, place))
         finally:
             os.close(memory)
         self._tasks = [task(rank, place) for rank in range(self.size)]
+
+    @property
+    def failure(self) -> BackendError | None:
+        """Why nothing can be asked of the ranks any more. One that has ended between two calls is
+        noticed here, and ends the others.
+        """
+        if self._failure is None and self.close.alive:
+            for rank, each in enumerate(self._ranks):
+                if each.process.poll() is not None:
+                    return self._failed(rank, each.ended())
+        return self._failure
 
     def start(self, tell: Callable[[str], None] = lambda line: None) -> list[Any]:
         """Let every rank read its weights and make its graphs; return what each answers. `tell`
@@ -127,16 +138,15 @@ class RankGroup:
     def _call(
         self, arguments: Sequence[tuple[Any, ...]], name: str, tell: Callable[[str], None]
     ) -> list[Any]:
-        if self.failure is not None:
-            raise BackendError(str(self.failure))
+        if self._failure is not None:
+            raise BackendError(str(self._failure))
         self._number += 1
         try:
             for each, given in zip(self._ranks, arguments, strict=True):
                 with contextlib.suppress(BrokenPipeError):  # which the answer will show
                     each.pipe.send((self._number, name, given))
-        except BaseException:
-            self.close()  # an interruption: some have the call, and others have not
-            self.failure = BackendError("the ranks were ended amid a call; start the command again")
+        except BaseException:  # an interruption: some have the call, and others have not
+            self._torn()
             raise
         return self._answers(tell)
 
@@ -152,6 +162,9 @@ class RankGroup:
                     number, kind, value = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     raise self._failed(rank, self._ranks[rank].ended()) from None
+                except BaseException:  # an interruption: what is left in the pipe may be half of it
+                    self._torn()
+                    raise
                 if kind in ("refused", "failed"):
                     raise self._first_failure(rank, kind, value)
                 if number == self._number and kind == "done":
@@ -174,8 +187,13 @@ class RankGroup:
         if kind == "failed":
             return self._failed(rank, f"failed: {said}")
         self.close()
-        self.failure = BackendError(said)
-        return self.failure
+        self._failure = BackendError(said)
+        return self._failure
+
+    def _torn(self) -> None:
+        """End ranks that an interruption has left without a common state."""
+        self.close()
+        self._failure = BackendError("the ranks were ended amid a call; start the command again")
 
     def _failed(self, rank: int, problem: str) -> BackendError:
         lines = self._ranks[rank].last_lines()
@@ -184,8 +202,8 @@ class RankGroup:
         message = f"{of} {problem}; all ranks were ended: start the command again"
         if lines:
             message += f". It had printed:\n{lines}"
-        self.failure = BackendError(message)
-        return self.failure
+        self._failure = BackendError(message)
+        return self._failure
 
 
 @dataclass(frozen=True)
@@ -197,12 +215,12 @@ class _Process:
     printed: IO[bytes]
 
     @classmethod
-    def start(cls, environment: dict[str, str], memory: int) -> "_Process":
+    def start(cls, environment: dict[str, str], memory: int, scratch: Path) -> "_Process":
         """A process that leads a group of its own, so that Ctrl-C reaches it through this one."""
         ours, theirs = Pipe()
         printed = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process is
         process = subprocess.Popen(
-            isolated(MAIN, str(theirs.fileno()), str(memory)),
+            isolated(MAIN, str(theirs.fileno()), str(memory), str(scratch)),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=printed,
@@ -224,7 +242,8 @@ class _Process:
         return f"ended with exit code {code}"
 
     def last_lines(self) -> str:
-        self.printed.seek(0)
+        size = self.printed.seek(0, os.SEEK_END)
+        self.printed.seek(max(0, size - SHOWN_BYTES))
         lines = self.printed.read().decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if line.strip()][-SHOWN_LINES:])
 

@@ -66,7 +66,11 @@ class TorchNeuronOptions:
     def __post_init__(self) -> None:
         for name, allowed in (("device", DEVICES), ("compute", ("float32", "bf16"))):
             _require_one_of(name, getattr(self, name), allowed)
-        _require_one_of("engine", self.engine, ENGINES if self.device == "cpu" else ENGINES[:1])
+        if self.device == "neuron" and self.engine == "eager":
+            raise BackendError(
+                "engine is 'eager'; expected compiled, or --device cpu, which has both", usage=True
+            )
+        _require_one_of("engine", self.engine, ENGINES)
         sizes = {"tp_degree": 1, "moe_ep_degree": 1, "slots": 1, "seq_len": 2}
         most = largest_sizes()["tp_degree"]
         for name, least in sizes.items():

@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import queue
+import shutil
 import signal
 import sys
 import tarfile
@@ -117,7 +118,8 @@ class Rank:
     def do_step(self, tokens: list[int], positions: list[int], active: list[bool]) -> None:
         """Token generation of all slots; the answer is [S,V]."""
         active = active * self.options.slots if len(active) == 1 else active
-        self._put(self.step(self._tensor(tokens), self._tensor(positions), self._tensor(active)))
+        inputs = (self._tensor(tokens), self._tensor(positions), self._tensor(active))
+        self._put(self.step(*inputs), len(tokens))
 
     def do_encode(self, slot: int, ids: list[int], start: int) -> None:
         """Context encoding; the answer is [1,V], of the last token."""
@@ -125,13 +127,13 @@ class Rank:
         ids_T = self._tensor(ids + [0] * (bucket - len(ids)))
         place = (self._tensor([slot]), self._tensor([start]), self._tensor([len(ids)]))
         logits_V, self.hidden_TH = self.encode(ids_T, *place)
-        self._put(logits_V[None])
+        self._put(logits_V, 1)
 
     def do_logits(self, start: int, stop: int) -> None:
         """Logits of positions of the last encode: the answer is [stop - start,V]."""
-        hidden_RH = self.hidden_TH[start:stop]
+        hidden_RH = self.hidden_TH.cpu()[start:stop]
         padded_RH = F.pad(hidden_RH, (0, 0, 0, LOGIT_ROWS - len(hidden_RH)))
-        self._put(self.head(padded_RH)[: stop - start])
+        self._put(self.head(padded_RH.to(self.device)), stop - start)
 
     def do_copy(self, source: int, target: int, start: int, end: int) -> None:
         self.copying(*(self._tensor([value]) for value in (source, target, start, end)))
@@ -139,9 +141,12 @@ class Rank:
     def _tensor(self, values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values)).to(self.device)
 
-    def _put(self, logits: torch.Tensor) -> None:
+    def _put(self, logits: torch.Tensor, rows: int) -> None:
+        """Answer the first rows. They are cut out on the host, as is all beside the graphs: each
+        shape would be one more thing to compile for a device.
+        """
         if self.answer is not None:
-            self.answer[: len(logits)] = logits.cpu()
+            self.answer[:rows] = logits.cpu().reshape(-1, self.answer.shape[1])[:rows]
 
     def packed(self) -> str:
         """What the compiler has kept of this rank's graphs, as one file of `graphs`; its name."""
@@ -171,18 +176,22 @@ def _unpack(task: RankTask) -> None:
 class Process:
     """The calls that come, one after another, and their answers."""
 
-    def __init__(self, pipe: Connection, memory: int) -> None:
+    def __init__(self, pipe: Connection, memory: int, scratch: str) -> None:
         self.pipe = pipe
         self.memory = memory
+        self.scratch = scratch
         self.calls: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
         self.rank: Rank | None = None
 
     def receive(self) -> None:
-        """Take calls until the pipe ends: then all ends that this process has started."""
+        """Take calls until the pipe ends: then all ends that this process has started. The process
+        that has made the scratch directory was killed, and has left it.
+        """
         try:
             while True:
                 self.calls.put(self.pipe.recv())
         finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
             os.killpg(os.getpgrp(), signal.SIGKILL)
 
     @torch.no_grad()
@@ -217,9 +226,11 @@ class Process:
 
 
 def main() -> None:
-    """Run as a rank: the pipe and the memory of logits are file descriptors of the arguments."""
+    """Run as a rank. Arguments: the pipe, the memory of logits (file descriptors), and the group's
+    scratch directory.
+    """
     if os.getpgrp() != os.getpid():
         raise BackendError("a rank leads its process group; load a compiled model, which starts it")
-    process = Process(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    process = Process(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
     threading.Thread(target=process.receive, name="calls", daemon=True).start()
     process.run()

@@ -285,11 +285,12 @@ def has_own_models() -> bool:
 
 def first_largest(values: torch.Tensor) -> torch.Tensor:
     """[R] int32, the first place of the largest of [R,N], N up to 2^24: two plain reductions, where
-    argmax is one of pairs, which vLLM-Neuron has a kernel of its own for.
+    argmax is one of pairs, which vLLM-Neuron has a kernel of its own for. Of a row with NaN, which
+    has no largest, it is the last: a place that there is.
     """
     places = torch.arange(values.shape[1], device=values.device, dtype=torch.float32)
     largest = values == values.amax(1, keepdim=True)
-    return torch.where(largest, places, float(values.shape[1])).amin(1).to(torch.int32)
+    return torch.where(largest, places, float(values.shape[1] - 1)).amin(1).to(torch.int32)
 
 
 def sampled_tokens(
