@@ -61,8 +61,9 @@ class GenerationFields:
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """The tokens that end an answer, none or several."""
-        named = self.eos_token_id
-        return () if named is None else named if isinstance(named, tuple) else (named,)
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def sampling(self) -> dict[str, float]:
