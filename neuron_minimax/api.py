@@ -6,9 +6,12 @@ from typing import Any
 
 from neuron_minimax.backends import CompileMode, CompileReport, compile_model
 from neuron_minimax.checkpoint import reader
+from neuron_minimax.checkpoint.kinds import CONVERSION_NAME, DOWNLOADS
+from neuron_minimax.checkpoint.output import require_ours
+from neuron_minimax.checkpoint.writer import require_place
 from neuron_minimax.convert.cache import CacheResult, build_cache, cache_bytes
 from neuron_minimax.convert.plan import Converted
-from neuron_minimax.errors import GenerationError
+from neuron_minimax.errors import ConversionError, GenerationError
 from neuron_minimax.files import read_json
 from neuron_minimax.inspection.precision import PrecisionReport
 from neuron_minimax.inspection.precision import inspect as inspect_checkpoint
@@ -24,6 +27,30 @@ class Checkpoint(reader.Checkpoint):
     >>> source.inspect().usable
     True
     """
+
+    @classmethod
+    def stream(
+        cls,
+        hub_id: str,
+        out: str | Path,
+        scale_convention: str = "auto",
+        *,
+        progress: Progress = SILENT,
+    ) -> "Checkpoint":
+        """Open a checkpoint on the Hugging Face hub to convert it into `out` shard by shard.
+
+        Headers and samples are fetched now. `plan_conversion(source).write(out)` then downloads
+        each shard into `out`/.download, compares it with its published digest, converts it,
+        compares that with it, and removes it. Raises CheckpointError when the hub does not give the
+        checkpoint, ConversionError when `out` holds something else.
+
+        >>> source = Checkpoint.stream("MiniMaxAI/MiniMax-M2", "m2-neuron")
+        >>> plan_conversion(source).write("m2-neuron")
+        """
+        require_place(Path(out), ConversionError)
+        require_ours(Path(out), CONVERSION_NAME)
+        place = Path(out) / DOWNLOADS
+        return cls.streamed(hub_id, place, scale_convention, progress=progress)
 
     def inspect(
         self,
@@ -86,11 +113,11 @@ def compile(
 ) -> CompileReport:
     """Compile a converted directory into `traced`, or recognize that this was done.
 
-    `backend` is "cpu" or "neuron"; `options` are the backend's own, under the names of the command
-    line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles in any case;
-    `check` reads every byte of a compile that is there, weights too, and makes again what is
-    damaged. The weights are hard links to the converted shards, or stay where they are when that is
-    on another file system; with `copy_weights` they are copies, and `traced` needs no other
+    `backend` is "cpu", "neuron" or "torch-neuron"; `options` are the backend's own, under the names
+    of the command line: `slots`, `seq_len`, `buckets`, `engine`, `tp_degree`, ... `force` compiles
+    in any case; `check` reads every byte of a compile that is there, weights too, and makes again
+    what is damaged. The weights are hard links to the converted shards, or stay where they are when
+    that is on another file system; with `copy_weights` they are copies, and `traced` needs no other
     directory. `progress` hears of each graph. Raises BackendError on bad options, when another
     compile is writing to `traced`, when it holds something else, or when its disk is too small, and
     ConversionError when the converted directory is damaged.

@@ -65,6 +65,15 @@ ROPE_TYPES = ("default", "linear", "yarn")
 CONVERTED_SECTION = "neuron_minimax"  # what a conversion adds to config.json
 
 
+def expert_share(experts: int, rank: int, ranks: int) -> range:
+    """Numbers of the experts of one of `ranks` expert-parallel ranks, in order: as many on each, or
+    from some rank on one fewer, beside which zeros are held that the router does not know.
+    """
+    fewest, fuller_ranks = divmod(experts, ranks)
+    first = rank * fewest + min(rank, fuller_ranks)
+    return range(first, first + fewest + (rank < fuller_ranks))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Dimensions and constants of one model. Sizes are element counts."""

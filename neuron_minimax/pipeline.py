@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from neuron_minimax.api import Checkpoint
 from neuron_minimax.backends import CompileReport, compile_model
+from neuron_minimax.backends.cpu.options import CPUOptions
 from neuron_minimax.backends.directory import open_model, read_manifest
 from neuron_minimax.backends.made_demo import note_demo
 from neuron_minimax.checkpoint.finished import changed_source
@@ -30,12 +31,12 @@ from neuron_minimax.errors import BackendError, ConversionError, NeuronMiniMaxEr
 from neuron_minimax.files import sha256_of
 from neuron_minimax.generation.template import Scalar
 from neuron_minimax.generation.tokenizer import TextTokenizer
-from neuron_minimax.planner.memory import cache_bytes_per_token
 from neuron_minimax.progress import SILENT, Progress
 
 CONVERTED = "-converted"  # ends the name of the converted directory beside a compiled one
 MOST_CONTEXT = 8192  # positions, unless more are asked for
 LEAST_CONTEXT = 256
+CACHE_OPTIONS = ("compute", "kv_cache_dtype")  # which say how much memory a position takes
 # The options of a backend that the command line calls otherwise.
 OPTION_NAMES = {"slots": "batch-size"}
 
@@ -292,7 +293,7 @@ def _settled(
         before.pop("buckets", None)
     options = before | dict(given)
     wanted = options.get("seq_len")
-    if before and wanted == before["seq_len"] and not given.keys() & {"slots", "compute"}:
+    if before and wanted == before["seq_len"] and not given.keys() & {"slots", *CACHE_OPTIONS}:
         return options  # it fitted
     return options | {"seq_len": _context(converted, options, wanted, watcher)}
 
@@ -324,8 +325,9 @@ def _context(
     """
     limit = converted.config.max_position_embeddings
     slots = options.get("slots") or 1
-    of_float32 = 1 if options.get("compute") == "bf16" else 2  # the planner counts BF16
-    per_position = cache_bytes_per_token(converted.config, 1) * of_float32 * slots
+    of_cache = {name: options[name] for name in CACHE_OPTIONS if name in options}
+    any_length = CPUOptions.parse({"seq_len": 2, "buckets": (1,)} | of_cache)
+    per_position = any_length.cache_bytes_per_token(converted.config) * slots
     memory = available_memory()
     fitting = max((memory - converted.nbytes) // 2, memory // 8) // per_position
     least = wanted or min(LEAST_CONTEXT, limit)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -97,3 +98,16 @@ def stablehlo(graph: fx.GraphModule) -> str:
 
 def operations(text: str) -> Counter[str]:
     return Counter(re.findall(r"\b(?:stablehlo|chlo)\.\w+", text))
+
+
+ELEMENT_BYTES = {"i1": 1, "i8": 1, "ui8": 1, "i32": 4, "i64": 8, "bf16": 2, "f32": 4}
+
+
+def argument_bytes(text: str) -> list[int]:
+    """Bytes of each argument of a module's function."""
+    signature = text.split("func.func", 1)[1].split("->", 1)[0]
+    found = []
+    for tensor in re.findall(r"%\w+: tensor<([^>]*)>", signature):
+        *sizes, element = tensor.split("x")
+        found.append(prod(map(int, sizes)) * ELEMENT_BYTES[element])
+    return found

@@ -58,6 +58,7 @@ NOT_QUICK = {
     "test_generation_demo.py": COMPILES,
     "test_hostile_outputs.py": PROCESSES,
     "test_hub.py": PROCESSES,
+    "test_hub_streaming.py": PROCESSES,
     "test_inspect_page.py": BROWSES,
     "test_limited.py": PROCESSES,
     "test_kernels.py": COMPILES,
@@ -83,6 +84,7 @@ NOT_QUICK = {
     "test_server_limits.py": SERVES,
     "test_stopping.py": PROCESSES,
     "test_planner_search.py": SEARCHES,
+    "test_torch_neuron_backend.py": COMPILES,
     "test_tutorial.py": COMPILES,
     "test_training.py": TRAINS,
     "test_training_endings.py": TRAINS,
@@ -90,6 +92,8 @@ NOT_QUICK = {
     "test_training_states.py": TRAINS,
     "test_training_steps.py": TRAINS,
     "test_training_sequences.py": TRAINS,
+    "test_vllm.py": PROCESSES,
+    "test_vllm_contract.py": PROCESSES,
 }
 # The modules that take longest, the longest first: `make test` gives whole modules to two
 # processes, and none of these is the last of one while the other waits.
@@ -99,6 +103,7 @@ LONGEST = (
     "test_family_pipeline.py",
     "test_device_check.py",
     "test_kernels.py",
+    "test_torch_neuron_backend.py",
     "test_demo_model.py",
     "test_tutorial.py",
     "test_training.py",

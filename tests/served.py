@@ -28,6 +28,11 @@ MODEL = "tiny"
 web = httpx.Client(timeout=WAIT, limits=httpx.Limits(max_keepalive_connections=0))
 
 
+def around(app: Any) -> Any:
+    """Return what is served of a server's application; tests/vllm/recording.py puts more there."""
+    return app
+
+
 class ScriptedBackend(Backend):
     """The backend contract without a model: after a prompt it says `script(prompt text)`, then
     stops.
@@ -135,6 +140,7 @@ def serving(backend: Backend, *, send_buffer: int = 0, **settings: Any) -> Itera
     settings = {"model_name": MODEL, "exit_timeout": 2.0} | settings
     service = Service(Settings(**settings), Metrics())
     config = configure(service, host="127.0.0.1", port=0)
+    config.app = around(config.app)
     listener = bind(config)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

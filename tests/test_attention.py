@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from neuron_minimax import fp8
+from neuron_minimax.fp8 import bfloat16
 from neuron_minimax.kernels.cpu import operators
 from neuron_minimax.kernels.cpu.operators import DENSE_DTYPES
+from neuron_minimax.kernels.reference import SCALE_BYTES, as_cached
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -77,7 +82,8 @@ def test_scores_far_apart_neither_overflow_nor_vanish(tokens):
     for order in (1, -1):  # the largest score in the first positions, or in the last
         growing = 30 * torch.linspace(order, -order, keys.shape[2])[:, None] * query[0, 0]
         of_tokens = query[:, None].expand(-1, tokens, -1, -1)
-        found = operators.attend(of_tokens, growing[None, None], values[:, :, :-2], positions)
+        seen = growing[None, None, :-2], values[:, :, :-2]
+        found = operators.attend(of_tokens, *seen, positions)
         wanted = slow(query, growing[None, None], values, [2 * DEPTH])
         assert (
             np.abs(found[:, -1].numpy() - wanted).max() < 6e-5
@@ -161,8 +167,91 @@ def test_any_head_size_is_attended_with(tokens, size, dtype):
     assert np.abs(found[:, -1].double().numpy() - wanted).max() < ERROR_OF_PROMPT[dtype]
 
 
+@given(
+    size=st.sampled_from([1, 16, 128]),
+    exponent=st.integers(-44, 30),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_cached_is_rounded_once_with_a_scale_per_position_and_head(size, exponent, seed):
+    chance = np.random.default_rng(seed)
+    rows = (chance.normal(size=(2, 3, 5, size)) * 10.0**exponent).astype(np.float32)
+    rows[0, 0, 0] = 0
+    halves = as_cached(torch.from_numpy(rows), torch.bfloat16).view(torch.uint16).numpy()
+    assert np.array_equal(halves, bfloat16.round_to_bfloat16(rows))
+    stored = as_cached(torch.from_numpy(rows), torch.uint8).numpy()
+    scale = np.abs(rows).max(-1, keepdims=True) / np.float32(448)
+    scale = np.maximum(scale, np.float32(2**-126))
+    assert np.array_equal(stored[..., :-SCALE_BYTES], fp8.encode(rows / scale))
+    assert np.array_equal(stored[..., -SCALE_BYTES:].copy().view(np.float32), scale)
+
+
+def values_of(stored):
+    """Float64 of what `as_cached` has made."""
+    if stored.dtype != torch.uint8:
+        return stored.double()
+    bytes_ = stored.numpy()
+    scale = bytes_[..., -SCALE_BYTES:].copy().view(np.float32)
+    return torch.from_numpy(fp8.decode(bytes_[..., :-SCALE_BYTES]).astype(np.float64) * scale)
+
+
+@given(
+    length=st.integers(1, 3 * DEPTH),
+    tokens=st.sampled_from([1, 2, 9]),
+    size=st.sampled_from([1, 40, 64, 128]),
+    group=st.integers(1, 8),
+    dtype=st.sampled_from([torch.bfloat16, torch.uint8]),
+    magnitude=st.sampled_from([1.0, 1e-6, 1e-12, 1e12]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(
+    length, tokens, size, group, dtype, magnitude
+):
+    """Values may be of any magnitude, and the error is of theirs."""
+    tokens = min(tokens, length)
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(1, tokens, 2 * group, size, generator=generator)
+    keys, values = (
+        as_cached(scaling * torch.randn(1, 2, length + 3, size, generator=generator), dtype)
+        for scaling in (1, magnitude)
+    )
+    keys[:, :, length:] = values[:, :, length:] = 0x7F if dtype == torch.uint8 else torch.nan
+    positions = torch.arange(length - tokens, length)[None]
+    found = operators.attend(query, keys[:, :, :length], values[:, :, :length], positions)
+    wide = values_of(keys), values_of(values)
+    for token in range(tokens):
+        wanted = slow(query[:, token], *wide, [length - tokens + token])
+        off = np.abs(found[:, token].double().numpy() - wanted).max()
+        assert off < magnitude * ERROR[torch.float32]
+
+
 def test_keys_and_values_that_lie_differently_are_refused():
     query, keys, values = random_case(1, 2, 2, WIDE_STRIP, [6], torch.float32)
     for other in (values.transpose(1, 2).contiguous().transpose(1, 2), values.bfloat16()):
         with pytest.raises(ValueError, match="expected the same of both"):
             operators.attend(query[:, None], keys, other, torch.tensor([[6]]))
+
+
+def test_no_tokens_and_no_sequences_are_attended_with():
+    keys = torch.randn(2, 2, 5, WIDE_STRIP)
+    for batch, tokens in ((2, 0), (0, 3)):
+        query = torch.randn(batch, tokens, 4, WIDE_STRIP)
+        positions = torch.zeros(batch, tokens, dtype=torch.int64)
+        found = operators.attend(query, keys[:batch], keys[:batch], positions)
+        assert found.shape == (batch, tokens, 4 * WIDE_STRIP)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_position_before_the_first_attends_to_nothing(tokens):
+    query, keys = torch.randn(1, tokens, 4, WIDE_STRIP), torch.randn(1, 2, 5, WIDE_STRIP)
+    found = operators.attend(query, keys, keys, torch.full((1, tokens), -3))
+    assert torch.equal(found, torch.zeros(1, tokens, 4 * WIDE_STRIP))
+
+
+@pytest.mark.parametrize(
+    ("heads", "sequences", "positions"), [(3, 1, (1, 2)), (4, 2, (1, 2)), (4, 1, (1, 1))]
+)
+def test_what_kernels_would_read_beside_is_refused(heads, sequences, positions):
+    query, keys = torch.randn(1, 2, heads, WIDE_STRIP), torch.randn(sequences, 2, 5, WIDE_STRIP)
+    with pytest.raises(ValueError, match=r"expected those of 1 sequences of 2 tokens, .* divide"):
+        operators.attend(query, keys, keys, torch.zeros(positions, dtype=torch.int64))

@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import training
+from benchmarks import kernel_model, rank_layer, training
 from benchmarks.conversion import watched
 from benchmarks.curves import Curve, Point, fitted
 from benchmarks.quick import falls
 from benchmarks.speculation import drafts_right
 from benchmarks.suite import collect
+from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, from_json, render, render_markdown, row, summary, to_json
+from neuron_minimax.config import ModelConfig
 
 
 def rated(what: str, ours: float, peer: float = 10.0) -> Row:
@@ -99,6 +102,13 @@ def test_a_failing_part_is_a_row_that_says_so_and_the_others_rows_stay():
     assert summary(rows) == "1 benchmark FAILED"
 
 
+def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_do():
+    (found,) = [Row(what="peer", skipped="it is not built: make it")]
+    assert "skipped: it is not built: make it" in render_markdown([found])
+    assert summary([found]) == "1 skipped"
+    assert from_json(to_json([found])) == [found]
+
+
 def test_a_curve_is_superlinear_when_its_largest_point_is_above_its_law():
     def curve(seconds: list[float]) -> Curve:
         points = tuple(
@@ -148,6 +158,19 @@ def test_the_trainers_that_are_compared_take_the_same_steps(tmp_path, experts):
     assert min(ours.rate, theirs.rate, ours.cpu_rate, theirs.cpu_rate) > 0
 
 
+@pytest.mark.slow
+def test_the_page_of_the_kernel_has_the_models_tables_and_what_they_say():
+    page = (Path(__file__).parents[1] / "docs" / "fp8_kernel.md").read_text(encoding="utf-8")
+    visits = kernel_model.visits_table()
+    assert f"\n{visits}\n" in page
+    assert f"\n{kernel_model.shares_table(kernel_model.SHARES, [1])}\n" in page
+    lines = [line.strip("| ").split(" | ") for line in visits.splitlines()[2:]]
+    by_memory = [int(cells[0]) for cells in lines if cells[7] == "DMA"]
+    slower = [int(cells[0]) for cells in lines if float(cells[8]) <= 1]
+    assert f"Up to {max(by_memory)} tokens the memory is the limit" in page
+    assert f"from {min(slower)} tokens on weights kept in BF16 would be faster" in page
+
+
 def test_a_draft_is_what_followed_the_last_three_tokens_and_is_right_up_to_the_first_other():
     prompt = list("abcdefgh")
     # Nothing ends as "fgh" does, "abc" was followed by "defg", of which "de" is right, and "Xab" by
@@ -159,3 +182,10 @@ def test_a_draft_is_what_followed_the_last_three_tokens_and_is_right_up_to_the_f
     )
     # An answer that repeats itself is looked up in itself: the nearest time counts.
     assert drafts_right([], list("abcabcabc"), 2)[-1] == (2, 2)
+
+
+def test_a_layer_with_other_experts_is_another_one(tmp_path):
+    small = {"hidden_size": 128, "num_attention_heads": 8, "num_experts_per_tok": 1}
+    for experts in (2, 3):
+        layer = rank_layer.layer_of(tmp_path, real_layers(1, experts, 64) | small)
+        assert ModelConfig.from_dir(layer).num_local_experts == experts

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Static
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.errors import GenerationError
 from neuron_minimax.kernels.reference import attend
-from neuron_minimax.model.cache import BatchingCache, FullCache, KVCache
+from neuron_minimax.model.cache import BatchingCache, Cache, FullCache, KVCache, LayerCache
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.masks import causal_mask
 from tests.tiny import write_tiny
@@ -808,3 +808,7 @@ def test_causal_mask_is_what_each_token_may_see():
     assert torch.equal(causal_mask(attention_mask, 3), wanted)
     with pytest.raises(GenerationError, match="has 5 positions for 6 tokens"):
         causal_mask(attention_mask, 6)
+
+
+def test_what_the_decoder_takes_for_a_cache_is_one_that_layers_take():
+    assert LayerCache in Cache.__mro__

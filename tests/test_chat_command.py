@@ -8,6 +8,7 @@ import os
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from neuron_minimax.backends import load
 from neuron_minimax.cli import main
@@ -315,6 +316,7 @@ def test_generate_sets_reasoning_and_answer_apart(scripted, capsys, tools):
     assert generate("--no-reasoning").out == f"I add.\n{MINIMAX}\n"
     raw = f"Hm.\n</think>\n\nI add.\n{MINIMAX}"
     assert generate("--raw").out == raw + "\n"
+    assert json.loads(generate("--raw", "--json").out).keys() == {"token_ids", "text"}
     with_tools = generate("--tools", tools)
     assert with_tools.out == f"[thinking]\nHm.\n[answer]\nI add.\n{SHOWN_CALL}"
     found = json.loads(generate("--tools", tools, "--json").out)
@@ -330,6 +332,43 @@ def test_generate_sets_reasoning_and_answer_apart(scripted, capsys, tools):
     assert cut.err == "the answer was cut off after 2 tokens: --max-new-tokens\n"
     assert generate("--stop", " add", "--stop", "never").out == "[thinking]\nHm.\n[answer]\nI\n"
     assert generate("--raw", "--stop", "</think>").out == "Hm.\n\n"
+
+
+def test_a_raw_prompt_is_the_tokenizer_s_plain_encoding_of_it(scripted, capsys, tmp_path):
+    given = []
+    backend = scripted(lambda prompt: " more")
+    encode = backend.encode
+    backend.encode = lambda slot, ids, *more: given.append(list(ids)) or encode(slot, ids, *more)
+    text = "Once upon a time,\n  there was <think> and Grüße"
+    (tmp_path / "prompt.txt").write_text(text + "\n")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").encode(
+        text, add_special_tokens=False
+    )
+    for options in (("--prompt", text), ("--prompt-file", str(tmp_path / "prompt.txt"))):
+        assert main(["generate", "anywhere", "--raw", *options]) == 0
+        assert given.pop() == plain
+        assert capsys.readouterr().out == " more\n"
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "anywhere"), ("generate", "anywhere", "--raw"), ("run", "anywhere")],
+    ids=" ".join,
+)
+def test_a_prompt_that_says_nothing_is_refused_before_anything_is_made(command, text, capsys):
+    assert main([*command, "--prompt", text]) == 1
+    assert capsys.readouterr().err == "error: --prompt is empty; expected a message\n"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--system", "x"), ("--tools", "x.json"), ("--thinking",), ("--chat-template-kwargs", "{}")],
+    ids=lambda option: option[0].strip("-"),
+)
+def test_what_is_for_the_chat_template_does_not_go_with_raw(option, capsys):
+    assert main(["generate", "anywhere", "--prompt", "x", "--raw", *option]) == 2
+    assert "which --raw and --token-ids leave out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, capsys, tmp_path, monkeypatch):
@@ -348,10 +387,20 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, capsys, tmp
     assert all("user\nGrüße\n1 + 1?[e~[" in prompt for prompt in prompts)
     assert len(prompts) == 2
     capsys.readouterr()
-    for data, reason in ((b"\xff", "no text in UTF-8"), (b" \n", "is empty")):
+    long = "ä".encode() * (8 << 20) + b"\xc3\xa4"  # the limit is amidst a character
+    for data, reason in (
+        (b"\xff", "no text in UTF-8"),
+        (b" \n", "is empty"),
+        (b"x" + long, "is longer than 16 MiB"),
+        (b" " * len(long), "is longer than 16 MiB"),
+    ):
         path.write_bytes(data)
         assert main(["generate", "anywhere", "--prompt-file", str(path)]) == 1
-        assert reason in capsys.readouterr().err
+        (message,) = capsys.readouterr().err.splitlines()
+        assert reason in message
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "anywhere", "--prompt-file", "-"]) == 1
+    assert "no standard input" in capsys.readouterr().err
     assert main(["generate", "anywhere", "--prompt-file", str(tmp_path / "none")]) == 1
     assert "none cannot be read: No such file" in capsys.readouterr().err
     assert main(["generate", "anywhere", "--prompt-file", str(path), "--prompt", "x"]) == 2

@@ -225,6 +225,63 @@ def test_thinking_can_be_switched_off_for_a_request(scripted):
     assert forced.choices[0].message.tool_calls
 
 
+def said_under(client, path, **fields):
+    """Whether there is reasoning in the answer to a question, in any protocol."""
+    url = str(client.base_url).removesuffix("/v1/")
+    asked = "input" if path == "responses" else "messages"
+    body = {"model": MODEL, asked: [{"role": "user", "content": "Hello"}]}
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    response = web.post(f"{url}/v1/{path}", json=body | {limit: 80} | fields)
+    assert response.status_code == 200, response.text
+    return "Hm." in response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        *(
+            ("chat/completions", fields)
+            for fields in (
+                {"reasoning_effort": "none"},
+                {"reasoning": {"effort": "none"}},
+                {"reasoning": {"enabled": False}},
+                {"thinking": {"type": "disabled"}},
+            )
+        ),
+        ("messages", {"thinking": {"type": "disabled"}}),
+        ("responses", {"reasoning": {"effort": "none"}}),
+    ],
+    ids=str,
+)
+def test_a_wish_not_to_reason_turns_the_switch_that_a_template_has(scripted, path, fields):
+    family, client, backend = scripted
+    assert not said_under(client, path, **fields)
+    closed = last_prompt(backend).endswith("<think>\n\n</think>\n\n")
+    assert closed == thinks(family)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"reasoning_effort": "low"}),
+        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 9}}),
+        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 9}}),
+        ("responses", {"reasoning": {"effort": "high", "summary": "auto"}}),
+    ],
+    ids=str,
+)
+def test_a_wish_to_reason_turns_it_on(scripted, path, fields):
+    family, client, _ = scripted
+    assert said_under(client, path, **fields) == thinks(family)
+
+
+def test_the_switch_itself_counts_before_other_wishes(scripted):
+    family, client, _ = scripted
+    if thinks(family):
+        on = {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}
+        assert said_under(client, "chat/completions", **on)
+
+
 def test_a_prompt_that_has_closed_the_reasoning_leaves_none_before_a_forced_call(open_scripted):
     backend = open_scripted("qwen3", lambda prompt: "<think>\nHm.\n</think>\n\nNo.")
     options = {"tools": [ADD_TOOL], "tool_choice": "required", "max_tokens": 200}
@@ -293,6 +350,58 @@ def test_arguments_that_are_no_unicode_are_refused(scripted):
     with pytest.raises(openai.BadRequestError, match="no valid Unicode") as refused:
         client.chat.completions.create(model=MODEL, messages=messages)
     assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "minimind"])
+def test_arguments_are_valid_json_in_every_protocol_whatever_the_model_writes(
+    open_scripted, family
+):
+    written = '{"city": "\\ud83d\\u00e9", "days": [1e999, NaN]}'
+    says = f'<tool_call>\n{{"name": "get_weather", "arguments": {written}}}\n</tool_call>'
+    right = {"city": "\ufffdé", "days": ["1e999", "NaN"]}
+    function = WEATHER_TOOL["function"]
+    schema = {"name": function["name"], "input_schema": function["parameters"]}
+    with serving(open_scripted(family, lambda prompt: says)) as served:
+
+        def post(path, **fields):
+            body = {"model": MODEL, "max_tokens": 200, "messages": QUESTION} | fields
+            given = {name: value for name, value in body.items() if value is not None}
+            response = web.post(f"{served.url}/v1/{path}", json=given)
+            assert response.status_code == 200, response.text
+            return response
+
+        flat = {"input": "Weather?", "messages": None, "max_tokens": None}
+        flat["tools"] = [{"type": "function", **function}]
+        (called,) = post("chat/completions", tools=[WEATHER_TOOL]).json()["choices"]
+        (call,) = called["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == right
+        (used,) = post("messages", tools=[schema]).json()["content"]
+        assert used["input"] == right
+        (item,) = post("responses", **flat).json()["output"]
+        assert json.loads(item["arguments"]) == right
+        streams = {
+            "chat/completions": {"tools": [WEATHER_TOOL]},
+            "messages": {"tools": [schema]},
+            "responses": flat,
+        }
+        for path, fields in streams.items():
+            text = post(path, stream=True, **fields).text
+            data = [line.removeprefix("data: ") for line in text.splitlines() if "data: {" in line]
+            assert pieces_of(path, map(json.loads, data)) == right
+
+
+def pieces_of(path, events):
+    """The arguments of a streamed call."""
+    pieces = []
+    for event in events:
+        if path == "messages":
+            pieces.append(event.get("delta", {}).get("partial_json") or "")
+        elif path == "responses":
+            pieces.append(event["delta"] if event["type"].endswith("arguments.delta") else "")
+        else:
+            calls = event["choices"][0]["delta"].get("tool_calls") or ()
+            pieces.extend(call["function"]["arguments"] for call in calls)
+    return json.loads("".join(pieces))
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 import neuron_minimax
 from neuron_minimax.backends.cpu.options import COMPUTE, ENGINES
 from neuron_minimax.backends.directory import BACKENDS
+from neuron_minimax.backends.torch_neuron.options import DEVICES
 from neuron_minimax.cli import main
 from neuron_minimax.convert.cache import DTYPES
 from neuron_minimax.convert.layout import AttentionPrecision, FP8Range
+from neuron_minimax.device_check.check import CHECKED
 from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.planner.blockwise import BLOCKWISE_MATMULS
 from neuron_minimax.planner.memory import EXPERT_KERNELS
@@ -211,10 +213,11 @@ CHOICES = {
         "backend": {*BACKENDS},
         "compute": {*COMPUTE},
         "engine": {*ENGINES},
+        "device": {*DEVICES},
         "blockwise_matmul": {*BLOCKWISE_MATMULS},
         "expert_kernel": {*EXPERT_KERNELS},
     },
-    "check-device": {"backend": {*BACKENDS}, "engine": {*ENGINES}},
+    "check-device": {"backend": {*CHECKED}, "engine": {*ENGINES}},
     "experts": {"output_format": {*RECORD_FORMATS}},
     "train": {
         "precision": {*map(str, Precision)},

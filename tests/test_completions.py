@@ -187,6 +187,12 @@ def test_what_cannot_be_done_is_refused_by_name(client, options, param):
     assert param in str(refused.value)
 
 
+def test_an_empty_prompt_is_not_called_too_long(client):
+    with pytest.raises(openai.BadRequestError, match="has no tokens") as refused:
+        complete(client, "")
+    assert (refused.value.param, refused.value.code) == ("prompt", None)
+
+
 def test_a_prompt_with_more_log_probabilities_than_are_kept_is_refused_streamed_too(
     client, monkeypatch
 ):

@@ -14,6 +14,7 @@ from neuron_minimax.demo import DEMO
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families.fields import unused_fields
 from neuron_minimax.model.rope import frequencies
+from neuron_minimax.studies.quality import with_rope
 from tests.published import PUBLISHED
 from tests.tiny import CONFIGS, tiny_config
 
@@ -282,6 +283,48 @@ def test_a_directory_without_a_readable_config_is_refused(tmp_path):
 def test_what_contradicts_or_asks_for_another_part_is_refused_when_it_is_read(change, words):
     with pytest.raises(ConfigError, match=words):
         ModelConfig.from_dict(tiny_config() | change)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling", "named"),
+    [
+        (YARN, YARN, None),
+        (YARN | {"rope_theta": 5e6}, YARN, None),
+        (YARN, {**YARN, "rope_type": None, "type": "yarn"}, None),
+        (YARN, None, None),
+        ({"rope_theta": 5e6, "rope_type": "default"}, {"type": "default"}, None),
+        (YARN, YARN | {"factor": 8.0}, "factor of rope_parameters is 4.0, but of rope_scaling 8.0"),
+        (YARN | {"beta_fast": 32.0}, YARN, "beta_fast of rope_parameters is 32.0, but .* None"),
+        ({"rope_theta": 5e6}, YARN, "rope_type of rope_parameters is 'default', but .* 'yarn'"),
+        (YARN | {"rope_theta": 5e6}, YARN | {"rope_theta": 1e4}, "rope_theta of rope_parameters"),
+    ],
+    ids=[
+        *("equal", "theta beside", "by its older name", "one", "two defaults"),
+        *("factor", "beta", "type", "theta"),
+    ],
+)
+def test_two_rope_sections_say_the_same_or_are_refused(parameters, scaling, named):
+    raw = tiny_config() | {"rope_parameters": parameters, "rope_scaling": scaling}
+    if named:
+        with pytest.raises(ConfigError, match=named):
+            ModelConfig.from_dict(raw)
+        return
+    alone = ModelConfig.from_dict(tiny_config() | {"rope_parameters": parameters})
+    assert ModelConfig.from_dict(raw) == alone
+
+
+@pytest.mark.parametrize("raw", [tiny_config(), TRANSFORMERS_5], ids=["original", "newer"])
+def test_a_study_of_lengths_scales_either_style_of_config(raw):
+    trained = ModelConfig.from_dict(raw)
+    plain = ModelConfig.from_dict(with_rope(raw, {}))
+    scaled = ModelConfig.from_dict(with_rope(raw, YARN))
+    assert (plain.rope_theta, plain.rotary_dim) == (trained.rope_theta, trained.rotary_dim)
+    assert plain.rope_scaling is None
+    assert scaled.rope_scaling["factor"] == 4.0
+    assert (scaled.rope_theta, scaled.rotary_dim) == (trained.rope_theta, trained.rotary_dim)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from neuron_minimax.convert.state_dict import (
     convert_hf_to_neuron_state_dict,
     neuron_to_hf_state_dict,
 )
-from neuron_minimax.errors import CheckpointError, ConversionError
+from neuron_minimax.errors import CheckpointError, ConversionError, NeuronMiniMaxError
 from neuron_minimax.families import module_of
 from neuron_minimax.fp8 import ScaleConvention
 from tests.opened import contents, convert, journal_of
@@ -344,6 +344,35 @@ def test_a_state_dict_in_memory_is_held_to_the_table(tmp_path, name, change, wor
         convert_hf_to_neuron_state_dict(
             stored, ModelConfig.from_dir(tmp_path / "c"), scale_convention="multiplier"
         )
+
+
+@pytest.mark.parametrize("convention", ["auto", "multiplier"])
+@pytest.mark.parametrize(
+    ("end", "dtype"),
+    [
+        ("embed_tokens.weight", torch.float64),
+        ("input_layernorm.weight", torch.int64),
+        ("q_proj.weight", torch.bool),
+        ("norm.weight", torch.uint8),
+        ("gate.weight", torch.int32),
+        ("q_proj.weight_scale_inv", torch.float64),
+        ("w2.weight_scale_inv", torch.int64),
+        ("o_proj.weight_scale_inv", torch.bool),
+        ("norm.weight", torch.complex64),
+    ],
+    ids=str,
+)
+def test_a_state_dict_of_a_dtype_that_no_weight_has_is_refused_by_name(
+    tmp_path, end, dtype, convention
+):
+    stored = {
+        name: tensor.to(dtype) if name.endswith(end) else tensor
+        for name, tensor in read_all(write_tiny(tmp_path / "c")).items()
+        if not end.endswith(".weight") or not name.endswith(f"{end}_scale_inv")
+    }
+    config = ModelConfig.from_dir(tmp_path / "c")
+    with pytest.raises(NeuronMiniMaxError, match=rf"^\S*{end} is .*; expected "):
+        convert_hf_to_neuron_state_dict(stored, config, scale_convention=convention)
 
 
 def test_experts_of_different_dtypes_cannot_be_stacked(tmp_path):

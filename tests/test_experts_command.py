@@ -4,7 +4,9 @@ placement, errors.
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +205,10 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
     assert tool.main([*arguments, *options]) == 0
     folder = tmp_path / "prompt-1"
     assert (folder / "expert_similarity_0.light.png").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["expert_similarity_by_distance"]) == summary["layers"]
+    assert summary["expert_similarity_error"] == 0
+    assert "Expert similarity of layers" in (folder / "report.html").read_text()
     if form == "json":
         rows = json.loads((folder / "routing.json").read_text())
     else:
@@ -212,7 +218,9 @@ def test_the_tool_analyses_with_its_own_options(traced, tool, tmp_path, form, ca
     assert (
         rows[0]["experts"] == Trace.load(folder / "trace.safetensors").expert_index[0, 0].tolist()
     )
-    assert "prompt-1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prompt-1" in said
+    assert "experts: an expert's nearest is at cosine" in said
 
 
 def test_every_run_of_the_tool_has_a_new_folder_by_default(tool):
@@ -311,6 +319,42 @@ def test_progress_counts_every_token_up_to_the_announced_total(traced, tmp_path)
     assert stage.total == len(runner.encode(Prompt(name="one", text="sunny"))) + 4
 
 
+def test_experts_are_compared_before_the_prompts_and_an_interruption_ends_that_at_once(
+    traced, tmp_path
+):
+    model, directory = load_any(traced)
+    heard = Heard()
+    runner = BatchRunner(
+        model=model,
+        tokenizer=TextTokenizer.from_dir(directory),
+        directory=tmp_path / "out",
+        options=QUICK,
+        similarity_of=Checkpoint(traced.parent / "checkpoint"),
+        max_new_tokens=10**9,
+        progress=heard,
+    )
+    prompts = [Prompt(name="one", text="sunny")]
+    with pytest.raises(GenerationError, match="exceed the model's"):
+        runner.run(prompts)
+    assert not heard.stages
+
+    def interrupt(count, doing):
+        if heard.stages[-1].what == "comparing experts of all layers" and count:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner.max_new_tokens = 4
+    heard.on_advance = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(prompts)
+    assert heard.stages[-1].counts == [1]
+    assert not (tmp_path / "out").exists()
+    heard = runner.progress = Heard()
+    assert runner.run(prompts).analyses[0].expert_layers is not None
+    assert [(stage.what, sum(stage.counts)) for stage in heard.stages[:-1]] == [
+        ("comparing experts of all layers", runner.similarity_of.config.num_hidden_layers)
+    ]
+
+
 def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp_path):
     import torch
 
@@ -323,6 +367,14 @@ def test_compiled_converted_checkpoint_and_cache_load_the_same_model(traced, tmp
     with torch.inference_mode():
         logits = [model(torch.arange(7)[None])[0] for model in models]
     assert all(torch.allclose(other, logits[0], atol=1e-3) for other in logits[1:])
+
+
+def test_an_empty_prompt_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    assert [prompt.text for prompt in read_prompts(["."])] == ["not asked for"]
+    with pytest.raises(GenerationError, match="'' holds no prompt"):
+        read_prompts([""])
 
 
 def test_prompts_are_texts_files_or_directories_with_names_of_their_own(tmp_path):
@@ -376,7 +428,7 @@ def test_what_an_interruption_left_of_a_long_prompt_is_replaced_by_the_same_prom
         (["TRACED", "--prompt", "x", "--output-format", "csv"], 2, "'csv' is not one of 'json'"),
         (["TRACED", "--prompt", "nosuch.txt"], 1, "the prompt file nosuch.txt does not exist"),
         (["--trace", "absent"], 1, "absent is no routing trace"),
-        (["--trace", "TRACE", "--placement", "3"], 1, "8 experts cannot be split evenly over 3"),
+        (["--trace", "TRACE", "--placement", "9"], 1, "8 experts cannot be split over 9"),
         (["absent", "--prompt", "x"], 1, "absent does not exist"),
     ],
 )

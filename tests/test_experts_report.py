@@ -57,6 +57,26 @@ select.value = "1";
 select.dispatchEvent(new Event("change"));
 seen.classes = [...select.options].map((option) => option.text);
 seen.picked = [...document.querySelectorAll("h2")].map((heading) => heading.textContent);
+const held = document.querySelector(".cut select"), slider = document.querySelector(".cut input");
+const plane = (axis, at, row, column) => {
+  held.value = axis;
+  held.dispatchEvent(new Event("change"));
+  slider.value = at;
+  slider.dispatchEvent(new Event("input"));
+  const shown = maps[maps.length - 1], { plot, view } = shown;
+  return hover(
+    shown.canvas,
+    plot.x + ((column + 0.5) / view.width) * plot.width,
+    plot.y + ((row + 0.5) / view.height) * plot.height,
+  );
+};
+seen.cut = {};
+for (const [axis, rows, columns] of [["layer", 30, 16], ["token", 6, 16], ["expert", 6, 30]])
+  seen.cut[axis] = Array.from({ length: rows * columns }, (_, i) =>
+    plane(axis, 5, Math.floor(i / columns), i % columns));
+seen.said = document.querySelector(".cut output").textContent;
+seen.most = slider.max;
+seen.focus = (() => { slider.focus(); return document.activeElement === slider; })();
 seen.paper = getComputedStyle(document.body).backgroundColor;
 document.getElementById("theme").click();
 seen.otherTheme = document.documentElement.dataset.theme;
@@ -128,9 +148,13 @@ def visit(analysis: Analysis, directory: Path, theme: str) -> dict:
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
+@pytest.fixture(scope="module")
+def seen(analysis, tmp_path_factory) -> dict:
+    return visit(analysis, tmp_path_factory.mktemp("light"), "light")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_visitor_reads_values_zooms_picks_tokens_and_changes_the_theme(analysis, tmp_path):
-    seen = visit(analysis, tmp_path, "light")
+def test_a_visitor_reads_values_zooms_picks_tokens_and_changes_the_theme(seen, analysis):
     assert seen["ready"] == "true"
     for text, (layer, expert) in zip(seen["hover"], [(0, 0), (3, 7), (5, 15)], strict=True):
         named, value = text.removesuffix(" of tokens").split(": ")
@@ -159,13 +183,38 @@ def test_a_visitor_reads_values_zooms_picks_tokens_and_changes_the_theme(analysi
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_planes_through_experts_tokens_and_layers_hold_every_weight(seen, analysis):
+    trace = analysis.trace
+    weight = np.full((LAYERS, TOKENS, EXPERTS), np.nan)
+    np.put_along_axis(weight, trace.expert_index.astype(int), trace.affinity, axis=2)
+    planes = {"layer": weight[5], "token": weight[:, 5], "expert": weight[:, :, 5]}
+    for axis, wanted in planes.items():
+        values = [text.removesuffix(" weight").rpartition(": ")[2] for text in seen["cut"][axis]]
+        found = np.array([np.nan if value == "none" else float(value) for value in values])
+        assert np.allclose(found.reshape(wanted.shape), wanted, atol=1e-3, equal_nan=True)
+    assert seen["cut"]["expert"][TOKENS + 3].startswith('layer 1, token 3 "</script>": ')
+    assert (seen["said"], seen["most"], seen["focus"]) == ("expert 5", "15", True)
+
+
+def test_the_page_is_read_without_scripts(analysis):
+    page = render_report(analysis)
+    still = page.partition("<noscript>")[2].partition("</noscript>")[0]
+    assert "data:image/png;base64," in still
+    table = re.findall(r"<tr><td data-head=\"layer\"><span>(\d+)</span>.*?</tr>", still)
+    assert table == [str(layer) for layer in range(LAYERS)]
+    first = int(analysis.frequency[0].argmax())
+    assert f"<span>{first} ({analysis.frequency[0, first]:.0%})" in still
+    assert "<dt>prompt</dt><dd>What is &lt;/script&gt;" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_dark_page_opens_dark(analysis, tmp_path):
     assert visit(analysis, tmp_path, "dark")["paper"] == "rgb(20, 24, 29)"
 
 
 def test_the_page_needs_no_network(analysis):
     page = render_report(analysis)
-    assert not re.search(r"(src|href)\s*=|url\(|@import|fetch\(|https?://", page)
+    assert not re.search(r'(src="(?!data:)|href)|url\(|@import|fetch\(|https?://', page)
     assert "<title>Experts of a &lt;prompt&gt;</title>" in page
 
 

@@ -15,7 +15,7 @@ from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.errors import CheckpointError, ConversionError, GenerationError
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.placement import Placement, as_numbered, place
-from neuron_minimax.studies.experts import batch
+from neuron_minimax.studies.experts import similarity
 from neuron_minimax.studies.experts.statistics import classify
 from neuron_minimax.studies.experts.trace import FORMAT, Recorder, Trace, record
 from tests.opened import convert
@@ -154,33 +154,67 @@ def test_tokens_are_classed_by_their_characters(text, kind):
     assert classify(text) == kind
 
 
-@pytest.mark.parametrize("name", ["source", "dense"])
-def test_expert_similarity_equals_the_cosine_of_whole_weights(directories, name):
-    checkpoint = Checkpoint(directories[name])
+PAIRS = torch.triu_indices(16, 16, 1)
+
+
+def expert_vectors(checkpoint, layer):
+    """All weights of each of a layer's experts, [E,D]."""
     vectors = []
     for expert in range(8):
         parts = [
-            f"model.layers.1.block_sparse_moe.experts.{expert}.{kind}.weight"
+            f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{kind}.weight"
             for kind in ("w1", "w2", "w3")
         ]
         vectors.append(
             torch.cat([slow_weight(checkpoint, part).double().flatten() for part in parts])
         )
-    wanted = torch.nn.functional.cosine_similarity(
-        torch.stack(vectors)[:, None], torch.stack(vectors)[None], dim=-1
-    )
+    return torch.stack(vectors)
+
+
+@pytest.mark.parametrize("name", ["source", "dense"])
+def test_expert_similarity_equals_the_cosine_of_whole_weights(directories, name):
+    checkpoint = Checkpoint(directories[name])
+    vectors = expert_vectors(checkpoint, 1)
+    wanted = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     for jobs in (1, 3):
-        assert np.allclose(batch.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
+        assert np.allclose(similarity.expert_similarity(checkpoint, 1, jobs), wanted, atol=1e-6)
     with pytest.raises(CheckpointError, match="has no layer 2; expected 0 to 1"):
-        batch.expert_similarity(checkpoint, 2)
+        similarity.expert_similarity(checkpoint, 2)
+
+
+def test_experts_of_two_layers_are_compared_exactly_where_sketches_hold_all_weights(directories):
+    checkpoint = Checkpoint(directories["source"])
+    vectors = [expert_vectors(checkpoint, layer) for layer in range(2)]
+    cosine = torch.nn.functional.cosine_similarity(vectors[0][:, None], vectors[1][None], dim=-1)
+    wanted = (cosine.amax(0).mean() + cosine.amax(1).mean()) / 2
+    exact = similarity.expert_layer_similarity(checkpoint, 3)
+    assert exact.error == 0
+    assert exact.matrix[0, 1] == exact.matrix[1, 0] == pytest.approx(float(wanted), abs=1e-6)
+    sketched = similarity.expert_layer_similarity(checkpoint, sketch_bytes=4 * 16 * 10_000)
+    assert sketched.error == 0.01
+    assert sketched.matrix[0, 1] == pytest.approx(float(wanted), abs=0.03)
+
+
+@pytest.mark.parametrize("numbers", [512, 1000, 10_000])
+def test_a_sketch_has_the_error_that_it_says(directories, numbers):
+    checkpoint = Checkpoint(directories["source"])
+    both = [similarity.expert_sketch(checkpoint, layer, numbers, 2) for layer in range(2)]
+    sketches = torch.from_numpy(np.concatenate(both))
+    vectors = torch.cat([expert_vectors(checkpoint, layer) for layer in range(2)])
+    cosines = [
+        torch.nn.functional.cosine_similarity(*(rows[at] for at in PAIRS), dim=-1)
+        for rows in (sketches, vectors)
+    ]
+    deviation = float((cosines[0] - cosines[1]).square().mean().sqrt())
+    assert deviation == pytest.approx(numbers**-0.5, rel=0.35)  # of 120 pairs: 5 standard errors
 
 
 def test_router_similarity_equals_torch_and_a_zero_row_is_like_nothing():
     rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
-    assert np.allclose(batch.router_similarity(rows.numpy()), wanted, atol=1e-6)
+    assert np.allclose(similarity.router_similarity(rows.numpy()), wanted, atol=1e-6)
     rows[2] = 0
-    assert not batch.router_similarity(rows.numpy())[2].any()
+    assert not similarity.router_similarity(rows.numpy())[2].any()
 
 
 def test_a_placed_model_computes_the_same(directories, model, tmp_path):
@@ -220,9 +254,21 @@ def test_a_placement_evens_out_skewed_loads_on_a_trace_it_has_not_seen():
     assert (after.max_to_mean(held_out) < 0.85 * before.max_to_mean(held_out)).all()
 
 
+def test_experts_that_the_ranks_do_not_divide_are_placed_as_evenly():
+    load = np.array([[9, 1, 1, 8, 1, 1, 7]])
+    placement = place(load, 3)
+    assert sorted(placement.rank_load(load)[0]) == [9, 9, 10]
+    first, second, third = np.split(placement.order[0], [3, 5])
+    assert len(first) == 3
+    assert [load[0, rank].sum() for rank in (first, second, third)] == list(
+        placement.rank_load(load)[0]
+    )
+    assert placement.max_to_mean(load)[0] == pytest.approx(10 / (28 / 3))
+
+
 def test_a_placement_that_cannot_be_is_refused(tmp_path, model):
-    with pytest.raises(ConversionError, match="8 experts cannot be split evenly over 3 ranks"):
-        place(np.ones((2, 8)), 3)
+    with pytest.raises(ConversionError, match="8 experts cannot be split over 9 ranks; expected 1"):
+        place(np.ones((2, 8)), 9)
     with pytest.raises(ConversionError, match="exactly once"):
         Placement(order=np.zeros((2, 8), dtype=int), ranks=4)
     with pytest.raises(ConversionError, match="with 16 experts, as placed"):

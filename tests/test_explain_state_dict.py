@@ -198,3 +198,12 @@ def test_what_ranks_hold_of_the_experts_is_said(checkpoint, degree, said, gate_u
     assert shares.rows[0][2] == gate_up_scales
     assert walked.first_wrong is None
     assert walk(checkpoint, moe_tp_degree=3).first_wrong.title == "Experts on a rank"
+
+
+def test_blocks_that_the_model_does_not_fill_have_scales_on_a_rank_too(tmp_path):
+    ragged = write_tiny(tmp_path / "ragged", hidden_size=192, intermediate_size=384)
+    rows = stage(walk(ragged, moe_tp_degree=4), "Experts on a rank").rows
+    assert [(weight, scales) for _, weight, scales in rows] == [
+        ("[192, 192]", "[2, 192]"),  # 96 channels of gate and of up
+        ("[96, 192]", "[96, 2]"),
+    ]

@@ -161,15 +161,102 @@ def test_multi_token_prediction_is_left_out_in_every_layout(title, declared, tmp
     assert sorted(nm.plan_conversion(checkpoint).left_out) == sorted(MTP[title])
 
 
-@pytest.mark.parametrize("other", ["adapter_model.safetensors", "consolidated.safetensors"])
-def test_the_model_is_read_beside_another_file(other, tmp_path):
+def test_scales_of_a_cache_in_a_layer_of_prediction_are_counted_once(tmp_path):
+    names = [LAYER + rest for rest in ("eh_proj.weight", "self_attn.attn.k_scale")]
+    source = with_more(write_tiny(tmp_path / "source"), {name: torch.ones(1) for name in names})
+    checkpoint = nm.Checkpoint.open(source)
+    assert (checkpoint.mtp_names, checkpoint.cache_scale_names) == (names, [])
+    converted = nm.plan_conversion(checkpoint).write(tmp_path / "out")
+    assert "left out, since not run: 2 tensors" in converted.render()
+
+
+def test_a_real_layer_that_config_does_not_count_is_refused_beside_scales_of_a_cache(tmp_path):
     source = write_tiny(tmp_path / "source")
+    tensors = load_file(source / FILE)
+    scales = {f"model.layers.{layer}.self_attn.attn.k_scale": torch.ones(1) for layer in range(2)}
+    raw = json.loads((source / "config.json").read_text())
+    assert raw["num_mtp_modules"]
+    (source / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1}))
+    save_file(tensors | scales, source / FILE)
+    checkpoint = nm.Checkpoint.open(source)
+    assert checkpoint.mtp_names == []
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*is no weight of this model"):
+        nm.plan_conversion(checkpoint)
+
+
+def test_prediction_in_another_format_does_not_speak_for_the_model(tmp_path):
+    names = [f"mtp.layers.0.mlp.w{end}" for end in (".weight", ".weight_scale", ".weight_scale_2")]
+    source = with_more(
+        write_tiny(tmp_path / "source"),
+        {name: torch.ones(1).to(torch.uint8) for name in names},
+    )
+    checkpoint = nm.Checkpoint.open(source)
+    assert checkpoint.problems == []
+    assert checkpoint.mtp_names == names
+
+
+def test_a_stray_tensor_of_a_whole_model_is_named_and_no_format(tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    source = with_more(write_tiny(tmp_path / "source"), {name: torch.ones(1)})
+    (problem,) = nm.Checkpoint.open(source).problems
+    assert (problem.kind, problem.subject) == ("extra", name)
+
+
+OTHERS = {
+    "adapter_model.safetensors": "is an adapter and is not applied",
+    "adapter_model.bin": "is an adapter and is not applied",
+    "consolidated.safetensors": "is not read",
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_model_is_read_beside_another_file_which_everyone_is_told_of(
+    other, shards, tmp_path, capsys
+):
+    source = write_tiny(tmp_path / "source", shards=shards)
     save_file({"lora_A.weight": torch.ones(2)}, source / other)
     checkpoint = nm.Checkpoint.open(source)
     assert checkpoint.problems == []
     (warning,) = [each for each in checkpoint.inspect().findings if each.kind == "leftover"]
-    assert other in warning.message
+    assert warning.message.startswith(f"{other} {'lies' if 'con' in other else 'is'} ")
+    assert OTHERS[other] in warning.message
     assert warning.severity == "warning"
+    plan = nm.plan_conversion(checkpoint)
+    converted = plan.write(tmp_path / "out")
+    assert converted.leftovers == (warning.message,)
+    for text in (plan.render(), converted.render()):
+        assert text.endswith(f"\nwarning: {warning.message}")
+
+
+def test_weights_of_another_format_are_told_of_in_one_line(tmp_path):
+    source = write_tiny(tmp_path / "source")
+    others = ("model-q4.gguf", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+    for name in (*others, "training_args.bin"):
+        (source / name).write_bytes(b"{}")
+    checkpoint = nm.Checkpoint.open(source)
+    (warning,) = [each for each in checkpoint.inspect().findings if each.kind == "leftover"]
+    assert warning.message.startswith(f"{others[0]} and 1 more: weights of another format")
+    assert nm.plan_conversion(checkpoint).leftovers == (warning.message,)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, [1, 10**6]])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_token_that_the_model_does_not_have_is_told_of(file, token, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    path = source / file
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**fields, "eos_token_id": token}))
+    findings = nm.Checkpoint.open(source).inspect().findings
+    (note,) = [each for each in findings if "passed over" in each.message]
+    assert note.message.startswith(f"{file}: eos_token_id is {-1 if token == -1 else 10**6}, ")
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    source = write_tiny(tmp_path / "source")
+    (source / FILE).rename(source / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="an adapter for another model, and not that model"):
+        nm.Checkpoint.open(source)
 
 
 def test_a_stale_index_gives_way_to_the_single_file(tmp_path):

@@ -2,6 +2,7 @@
 against float64.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_minimax.kernels import reference
+from neuron_minimax.kernels.nki import memory
 from tests import nki_interpreter
 
 KERNEL = Path(reference.__file__).parent / "nki" / "expert_mlp.py"
@@ -259,6 +261,24 @@ def test_codes_above_240_reach_the_result_as_nan_instead_of_wrong_numbers(kernel
     assert kernel[0].expert_mlp(*case.arguments()).isnan().all()
 
 
+def test_codes_up_to_448_are_read_by_the_cores_that_have_them_alone(kernel):
+    case = Case(tokens=2)
+    *inputs, weights = case.arguments()
+    halved = kernel[0].expert_mlp(*inputs, weights)
+    doubled = weights._replace(
+        gate_up=(weights.gate_up.float() * 1.75).to(torch.float8_e4m3fn),
+        down=(weights.down.float() * 1.75).to(torch.float8_e4m3fn),
+    )
+    assert max(each.float().abs().max() for each in (doubled.gate_up, doubled.down)) > 240
+    module, _ = nki_interpreter.load(KERNEL, generation=4)
+    out = module.expert_mlp(*inputs, doubled, ocp_codes=True)
+    case.gate_up, case.down = doubled.gate_up, doubled.down
+    assert relative_error(out, slow_expert_mlp(case)) < 1e-5
+    assert torch.equal(module.expert_mlp(*inputs, weights), halved)
+    with pytest.raises(nki_interpreter.HardwareError, match="not with float8_e4m3fn"):
+        kernel[0].expert_mlp(*inputs, doubled, ocp_codes=True)
+
+
 def test_what_the_kernel_does_not_take_is_refused_by_name(kernel):
     expert_mlp = kernel[0].expert_mlp
     with pytest.raises(ValueError, match="1 to 128 tokens"):
@@ -340,6 +360,50 @@ def test_128_tokens_fit_the_memories_at_the_real_size(kernel, dtype, tolerance):
     hidden, *others = case.arguments()
     out = kernel[0].expert_mlp(hidden, *others, cores=2)
     assert relative_error(out, reference.expert_mlp(hidden.double(), *others).numpy()) < tolerance
+
+
+MEMORY_CASES = {
+    "two blocks": {"hidden": 256, "intermediate": 128, "tokens": 3},
+    "rows at once": {"hidden": 640, "intermediate": 384, "tokens": 1},
+    "the scalar engine": {"hidden": 640, "intermediate": 256, "tokens": 128},
+    "float32": {"hidden": 640, "intermediate": 384, "tokens": 2, "dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["block", "expanded"])
+@pytest.mark.parametrize("sizes", MEMORY_CASES.values(), ids=MEMORY_CASES.keys())
+def test_what_the_kernel_says_it_needs_is_what_the_interpreter_gives_it(kernel, sizes, expanded):
+    """A little more for a few tokens, whose sums of several rows are counted for the most rows."""
+    module, machine = kernel
+    case = Case(**{"top_k": 1, "experts": 3, "dtype": torch.bfloat16} | sizes)
+    *inputs, weights = case.arguments()
+    module.expert_mlp(*inputs, case.share(slice(None)) if expanded else weights)
+    needed = memory.sbuf_bytes(
+        memory.ExpertSizes(
+            hidden=sizes["hidden"],
+            channels=sizes["intermediate"],
+            expanded=expanded,
+            itemsize=case.hidden_TH.itemsize,
+        ),
+        sizes["tokens"],
+    )
+    assert 0 <= needed - machine.counts["peak_sbuf"] <= 256
+
+
+def test_what_does_not_fit_is_refused_with_the_bytes_and_the_most_tokens_that_do(kernel):
+    sizes = {"hidden": 6144, "channels": 2560, "expanded": False}
+    wide = memory.ExpertSizes(**sizes)
+    said = memory.overflow(wide, 128)
+    fits = int(re.search(r"at most (\d+) tokens fit", said)[1])
+    assert memory.sbuf_bytes(wide, fits) <= memory.SBUF_BYTES < memory.sbuf_bytes(wide, fits + 1)
+    assert f"need {memory.sbuf_bytes(wide, 128):,} bytes of each partition of SBUF, which" in said
+    assert not memory.overflow(wide, fits)
+    assert "no number of tokens fits" in memory.overflow(
+        memory.ExpertSizes(**sizes | {"channels": 8192}), 1
+    )
+    case = Case(tokens=1, top_k=1, experts=1, hidden=128, intermediate=16384)
+    with pytest.raises(ValueError, match="too little memory: 1 token of 128 features and 16384"):
+        kernel[0].expert_mlp(*case.arguments())
 
 
 EXPANDED_CASES = {

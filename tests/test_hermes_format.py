@@ -4,6 +4,7 @@ against the chat templates, and against itself on any split.
 
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -43,6 +44,16 @@ def refuse(constant):
     raise ValueError(constant)
 
 
+def finite(digits):
+    return float(digits) if math.isfinite(float(digits)) else digits
+
+
+def readable(value):
+    """A value that JSON has, with U+FFFD for halves of surrogate pairs."""
+    spelled = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", spelled))
+
+
 def slowly(text, *, form="qwen3", in_reasoning=False, tools=TOOLS):
     """Reasoning, content and calls of a whole output, by regular expressions and json."""
     reasoning = ""
@@ -69,16 +80,13 @@ def slowly(text, *, form="qwen3", in_reasoning=False, tools=TOOLS):
 def slow_call(text):
     """The name and arguments of a call, and the text behind it; None when it is no call."""
     try:
-        members, end = json.JSONDecoder(object_pairs_hook=list, parse_constant=refuse).raw_decode(
-            text
-        )
-        call = json.loads(text[:end])
-        name = call["name"]
-        arguments = call["arguments"]
+        members, end = json.JSONDecoder(object_pairs_hook=list, strict=False).raw_decode(text)
+        reading = {"parse_constant": str, "parse_float": finite, "strict": False}
+        call = json.loads(text[:end], **reading)
+        name = readable(call["name"])
+        arguments = readable(call["arguments"])
         if isinstance(arguments, str):
-            arguments = json.loads(arguments, parse_constant=refuse)
-        spelled = json.dumps([name, arguments], allow_nan=False, ensure_ascii=False)
-        spelled.encode()
+            arguments = readable(json.loads(arguments, **reading))
     except (ValueError, KeyError, TypeError):
         return None
     rest = text[end:].lstrip()
@@ -87,7 +95,7 @@ def slow_call(text):
         return None
     if not (name and isinstance(name, str) and isinstance(arguments, dict)):
         return None
-    if len({key for key, _ in members}) < len(members):
+    if len({readable(key) for key, _ in members}) < len(members):
         return None
     return name, arguments, rest[len("</tool_call>") :]
 
@@ -130,6 +138,7 @@ FRAGMENTS = st.sampled_from(
             "\\n",
         ),
         *('"name"', '"arguments"', '"weather"', '"name": "now"', '"arguments": {}', '"id": 1'),
+        *("\\ude00", "\\ud83d", "\x01", "-Infinity", "Infinity", "-1e999"),
         *(
             "1",
             "-1.5e3",
@@ -253,7 +262,6 @@ def test_a_call_is_found_however_its_object_is_written(written, arguments):
         *('{"name": "", "arguments": {}}', f'{{"name": "{"x" * 300}", "arguments": {{}}}}'),
         *('{"name": "a", "arguments": []}', '{"name": "a", "arguments": "[]"}', '["a"]', "a"),
         *('{"name": "a", "arguments": {},}', "{'name': 'a', 'arguments': {}}", '{"name": "a"'),
-        *('{"name": "\\ud800", "arguments": {}}', '{"name": "a", "arguments": {"a": "\\ud800"}}'),
         *('{"name": "a", "arguments": {"a": 1,}}', '{"name": "a", "arguments": {"a": "\\u00e"}}'),
         '{"name": "a", "arguments": {"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}}",
         '{"name": "a", "arguments": {"a": ' + "1" * (MAX_NUMBER + 1) + "}}",
@@ -264,6 +272,38 @@ def test_what_only_looks_like_a_call_is_text(body):
     text = f"So.\n<tool_call>\n{body}\n</tool_call> \nThat."
     message = parse(text, tools=TOOLS)
     assert (message.content, message.tool_calls) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ('"\\ud800"', "\ufffd"),
+        ('"\\ude00 \\ud83d\\ude00 \\ud83d\\ud83d\\ude00"', "\ufffd 😀 \ufffd😀"),
+        ('"\\ud83d\\n"', "\ufffd\n"),
+        ('{"\\ud83d": ["\\ud83d"]}', {"\ufffd": ["\ufffd"]}),
+        ("1e999", "1e999"),
+        ("[-1e999, 1e-999, 1.5]", ["-1e999", 0.0, 1.5]),
+        ("NaN", "NaN"),
+        ("[Infinity, -Infinity]", ["Infinity", "-Infinity"]),
+        pytest.param("1" * 400, int("1" * 400), id="400 digits"),
+        ('"two\nlines\t\x01"', "two\nlines\t\x01"),
+    ],
+)
+@pytest.mark.parametrize("form", ["arguments last", "arguments first", "arguments as text"])
+def test_arguments_are_valid_json_whatever_the_model_writes(written, value, form):
+    arguments = f'{{"a": {written}}}'
+    body = {
+        "arguments last": f'{{"name": "weather", "arguments": {arguments}}}',
+        "arguments first": f'{{"arguments": {arguments}, "name": "weather"}}',
+        "arguments as text": f'{{"name": "weather", "arguments": {json.dumps(arguments)}}}',
+    }[form]
+    text = f"<tool_call>\n{body}\n</tool_call>"
+    for pieces in ([text], list(text)):
+        reasoning, content, calls = found(streamed(pieces))
+        assert (reasoning, content, calls) == ("", "", [("weather", {"a": value})])
+    (call,) = parse(text, tools=TOOLS).tool_calls
+    call.arguments.encode()
+    assert json.loads(call.arguments, parse_constant=refuse) == {"a": value}
 
 
 def test_tags_are_text_when_the_request_has_no_tools():
@@ -323,14 +363,13 @@ PIECES = st.sampled_from([*'{}[],:"\\0123-.eE+ \n\x00xu', "tru", "null", "\\u", 
 @example('{"a": 1,}', [])
 @example('"\\u00e" ', [])
 def test_a_value_of_json_ends_where_the_json_module_says(text, cuts):
-    text = text.replace("Infinity", "1")
     stream = JsonStream()
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     read = sum(stream.feed(text[start:end]) for start, end in itertools.pairwise(bounds))
     stream.feed("!")  # what is behind it ends a number
     start = len(text) - len(text.lstrip(" \n\t\r"))
     try:
-        _, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text + "!", start)
+        _, end = json.JSONDecoder(strict=False).raw_decode(text + "!", start)
     except ValueError:
         end = None
     word_goes_on = end is not None and re.match(r"[-+.0-9A-Za-z]", (text + "!")[end:])
@@ -339,6 +378,10 @@ def test_a_value_of_json_ends_where_the_json_module_says(text, cuts):
         assert not stream.ended or stream.failed
     else:
         assert (stream.ended, stream.failed, read) == (True, False, end)
+        reading = {"parse_constant": str, "parse_float": finite, "strict": False}
+        assert json.loads(stream.written(), parse_constant=refuse) == readable(
+            json.loads(text[start:end], **reading)
+        )
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "minimind"])

@@ -1,19 +1,16 @@
 """A checkpoint named by its hub id is the snapshot in huggingface_hub's own cache."""
 
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from neuron_minimax.checkpoint.hub import local_directory
+from tests.hub_stand_in import COMMIT, Hub, serving
 from tests.tiny import write_tiny
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys
 from neuron_minimax.checkpoint.hub import local_directory
@@ -101,67 +98,19 @@ print(stage.doing[-1])
 """
 
 
-class Hub(SimpleHTTPRequestHandler):
-    """The two questions that huggingface_hub asks of a repository, and its files."""
-
-    checkpoint: Path
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        path = self.path.partition("?")[0]
-        files = sorted(path for path in self.checkpoint.iterdir())
-        if "/resolve/" in path:
-            data = (self.checkpoint / path.rpartition("/")[2]).read_bytes()
-        elif "/tree/" in path:
-            rows = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                for file in files
-            ]
-            data = json.dumps(rows).encode()
-        else:
-            siblings = [{"rfilename": file.name} for file in files]
-            data = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{len(data)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
-
 def test_a_download_tells_how_many_bytes_and_files_are_there(tmp_path):
-    Hub.checkpoint = write_tiny(tmp_path / "checkpoint", shards=2)
-    nbytes = sum(path.stat().st_size for path in Hub.checkpoint.iterdir())
-    count = len(list(Hub.checkpoint.iterdir()))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        serving = threading.Thread(target=server.serve_forever)
-        serving.start()
-        environment = {
-            **os.environ,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
+    checkpoint = write_tiny(tmp_path / "checkpoint", shards=2)
+    nbytes = sum(path.stat().st_size for path in checkpoint.iterdir())
+    count = len(list(checkpoint.iterdir()))
+    with serving(Hub(checkpoint)) as hub:
+        environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", DOWNLOAD]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        server.shutdown()
-        serving.join()
     assert done.returncode == 0, done.stderr
     directory, what, counted, doing = done.stdout.splitlines()
     assert Path(directory).name == COMMIT
     assert {path.name for path in Path(directory).iterdir()} == {
-        path.name for path in Hub.checkpoint.iterdir()
+        path.name for path in checkpoint.iterdir()
     }
     assert what == "downloading org/tiny"
     assert int(counted) == nbytes

@@ -11,6 +11,7 @@ import pytest
 import neuron_minimax
 from neuron_minimax.backends.cpu import options as cpu
 from neuron_minimax.backends.nxdi import backend as neuron
+from neuron_minimax.backends.torch_neuron import options as torch_neuron
 
 PACKAGE = Path(neuron_minimax.__file__).parent
 # Left to right: a folder or module of the package imports from itself and from those before it.
@@ -150,7 +151,10 @@ def test_an_import_inside_a_function_counts(tmp_path):
 def test_only_one_door_leads_to_the_neuron_packages(path):
     door = PACKAGE / "backends/nxdi/imports.py"
     kernels = PACKAGE / "kernels/nki"  # NKI code, imported through the door
-    if path != door and path.parent != kernels:
+    if path == PACKAGE / "backends/torch_neuron/rank.py":
+        found = {name.split(".")[0] for name in imports_of(path)}
+        assert found & NEURON_PACKAGES == {"torch_neuronx"}
+    elif path != door and path.parent != kernels:
         assert not {name.split(".")[0] for name in imports_of(path)} & NEURON_PACKAGES
 
 
@@ -188,8 +192,12 @@ def test_the_package_itself_loads_the_standard_library_alone():
 
 @pytest.mark.parametrize(
     ("sources", "first"),
-    [(cpu.SOURCES, "backends/cpu/graphs.py"), (neuron.SOURCES, "backends/nxdi/model.py")],
-    ids=["cpu", "neuron"],
+    [
+        (cpu.SOURCES, "backends/cpu/graphs.py"),
+        (neuron.SOURCES, "backends/nxdi/model.py"),
+        (torch_neuron.SOURCES, "backends/torch_neuron/rank.py"),
+    ],
+    ids=["cpu", "neuron", "torch-neuron"],
 )
 def test_a_change_to_any_file_that_graphs_are_made_of_asks_for_a_compile(sources, first):
     digested = {path for pattern in sources for path in PACKAGE.glob(pattern)}

@@ -1,6 +1,7 @@
 """How the C++ kernels are built, kept and loaded, and what they are on another processor."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.cpu import library, operators
@@ -27,7 +26,7 @@ from tests.test_fp8_mlp import routing, weights
 path = Path(sys.argv[1], "kernels.so")
 library.build(path, sys.argv[2])
 library.load(path.read_bytes())
-assert operators.has_pairs() in (True, False)  # only a library that is loaded can say
+assert hasattr(torch.ops.neuron_minimax, "has_pairs")  # as only a library that is loaded has it
 
 stacked, chosen = weights(6, 192, 320), routing(40, 6, 2)
 activations = torch.randn(40, 192, generator=torch.Generator().manual_seed(2))
@@ -38,10 +37,9 @@ assert (found - wanted).abs().max() < 1.4e-6 * wanted.abs().max()
 for rows in (3, 60):
     hidden = torch.randn(rows, 192, generator=torch.Generator().manual_seed(rows))
     codes, scale = stacked.gate_up[0].T.contiguous(), torch.full((5, 2), 0.01)
-    off = operators.linear(hidden, codes, scale, (128, 128)) - reference.linear(
-        hidden, codes, scale, (128, 128)
-    )
-    assert off.abs().max() < 1e-4, off.abs().max()
+    found = operators.linear(hidden, codes, scale, (128, 128))
+    wanted = reference.linear(hidden, codes, scale, (128, 128))
+    assert (found - wanted).abs().max() < 1.4e-6 * wanted.abs().max()
 
 query = torch.randn(2, 1, 6, 64, generator=torch.Generator().manual_seed(3))
 cached = torch.randn(2, 2, 2, 140, 64, generator=torch.Generator().manual_seed(4))
@@ -58,7 +56,7 @@ assert off.abs().max() < 0.004  # twice the error of rounding the result
 
 @pytest.mark.skipif(not library.compiler(), reason="there is no C++ compiler")
 def test_a_plain_processor_computes_the_same(tmp_path):
-    plain = "-march=x86-64" if torch.backends.cpu.get_cpu_capability() != "SVE256" else "-O3"
+    plain = "-march=x86-64" if platform.machine() in ("x86_64", "AMD64") else "-O3"
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path, plain], capture_output=True, text=True
     )

@@ -3,40 +3,18 @@
 import itertools
 import json
 import re
-import threading
 
 import anthropic
 import pytest
 
 from neuron_minimax.serving.messages_api import answers
+from tests.agent_server import PARAMETERS, holding, weather_script
 from tests.served import MODEL, ScriptedBackend, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import WAIT, wait_until
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    "required": ["city"],
-}
 TOOL = {"name": "get_weather", "description": "The weather", "input_schema": PARAMETERS}
 QUESTION = [{"role": "user", "content": "Weather?"}]
-CALL = (
-    '<invoke name="get_weather">\n<parameter name="city">{}</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-
-
-def script(prompt):
-    """Calls twice in one turn, once in the next, then answers from the last result."""
-    results = prompt.rpartition("]~b]user")[2].count("<response>")
-    if results < 3:
-        cities = ("Oslo", "São Paulo") if not results else ("Rome",)
-        calls = "".join(map(CALL.format, cities))
-        return (
-            f"Look {results}.\n</think>\n\nOn it.\n<minimax:tool_call>\n{calls}</minimax:tool_call>"
-        )
-    said = prompt.rpartition("<response>")[2].partition("</response>")[0]
-    return f"Enough.\n</think>\n\nIt is {said}."
 
 
 def open_anthropic(served, **options):
@@ -46,7 +24,7 @@ def open_anthropic(served, **options):
 
 @pytest.fixture(scope="module")
 def backend(tokenizer_directory):
-    return ScriptedBackend(tokenizer_directory, script)
+    return ScriptedBackend(tokenizer_directory, weather_script)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +220,7 @@ def test_more_tokens_than_fit_may_be_asked_for_and_end_with_the_context(tmp_path
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_cut_off_is_in_the_text_behind_it(client, backend, stream):
-    said = script("").partition("Paulo")[0]
+    said = weather_script("").partition("Paulo")[0]
     limit = len(backend.tokenizer.encode(said))
     message = answer(client, stream, max_tokens=limit)
     assert message.stop_reason == "max_tokens"
@@ -281,7 +259,7 @@ def test_an_answer_has_the_form_that_is_asked_for(tmp_path):
 
 
 def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     body = {
         "model": MODEL,
@@ -312,6 +290,105 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
     assert response.headers["request-id"] == response.headers["x-request-id"]
     prompt = backend.tokenizer.spell(backend.prompt)
     assert "]~b]user\nHi\nthere[e~[" in prompt  # consecutive messages are one turn
+
+
+# What the schemas of Claude Code's tools are made of.
+NESTED = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 99, "description": "Where"},
+        "days": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9, "default": 2},
+        "parts": {
+            "type": "array",
+            "maxItems": 4,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "kind": {"type": "string", "enum": ["rain", "sun"]},
+                    "at": {"anyOf": [{"type": "string", "format": "date"}, {"const": "now"}]},
+                    "marks": {
+                        "type": "object",
+                        "propertyNames": {"type": "string", "pattern": "^[a-z]+$"},
+                        "additionalProperties": {"type": "number"},
+                    },
+                },
+                "required": ["kind"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def test_a_conversation_of_claude_code_is_answered_and_goes_on_from_its_prefix(
+    tokenizer_directory,
+):
+    """The form of what version 2.1.197 has sent to this server."""
+    backend = ScriptedBackend(tokenizer_directory, weather_script, seq_len=4096)
+    cached = {"cache_control": {"type": "ephemeral"}}
+    betas = ("claude-code-20250219", "interleaved-thinking-2025-05-14", "effort-2025-11-24")
+    betas += ("context-management-2025-06-27", "mid-conversation-system-2026-04-07")
+    headers = {
+        "authorization": "Bearer none",
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": ",".join(betas),
+        "x-app": "cli",
+        "x-stainless-timeout": "600",
+    }
+    asked = [{"type": "text", "text": "You may use tools."}, {"type": "text", "text": "Weather?"}]
+    messages = [
+        {"role": "user", "content": [asked[0], asked[1] | cached]},
+        {"role": "system", "content": "The day is the first."},
+    ]
+    body = {
+        "model": MODEL,
+        "messages": messages,
+        "system": [
+            {"type": "text", "text": "You are an agent."},
+            {"type": "text", "text": "Be brief.", **cached},
+        ],
+        "tools": [{"name": "get_weather", "description": "The weather", "input_schema": NESTED}],
+        "metadata": {"user_id": json.dumps({"device_id": "d", "session_id": "s"})},
+        "max_tokens": 32_000,
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "stream": True,
+    }
+    with serving(backend) as served:
+        client = open_anthropic(served, api_key=None, auth_token="none")
+        counts = []
+        for turn in range(3):
+            counted = web.post(
+                f"{served.url}/v1/messages/count_tokens?beta=true", json=body, headers=headers
+            )
+            counts.append(counted.json()["input_tokens"])
+            given = {name: value for name, value in body.items() if name != "stream"}
+            with client.beta.messages.stream(**given, betas=list(betas)) as events:
+                message = events.get_final_message()
+            usage = message.usage
+            assert usage.input_tokens + usage.cache_read_input_tokens == counts[turn]
+            if turn:
+                assert usage.cache_read_input_tokens > counts[turn - 1]
+            content = [block.model_dump(exclude_none=True) for block in message.content]
+            calls = [block for block in message.content if block.type == "tool_use"]
+            results = [
+                {
+                    "tool_use_id": call.id,
+                    "type": "tool_result",
+                    "content": f"rain in {call.input['city']}",
+                    "is_error": False,
+                }
+                for call in calls
+            ]
+            messages.append({"role": "assistant", "content": content})
+            messages += [{"role": "user", "content": [result]} for result in results]
+    assert (message.stop_reason, message.content[-1].text) == ("end_turn", "It is rain in Rome.")
+    prompt = backend.tokenizer.spell(backend.prompt)
+    assert "]~b]system\nYou are an agent.\nBe brief.\n\nThe day is the first." in prompt
 
 
 @pytest.mark.parametrize(
@@ -374,7 +451,11 @@ def test_what_a_coding_agent_sends_beside_it_is_taken(tokenizer_directory):
             "messages.1.content.0: the thinking is sealed",
         ),
         ({"system": [{"type": "image"}]}, "system.0.type: found 'image'"),
-        ({"thinking": {"type": "disabled"}}, "thinking.type: the chat template"),
+        ({"seed": 1}, "seed is not supported"),
+        ({"n": 2}, "n is not supported"),
+        ({"stop": ["x"]}, "stop is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"logit_bias": {"1": 5}}, "logit_bias is not supported"),
         ({"context_management": {"edits": [{"type": "x"}]}}, "context_management.edits.0.type: "),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: found"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name: "),
@@ -403,6 +484,26 @@ def test_what_cannot_be_honoured_is_refused_by_its_own_name(served, fields, word
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(words)
     assert body["request_id"] == response.headers["request-id"]
+
+
+def test_what_chat_completions_alone_have_may_ask_for_nothing(served):
+    nothing = {"n": 1, "seed": None, "logit_bias": {}, "response_format": {"type": "text"}}
+    assert refusal(served, **nothing).status_code == 200
+    count = f"{served.url}/v1/messages/count_tokens"
+    body = {"messages": QUESTION, "max_tokens": 5, "temperature": 0.5}
+    assert web.post(count, json=body).status_code == 200
+    response = web.post(count, json=body | {"chat_template": "x"})
+    assert response.json()["error"]["message"] == "chat_template is not supported"
+
+
+@pytest.mark.parametrize("content", [{}, 0, False, 5], ids=str)
+def test_a_result_that_is_neither_text_nor_blocks_is_refused(served, content):
+    said = conversation()["messages"][:2]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": content}
+    response = refusal(served, messages=[*said, {"role": "user", "content": [result]}])
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message == "messages.2.content.0.content: expected a text or a list of blocks"
 
 
 def conversation():
@@ -446,11 +547,11 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
     whole = conversation()
     for place in PLACES:
         whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
-    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script)) as served:
         assert web.post(f"{served.url}{path}", json=whole).status_code == 200
     (said,) = (message for message in caplog.messages if "without effect" in message)
     assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
-    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script), strict=True) as served:
         assert web.post(f"{served.url}{path}", json=conversation()).status_code == 200
         responses = [web.post(f"{served.url}{path}", json=body) for body in bodies]
     assert [response.status_code for response in responses] == [400] * len(PLACES)
@@ -475,7 +576,7 @@ def test_errors_have_the_protocols_statuses_and_kinds(served, client):
 
 
 def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend, api_keys=(b"secret",), max_body=100_000) as served:
         assert answer(open_anthropic(served, api_key="secret")).stop_reason == "tool_use"
         bearer = open_anthropic(served, api_key=None, auth_token="secret")
@@ -500,13 +601,8 @@ def test_a_key_may_come_as_either_client_sends_it(tokenizer_directory):
 
 @pytest.fixture
 def held(tokenizer_directory):
-    """A server with one slot whose backend waits for the gate before each call."""
-    gate = threading.Event()
-    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
-    backend.before_call = gate.wait
-    with serving(backend) as served:
-        yield served, gate
-        gate.set()
+    with holding(tokenizer_directory) as held:
+        yield held
 
 
 def test_a_client_that_leaves_in_the_midst_frees_the_slot(held):

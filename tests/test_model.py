@@ -72,6 +72,7 @@ def change(state, name, tensor=None):
 
 
 O_PROJ = "layers.0.self_attn.o_proj.o_proj"
+ROUTER = "layers.1.block_sparse_moe.router.linear_router.weight"
 BIAS = "layers.1.block_sparse_moe.router.e_score_correction_bias"
 
 
@@ -95,7 +96,16 @@ BIAS = "layers.1.block_sparse_moe.router.e_score_correction_bias"
             torch.zeros(256, 512),
             r"o_proj\.scale belongs to a weight in torch\.float32",
         ),
-        ("norm.weight", torch.zeros(256, dtype=torch.uint8), "no place for a scale"),
+        (
+            "norm.weight",
+            torch.zeros(256, dtype=torch.uint8),
+            r"norm\.weight is in uint8; expected float32 or bfloat16",
+        ),
+        ("embed_tokens.weight", torch.zeros(160, 256).half(), "is in float16; expected float32 or"),
+        (f"{O_PROJ}.weight", torch.zeros(256, 512).int(), "is in int32; expected float32 or"),
+        (f"{O_PROJ}.scale", torch.ones(2, 4).bfloat16(), "is in bfloat16; expected float32: "),
+        (ROUTER, torch.zeros(8, 256).bfloat16(), "is in bfloat16; expected float32: "),
+        (BIAS, torch.zeros(8).bfloat16(), "is in bfloat16; expected float32: "),
         (BIAS, None, "e_score_correction_bias is missing"),
         (BIAS, torch.zeros(7), r"has shape \[7\].*implies \[8\]"),
         (
@@ -107,8 +117,6 @@ BIAS = "layers.1.block_sparse_moe.router.e_score_correction_bias"
 )
 def test_a_state_dict_that_does_not_fit_is_refused_by_name(model, name, tensor, message):
     state = dict(model.state_dict())
-    if name == "norm.weight" and tensor is not None:
-        state["norm.scale"] = torch.ones(1)
     with pytest.raises(CheckpointError, match=message):
         Decoder(model.config, change(state, name, tensor))
 

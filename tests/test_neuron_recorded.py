@@ -3,15 +3,20 @@ a run by ranks.
 """
 
 import json
+import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from neuron_minimax.backends.nxdi.coverage import check_checkpoint
+from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.checkpoint.reader import TensorDirectory
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import ModelConfig, expert_share
+from neuron_minimax.errors import CheckpointError
 from neuron_minimax.families import Role, target_scale_name
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.kernels.reference import expand_scale
@@ -101,6 +106,61 @@ def test_repeating_scales_is_expanding_them_along_the_channels_alone() -> None:
     assert torch.equal(
         expand_scale(tall, 192, 256, (1, 128)), expand_scale(down, 192, 256, (128, 128))
     )
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(6, 4), (7, 2), (154, 64), (5, 5), (3, 1)])
+def test_each_rank_of_padded_experts_has_its_share_and_then_zeros(experts: int, ranks: int) -> None:
+    padding = Padding(experts, ranks)
+    numbered = torch.arange(1, experts + 1)
+    size = ceil_div(experts, ranks)
+    shares = [list(expert_share(experts, rank, ranks)) for rank in range(ranks)]
+    assert list(chain(*shares)) == list(range(experts))
+    held = [[1 + expert for expert in share] + [0] * (size - len(share)) for share in shares]
+    padded = padding.pad(numbered, 0)
+    assert padded.tolist() == list(chain(*held))
+    assert padding.held == len(padded)
+    assert torch.equal(padding.pad(numbered.expand(2, -1), 1), padded.expand(2, -1))
+    # Every expert is found at its place.
+    index = torch.arange(experts).view(1, -1)
+    assert torch.equal(padded[padding.places(index)], 1 + index)
+
+
+def test_codes_and_scales_of_experts_are_padded_and_routers_are_not() -> None:
+    config = ModelConfig.from_dict(tiny_config(num_local_experts=3))
+    names = [rule.target for rule in config.family.rules if rule.per_expert]
+    codes = torch.arange(6, dtype=torch.uint8).view(3, 2).view(torch.float8_e4m3fn)
+    scales = torch.ones(3, 1)
+    router = config.family.rule_of(Role.ROUTER).target.format(l=0)
+    state = {router: torch.ones(3, 2)}
+    for name in names:
+        state |= {name.format(l=0): codes, target_scale_name(name).format(l=0): scales}
+    Padding(3, 2).pad_experts(state, config, [0, 1])
+    assert len(state) == 1 + 2 * len(names)
+    assert len(state[router]) == 3
+    for name in names:
+        padded = state[name.format(l=0)].view(torch.uint8)
+        assert padded.tolist() == [[0, 1], [2, 3], [4, 5], [0, 0]]
+        assert state[target_scale_name(name).format(l=0)].tolist() == [[1], [1], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (8,), (8, 1), (8, 2, 2), (8, 4, 2), (8, 2, 6), (8, 2, 384), (8, 384, 2)],
+    ids=str,
+)
+def test_scales_that_are_not_one_for_each_block_are_left_for_coverage_to_name(
+    shape: tuple[int, ...],
+) -> None:
+    config = ModelConfig.from_dict(tiny_config(intermediate_size=192))
+    names = [target_scale_name(config.family.rule_of(role).target).format(l=0) for role in EXPERTS]
+    state = {names[0]: torch.ones(shape), names[1]: torch.ones(8, 2, 3)}
+    given = dict(state)
+    expand_scales(state, config, [0, 1])
+    assert state.keys() == given.keys()
+    assert all(state[name] is given[name] for name in given)
+    parameters = {name: torch.nn.Parameter(torch.ones(8, 3, 3)) for name in names}
+    with pytest.raises(CheckpointError, match=re.escape(f"{names[1]} has shape [8, 2, 3], but")):
+        check_checkpoint(parameters, state, 8)
 
 
 @pytest.mark.parametrize("name", RECORDED["tiny"])

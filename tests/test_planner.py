@@ -5,14 +5,16 @@ rule both ways.
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from neuron_minimax.backends.nxdi import options
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import ConfigError
+from neuron_minimax.errors import BackendError, ConfigError
 from neuron_minimax.planner import instances
 from neuron_minimax.planner.blockwise import token_blocks
 from neuron_minimax.planner.cases import REFUSE, WARN, Case
@@ -23,10 +25,12 @@ from neuron_minimax.planner.memory import (
     cache_bytes_per_token,
     checkpoint_bytes,
     rank_memory,
+    settled_scales,
 )
 from neuron_minimax.planner.report import plan_case, plan_deployment
 from neuron_minimax.planner.settings import DeploymentSettings, deployment_case
 from tests.full_size import published_config
+from tests.published import published
 
 TRN3 = "trn3 Gen1 server (1/4 of Gen1)"
 PUBLISHED = ModelConfig.from_dict(published_config())
@@ -117,7 +121,7 @@ def test_the_worked_examples_of_the_documentation(
         ("R1", {"moe_ep_degree": 32}, {}),
         (
             "R1",
-            {"tp_degree": 24, "moe_ep_degree": 24},
+            {"tp_degree": 24, "moe_ep_degree": 16},
             {"tp_degree": 24, "moe_tp_degree": 3, "moe_ep_degree": 8},
         ),
         (
@@ -180,6 +184,94 @@ def test_expanded_scales_are_for_fp8_experts() -> None:
     assert "R19" not in refusals(replace(case(), deployment=deployment(fp8_experts=False)))
 
 
+def keeping(*modules: str) -> ModelConfig:
+    """The published model, converted with the experts' modules of these names kept in BF16."""
+    raw = published_config()
+    quantization = raw["quantization_config"] | {"modules_to_not_convert": modules}
+    return ModelConfig.from_dict(raw | {"quantization_config": quantization, "neuron_minimax": {}})
+
+
+@pytest.mark.parametrize(
+    ("kept", "expanded", "kernel"),
+    [
+        ((), "", ""),
+        (("layers.7.block_sparse_moe.expert_mlps.mlp_op.down_proj",), "layer 7 ", "layer 7 "),
+        (
+            ("expert_mlps.mlp_op.gate_up_proj",),
+            "layers 0, 1, 2, 3, 4, 5, 6, 7 and 54 more ",
+            "layers 0, 1, 2",
+        ),
+        (
+            ("layers.5.block_sparse_moe.expert_mlps", "layers.9.block_sparse_moe.expert_mlps"),
+            "",
+            "layers 5, 9 ",
+        ),
+    ],
+    ids=["none", "down of one layer", "gate and up of all", "two layers whole"],
+)
+def test_experts_that_are_kept_in_part_go_with_neither_expanded_scales_nor_the_kernel(
+    kept: tuple[str, ...], expanded: str, kernel: str
+) -> None:
+    model = keeping(*kept)
+    for changes, rule, named in (
+        ({"moe_tp_degree": 64, "moe_ep_degree": 1}, "R19", expanded),
+        ({"expert_kernel": "nki"}, "R14", kernel),
+    ):
+        judged = replace(case(**changes), config=model)
+        found = [
+            each.message for each in lint(judged) if (each.rule, each.severity) == (rule, REFUSE)
+        ]
+        assert len(found) == bool(named)
+        assert all(named in each for each in found)
+        with pytest.raises(BackendError, match=f"{rule} refuse") if named else nullcontext():
+            options.check(model, degrees_of(judged), force=False)
+
+
+def degrees_of(judged: Case) -> dict[str, Any]:
+    """The options of a compile of a case."""
+    taken = judged.deployment
+    return {
+        "tp_degree": taken.tp_degree,
+        "moe_tp_degree": taken.moe_tp_degree,
+        "moe_ep_degree": taken.moe_ep_degree,
+        "slots": taken.batch_size,
+        "expert_kernel": taken.expert_kernel,
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "refused"), [(64, False), (128, True)])
+def test_the_nki_kernel_is_refused_what_does_not_fit_its_memory(
+    batch_size: int, refused: bool
+) -> None:
+    """Experts of 6144 x 2560, in FP8."""
+    model = ModelConfig.from_dict(published("Qwen3-Coder-480B-A35B-FP8"))
+    wide = deployment(tp_degree=32, moe_ep_degree=32, expert_kernel="nki", batch_size=batch_size)
+    found = [
+        each for each in lint(replace(case(), config=model, deployment=wide)) if each.rule == "R14"
+    ]
+    assert [each.severity for each in found] == [REFUSE if refused else WARN]
+    if refused:
+        assert "128 tokens of 6144 features and 2560 channels need" in found[0].message
+        assert "tokens fit" in found[0].message
+
+
+def test_scales_are_blocks_where_a_share_is_whole_blocks_both_ways() -> None:
+    raw = published_config()
+    for block, degree, settled in (
+        ([128, 128], 4, "block"),
+        ([64, 128], 24, "expanded"),
+        ([128, 64], 24, "expanded"),
+        ([64, 64], 24, "block"),
+    ):
+        quantization = raw["quantization_config"] | {"weight_block_size": block}
+        model = ModelConfig.from_dict(raw | {"quantization_config": quantization})
+        assert settled_scales("auto", model, degree) == settled, block
+        shared = case(
+            moe_tp_degree=degree, moe_ep_degree=1, tp_degree=degree, expert_scales="block"
+        )
+        assert ("R2" in refusals(replace(shared, config=model))) == (settled == "expanded"), block
+
+
 def test_batches_below_32_are_fine_without_expert_parallelism() -> None:
     alone = case(tp_degree=12, moe_tp_degree=12, moe_ep_degree=1, batch_size=1)
     assert not refusals(alone) & {"R1", "R2", "R3", "R4"}
@@ -195,7 +287,8 @@ def test_ocp_codes_are_refused_below_trn3_and_unproven_there() -> None:
 
 def test_the_nki_expert_kernel_is_refused_codes_it_misreads_and_chips_without_it() -> None:
     kernel = deployment(expert_kernel="nki")
-    assert "R14" in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
+    assert "R14" in refusals(replace(case(), deployment=kernel, fp8_max=448))
+    assert "R14" not in refusals(replace(case(TRN3), deployment=kernel, fp8_max=448))
     assert "R14" in refusals(replace(case("trn1.32xlarge"), deployment=kernel))
     assert "R14" not in refusals(replace(case(), deployment=kernel))
     assert any(
@@ -287,6 +380,28 @@ def test_trn1_and_inf2_are_told_the_last_sdk_that_supports_them_and_newer_chips_
             assert "install the packages of SDK 2.28" in found[0].fix
         else:
             assert not found
+
+
+def test_trn3_is_told_the_path_that_goes_on_and_other_chips_are_not() -> None:
+    for name in instances.names():
+        found = [finding for finding in lint(case(name)) if finding.rule == "R20"]
+        assert [finding.severity for finding in found] == [WARN] * (instance(name).family == "trn3")
+        assert all("--backend torch-neuron" in finding.fix for finding in found)
+    native = [each for each in lint(replace(case(TRN3), fp8_max=448)) if each.rule == "R9"]
+    assert "or --backend torch-neuron, which looks every code up" in native[0].fix
+
+
+def test_trn3_has_the_cores_and_memory_that_its_page_gives() -> None:
+    """Gen1: 64 chips, 9,216 GiB and 313.6 TB/s in 4 servers; Gen2: 144, 20,736 and 705.6 in 36."""
+    for name, chips, gib, terabytes, servers in (
+        (TRN3, 64, 9216, 313.6, 4),
+        ("trn3 Gen2 server (1/36 of Gen2)", 144, 20736, 705.6, 36),
+    ):
+        machine = instance(name)
+        assert machine.logical_cores * machine.logical_nc_config * servers == 8 * chips
+        assert machine.device_memory * servers == gib * GIB
+        bandwidth = machine.bandwidth_per_core * machine.logical_cores * servers
+        assert bandwidth == pytest.approx(terabytes * 1e12)
 
 
 def test_the_planner_needs_no_torch() -> None:

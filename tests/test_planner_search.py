@@ -201,32 +201,52 @@ def test_batch_and_length_are_kept_before_other_degrees_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "degrees", "changes"),
+    ("chosen", "degrees", "padding"),
     [
-        ({}, (64, 32, 2), ()),
-        ({"expert_scales": "block"}, (8, 4, 2), ("tp_degree 8 in place of 64",)),
+        ({}, (64, 32, 2), 0),
+        ({"expert_scales": "block"}, (64, 2, 32), 6),
+        ({"expert_scales": "block", "moe_ep_degree": 2}, (8, 4, 2), 0),
+        ({"tp_degree": 64}, (64, 1, 64), 38),  # as a compile takes it
     ],
-    ids=["expanded", "block"],
+    ids=["expanded", "block", "block, undivided", "as asked"],
 )
-def test_pruned_experts_are_shared_by_degrees_that_divide_them(
-    chosen: dict[str, Any], degrees: tuple[int, int, int], changes: tuple[str, ...]
+def test_pruned_experts_are_padded_where_no_degrees_that_divide_them_are_nearly_as_good(
+    chosen: dict[str, Any], degrees: tuple[int, int, int], padding: int
 ) -> None:
     """154 is 2 x 7 x 11: of documented degrees two groups of experts at most; of whole blocks the
     channels leave four ranks to each.
     """
     raw = M2 | {"num_local_experts": 154}
-    asked = planned(raw, instance="trn2.48xlarge", tp_degree=64, batch_size=32, **chosen)
-    assert "R1" in {reason.rule for reason in asked.reasons}
-    first = asked.proposals[0]
-    deployment = first.case.deployment
-    found = (deployment.tp_degree, deployment.moe_tp_degree, deployment.moe_ep_degree)
-    assert (found, first.changes) == (degrees, changes)
+    found = planned(raw, instance="trn2.48xlarge", batch_size=32, **chosen)
+    assert found.fits
+    deployment = found.deployment
+    taken = (deployment.tp_degree, deployment.moe_tp_degree, deployment.moe_ep_degree)
+    assert (taken, found.to_json()["padding_experts"]) == (degrees, padding)
+    said = [warning.message for warning in found.warnings if warning.rule == "R21"]
+    assert [f"{padding} of its ranks" in message for message in said] == [True] * bool(padding)
+    noted = f"{padding} of moe_ep {degrees[2]} with an expert of zeros" in found.render()
+    assert noted == (bool(padding) and bool(found.proposals))
+
+
+def test_experts_of_zeros_take_the_memory_of_a_model_that_has_them() -> None:
+    padded, whole = (
+        planned(
+            M2 | {"num_local_experts": experts},
+            instance="trn2.48xlarge",
+            tp_degree=64,
+            batch_size=32,
+        )
+        for experts in (154, 192)
+    )
+    assert padded.memory.experts == whole.memory.experts
+    assert padded.traffic.bytes_per_step < whole.traffic.bytes_per_step
+    assert padded.unrolled == whole.unrolled
 
 
 def test_a_single_sequence_has_every_expert_on_all_ranks() -> None:
-    """Of whole blocks two groups are the most, and those take 154 experts over 8 choices."""
+    """Of whole blocks the ranks are groups, and those take 160 experts over 8 choices."""
     raw = M2 | {"num_local_experts": 154}
-    for scales, degrees, batch in (("auto", (64, 1), 1), ("block", (4, 2), 20)):
+    for scales, degrees, batch in (("auto", (64, 1), 1), ("block", (2, 32), 20)):
         found = planned(raw, instance="trn2.48xlarge", expert_scales=scales)
         assert found.fits
         assert (found.deployment.moe_tp_degree, found.deployment.moe_ep_degree) == degrees
@@ -234,19 +254,21 @@ def test_a_single_sequence_has_every_expert_on_all_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "degrees"),
-    [
-        ({"num_local_experts": 8, "intermediate_size": 1000}, {"moe_ep_degree": 64}),
-        ({"intermediate_size": 40}, {"moe_tp_degree": 64}),
-    ],
-    ids=["experts", "channels"],
+    ("moe_ep_degree", "intermediate_size"), [(1, 40), (64, 1536)], ids=["channels", "experts"]
 )
-def test_where_a_rank_gets_no_expert_no_scale_is_repeated(
-    sizes: dict[str, int], degrees: dict[str, int]
+def test_more_ranks_than_channels_or_experts_are_refused_whole(
+    moe_ep_degree: int, intermediate_size: int
 ) -> None:
+    sizes = {"num_local_experts": 8, "intermediate_size": intermediate_size}
     chosen = {"instance": "trn2.48xlarge", "tp_degree": 64, "expert_scales": "expanded"}
-    found = planned(M2 | sizes, **chosen, **degrees)
+    found = planned(M2 | sizes, **chosen, moe_ep_degree=moe_ep_degree)
     assert "R1" in {reason.rule for reason in found.reasons}
+    check_advice(found)
+
+
+def test_where_a_rank_gets_no_channel_no_scale_is_repeated() -> None:
+    chosen = {"instance": "trn2.48xlarge", "tp_degree": 64, "expert_scales": "expanded"}
+    found = planned(M2 | {"intermediate_size": 40}, **chosen, moe_tp_degree=64)
     assert found.memory.experts == 0
     assert "R19" not in {warning.rule for warning in found.warnings}
     check_advice(found)

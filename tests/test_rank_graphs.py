@@ -6,6 +6,7 @@ their StableHLO by the public torch-mlir, is kept in tests/data/rank_graphs.json
 """
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,10 +24,20 @@ from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.plan import plan_conversion
-from tests.captured import COLLECTIVE, Captured, capture, operations, stablehlo, without_collectives
+from neuron_minimax.model.decoder import Decoder
+from tests.captured import (
+    COLLECTIVE,
+    Captured,
+    argument_bytes,
+    capture,
+    operations,
+    stablehlo,
+    without_collectives,
+)
 from tests.tiny import write_tiny
 
 RECORDED = Path(__file__).parent / "data" / "rank_graphs.json"
+PAGE = Path(__file__).parents[1] / "docs" / "torch_neuron.md"
 # Collectives of a layer, which are sums of squares of QK norm, attention, the MLP; and the config.
 # Two layers of one family show that they are a layer's.
 FAMILIES = {
@@ -56,22 +67,33 @@ class Graphs:
     captured: dict[str, Captured]
 
 
+def converted(directory: Path, family: str) -> Path:
+    checkpoint = Checkpoint(write_tiny(directory / family, family=family, **FAMILIES[family][1]))
+    plan_conversion(checkpoint).write(directory / f"{family} converted")
+    return directory / f"{family} converted"
+
+
+def graphs_with_inputs(directory: Path, *degrees: int, group: str = "") -> tuple[Decoder, list]:
+    """The model of rank 0, and its graphs, each with a name and example inputs."""
+    shard = shard_of(ModelConfig.from_dir(directory), 0, *degrees, group)
+    model = load_rank(directory, shard, torch.bfloat16).model
+    graphs = graphs_of(model, 2, 32, [8])
+    blocks = BlockStep(model, block_cache(model, 5, 4))
+    table = torch.tensor([[1, 2], [3, 4]])
+    last = torch.zeros(2, dtype=torch.int64)
+    tokens = torch.zeros(2, 1, dtype=torch.int64)
+    graphs.append(("blocks", blocks, (tokens, tokens.clone(), table, tokens - 1, last)))
+    return model, graphs
+
+
 @torch.no_grad()
 def captured_graphs(directory: Path, family: str) -> Graphs:
     """The graphs of rank 0, each called with its example inputs and with other tokens."""
-    checkpoint = Checkpoint(write_tiny(directory / family, family=family, **FAMILIES[family][1]))
-    plan_conversion(checkpoint).write(directory / f"{family} converted")
-    config = ModelConfig.from_dir(directory / f"{family} converted")
     captured = {}
     with group_without_others() as group:
-        shard = shard_of(config, 0, TP_DEGREE, EP_DEGREE, group)
-        model = load_rank(directory / f"{family} converted", shard, torch.bfloat16).model
-        graphs = graphs_of(model, 2, 32, [8])
-        blocks = BlockStep(model, block_cache(model, 5, 4))
-        table = torch.tensor([[1, 2], [3, 4]])
-        last = torch.zeros(2, dtype=torch.int64)
-        tokens = torch.zeros(2, 1, dtype=torch.int64)
-        graphs.append(("blocks", blocks, (tokens, tokens.clone(), table, tokens - 1, last)))
+        model, graphs = graphs_with_inputs(
+            converted(directory, family), TP_DEGREE, EP_DEGREE, group=group
+        )
         for name, graph, inputs in graphs:
             compiled, captured[name] = capture(graph)
             for step in range(3):
@@ -184,6 +206,66 @@ def test_every_graph_has_the_recorded_stablehlo(case, recorded):
     assert sorted(operations(text)) == recorded["stablehlo"][f"{family} {name}"]
     assert "?x" not in text
     assert "f8E4M3" not in text
+
+
+def test_the_stablehlo_takes_the_bytes_of_the_weights_and_has_a_cut_for_each_collective(case):
+    """Its arguments are those of the graph, weights in their stored dtype, and what the
+    collectives give.
+    """
+    pytest.importorskip("torch_mlir", reason="torch-mlir is not installed")
+    *_, captured = case
+    given = [node.meta["val"] for node in nodes_of(captured, f"{COLLECTIVE}.wait")]
+    arguments = argument_bytes(stablehlo(without_collectives(captured.graph)))
+    assert len(given) == sum(captured.collectives.values())
+    assert sum(arguments) == captured.input_bytes + sum(each.nbytes for each in given)
+
+
+def lines_of_the_page() -> list[list[str]]:
+    """The cells of the page's table of operators, names without their overloads."""
+    text = PAGE.read_text(encoding="utf-8")
+    table = text.split("## Operators", 1)[1].split("| aten |", 1)[1].split("\n\n", 1)[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def test_every_operator_has_a_line_in_the_page(recorded):
+    for column, names in (
+        (0, {name.split(".")[1] for name in every(recorded["operators"]) if "." in name}),
+        (1, {name.split(".")[1] for name in every(recorded["stablehlo"])} - {"return"}),
+    ):
+        found = [
+            word for cells in lines_of_the_page() for word in re.findall(r"`(\w+)`", cells[column])
+        ]
+        assert names == set(found)
+        assert column == 1 or len(found) == len(set(found)), "one line for each"
+
+
+def every(by_graph: dict[str, list[str]]) -> set[str]:
+    return {name for names in by_graph.values() for name in names}
+
+
+def test_values_are_written_over_and_not_added(case):
+    """EVRF016 and EVRF060 refuse a scatter that reduces integers."""
+    *_, captured = case
+    written = nodes_of(captured, "aten.index_put")
+    assert written
+    assert not any(node.args[3] for node in written if len(node.args) > 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_torch_xla_lowers_every_operator(family, tmp_path):
+    torch_xla = pytest.importorskip("torch_xla", reason="torch_xla is not installed")
+    from torch_xla.debug import metrics
+
+    device = torch_xla.device()
+    for _, graph, inputs in graphs_with_inputs(converted(tmp_path, family), 1, 1)[1]:
+        graph.to(device)
+        metrics.clear_all()
+        graph(*(each.to(device) for each in inputs))
+        assert any(name.startswith("xla::") for name in metrics.counter_names())
+        assert not [name for name in metrics.counter_names() if name.startswith("aten::")]
+    torch.linalg.eigvals(torch.eye(2, device=device))
+    assert [name for name in metrics.counter_names() if name.startswith("aten::")], "a fallback"
 
 
 def record() -> None:

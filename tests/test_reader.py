@@ -101,6 +101,18 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_named(broken):
         CheckpointError, match=rf"{entry.shard} ends within {entry.name}.*download it again"
     ):
         list(checkpoint.strips(entry.name, 64))
+    with pytest.raises(CheckpointError, match=rf"{entry.shard} ends within {entry.name}"):
+        checkpoint.fill(entry.name, [(np.empty(2, np.uint8), entry.nbytes - 2)])
+
+
+def test_parts_of_a_tensor_are_filled_from_their_places(made):
+    checkpoint = Checkpoint(made)
+    whole = checkpoint.array(Q_PROJ)
+    found = np.zeros((3, 8), np.uint8)
+    checkpoint.fill(Q_PROJ, [(found[0], 0), (found[2, 1:], 5 * whole.shape[1] + 7)])
+    assert found[0].tolist() == whole[0, :8].tolist()
+    assert found[1].tolist() == [0] * 8
+    assert found[2].tolist() == [0, *whole[5, 7:14]]
 
 
 def test_reading_does_not_change_files_even_when_a_tensor_is_written_to(made):

@@ -10,15 +10,11 @@ import pytest
 
 from neuron_minimax.serving.responses_api import store
 from neuron_minimax.serving.responses_api.store import Store, Stored
+from tests.agent_server import CALL, PARAMETERS, holding, weather_script
 from tests.served import MODEL, ScriptedBackend, open_client, serving, web, with_field
 from tests.tiny_tokenizer import write_tokenizer
 from tests.waiting import wait_until
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    "required": ["city"],
-}
 TOOL = {
     "type": "function",
     "name": "get_weather",
@@ -26,28 +22,11 @@ TOOL = {
     "parameters": PARAMETERS,
     "strict": False,
 }
-CALL = (
-    '<invoke name="get_weather">\n<parameter name="city">{}</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-
-
-def script(prompt):
-    """Calls twice in one turn, once in the next, then answers from the last result."""
-    results = prompt.rpartition("]~b]user")[2].count("<response>")
-    if results < 3:
-        cities = ("Oslo", "São Paulo") if not results else ("Rome",)
-        calls = "".join(map(CALL.format, cities))
-        return (
-            f"Look {results}.\n</think>\n\nOn it.\n<minimax:tool_call>\n{calls}</minimax:tool_call>"
-        )
-    said = prompt.rpartition("<response>")[2].partition("</response>")[0]
-    return f"Enough.\n</think>\n\nIt is {said}."
 
 
 @pytest.fixture(scope="module")
 def backend(tokenizer_directory):
-    return ScriptedBackend(tokenizer_directory, script)
+    return ScriptedBackend(tokenizer_directory, weather_script)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +126,52 @@ def test_an_agent_goes_several_turns_and_the_prompt_is_that_of_the_same_chat(
     else:
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(response.id)
+
+
+@pytest.mark.parametrize("kind", [{"type": "item_reference"}, {"type": None}, {}], ids=str)
+def test_items_may_be_referred_to_by_their_ids(backend, client, kind):
+    response = answer(client)
+    asked = {"role": "user", "content": "Weather?"}
+    answer(client, input=[asked, *response.output, *outputs_of(response)])
+    prompt = backend.prompt
+    references = [kind | {"id": item.id} for item in response.output]
+    for mixed in (references, [references[0], *response.output[1:3], references[3]]):
+        answer(client, input=[asked, *mixed, *outputs_of(response)])
+        assert backend.prompt == prompt
+    unsaid = {"type": "reasoning", "id": response.output[0].id, "summary": [], "content": []}
+    for item in (unsaid, unsaid | {"id": "rs_unknown"}):
+        answer(client, input=[asked, item, *response.output[1:], *outputs_of(response)])
+        assert (backend.prompt == prompt) == (item is unsaid)
+    again = answer(client, input=[references[1], asked], previous_response_id=response.id)
+    assert again.status == "completed"
+
+
+def test_what_is_referred_to_is_stored_and_ones_own(tokenizer_directory):
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
+    with serving(backend, api_keys=(b"one", b"two")) as served:
+        one = open_client(served, api_key="one")
+        response = answer(one)
+        reference = {"type": "item_reference", "id": response.output[0].id}
+        answer(one, input=[reference])
+        unstored = {"id": answer(one, store=False).output[0].id}
+        other = open_client(served, api_key="two")
+        for client, unknown in ((one, {"id": "x"}), (one, unstored), (other, reference)):
+            with pytest.raises(openai.NotFoundError, match="no item") as missing:
+                answer(client, input=[unknown])
+            assert missing.value.param == "input"
+        one.responses.delete(response.id)
+        with pytest.raises(openai.NotFoundError, match="no item"):
+            answer(one, input=[reference])
+
+
+@pytest.mark.parametrize("name", ["previous_response_id", "previous\\u005fresponse_id"])
+def test_a_response_is_gone_on_from_however_its_field_is_spelled(served, backend, client, name):
+    first = answer(client, tools=[])
+    body = f'{{"model": "{MODEL}", "input": "Go on.", "{name}": "{first.id}"}}'
+    headers = {"content-type": "application/json"}
+    response = web.post(f"{served.url}/v1/responses", content=body.encode(), headers=headers)
+    assert response.json()["previous_response_id"] == first.id
+    assert "Weather?" in backend.tokenizer.spell(backend.prompt)
 
 
 def test_the_streamed_response_is_the_whole_response(client):
@@ -277,7 +302,7 @@ def test_what_the_limit_cuts_off_is_incomplete(client, backend, stream):
     assert response.status == "incomplete"
     assert response.incomplete_details.reason == "max_output_tokens"
     assert [item.status for item in response.output] == ["incomplete"]
-    limit = len(backend.tokenizer.encode(script("").partition("Paulo")[0]))
+    limit = len(backend.tokenizer.encode(weather_script("").partition("Paulo")[0]))
     response = answer(client, stream, max_output_tokens=limit)
     kinds = [(item.type, item.status) for item in response.output]
     assert kinds == [
@@ -319,12 +344,19 @@ def test_what_agents_send_beside_it_is_taken_and_repeated(client):
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"truncation": "auto"}, "truncation"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"seed": 1}, "seed"),
+        ({"n": 2}, "n"),
+        ({"stop": ["x"]}, "stop"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"input": 5}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input.0.id"),
+        ({"input": [{}]}, "input.0.type"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
@@ -410,11 +442,11 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
     whole = conversation()
     for place in PLACES:
         whole = with_field(whole, place, f"mood_of_{'_'.join(map(str, place))}")
-    with serving(ScriptedBackend(tokenizer_directory, script)) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script)) as served:
         assert web.post(f"{served.url}/v1/responses", json=whole).status_code == 200
     (said,) = (message for message in caplog.messages if "without effect" in message)
     assert {*re.findall(r"mood_of_(\w+)", said)} == {"_".join(map(str, place)) for place in PLACES}
-    with serving(ScriptedBackend(tokenizer_directory, script), strict=True) as served:
+    with serving(ScriptedBackend(tokenizer_directory, weather_script), strict=True) as served:
         assert web.post(f"{served.url}/v1/responses", json=conversation()).status_code == 200
         responses = [web.post(f"{served.url}/v1/responses", json=body) for body in bodies]
     assert [response.status_code for response in responses] == [400] * len(PLACES)
@@ -424,7 +456,7 @@ def test_only_a_strict_server_refuses_what_nobody_knows_wherever_it_stands(
 
 
 def test_stored_responses_are_deleted_and_are_their_owners_alone(tokenizer_directory):
-    backend = ScriptedBackend(tokenizer_directory, script)
+    backend = ScriptedBackend(tokenizer_directory, weather_script)
     with serving(backend, api_keys=(b"one", b"two")) as served:
         one = open_client(served, api_key="one")
         two = open_client(served, api_key="two")
@@ -471,13 +503,8 @@ def test_the_store_makes_room_by_forgetting_what_was_not_used_for_longest(
 
 @pytest.fixture
 def held(tokenizer_directory):
-    """A server with one slot whose backend waits for the gate before each call."""
-    gate = threading.Event()
-    backend = ScriptedBackend(tokenizer_directory, lambda prompt: "word " * 300, slots=1)
-    backend.before_call = gate.wait
-    with serving(backend) as served:
-        yield served, gate
-        gate.set()
+    with holding(tokenizer_directory) as held:
+        yield held
 
 
 def test_a_client_that_leaves_in_the_midst_frees_the_slot_and_leaves_nothing_stored(held):
@@ -494,6 +521,38 @@ def test_a_client_that_leaves_in_the_midst_frees_the_slot_and_leaves_nothing_sto
     assert served.service.model.backend.calls.count("step 1") <= 1
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(name)
+
+
+@pytest.mark.parametrize(
+    ("said", "delta", "kind"),
+    [
+        ("Hm, hm", "response.reasoning_text.delta", "reasoning"),
+        ("Hm.\n</think>\n\nOn it", "response.output_text.delta", "message"),
+        (CALL.format("Oslo")[:-30], "response.function_call_arguments.delta", "function_call"),
+    ],
+    ids=lambda text: text if text.isidentifier() else "",
+)
+def test_what_a_failure_cuts_off_is_incomplete_and_what_was_said_before_it_is_not(
+    tokenizer_directory, said, delta, kind
+):
+    if "invoke" in said:
+        said = f"Hm.\n</think>\n\n<minimax:tool_call>\n{said}"
+    backend = ScriptedBackend(tokenizer_directory, lambda prompt: said + "word " * 100)
+    allowed = threading.Semaphore(len(backend.tokenizer.encode(said)))
+    backend.before_call = allowed.acquire
+    with serving(backend) as served:
+        failed = None
+        for event in open_client(served).responses.create(
+            model=MODEL, input="Hello", tools=[TOOL], stream=True
+        ):
+            failed = event
+            if event.type == delta:
+                served.service.give_up()
+        allowed.release(100)
+    assert failed.type == "response.failed"
+    *before, last = failed.response.output
+    assert (last.type, last.status) == (kind, "incomplete")
+    assert [item.status for item in before] == ["completed"] * len(before)
 
 
 def test_a_stream_that_fails_says_so_last(held):

@@ -161,3 +161,11 @@ def test_repetition_lowers_the_ratio_of_distinct_tokens():
     assert distinct_ratio([5, 6] * 50) == 2 / 50
     assert distinct_ratio([*range(100), *[1] * 50]) == 1 / 50
     assert distinct_ratio([]) == 1.0
+
+
+def test_stop_is_a_text_or_several_and_never_the_letters_of_one():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["END", "\n"]).stop == ("END", "\n")
+    for wrong in ("", ["", "END"], [5], 5, None, {"END": 1}):
+        with pytest.raises(GenerationError, match="expected texts that end an answer"):
+            SamplingParams(stop=wrong)

@@ -65,3 +65,13 @@ def test_a_layer_that_config_does_not_count_is_no_multi_token_prediction():
     names = [tensor.name for tensor in schema.expected(ModelConfig.from_dict(raw))]
     fewer = ModelConfig.from_dict(raw | {"num_hidden_layers": 1})
     assert schema.mtp_names(names, fewer) == []
+    # What servers and earlier versions put beside a layer's own weights makes it no other one.
+    for more in ("self_attn.k_proj.k_scale", "self_attn.rotary_emb.inv_freq"):
+        assert schema.mtp_names([*names, f"model.layers.1.{more}"], fewer) == []
+    # Weights of another dtype have no scales.
+    plain = [name for name in names if not name.endswith("_scale_inv")]
+    assert schema.mtp_names([*plain, "model.layers.1.new.weight"], fewer) == []
+    predicting = [*names, "model.layers.1.eh_proj.weight"]
+    assert schema.mtp_names(predicting, fewer) == [
+        name for name in predicting if ".layers.1." in name
+    ]

@@ -9,9 +9,12 @@ import subprocess
 
 import openai
 import pytest
+import torch
 
 from neuron_minimax.backends import load
+from neuron_minimax.cli import main
 from neuron_minimax.generation.tokenizer import TextTokenizer
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from tests.served import MODEL, ask, open_client, serving, text_of, web
 from tests.tiny_traced import answer_alone, write_traced
 from tests.waiting import WAIT
@@ -383,6 +386,36 @@ def test_prompts_that_begin_alike_are_encoded_once_and_usage_and_metrics_say_so(
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["neuron_minimax_prompt_tokens_total"]) == 3 * 71
     assert float(values["neuron_minimax_prefix_cache_hits_total"]) == 2 * 70
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8"])
+def test_a_cache_in_fewer_bits_is_served_and_its_prefixes_are_reused(
+    traced, kv_cache_dtype, tmp_path
+):
+    options = ["--batch-size", "3", "--seq-len", "128", "--buckets", "16,32", "--engine", "eager"]
+    directories = [str(traced.parent / "converted"), str(tmp_path / "traced")]
+    command = ["compile", *directories, *options, "--kv-cache-dtype", kv_cache_dtype]
+    assert main(command) == 0
+    system = [(5 * place) % 299 for place in range(70)]
+    prompts = [[*system, last] for last in (1, 2, 3)]
+    backend, alone = load(tmp_path / "traced"), load(tmp_path / "traced")
+    tokenizer = TextTokenizer.from_dir(alone.model_directory)
+    stops = tokenizer.stop_token_ids
+    wanted = [
+        answer_alone(alone, prompt, tokenizer, stop_token_ids=stops, max_new_tokens=12)
+        for prompt in prompts
+    ]
+    with serving(backend) as served:
+        answer = open_client(served).completions.create(
+            model=MODEL, prompt=prompts, max_tokens=12, temperature=0
+        )
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2 * 70
+    assert [choice.text for choice in answer.choices] == [each.text for each in wanted]
+    for held in (backend.cache.keys, backend.cache.values):
+        for layer in held:
+            assert layer.dtype == KV_CACHE_DTYPES[kv_cache_dtype]
+            assert torch.equal(layer[0, :, :70], layer[1, :, :70])
+            assert layer[0, :, :70].any()
 
 
 def test_every_response_has_a_request_id_and_a_client_may_name_it(server):

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from neuron_minimax.backends.torch_neuron.weights import load_rank, shard_of
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
+from neuron_minimax.convert.layout import FP8Range, Layout
 from neuron_minimax.convert.plan import plan_conversion
 from neuron_minimax.errors import CheckpointError, ConfigError
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.planner.memory import Deployment, rank_memory
 from tests.family_oracles import BF16, CASES, Case, Pair
 from tests.gloo_ranks import CUT, PROMPT, STEPS, WORLD, some_ids
-from tests.tiny import write_tiny
+from tests.tiny import tiny_config, write_tiny
 
 U8 = torch.uint8
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,14 @@ RUN = {
     "MiniMax-M2 in BF16": (Case("minimax_m2", BF16), ((4, 2),)),
     "MiniMax-M2, a vocabulary and heads that are padded": (
         Case("minimax_m2", {"vocab_size": 161, "num_attention_heads": 6}),
+        ((4, 2),),
+    ),
+    "MiniMax-M2, experts that the ranks do not divide": (
+        Case("minimax_m2", {"num_local_experts": 6}),
+        ((4, 4),),
+    ),
+    "Qwen3-MoE, experts that the ranks do not divide, softmax as it is": (
+        Case("qwen3_moe", {"num_experts": 7, "norm_topk_prob": False}),
         ((4, 2),),
     ),
     # Heads of 32 channels and thirds of experts that end within a scale block.
@@ -110,6 +119,21 @@ def loaded(directory: Path, rank: int, *degrees: int):
     return load_rank(directory, shard_of(ModelConfig.from_dir(directory), rank, *degrees))
 
 
+def test_codes_up_to_448_are_looked_up_as_those_up_to_240_are(tmp_path):
+    """The published codes as they are, and halved with scales doubled."""
+    source = Checkpoint(write_tiny(tmp_path / "published"))
+    largest = {}
+    logits = {}
+    for name in FP8Range:
+        plan_conversion(source, Layout(fp8_range=name)).write(tmp_path / name)
+        part = loaded(tmp_path / name, 0, 1, 1)
+        codes = [each for each in part.model.state_dict().values() if each.dtype == U8]
+        largest[name] = max(int((each & 0x7F).max()) for each in codes)
+        logits[name] = part.model(some_ids())[0]
+    assert largest["neuron"] < 0x78 <= largest["ocp"] < 0x7F
+    assert (logits["ocp"] - logits["neuron"]).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("degrees", [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_a_rank_reads_and_holds_the_bytes_that_the_planner_counts(aligned, degrees):
     config = ModelConfig.from_dir(aligned)
@@ -187,10 +211,22 @@ def test_nothing_is_left_out_and_nothing_cast(aligned, tmp_path, name):
     ("degrees", "message"),
     [
         ((4, 3), "moe_ep_degree 3 does not divide tp_degree 4"),
-        ((16, 16), "moe_ep_degree 16 does not divide the 8 experts"),
+        ((16, 16), "moe_ep_degree 16 is more than the 8 experts"),
         ((512, 1), "intermediate_size 256 cannot be divided over 512 ranks"),
     ],
 )
 def test_a_group_that_cannot_hold_the_model_is_refused(aligned, degrees, message):
     with pytest.raises(ConfigError, match=message):
         shard_of(ModelConfig.from_dir(aligned), 0, *degrees)
+
+
+@pytest.mark.parametrize(
+    ("experts", "tp_degree", "moe_ep_degree"), [(8, 4, 2), (6, 4, 4), (7, 4, 2)]
+)
+def test_a_rank_in_a_tensor_has_the_experts_of_its_number(experts, tp_degree, moe_ep_degree):
+    config = ModelConfig.from_dict(tiny_config(num_local_experts=experts))
+    for rank in range(tp_degree):
+        shard = shard_of(config, rank, tp_degree, moe_ep_degree)
+        bounds = torch.tensor([rank, rank + shard.moe_tp_degree])
+        first, behind = shard.first_expert(bounds).tolist()
+        assert range(first, behind) == shard.experts

@@ -3,6 +3,7 @@ tokenizers library.
 """
 
 import json
+import logging
 import os
 import pickle
 
@@ -395,7 +396,7 @@ def test_code_named_by_the_checkpoint_is_not_run(tmp_path):
 
 
 def test_a_tokenizer_that_a_later_transformers_has_saved_is_read_from_its_file(
-    directory, tokenizer, tmp_path
+    directory, tokenizer, tmp_path, caplog
 ):
     """Version 5 saves `TokenizersBackend` and a list of extra tokens, which version 4 has not."""
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
@@ -408,7 +409,11 @@ def test_a_tokenizer_that_a_later_transformers_has_saved_is_read_from_its_file(
         "extra_special_tokens": ["]~b]"],
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     found = TextTokenizer.from_dir(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert "class" not in caplog.text  # such as that it is not the class of the file
     for text in TEXTS:
         assert found.encode(text) == tokenizer.encode(text)
     assert found.stop_token_ids == tokenizer.stop_token_ids

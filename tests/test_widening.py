@@ -1,5 +1,6 @@
 """Weights and scales stored in another dtype than is published keep their values exactly."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,10 @@ def test_a_router_of_less_than_float32_is_widened_and_warned_of(tmp_path, dtype)
     warned = [each for each in report.findings if each.severity == "warning"][:2]
     assert [each.subject for each in warned] == ["gate", "e_score_correction_bias"]
     assert "rounded by whoever wrote it" in warned[1].message
+    # The distance of 8 and the number behind it, as torch has it.
+    step = (torch.tensor(8.0, dtype=dtype).view(torch.int16) + 1).view(dtype).item() - 8
+    (said,) = re.findall(r"at 8 a step of \w+ is ([\d.]+);?", warned[1].message.replace(",", ""))
+    assert float(said) == pytest.approx(step, rel=0.05)
     assert report.values.router_bias[1][1] == stored["model.layers.1." + bias.format("")].max()
 
 
@@ -56,6 +61,12 @@ def test_float16_weights_become_float32_or_bf16(tmp_path):
     source = write_tiny(tmp_path / "source", quantization_config=None)
     rewritten(source, lambda name, tensor: tensor.half())
     stored = load_file(source / "model.safetensors")
+    notes = [
+        each for each in nm.Checkpoint.open(source).inspect().findings if "F16" in each.message
+    ]
+    (note,) = [each for each in notes if each.severity == "note"]  # of all kinds together
+    assert note.message.startswith("embed_tokens, ")
+    assert "w1, w2, w3" in note.message.replace("w1, w3, w2", "w1, w2, w3")
     _, tensors = converted(source, tmp_path / "out")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     expert = stored["model.layers.0.block_sparse_moe.experts.3.w2.weight"].float()

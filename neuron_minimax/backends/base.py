@@ -79,6 +79,11 @@ class Backend(ABC):
     capabilities: Capabilities
     model_directory: Path
 
+    @property
+    def failure(self) -> BackendError | None:
+        """Why nothing can be asked of the model any more, once that is so."""
+        return None
+
     def encode(
         self, slot: int, ids: Sequence[int], start: int = 0, *, all_positions: bool = False
     ) -> "torch.Tensor":

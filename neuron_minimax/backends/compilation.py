@@ -128,7 +128,7 @@ def _request(
 ) -> Request:
     module = options_module(backend)
     checked = module.check_options(converted.config, options, force)
-    versions, machine = module.environment()
+    versions, machine = module.environment(checked)
     return Request(
         backend=backend,
         options=checked,

@@ -52,7 +52,7 @@ SHOWN_DIGITS = 12  # of a fingerprint
 class BackendModules(NamedTuple):
     """The modules of one backend.
 
-    `options` has `check_options(config, options, force) -> options` and `environment() ->
+    `options` has `check_options(config, options, force) -> options` and `environment(options) ->
     (versions, machine)`, without torch or NxDI. `engine` has `build(model, graphs, options,
     progress) -> (file name to seconds, notes)` and `load(model, graphs, manifest) -> Backend`.
     `opened` are graphs that the engine opens by their names; it gets others' bytes by
@@ -76,6 +76,10 @@ BACKENDS = {
         "neuron_minimax.backends.nxdi.backend",
         "neuron_minimax.backends.nxdi.backend",
         ("model.pt", "parameters.json"),
+    ),
+    "torch-neuron": BackendModules(
+        "neuron_minimax.backends.torch_neuron.options",
+        "neuron_minimax.backends.torch_neuron.backend",
     ),
 }
 
@@ -161,7 +165,7 @@ def _usable(traced: Path, manifest: Manifest, progress: Progress) -> Converted:
     _require_own_directories(traced, manifest)
     if manifest.backend not in BACKENDS:
         raise unusable(traced, f"it is for backend {manifest.backend}, which does not exist")
-    versions, machine = options_module(manifest.backend).environment()
+    versions, machine = options_module(manifest.backend).environment(manifest.options)
     here = replace(manifest, versions=versions, machine=machine)
     different = manifest.difference(here)
     if different:

@@ -54,7 +54,9 @@ LOCK_PAUSE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """A file as it was when it was written or read; `sha256` is empty for shards."""
+    """A file as it was when it was written or read; `sha256` is empty for shards, but for those
+    that came from the hub for a while.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -237,10 +239,19 @@ def source_files(source: TensorDirectory, companions: bool = True) -> dict[str, 
     """
     small = SMALL_FILES if companions else (CONFIG_NAME, INDEX_NAME)
     return {
-        name: FileRecord(nbytes=found.nbytes, modified_ns=found.modified_ns)
+        name: FileRecord(
+            nbytes=found.nbytes,
+            modified_ns=found.modified_ns,
+            sha256=source.files.published.get(name, ""),
+        )
         for name in sorted({*source.shards, *small})
         if (found := source.stamps.get(name)) is not None
     }
+
+
+def stamped(files: Files) -> dict[str, Stamp]:
+    """Return the stamps of a source's files, but of those that are known by their digest."""
+    return {name: record.stamp for name, record in files.items() if not record.sha256}
 
 
 def changed_source(manifest: Recorded, source: TensorDirectory, written_ns: int) -> str:
@@ -254,19 +265,23 @@ def changed_source(manifest: Recorded, source: TensorDirectory, written_ns: int)
     for name in source.shards:
         now = source.stamps.get(name)
         if now is None:
-            return f"{name} of {source.directory} is missing"
+            return f"{name} of {source.files.title} is missing"
         if recorded is None:
             if now.modified_ns > written_ns:
-                return f"{name} of {source.directory} is newer than this output"
+                return f"{name} of {source.files.title} is newer than this output"
         elif name not in recorded:
-            return f"{name} of {source.directory} was not there"
+            return f"{name} of {source.files.title} was not there"
         elif recorded[name].nbytes != now.nbytes:
             return (
-                f"{name} of {source.directory} had {recorded[name].nbytes} bytes and has "
+                f"{name} of {source.files.title} had {recorded[name].nbytes} bytes and has "
                 f"{now.nbytes}"
             )
+        elif recorded[name].sha256 != source.files.published.get(name, ""):
+            both = recorded[name].sha256 and name in source.files.published
+            differs = "has another SHA-256" if both else "was taken from elsewhere"
+            return f"{name} of {source.files.title} {differs}"
         elif recorded[name].stamp != now:
-            return f"{name} of {source.directory} was modified since"
+            return f"{name} of {source.files.title} was modified since"
     return ""
 
 

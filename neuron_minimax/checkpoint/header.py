@@ -175,7 +175,11 @@ def read_header(path: Path) -> list[TensorEntry]:
     MOST_TENSORS. A tensor of UNREAD_DTYPES is listed; no array can be had of it.
     Raises CheckpointError naming the file when it is missing, empty, truncated, or its header lies.
     """
-    (size, text) = _header_text(path)
+    return parse_header(path, *_header_text(path))
+
+
+def parse_header(path: Path, size: int, text: bytes) -> list[TensorEntry]:
+    """The entries of a file of so many bytes whose header, behind its length, is this text."""
     header = parse_json(text, _Header, f"the header of {path}", CheckpointError, ADVICE)
     if MINUS_ZERO.search(text):
         raise CheckpointError(f"{path}: a size or an offset in its header is -0; {ADVICE}")
@@ -210,25 +214,34 @@ def _header_text(path: Path) -> tuple[int, bytes]:
     try:
         with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > HEADER_LIMIT and size >= 8:
-                raise CheckpointError(
-                    f"{path} declares a header of {length} bytes; at most {HEADER_LIMIT} are "
-                    f"allowed: it is no safetensors file or was damaged: {ADVICE}"
-                )
-            text = file.read(length) if length <= size - 8 else b""
+            length = header_length(path, size, file.read(8))
+            text = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing, though the index lists it; download it"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {ADVICE}") from None
-    if size < 8 or len(text) < length:
+    return size, text
+
+
+def header_length(path: Path, size: int, beginning: bytes) -> int:
+    """Return the length of the header that a file of so many bytes declares in its first eight.
+
+    Raises CheckpointError when no header has it, or the file is too short for it.
+    """
+    length = int.from_bytes(beginning, "little")
+    if length > HEADER_LIMIT and size >= 8:
+        raise CheckpointError(
+            f"{path} declares a header of {length} bytes; at most {HEADER_LIMIT} are allowed: it "
+            f"is no safetensors file or was damaged: {ADVICE}"
+        )
+    if length > size - 8:
         raise CheckpointError(
             f"{path} is {size} bytes, too short for its header of {length} bytes; it is "
             f"empty, truncated or no safetensors file: {ADVICE}"
         )
-    return size, text
+    return length
 
 
 def _tensors_of(header: _Header, path: Path) -> dict[str, _Stored]:

@@ -3,8 +3,8 @@
 import io
 import re
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +35,58 @@ def local_directory(
     match = HUB_ID.fullmatch(str(checkpoint))
     if match is None or path.parent.is_dir():
         return _snapshot(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    with progress.stage(f"downloading {checkpoint}") as advance:
+        return download(match, files, None if progress is SILENT else advance)
 
-    try:
-        with progress.stage(f"downloading {checkpoint}") as advance:
-            found = snapshot_download(
-                match["name"],
-                revision=match["revision"],
+
+def download(
+    repository: re.Match[str],
+    files: Sequence[str],
+    advance: Advance | None = None,
+    directory: Path | None = None,
+    again: bool = False,
+) -> Path:
+    """Download the files with these patterns, which resumes, into the hub's cache or a directory;
+    return where they are. `repository` is a match of HUB_ID; `again` disregards what is there.
+
+    Raises CheckpointError when the hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    with named_hub_errors(repository, "" if directory is None else f"{', '.join(files)} of "):
+        return Path(
+            snapshot_download(
+                repository["name"],
+                revision=repository["revision"],
                 allow_patterns=list(files),
-                tqdm_class=None if progress is SILENT else _bars(advance),
+                local_dir=directory,
+                force_download=again,
+                tqdm_class=None if advance is None else _bars(advance),
             )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        )
+
+
+@contextmanager
+def named_hub_errors(repository: re.Match[str], part: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub raises, and whatever it uses to reach the hub, into one message:
+    that there is no such checkpoint, or that the part of one which is known did not arrive.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # of requests, httpx or hf_xet, whichever a version has
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if part:
+            raise CheckpointError(
+                f"{part}{repository[0]} did not arrive ({reason}); what has arrived is kept: run "
+                "again"
+            ) from None
         raise CheckpointError(
-            f"{checkpoint} is neither a directory here nor a checkpoint that the Hugging Face hub "
-            f"gives ({reason}); check the name, or download it with `hf download {match['name']}`"
+            f"{repository[0]} is neither a directory here nor a checkpoint that the Hugging Face "
+            f"hub gives ({reason}); check the name, or download it with `hf download "
+            f"{repository['name']}`"
         ) from None
-    return Path(found)
 
 
 def _bars(advance: Advance) -> type[Any]:

@@ -20,6 +20,7 @@ CACHE_NAME = "cache.json"
 COMPILED_NAME = "manifest.json"
 STATE_NAME = "training_state.pt"
 UNFINISHED = ".unfinished"
+DOWNLOADS = ".download"  # in an output: shards of a source on the hub, while they are needed
 SNAPSHOTS = "snapshots"  # of a repository in the hub's cache
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
@@ -75,7 +76,7 @@ def _is_finished(path: Path) -> bool:
 
 
 def _unfinished(path: Path) -> list[str]:
-    return [] if _is_finished(path) else _named(UNFINISHED)(path)
+    return [] if _is_finished(path) else _named(UNFINISHED, DOWNLOADS)(path)
 
 
 def _compiled(path: Path) -> list[str]:

@@ -30,17 +30,19 @@ from neuron_minimax.checkpoint.finished import (
     record_of,
     renew,
     source_files,
+    stamped,
 )
 from neuron_minimax.checkpoint.index import INDEX_NAME
-from neuron_minimax.checkpoint.kinds import CONFIG_NAME
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME, DOWNLOADS, UNFINISHED
 from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.checkpoint.records import (
     TensorRecord,
     read_records,
     records_as_json,
 )
+from neuron_minimax.checkpoint.shard_files import Needs
 from neuron_minimax.checkpoint.shards import StreamedShard, digests_of, write_shards
-from neuron_minimax.checkpoint.unfinished import Unfinished
+from neuron_minimax.checkpoint.unfinished import IDENTITY_NAME, Unfinished
 from neuron_minimax.checkpoint.writer import (
     COMPANION_FILES,
     PARTIAL_SUFFIX,
@@ -72,6 +74,7 @@ class Recipe:
     manifest       gives the command's own fields of the manifest
     companions     whether the source's tokenizer, template and generation config come along
     compare        what a user does when the source's time stamps have changed
+    prove          compares a written shard with its sources, while these are there, and raises
     """
 
     manifest_name: str
@@ -82,6 +85,7 @@ class Recipe:
     manifest: Callable[[Mapping[str, TensorRecord]], Mapping[str, Any]]
     compare: str
     companions: bool = True
+    prove: Callable[[StreamedShard, Mapping[str, TensorRecord]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +146,7 @@ class _Output:
     def require_same_source(self) -> None:
         """Raise ConversionError when a file of the source is not the one that was opened."""
         source = self.recipe.source
-        recorded = {name: record.stamp for name, record in self.source_files.items()}
-        for name, found in differences(source.directory, recorded).items():
+        for name, found in differences(source.directory, stamped(self.source_files)).items():
             raise ConversionError(
                 f"{source.directory} changed while it was read: {name} {found}; run again when "
                 "nothing writes to it"
@@ -153,7 +156,7 @@ class _Output:
         """Return the manifest of the finished output, or None when it has to be made; then
         `.unfinished` is there.
         """
-        self._require_ours()
+        require_ours(self.path, self.recipe.manifest_name)
         manifest = None
         try:
             manifest, stale = self._look(check)
@@ -174,17 +177,6 @@ class _Output:
         self.unfinished.remove()
         self._remove_partial_files()
         return manifest
-
-    def _require_ours(self) -> None:
-        """Raise ConversionError when files are there that no run of this command has left."""
-        known = (self.manifest_path, self.unfinished.identity_path)
-        if not any(os.path.lexists(path) for path in known):
-            for path in self.path.iterdir():
-                if path != self.unfinished.path:
-                    raise ConversionError(
-                        f"{self.path} is not empty (it holds {path.name}) and was not made by this "
-                        "command; choose a new or empty directory"
-                    )
 
     def _recorded_shards(self, manifest: OutputManifest | None) -> set[str]:
         """Return the shards that earlier runs have recorded here."""
@@ -233,7 +225,7 @@ class _Output:
             (self.path / name).unlink(missing_ok=True)
         self._remove_partial_files()
         records |= self._write(missing)
-        self._finish(_in_order(shards, records), before={})
+        self._finish(_in_order(shards, records), before={}, proven=True)
         return Filled(reused_shards=len(kept))
 
     def repair(self, manifest: OutputManifest, check: bool) -> Filled:
@@ -249,7 +241,9 @@ class _Output:
         touched = check or not faults.keys().isdisjoint(manifest.shards)
         shards = self.shards if touched else ()
         if check:
-            given = digests_of(shards, self.recipe.source, self.advance)
+            given: dict[str, TensorRecord] = {}
+            for group in self._at_hand(shards):
+                given |= digests_of(group, self.recipe.source, self.advance)
             for shard in shards:
                 others = [name for name in _names(shard) if given[name] != records.get(name)]
                 if others:
@@ -266,7 +260,8 @@ class _Output:
         records |= self._write(missing)
         changes = [f"{name} {fault}: made again" for name, fault in faults.items()]
         if faults or missing or self._small_files_changed(manifest):
-            files = self._finish(_in_order(shards, records) if touched else records, found.files)
+            ordered = _in_order(shards, records) if touched else records
+            files = self._finish(ordered, found.files, manifest.verified)
             changes += [
                 f"{name}: {'taken from the checkpoint again' if name in files else 'removed'}"
                 for name in SMALL_FILES
@@ -277,9 +272,12 @@ class _Output:
                 renew(self.manifest_path, found.files, self.source_files)
         return Filled(changes=tuple(changes), damaged=tuple(damaged), was_finished=not missing)
 
-    def _finish(self, records: Mapping[str, TensorRecord], before: Files) -> dict[str, FileRecord]:
+    def _finish(
+        self, records: Mapping[str, TensorRecord], before: Files, proven: bool
+    ) -> dict[str, FileRecord]:
         """Write the small files, then the manifest that vouches for all: whatever it names is on
-        the disk before. Return the record of every file.
+        the disk before. Return the record of every file. `proven` says whether each shard was
+        compared with its sources where the recipe does that.
         """
         shards = {record.shard for record in records.values()}
         names = set(shards)
@@ -300,6 +298,7 @@ class _Output:
             {
                 "identity": self.identity,
                 MADE_BY: f"neuron-minimax {__version__}",
+                **({"verified": True} if proven and self.recipe.prove else {}),
                 **self.recipe.manifest(records),
                 "files": files_as_json(files),
                 "source_files": files_as_json(self.source_files),
@@ -355,8 +354,52 @@ class _Output:
         )
 
     def _write(self, shards: Sequence[StreamedShard]) -> dict[str, TensorRecord]:
+        """Write shards; each is recorded when it is whole, and proven where that is asked for."""
         journal = self.unfinished.write_journal
-        return write_shards(shards, self.recipe.source, self.path, journal, self.advance)
+        prove = self.recipe.prove
+        source = self.recipe.source
+        sizes = {shard.name: shard.nbytes for shard in shards}
+        source.files.require_room(_needs(shards), sizes, self.path)
+        records: dict[str, TensorRecord] = {}
+        for group in self._at_hand(shards):
+            later = journal if prove is None else _not_yet
+            records |= write_shards(group, source, self.path, later, self.advance)
+            if prove is None:
+                continue
+            for shard in group:
+                own = {tensor.name: records[tensor.name] for tensor in shard.tensors}
+                prove(shard, own)
+                journal(shard.name, own)
+        return records
+
+    def _at_hand(self, shards: Sequence[StreamedShard]) -> Iterator[list[StreamedShard]]:
+        """Yield shards in groups whose sources are there."""
+        named = {shard.name: shard for shard in shards}
+        for names in self.recipe.source.files.at_hand(_needs(shards)):
+            yield [named[name] for name in names]
+
+
+def _needs(shards: Sequence[StreamedShard]) -> Needs:
+    return {shard.name: shard.sources for shard in shards}
+
+
+def _not_yet(shard: str, records: Mapping[str, TensorRecord]) -> None:
+    """Record nothing of a shard that is to be proven first."""
+
+
+def require_ours(directory: Path, manifest_name: str) -> None:
+    """Raise ConversionError when a directory has files that no run of the command has left which
+    writes this manifest. Raises OSError when it cannot be read.
+    """
+    known = (directory / manifest_name, directory / UNFINISHED / IDENTITY_NAME)
+    if not directory.exists() or any(os.path.lexists(path) for path in known):
+        return
+    for path in directory.iterdir():
+        if path.name not in (UNFINISHED, DOWNLOADS):
+            raise ConversionError(
+                f"{directory} is not empty (it holds {path.name}) and was not made by this "
+                "command; choose a new or empty directory"
+            )
 
 
 @contextmanager

@@ -3,18 +3,18 @@ or as zero-copy views of the mapped files, block scales as the factors that they
 """
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from neuron_minimax.checkpoint import header, kinds, schema
+from neuron_minimax.checkpoint import kinds, schema
 from neuron_minimax.checkpoint.header import (
     ADVICE,
     STORED_DTYPES,
@@ -24,31 +24,26 @@ from neuron_minimax.checkpoint.header import (
     size_text,
 )
 from neuron_minimax.checkpoint.hub import local_directory
+from neuron_minimax.checkpoint.hub_files import HubFiles
 from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_weight_map
 from neuron_minimax.checkpoint.kinds import Wanted
 from neuron_minimax.checkpoint.scaled import ScaledWeights
 from neuron_minimax.checkpoint.schema import Problem
-from neuron_minimax.checkpoint.streaming import drop_pages
+from neuron_minimax.checkpoint.shard_files import Read, ShardFiles
 from neuron_minimax.config import MOST_TENSORS, ModelConfig
 from neuron_minimax.errors import CheckpointError, counted, some_of
-from neuron_minimax.files import Stamp, open_regular, read_bytes, stamp
+from neuron_minimax.files import Stamp, read_bytes
 from neuron_minimax.fp8 import ConventionChoice, ScaleConvention
 from neuron_minimax.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
+FOREIGN = re.compile(r".+\.gguf|pytorch_model.*\.bin")  # weights as others store them
 SAMPLE_BYTES = 64 << 10  # of a fingerprint
-
-
-def stamps_of(directory: Path) -> dict[str, Stamp]:
-    """Return the stamps of a directory's regular files, by name; none without a directory."""
-    found: dict[str, Stamp] = {}
-    with suppress(OSError):
-        for path in directory.iterdir():
-            with suppress(OSError):
-                found[path.name] = stamp(path)
-    return found
 
 
 class TensorDirectory:
@@ -56,26 +51,30 @@ class TensorDirectory:
 
     Headers are read when it is made; what is wrong with files is collected in `problems`, not
     raised, so that an inspection can list all of it. `require_usable` raises. Given `shards`, just
-    these files are read, without an index. `stamps` are those that the directory's files had before
-    the first was read.
+    these files are read, without an index. `files` gives the files' bytes, and their stamps from
+    before the first was read.
 
     Raises CheckpointError when there is nothing to read: no directory, no safetensors files, a
     broken index.
     """
 
-    def __init__(self, directory: str | Path, shards: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        shards: Sequence[str] = (),
+        files: ShardFiles | None = None,
+    ) -> None:
         self.directory = Path(directory)
-        self.stamps = stamps_of(self.directory)
+        self.files = files or ShardFiles(self.directory)
         self.problems: list[Problem] = []
         self.entries: dict[str, TensorEntry] = {}
-        self._maps: dict[str, np.memmap] = {}
         self.leftovers: list[Problem] = []
         weight_map = {} if shards else read_weight_map(self.directory)
-        if weight_map and not any(
-            (self.directory / shard).exists() for shard in {*weight_map.values()}
-        ):
+        if weight_map and not any(self.files.exists(shard) for shard in {*weight_map.values()}):
             weight_map = self._without_stale_index(weight_map)
         self.shards = list(shards) or sorted(set(weight_map.values())) or [self._single_file()]
+        if not shards:
+            self._note_leftovers(bool(weight_map))
         for shard in self.shards:
             self._read_shard(shard, weight_map)
         unread = {problem.subject for problem in self.problems if problem.kind == "shard"}
@@ -96,11 +95,11 @@ class TensorDirectory:
         streams takes `rows` or `strips`. Raises CheckpointError when the file is too short already.
         """
         entry = self._readable(name)
-        path = self.directory / entry.shard
-        if path.stat().st_size < entry.end:
+        mapped, size = self.files.map(entry.shard)
+        if size < entry.end:
             raise CheckpointError(_ends_within(entry))
         # A plain view: every operation on a memmap costs Python time.
-        raw = np.asarray(self._map(entry.shard))[entry.start : entry.end]
+        raw = np.asarray(mapped)[entry.start : entry.end]
         return raw.view(STORED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def strips(self, name: str, rows: int) -> Iterator[np.ndarray]:
@@ -115,10 +114,10 @@ class TensorDirectory:
             return
         strip = np.empty((min(rows, entry.shape[0]), *entry.shape[1:]), STORED_DTYPES[entry.dtype])
         position = entry.start
-        with self._opened(entry.shard) as descriptor:
+        with self.files.opened(entry.shard) as read:
             for first in range(0, entry.shape[0], rows):
                 found = strip[: entry.shape[0] - first]
-                _read_into(found, descriptor, position, entry)
+                _read_into(found, read, position, entry)
                 position += found.nbytes
                 yield found
 
@@ -136,9 +135,19 @@ class TensorDirectory:
             start += first * (entry.nbytes // shape[0])
             shape = (max(0, stop - first), *shape[1:])
         found = np.empty(shape, STORED_DTYPES[entry.dtype])
-        with self._opened(entry.shard) as descriptor:
-            _read_into(found, descriptor, start, entry)
+        with self.files.opened(entry.shard) as read:
+            _read_into(found, read, start, entry)
         return found
+
+    def fill(self, name: str, parts: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Fill each part, which is contiguous memory, with the tensor's bytes from an offset on.
+
+        Raises CheckpointError when the file cannot be read, or has become shorter.
+        """
+        entry = self._readable(name)
+        with self.files.opened(entry.shard) as read:
+            for part, offset in parts:
+                _read_into(part, read, entry.start + offset, entry)
 
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor in its stored dtype, zero-copy over the mapped file."""
@@ -165,7 +174,8 @@ class TensorDirectory:
             if not follows or entry.dtype != before.dtype or entry.shape[1:] != before.shape[1:]:
                 return None
         self.array(names[-1])  # which the file is long enough for
-        raw = np.asarray(self._map(entries[0].shard))[entries[0].start : entries[-1].end]
+        raw = np.asarray(self.files.map(entries[0].shard)[0])
+        raw = raw[entries[0].start : entries[-1].end]
         dtype = getattr(torch, TORCH_DTYPES[entries[0].dtype])
         return torch.from_numpy(raw).view(dtype).view(-1, *entries[0].shape[1:])
 
@@ -182,16 +192,17 @@ class TensorDirectory:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def stamps(self) -> dict[str, Stamp]:
+        return self.files.stamps
+
     def unmap(self) -> None:
         """Let go of the mapped files; arrays that are still in use keep theirs."""
-        self._maps.clear()
+        self.files.unmap()
 
     def drop_pages(self) -> None:
         """Drop the files' pages from the page cache, where no array of any process maps them."""
-        self.unmap()
-        for shard in self.shards:
-            with open(open_regular(self.directory / shard), "rb") as file:
-                drop_pages(file.fileno())
+        self.files.drop_pages(self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -209,11 +220,20 @@ class TensorDirectory:
         ends = dict.fromkeys(self.shards, 0)
         for entry in self.entries.values():
             ends[entry.shard] = max(ends[entry.shard], entry.end)
-        for shard, end in ends.items():
-            with self._opened(shard) as descriptor:
-                for start in (0, end // 2, max(0, end - SAMPLE_BYTES)):
-                    digest.update(os.pread(descriptor, SAMPLE_BYTES, start))
+        places = [
+            (shard, start)
+            for shard, end in ends.items()
+            for start in (0, end // 2, max(0, end - SAMPLE_BYTES))
+        ]
+        for sample in self.overlapped(lambda at: self.files.sample(*at, SAMPLE_BYTES), places):
+            digest.update(sample)
         return digest.hexdigest()
+
+    def overlapped(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """See ShardFiles.overlapped."""
+        return self.files.overlapped(function, items)
 
     def require_usable(self) -> None:
         """Raise CheckpointError listing the problems (the first ten of them) when there are any."""
@@ -221,7 +241,7 @@ class TensorDirectory:
             lines = [str(problem) for problem in self.problems[:10]]
             more = len(self.problems) - len(lines)
             tail = (
-                [f"... and {more} more; `neuron-minimax inspect {self.directory}` lists all"]
+                [f"... and {more} more; `neuron-minimax inspect {self.files.title}` lists all"]
                 if more
                 else []
             )
@@ -230,31 +250,9 @@ class TensorDirectory:
     def _problem(self, subject: str, message: str, kind: str) -> None:
         self.problems.append(Problem(subject, message, kind))
 
-    @contextmanager
-    def _opened(self, shard: str) -> Iterator[int]:
-        """Give a descriptor of a file, and name the file in what goes wrong."""
-        path = self.directory / shard
-        try:
-            descriptor = open_regular(path)
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}), or no longer; {ADVICE}"
-            ) from None
-
-    def _map(self, shard: str) -> np.memmap:
-        if shard not in self._maps:
-            with open(open_regular(self.directory / shard), "rb") as file:
-                # Private copy-on-write pages: writable to torch's mind, never written back.
-                self._maps[shard] = np.memmap(file, dtype=np.uint8, mode="c")
-        return self._maps[shard]
-
     def _without_stale_index(self, weight_map: dict[str, str]) -> dict[str, str]:
         """Return an index, or none where the single file is there and no file that it lists."""
-        if not (self.directory / SINGLE_NAME).exists():
+        if not self.files.exists(SINGLE_NAME):
             return weight_map
         message = (
             f"{INDEX_NAME} lists {counted(len({*weight_map.values()}), 'file')}, none of which is "
@@ -264,29 +262,51 @@ class TensorDirectory:
         return {}
 
     def _single_file(self) -> str:
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if len(files) == 1:
-            return files[0]
-        if SINGLE_NAME in files:
-            others = [name for name in files if name != SINGLE_NAME]
-            message = (
-                f"{some_of(others)} beside {SINGLE_NAME} is not read; merge it in first where it "
-                "belongs to the model, as an adapter does, or remove it"
-            )
-            self.leftovers.append(Problem(others[0], message, "leftover"))
-            return SINGLE_NAME
-        found = (
-            f"{len(files)} safetensors files and no {INDEX_NAME}"
-            if files
-            else "no safetensors files"
-        )
+        files = [name for name in self.files.names() if name not in ADAPTERS]
+        if len(files) == 1 or SINGLE_NAME in files:
+            return files[0] if len(files) == 1 else SINGLE_NAME
+        found = "no safetensors files of a model"
+        if files:
+            found = f"{len(files)} safetensors files and no {INDEX_NAME}"
+        elif self.files.names():
+            found = f"{self.files.names()[0]}, an adapter for another model, and not that model"
         raise CheckpointError(
             f"{self.directory} has {found}; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}"
         )
 
+    def _note_leftovers(self, has_index: bool) -> None:
+        """Note the files of weights that are not read."""
+        others = [name for name in self.files.names() if name not in self.shards]
+        others += [name for name in ADAPTERS if name in self.stamps and name not in others]
+        read = f"{INDEX_NAME}, which does not list it" if has_index else SINGLE_NAME
+        foreign = [name for name in sorted(self.stamps) if FOREIGN.fullmatch(name)]
+        if foreign:
+            message = (
+                f"{some_of(foreign)}: weights of another format, not compared and not read; those "
+                "of the safetensors files are. Remove what is not meant"
+            )
+            self.leftovers.append(Problem(foreign[0], message, "leftover"))
+        for name in others:
+            if name in ADAPTERS:
+                message = (
+                    f"{name} is an adapter and is not applied: the model answers as without it; "
+                    "merge it in first (PEFT's merge_and_unload) if it is meant, or remove it"
+                )
+            elif name == SINGLE_NAME:
+                message = (
+                    f"{name} lies beside {read}: transformers would read it and not the shards; "
+                    "here the index decides. Remove the one that is not meant"
+                )
+            else:
+                message = (
+                    f"{name} lies beside {read}, and is not read; merge it in first if it belongs "
+                    "to the model, or remove it"
+                )
+            self.leftovers.append(Problem(name, message, "leftover"))
+
     def _read_shard(self, shard: str, weight_map: Mapping[str, str]) -> None:
         try:
-            entries = header.read_header(self.directory / shard)
+            entries = self.files.entries(shard)
         except CheckpointError as error:
             self._problem(shard, str(error), "shard")
             return
@@ -334,25 +354,36 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         self,
         directory: str | Path,
         scale_convention: ConventionChoice | ScaleConvention = ConventionChoice.AUTO,
+        files: ShardFiles | None = None,
     ) -> None:
-        kinds.require(Path(directory), Wanted.CHECKPOINT, CheckpointError)
-        before = stamps_of(Path(directory))
+        if files is None:
+            kinds.require(Path(directory), Wanted.CHECKPOINT, CheckpointError)
+            files = ShardFiles(Path(directory))
         self.config = ModelConfig.from_dir(directory)
         self.convention_choice = ConventionChoice(scale_convention)
-        super().__init__(directory)
-        self.stamps = before
+        super().__init__(directory, files=files)
         self.config = schema.with_stored_head(self.config, self.entries)
-        self.title = str(self.directory)
+        self.title = self.files.title
         self.mtp_names = schema.mtp_names(self.entries, self.config)
-        self.cache_scale_names = schema.cache_scale_names(self.entries, self.config)
+        predicting = set(self.mtp_names)
+        self.cache_scale_names = [
+            name
+            for name in schema.cache_scale_names(self.entries, self.config)
+            if name not in predicting
+        ]
         if not self.entries and self.problems:
             return  # no file could be read, which is a problem
-        foreign = schema.foreign_format(self.entries, self.config)
-        if foreign is not None:
-            self.problems.append(foreign)
-            return
-        found = schema.check_against_schema(self.entries, self.config, set(self.left_out))
-        self.problems += [each for each in found if each.subject not in self.unread]
+        left_out = set(self.left_out)
+        found = [
+            problem
+            for problem in schema.check_against_schema(self.entries, self.config, left_out)
+            if problem.subject not in self.unread
+        ]
+        if {"extra"} < {problem.kind for problem in found}:  # names that may explain what else is
+            others = {name: entry for name, entry in self.entries.items() if name not in left_out}
+            foreign = schema.foreign_format(others, self.config)
+            found = found if foreign is None else [foreign]
+        self.problems += found
 
     @classmethod
     def open(
@@ -367,17 +398,33 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         `scale_convention` is auto, multiplier or reciprocal. Raises CheckpointError for another
         one, and ConfigError or CheckpointError when the checkpoint does not exist.
         """
-        try:
-            choice = ConventionChoice(scale_convention)
-        except ValueError:
-            raise CheckpointError(
-                f"scale_convention is {scale_convention!r}; expected one of "
-                f"{', '.join(ConventionChoice)}",
-                usage=True,
-            ) from None
+        choice = _chosen(scale_convention)
         directory = local_directory(path, progress=progress)
         with progress.stage(f"opening {directory}"):
             return cls(directory, choice)
+
+    @classmethod
+    def streamed(
+        cls,
+        hub_id: str | Path,
+        directory: Path,
+        scale_convention: str = ConventionChoice.AUTO,
+        *,
+        progress: Progress = SILENT,
+    ) -> Self:
+        """Open a checkpoint on the hub without its shards: headers and samples alone are fetched.
+
+        A conversion of it downloads each shard into the directory while that is needed. Raises as
+        `open`, and CheckpointError when the hub cannot be asked.
+        """
+        choice = _chosen(scale_convention)
+        files = HubFiles.open(hub_id, directory, progress)
+        with progress.stage(f"reading headers and samples of {hub_id}"):
+            found = cls(directory, choice, files)
+            if not found.problems:  # what the plan of a conversion asks for
+                with suppress(CheckpointError):
+                    _ = (found.fingerprint, found.scale_reading)
+            return found
 
     @property
     def left_out(self) -> list[str]:
@@ -413,11 +460,22 @@ class Checkpoint(TensorDirectory, ScaledWeights):
         )
 
 
-def _read_into(memory: np.ndarray, descriptor: int, position: int, entry: TensorEntry) -> None:
+def _chosen(scale_convention: str) -> ConventionChoice:
+    try:
+        return ConventionChoice(scale_convention)
+    except ValueError:
+        raise CheckpointError(
+            f"scale_convention is {scale_convention!r}; expected one of "
+            f"{', '.join(ConventionChoice)}",
+            usage=True,
+        ) from None
+
+
+def _read_into(memory: np.ndarray, read: Read, position: int, entry: TensorEntry) -> None:
     """Fill contiguous memory with a file's bytes from a position on. Raises OSError."""
     left = memory.reshape(-1).view(np.uint8).data
     while left:
-        count = os.preadv(descriptor, [left], position)
+        count = read(left, position)
         if not count:
             raise CheckpointError(_ends_within(entry))
         left = left[count:]

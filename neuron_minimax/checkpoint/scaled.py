@@ -1,7 +1,8 @@
 """Weights with block scales, in files or in memory, and what their stored scales mean."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import TensorSpec
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.errors import ScaleConventionError
+from neuron_minimax.errors import CheckpointError, ScaleConventionError
 from neuron_minimax.fp8 import (
     ConventionChoice,
     ScaleConvention,
@@ -17,6 +18,9 @@ from neuron_minimax.fp8 import (
     bfloat16,
     ceil_div,
 )
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ScaledWeights:
@@ -56,14 +60,33 @@ class ScaledWeights:
             for name in self.specs
             if self.is_fp8(name) and schema.scale_name(name) in self.specs
         ]
-        rows = self.config.weight_block_size[0]
-        for name in names[:: max(1, ceil_div(len(names), most))]:
-            codes = self.rows(name, slice(rows))
-            yield name, codes, self.scales(name, slice(1))
+        sampled = names[:: max(1, ceil_div(len(names), most))]
+        return self.overlapped(self._sample_of, sampled)
+
+    def _sample_of(self, name: str) -> tuple[str, np.ndarray, np.ndarray]:
+        codes = self.rows(name, slice(self.config.weight_block_size[0]))
+        return name, codes, self.scales(name, slice(1))
+
+    def overlapped(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """Yield what a function that reads gives for each item, in order; reads that take long
+        overlap.
+        """
+        return map(function, items)
 
     def scales(self, name: str, block_rows: slice = slice(None)) -> np.ndarray:
-        """The stored block scales of an FP8 weight, widened to float32, which is exact."""
-        return bfloat16.scales_to_float32(self.rows(schema.scale_name(name), block_rows))
+        """The stored block scales of an FP8 weight, widened to float32, which is exact.
+
+        Raises CheckpointError for scales of a dtype that are none.
+        """
+        scales = schema.scale_name(name)
+        dtype = self.specs[scales].dtype
+        if dtype not in schema.SCALE_DTYPES:
+            raise CheckpointError(
+                f"{scales} is {dtype}; expected {' or '.join(schema.SCALE_DTYPES)}"
+            )
+        return bfloat16.scales_to_float32(self.rows(scales, block_rows))
 
     @cached_property
     def scale_reading(self) -> tuple[ScaleConvention | None, ScaleEvidence]:

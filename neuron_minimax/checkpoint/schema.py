@@ -115,28 +115,38 @@ def mtp_names(names: Iterable[str], config: ModelConfig) -> list[str]:
     """Return the names of multi-token-prediction tensors, which this project does not run: named
     so, or of a layer beyond the last that config.json declares, or whose names show it.
 
-    Such a layer holds something that no layer of the model has: else config.json counts too few.
+    Such a layer holds something that no layer of the model has, named as only prediction names it,
+    or declared by config.json and without what a layer of the model has: else config.json counts
+    too few layers.
     """
     found = []
-    beyond: dict[int, list[tuple[str, str]]] = {}
+    beyond: dict[int, dict[str, str]] = {}  # of each layer, a name's rest to the name
     for name in names:
         layer = IN_LAYER.match(name)
         if any(part.startswith(config.family.ignored_markers) for part in name.split(".")):
             found.append(name)
         elif layer is not None and int(layer[1]) >= config.num_hidden_layers:
-            beyond.setdefault(int(layer[1]), []).append((name, layer[2]))
+            beyond.setdefault(int(layer[1]), {})[layer[2]] = name
     if not beyond:
         return found
     declared = any(config.raw.get(field) for field in MTP_COUNTS)
-    own = {
-        match[2]
-        for wanted in expected(replace(config, num_hidden_layers=1))
-        if (match := IN_LAYER.match(wanted.name))
-    }
+    own: dict[int, set[str]] = {}
+    for wanted in expected(config):
+        match = None if wanted.is_scale else IN_LAYER.match(wanted.name)
+        if match is not None:
+            own.setdefault(int(match[1]), set()).add(match[2])
+    known = set().union(*own.values())
     for members in beyond.values():
-        others = [rest for _, rest in members if rest not in own]
-        if (others and declared) or any(rest.startswith(MTP_PARTS) for rest in others):
-            found += [name for name, _ in members]
+        others = {
+            rest
+            for rest in members
+            if rest.removesuffix(SCALE_SUFFIX) not in known and not rest.endswith(CACHE_SCALES)
+        }
+        is_whole = any(weights <= members.keys() for weights in own.values())
+        if (others and declared and not is_whole) or any(
+            rest.startswith(MTP_PARTS) for rest in others
+        ):
+            found += members.values()
     return found
 
 
@@ -272,14 +282,22 @@ def _check_weight(entry: TensorEntry, wanted: Expected) -> Iterator[Problem]:
             "check that both come from the same model",
             "shape",
         )
-    allowed = ("F8_E4M3", *DENSE_DTYPES) if wanted.weight.quantized else DENSE_DTYPES
-    if entry.dtype not in allowed:
-        reason = ": routing in less flips experts" if wanted.weight.float32_only else ""
-        yield Problem(
-            entry.name,
-            f"{where} is {entry.dtype}; expected {' or '.join(allowed)}{reason}",
-            "dtype",
-        )
+    wrong = wrong_dtype(entry.dtype, wanted.weight)
+    if wrong:
+        yield Problem(entry.name, f"{where} {wrong}", "dtype")
+
+
+def wrong_dtype(dtype: str, weight: Weight, is_scale: bool = False) -> str:
+    """Say which dtypes a weight, or its block scales, may be stored in; "" when it has one."""
+    allowed: tuple[str, ...] = DENSE_DTYPES
+    if is_scale:
+        allowed = SCALE_DTYPES
+    elif weight.quantized:
+        allowed = ("F8_E4M3", *DENSE_DTYPES)
+    if dtype in allowed:
+        return ""
+    reason = ": routing in less flips experts" if weight.float32_only else ""
+    return f"is {dtype}; expected {' or '.join(allowed)}{reason}"
 
 
 def _check_scale(

@@ -43,10 +43,13 @@ class StreamedTensor(HasSpec):
 
 @dataclass(frozen=True)
 class StreamedShard:
-    """One file to write and its tensors, in order."""
+    """One file to write and its tensors, in order; `sources` are the files they are made of, where
+    these may have to be brought.
+    """
 
     name: str
     tensors: tuple[StreamedTensor, ...]
+    sources: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:

@@ -38,6 +38,8 @@ from neuron_minimax.checkpoint.writer import sync_directory, write_json
 from neuron_minimax.errors import ConversionError
 from neuron_minimax.files import FileName, read_json, stamp
 
+IDENTITY_NAME = "identity.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Journal:
@@ -57,7 +59,7 @@ class Unfinished:
         self.source = source
         self.source_files = source_files
         self.path = directory / UNFINISHED
-        self.identity_path = self.path / "identity.json"
+        self.identity_path = self.path / IDENTITY_NAME
         self.source_path = self.path / "source.json"
 
     def identity(self, advice: str) -> dict[str, Any] | None:

@@ -62,24 +62,36 @@ def template_arguments(thinking: bool | None, text: str | None = None) -> dict[s
 def read_prompt(path: Path) -> str:
     """Return the message in a file, or in standard input for "-", without the line end behind it.
 
-    Raises GenerationError for what is no text in UTF-8, empty, or cannot be read.
+    Raises GenerationError for what is no text in UTF-8, empty, too long, or cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read(PROMPT_BYTES + 1) if str(path) == "-" else _bytes_of(path)
+        data = _bytes_of(path)
+        if len(data) > PROMPT_BYTES:
+            raise GenerationError(
+                f"the prompt in {name} is longer than {PROMPT_BYTES >> 20} MiB; expected a message"
+            )
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise GenerationError(f"the prompt in {name} cannot be read: {reason}") from None
-    if not text.strip() or len(data) > PROMPT_BYTES:
-        state = "empty" if not text.strip() else f"longer than {PROMPT_BYTES} bytes"
-        raise GenerationError(f"the prompt in {name} is {state}; expected a message")
-    return text.removesuffix("\n")
+    return checked_prompt(text, f"the prompt in {name}").removesuffix("\n")
+
+
+def checked_prompt(text: str, name: str = "--prompt") -> str:
+    """Return a message. Raises GenerationError where it says nothing."""
+    if not text.strip():
+        raise GenerationError(f"{name} is empty; expected a message")
+    return text
 
 
 def _bytes_of(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(PROMPT_BYTES + 1)
+    if str(path) != "-":
+        with path.open("rb") as file:
+            return file.read(PROMPT_BYTES + 1)
+    if sys.stdin is None:  # of a process that was started without one
+        raise GenerationError("there is no standard input; give --prompt, or a file")
+    return sys.stdin.buffer.read(PROMPT_BYTES + 1)
 
 
 def sampling_options(**asked: float | None) -> dict[str, Any]:
@@ -136,7 +148,8 @@ def chat(
 def generate(
     traced: TracedDir,
     prompt: Annotated[
-        str | None, typer.Option(help="a user's message, put through the chat template")
+        str | None,
+        typer.Option(help="a user's message, put through the chat template unless --raw"),
     ] = None,
     prompt_file: Annotated[
         Path | None,
@@ -162,10 +175,13 @@ def generate(
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="print the tokens, their text, and with --prompt its parts"),
+        typer.Option("--json", help="print the tokens, their text, and of a message its parts"),
     ] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="print the text as the tokens have it, with its tags")
+        bool,
+        typer.Option(
+            "--raw", help="go on from the prompt as plain text: no chat template, nothing set apart"
+        ),
     ] = False,
     dump_logits: Annotated[Path | None, typer.Option(metavar="FILE.safetensors")] = None,
 ) -> None:
@@ -176,14 +192,15 @@ def generate(
         raise typer.BadParameter("--stop is empty; expected a text that ends the answer")
     if prompt_file is not None:
         prompt = read_prompt(prompt_file)
-    if prompt is None and (thinking is not None or tools or system or chat_template_kwargs):
+    elif prompt is not None:
+        prompt = checked_prompt(prompt)
+    plain = prompt is None or raw
+    if plain and (thinking is not None or tools or system or chat_template_kwargs):
         raise typer.BadParameter(
-            "--system, --tools, --chat-template-kwargs, --thinking and --no-thinking go with "
-            "--prompt: tokens are taken as they are"
+            "--system, --tools, --chat-template-kwargs, --thinking and --no-thinking are for the "
+            "chat template, which --raw and --token-ids leave out"
         )
-    if raw and as_json:
-        raise typer.BadParameter("--json has the raw text as well; leave out --raw")
-    if not reasoning and (prompt is None or raw or as_json):
+    if not reasoning and (plain or as_json):
         raise typer.BadParameter("--no-reasoning is of what --prompt prints as text, without --raw")
     given = sampling_options(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     excluded = sorted(given.keys() - {"seed"})
@@ -196,19 +213,15 @@ def generate(
     offered = None if tools is None else nm.read_tools(tools)
     prompt_ids = parse_integers("--token-ids", token_ids) if token_ids is not None else []
     llm = nm.LLM(traced, progress=Shown())
-    sampling = llm.sampling
     messages = [{"role": "system", "content": system}] if system else []
-    if prompt is not None:
-        messages.append({"role": "user", "content": prompt})
-        turn = llm.turn(messages, offered, arguments)
-        sampling = turn.sampling
-        if raw:
-            prompt_ids = turn.prompt_ids
+    if not plain:
+        messages.append({"role": "user", "content": prompt or ""})
+    sampling = llm.sampling if plain else llm.turn(messages, offered, arguments).sampling
     base = nm.SamplingParams(temperature=0.0) if greedy else sampling
     params = replace(base, stop=tuple(stop or ()), **given)
-    if prompt is None or raw:
+    if plain:
         answer = llm.generate(
-            prompt_ids,
+            prompt_ids if prompt is None else prompt,
             params,
             max_new_tokens=max_new_tokens,
             on_text=lambda text: None if as_json else show_words(text),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
@@ -11,11 +12,25 @@ from neuron_minimax.cli.app import CheckpointDir, ConvertedDir, app
 from neuron_minimax.cli.ending import resumable, say, show
 from neuron_minimax.cli.progress import Shown
 
+Streamed = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="CKPT is a hub id: keep no more of its files than are needed at once"
+    ),
+]
 RESUMES = "finished shards are kept; run the same command again to go on"
 
 
 def _split(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _opened(
+    checkpoint: Path, stream_into: Path | None, progress: Shown, scale_convention: str = "auto"
+) -> "nm.Checkpoint":
+    if stream_into is None:
+        return nm.Checkpoint.open(checkpoint, scale_convention, progress=progress)
+    return nm.Checkpoint.stream(str(checkpoint), stream_into, scale_convention, progress=progress)
 
 
 @app.command()
@@ -110,17 +125,24 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace another output in OUT")
     ] = False,
+    stream: Streamed = False,
 ) -> None:
     """Convert to Neuron's names, layout and FP8 range; streams, and resumes by itself."""
     layout = nm.Layout.from_options(
         {"attention": attention, "fp8_range": fp8_range, "keep_in_bf16": keep_in_bf16 or ()}
     )
     progress = Shown()
-    source = nm.Checkpoint.open(checkpoint, scale_convention, progress=progress)
-    plan = nm.plan_conversion(source, layout)
+
+    def planned(place: Path) -> "nm.ConversionPlan":
+        return nm.plan_conversion(
+            _opened(checkpoint, place if stream else None, progress, scale_convention), layout
+        )
+
     if dry_run:
-        show(plan.render())
+        with TemporaryDirectory() as place:
+            show(planned(Path(place)).render())
         return
+    plan = planned(out)
     with resumable(RESUMES), progress.stage("converting", plan.nbytes) as advance:
         converted = plan.write(out, check=check, overwrite=overwrite, advance=advance)
     show(converted.render())
@@ -133,11 +155,14 @@ def verify(
     logits: Annotated[
         bool, typer.Option("--logits", help="also run both through the eager model")
     ] = False,
+    stream: Streamed = False,
 ) -> None:
     """Prove that a converted directory equals its checkpoint; exit 1 when it does not."""
+    if logits and stream:
+        raise typer.BadParameter("--logits runs a whole checkpoint; leave out --stream")
     progress = Shown()
     converted = nm.Converted.open(out, read_shards=False)
-    source = nm.Checkpoint.open(checkpoint, progress=progress)
+    source = _opened(checkpoint, out if stream else None, progress)
     with progress.stage("verifying", 2 * converted.nbytes) as advance:
         verification = nm.verify(source, converted, advance)
     show(verification.render())

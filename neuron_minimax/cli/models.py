@@ -41,11 +41,12 @@ def given_options(
     """
     named = {**options, "buckets": parse_buckets(buckets)}
     given = {name: value for name, value in named.items() if value is not None}
-    for other, own in OWN_OPTIONS.items():
-        foreign = [name for name in given if name in own and other != backend]
-        if foreign:
+    for name in given:
+        owners = [other for other, own in OWN_OPTIONS.items() if name in own]
+        if owners and backend not in owners:
             raise typer.BadParameter(
-                f"--{foreign[0].replace('_', '-')} is an option of --backend {other}, not {backend}"
+                f"--{name.replace('_', '-')} is an option of --backend {' or '.join(owners)}, not "
+                f"{backend}"
             )
     return given
 
@@ -65,14 +66,21 @@ ExpertScales = Annotated[
     Literal["block", "expanded", "auto"] | None,
     typer.Option(help="neuron: scales of FP8 experts on a rank; auto: expanded where needed"),
 ]
-BackendName = Literal["cpu", "neuron"]
+BackendName = Literal["cpu", "neuron", "torch-neuron"]
 CPUEngine = Annotated[
     Literal["compiled", "exported", "eager"] | None,
-    typer.Option(help="cpu; default: compiled, or exported without a C++ compiler"),
+    typer.Option(
+        help="cpu; default: compiled, or exported without a C++ compiler; torch-neuron on a CPU: "
+        "compiled or eager"
+    ),
 ]
-# Whose options of `compile` and `check-device` are whose; the others are of both.
+KVCacheDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "fp8"] | None,
+    typer.Option(help="cpu: of keys and values; default: auto, that of activations"),
+]
+# Whose options of `compile` and `check-device` are whose; the others are of all.
 OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
-    "cpu": ("compute", "engine"),
+    "cpu": ("compute", "kv_cache_dtype", "engine"),
     "neuron": (
         "instance",
         "tp_degree",
@@ -83,6 +91,14 @@ OWN_OPTIONS: Mapping[BackendName, Container[str]] = {
         "expert_scales",
         "expert_placement",
         "allow_untested_versions",
+    ),
+    "torch-neuron": (
+        "device",
+        "tp_degree",
+        "moe_tp_degree",
+        "moe_ep_degree",
+        "compute",
+        "engine",
     ),
 }
 
@@ -149,21 +165,31 @@ def compile_(
     backend: Annotated[BackendName, typer.Option(help="what it is compiled for")] = "cpu",
     batch_size: BatchSize = 1,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="positions per sequence; default: 2048, neuron 1024")
+        int | None,
+        typer.Option(min=2, help="positions per sequence; default: cpu 2048, others 1024"),
     ] = None,
     buckets: Buckets = None,
     compute: Annotated[
         Literal["float32", "bf16"] | None,
-        typer.Option(help="cpu: dtype of activations; default: float32"),
+        typer.Option(help="cpu, torch-neuron: dtype of activations; default on a CPU: float32"),
     ] = None,
+    kv_cache_dtype: KVCacheDtype = None,
     engine: CPUEngine = None,
+    device: Annotated[
+        Literal["neuron", "cpu"] | None,
+        typer.Option(help="torch-neuron; default: neuron; cpu: the same ranks without the chip"),
+    ] = None,
     instance: Annotated[str | None, typer.Option(help="neuron: such as trn2.48xlarge")] = None,
-    tp_degree: Annotated[int | None, typer.Option(min=1, help="neuron: ranks")] = None,
+    tp_degree: Annotated[
+        int | None, typer.Option(min=1, help="neuron, torch-neuron: ranks")
+    ] = None,
     moe_tp_degree: Annotated[
-        int | None, typer.Option(min=1, help="neuron: ranks that share an expert's channels")
+        int | None,
+        typer.Option(min=1, help="neuron, torch-neuron: ranks that share an expert's channels"),
     ] = None,
     moe_ep_degree: Annotated[
-        int | None, typer.Option(min=1, help="neuron: groups that share out the experts")
+        int | None,
+        typer.Option(min=1, help="neuron, torch-neuron: groups that share out the experts"),
     ] = None,
     blockwise_matmul: BlockwiseMatmul = None,
     expert_kernel: ExpertKernel = None,
@@ -195,7 +221,9 @@ def compile_(
         slots=batch_size,
         seq_len=seq_len,
         compute=compute,
+        kv_cache_dtype=kv_cache_dtype,
         engine=engine,
+        device=device,
         instance=instance,
         tp_degree=tp_degree,
         moe_tp_degree=moe_tp_degree,
@@ -328,7 +356,9 @@ def check_device(
     traced: Annotated[
         Path | None, typer.Option(metavar="DIR", help="compiled full model: first tokens too")
     ] = None,
-    backend: Annotated[BackendName, typer.Option(help="cpu rehearses without a device")] = "neuron",
+    backend: Annotated[
+        Literal["cpu", "neuron"], typer.Option(help="cpu rehearses without a device")
+    ] = "neuron",
     engine: CPUEngine = None,
     allow_untested_versions: Annotated[
         bool, typer.Option("--allow-untested-versions", help="go on with packages of another SDK")

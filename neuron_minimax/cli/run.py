@@ -10,8 +10,16 @@ import typer
 
 import neuron_minimax as nm
 from neuron_minimax.cli.app import app
-from neuron_minimax.cli.chat import MaxNewTokens, ShowReasoning, Thinking, talk, template_arguments
+from neuron_minimax.cli.chat import (
+    MaxNewTokens,
+    ShowReasoning,
+    Thinking,
+    checked_prompt,
+    talk,
+    template_arguments,
+)
 from neuron_minimax.cli.ending import resumable, say
+from neuron_minimax.cli.models import KVCacheDtype
 from neuron_minimax.cli.progress import Shown
 from neuron_minimax.cli.turns import TurnPrinter, say_if_cut
 
@@ -60,6 +68,7 @@ def run(
     compute: Annotated[
         Literal["float32", "bf16"] | None, typer.Option(help="of activations; default: float32")
     ] = None,
+    kv_cache_dtype: KVCacheDtype = None,
     max_new_tokens: MaxNewTokens = None,
     thinking: Thinking = None,
     reasoning: ShowReasoning = True,
@@ -68,13 +77,20 @@ def run(
 
     What is made is kept, and the next run starts in seconds.
     """
+    if prompt is not None:
+        checked_prompt(prompt)
     stages = Stages(say)
     arguments = template_arguments(thinking)
     with resumable("what is finished is kept; run the same command again to go on"):
         traced = nm.make_ready(
             model or nm.DEMO,
             work_dir,
-            options={"seq_len": seq_len, "slots": batch_size, "compute": compute},
+            options={
+                "seq_len": seq_len,
+                "slots": batch_size,
+                "compute": compute,
+                "kv_cache_dtype": kv_cache_dtype,
+            },
             chat_template_kwargs=arguments or {},
             watcher=stages,
         )

@@ -6,18 +6,19 @@ its weight: the same shapes serve both.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import HasSpec, TensorSpec
+from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.convert.layout import FP8Range, Layout, check_module_names, kept_in_bf16
 from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import module_of, target_scale_name
-from neuron_minimax.families.family import Operation, Rule, ScalePolicy
+from neuron_minimax.families.family import Operation, Rule, ScalePolicy, Weight
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.modules import Framework, Module, needed
 
@@ -133,6 +134,16 @@ def bind_rules(
     return outputs
 
 
+def files_of(outputs: Iterable[ConvertedTensor], source: TensorDirectory) -> frozenset[str]:
+    """Return the files that hold the sources of outputs."""
+    return frozenset(
+        source.entry(name).shard
+        for output in outputs
+        for group in (*output.groups, *output.scale_groups)
+        for name in group
+    )
+
+
 def _is_left_out(rule: Rule, sources: Specs, config: ModelConfig) -> bool:
     """Return whether the rule makes a tied head that is not stored."""
     source = rule.sources[0]
@@ -158,12 +169,9 @@ def _bind(
     groups = source_groups(rule, layer, config)
     target = rule.target.format(l=layer)
     dtype = _common_dtype(target, groups, sources)
-    float32_only = config.family.weight(rule.sources[0]).float32_only
-    if float32_only and dtype not in schema.DENSE_DTYPES:
-        raise ConversionError(
-            f"{groups[0][0]} is {dtype}; expected {' or '.join(schema.DENSE_DTYPES)}: routing in "
-            "less flips experts"
-        )
+    weight = config.family.weight(rule.sources[0])
+    float32_only = weight.float32_only
+    _require_dtype(groups[0][0], dtype, weight)
     _check_shapes(rule, groups, sources, config)
     modules = layout.bf16_modules(config.family)
     to_bf16 = not float32_only and kept_in_bf16(rule, layer, groups, modules, config.family)
@@ -195,7 +203,8 @@ def _bind(
     if rule.scale is not ScalePolicy.BLOCK:
         raise ConversionError(f"{groups[0][0]} is FP8, but {target} has no place for block scales")
     scale_groups = tuple(tuple(schema.scale_name(name) for name in group) for group in groups)
-    _common_dtype(target_scale_name(target), scale_groups, sources)
+    scale_dtype = _common_dtype(target_scale_name(target), scale_groups, sources)
+    _require_dtype(scale_groups[0][0], scale_dtype, weight, is_scale=True)
     if to_bf16:
         yield output(target, "BF16", Transform.DEQUANTIZE, groups, scale_groups)
         return
@@ -204,6 +213,12 @@ def _bind(
     yield output(
         target_scale_name(target), "F32", SCALE_TRANSFORMS[convention, halved], scale_groups
     )
+
+
+def _require_dtype(name: str, dtype: str, weight: Weight, is_scale: bool = False) -> None:
+    wrong = schema.wrong_dtype(dtype, weight, is_scale)
+    if wrong:
+        raise ConversionError(f"{name} {wrong}")
 
 
 def _check_shapes(rule: Rule, groups: Groups, sources: Specs, config: ModelConfig) -> None:

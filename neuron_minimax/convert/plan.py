@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,25 @@ from neuron_minimax.checkpoint.finished import (
     examine,
     locked,
     source_files,
+    stamped,
     try_to_renew,
 )
 from neuron_minimax.checkpoint.header import size_text
+from neuron_minimax.checkpoint.hub_files import HubFiles
 from neuron_minimax.checkpoint.kinds import CONVERSION_NAME
 from neuron_minimax.checkpoint.output import Recipe, fill_directory
 from neuron_minimax.checkpoint.reader import Checkpoint, TensorDirectory
-from neuron_minimax.checkpoint.records import TensorRecord, read_records, records_as_json
+from neuron_minimax.checkpoint.records import (
+    TensorRecord,
+    damaged_tensors,
+    read_records,
+    records_as_json,
+)
 from neuron_minimax.checkpoint.shards import StreamedShard, StreamedTensor
 from neuron_minimax.checkpoint.tokenizer_file import (
+    NO_TEMPLATE,
     NO_TOKENIZER,
+    has_template,
     has_tokenizer,
     require_whole_companions,
 )
@@ -40,8 +49,10 @@ from neuron_minimax.convert.binding import (
     ConvertedTensor,
     Transform,
     bind_rules,
+    files_of,
     unquantized_modules,
 )
+from neuron_minimax.convert.comparison import compare_outputs, small_file_differences
 from neuron_minimax.convert.layout import Layout
 from neuron_minimax.convert.manifest import (
     FORMAT_VERSION,
@@ -49,7 +60,7 @@ from neuron_minimax.convert.manifest import (
     read_manifest,
 )
 from neuron_minimax.convert.pieces import pieces
-from neuron_minimax.errors import ConversionError, counted
+from neuron_minimax.errors import ConversionError, counted, some_of
 from neuron_minimax.files import differences
 from neuron_minimax.fp8 import ScaleConvention
 from neuron_minimax.inspection.document import Rendered
@@ -59,7 +70,8 @@ from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 @dataclass(frozen=True, kw_only=True)
 class Converted(Rendered):
     """A finished converted directory and its manifest; `reused_shards`, `was_finished` and
-    `changes` say how the run went that gave it.
+    `changes` say how the run went that gave it, `leftovers` which files of the checkpoint it did
+    not read.
     """
 
     directory: Path
@@ -68,6 +80,7 @@ class Converted(Rendered):
     reused_shards: int = 0
     was_finished: bool = False
     changes: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -153,8 +166,8 @@ class Converted(Rendered):
         """Raise ConversionError when the directory was made of another checkpoint."""
         if source.fingerprint != self.manifest.identity.source_fingerprint:
             raise ConversionError(
-                f"{self.directory} was not made of {source.directory} (its manifest names another "
-                "source fingerprint); verify it against its own source, or convert again"
+                f"{self.directory} was not made of {source.files.title} (its manifest names "
+                "another source fingerprint); verify it against its own source, or convert again"
             )
 
     def accept(self, source: Checkpoint) -> bool:
@@ -169,8 +182,8 @@ class Converted(Rendered):
             for name, record in (self.manifest.source_files or {}).items()
             if name in COMPANION_FILES
         }
-        for directory, files in ((self.directory, self.files), (source.directory, made_of)):
-            recorded = {name: record.stamp for name, record in files.items()}
+        own = {name: record.stamp for name, record in self.files.items()}
+        for directory, recorded in ((self.directory, own), (source.directory, stamped(made_of))):
             if any(name not in COMPANION_FILES for name in differences(directory, recorded)):
                 return False
         path = self.directory / CONVERSION_NAME
@@ -184,6 +197,8 @@ class Converted(Rendered):
             lines.append(f"resumed: {kept} checked and kept")
         state = "is up to date" if self.was_finished else "is written"
         lines.append(f"{self.directory} {state}")
+        if self.manifest.verified:
+            lines.append("verified: each tensor was compared with its sources")
         lines.append(f"FP8 scales converted: {self.manifest.scales_converted}")
         treatments = Counter(origin.treatment for origin in self.manifest.operations.values())
         if treatments[Transform.WIDEN]:
@@ -191,10 +206,12 @@ class Converted(Rendered):
             lines.append(f"widened to float32, exactly: {tensors} (inspect says of which dtypes)")
         if not has_tokenizer(self.directory):
             lines.append(NO_TOKENIZER)
+        elif not has_template(self.directory):
+            lines.append(NO_TEMPLATE)
         left_out = self.manifest.left_out
         if left_out:
             lines.append(f"left out, since not run: {counted(len(left_out), 'tensor')}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_warnings(self.leftovers)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +242,11 @@ class ConversionPlan(Rendered):
         )
 
     @property
+    def leftovers(self) -> tuple[str, ...]:
+        """What is said of files beside the checkpoint that are not read."""
+        return tuple(problem.message for problem in self.source.leftovers)
+
+    @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
 
@@ -247,9 +269,23 @@ class ConversionPlan(Rendered):
         ]
         lines.append(counted(len(self.outputs), "tensor"))
         lines.append(f"space needed: {size_text(self.nbytes, 2)}")
+        if isinstance(self.source.files, HubFiles):
+            lines.append(self._room(self.source.files))
         if self.left_out:
             lines.append(f"left out, since not run: {counted(len(self.left_out), 'tensor')}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_warnings(self.leftovers)])
+
+    def _room(self, files: HubFiles) -> str:
+        """Say what a streamed conversion needs beside its output."""
+        targets = dict(self._targets())
+        needs = {name: files_of(outputs, self.source) for name, outputs in targets.items()}
+        sizes = {name: sum(each.nbytes for each in outputs) for name, outputs in targets.items()}
+        most = files.room(needs, sizes)
+        return (
+            f"disk needed: at most {size_text(most, 2)} with the checkpoint's files that are there "
+            f"at once, of {size_text(sum(files.stamps[name].nbytes for name in files.names()), 2)} "
+            "that are downloaded one after another"
+        )
 
     def write(
         self,
@@ -265,6 +301,9 @@ class ConversionPlan(Rendered):
         writes the shards that differ. `advance` is called with the bytes of each piece, in all
         `nbytes`. Raises CheckpointError or ConversionError naming what is wrong; an output that was
         not finished then has no manifest, and what was done is kept for the next run.
+
+        Of a checkpoint that is streamed from the hub, each shard that is written is compared with
+        its sources, as `verify` does, before these are removed.
         """
         path = Path(directory)
         if os.path.realpath(path) == os.path.realpath(self.source.directory):
@@ -283,16 +322,28 @@ class ConversionPlan(Rendered):
             config=self.converted_config,
             manifest=self._manifest,
             compare=(
-                f"run `neuron-minimax verify {self.source.directory} {path}`, which compares every "
-                "byte and takes the checkpoint as it is now when all are equal"
+                f"run `neuron-minimax verify {self.source.files.title} {path}"
+                f"{self.source.files.stream_option}`, which compares every byte and takes the "
+                "checkpoint as it is now when all are equal"
             ),
+            prove=partial(self._prove, path) if isinstance(self.source.files, HubFiles) else None,
         )
-        filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
+        try:
+            filled = fill_directory(path, recipe, overwrite=overwrite, check=check, advance=advance)
+        except ConversionError:
+            if (path / CONVERSION_NAME).exists():  # there is nothing to go on with
+                self.source.files.remove()
+            raise
+        converted = Converted.open(path)
+        if recipe.prove is not None:
+            _require_no(small_file_differences(self.source.directory, path), path)
+        self.source.files.remove()
         return replace(
-            Converted.open(path),
+            converted,
             reused_shards=filled.reused_shards,
             was_finished=filled.was_finished,
             changes=filled.changes,
+            leftovers=self.leftovers,
         )
 
     def converted_config(self) -> dict[str, Any]:
@@ -311,16 +362,34 @@ class ConversionPlan(Rendered):
         }
         return config
 
-    def _shards(self) -> Iterator[StreamedShard]:
-        """Yield one shard for the tensors outside the layers, then one per layer."""
+    def _targets(self) -> Iterator[tuple[str, list[ConvertedTensor]]]:
+        """Yield each file and its tensors: one for those outside the layers, then one per layer."""
         layers = (None, *range(self.config.num_hidden_layers))
         for number, layer in enumerate(layers, start=1):
+            outputs = [output for output in self.outputs if output.layer == layer]
+            yield f"model-{number:05d}-of-{len(layers):05d}.safetensors", outputs
+
+    def _shards(self) -> Iterator[StreamedShard]:
+        for name, outputs in self._targets():
             tensors = tuple(
-                StreamedTensor(output.spec, list(pieces(output, self.source)))
-                for output in self.outputs
-                if output.layer == layer
+                StreamedTensor(output.spec, list(pieces(output, self.source))) for output in outputs
             )
-            yield StreamedShard(f"model-{number:05d}-of-{len(layers):05d}.safetensors", tensors)
+            yield StreamedShard(name, tensors, files_of(outputs, self.source))
+
+    def _prove(
+        self, directory: Path, shard: StreamedShard, records: Mapping[str, TensorRecord]
+    ) -> None:
+        """Raise ConversionError when a written shard is not what its sources give."""
+        outputs = [output for output in self.outputs if output.name in records]
+        stored = TensorDirectory(directory, shards=[shard.name])
+        differences = [f"{name} has other bytes" for name in damaged_tensors(stored, records)]
+        for output, found, rounded in compare_outputs(
+            outputs, self.source.convention, self.source, stored
+        ):
+            differences += found
+            if rounded != records[output.name].rounded_codes:
+                differences.append(f"{output.name} has another number of rounded codes")
+        _require_no(differences, directory / shard.name)
 
     def _manifest(self, records: Mapping[str, TensorRecord]) -> dict[str, Any]:
         return {
@@ -339,6 +408,18 @@ class ConversionPlan(Rendered):
                 for output in self.outputs
             },
         }
+
+
+def _warnings(leftovers: Sequence[str]) -> list[str]:
+    return [f"warning: {message}" for message in leftovers]
+
+
+def _require_no(differences: Sequence[str], path: Path) -> None:
+    if differences:
+        raise ConversionError(
+            f"{path} does not equal its sources ({some_of(differences)}); run again, and look at "
+            "the machine's memory and disk if that is said again"
+        )
 
 
 def plan_conversion(checkpoint: Checkpoint, layout: Layout | None = None) -> ConversionPlan:

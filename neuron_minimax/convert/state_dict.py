@@ -44,10 +44,15 @@ class StateDict(ScaledWeights):
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        return {
-            name: TensorSpec(name, STORED_NAMES[str(tensor.dtype)], tuple(tensor.shape))
-            for name, tensor in self.tensors.items()
-        }
+        specs = {}
+        for name, tensor in self.tensors.items():
+            dtype = STORED_NAMES.get(str(tensor.dtype))
+            if dtype is None:
+                raise ConversionError(
+                    f"{name} is {tensor.dtype}; expected one of {', '.join(STORED_NAMES)}"
+                )
+            specs[name] = TensorSpec(name, dtype, tuple(tensor.shape))
+        return specs
 
     def array(self, name: str) -> np.ndarray:
         import torch

@@ -37,6 +37,7 @@ from neuron_minimax.families import Role
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.progress import SILENT, Progress
 
+CHECKED = ("neuron", "cpu")  # backends
 RUN_SECONDS = 1800.0
 LOG_NAME = "run.log"
 
@@ -183,8 +184,13 @@ def check_device(
             "the CPU backend's"
         )
     module = options_module(backend)
+    if backend not in CHECKED:
+        raise BackendError(
+            f"there are no probes for --backend {backend}; expected {' or '.join(CHECKED)}",
+            usage=True,
+        )
     resolved = module.check_options(config, options)
-    module.environment()
+    module.environment(resolved)
     if traced is not None and read_manifest(traced).checkpoint != fingerprint(
         Converted.open(converted, read_shards=False)
     ):

@@ -119,10 +119,10 @@ class Weight:
 
     @property
     def float32_only(self) -> bool:
-        """True where less than float32 is refused.
+        """True where the published checkpoint stores float32, which a conversion keeps: routing.
 
-        Routing needs float32: bias values are 4.7 to 9.5, where BF16 steps are 0.03 to 0.06 and
-        flip experts.
+        A checkpoint that stores it in less is widened, and a report says so: bias values are 4.7 to
+        9.5, where BF16 steps are 0.03 to 0.06 and flip experts. FP8 is refused.
         """
         return self.published_dtype == "F32"
 
@@ -216,6 +216,26 @@ class SamplingDefaults:
     temperature: float
     top_p: float
     top_k: int
+
+
+# What is allowed for each option of sampling: (lowest, highest, whether the lowest itself is).
+SAMPLING_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 100.0, False),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+
+
+def out_of_range(name: str, value: float) -> str:
+    """Say which numbers an option of sampling may be, "" for one of these."""
+    (low, high, closed) = SAMPLING_RANGES[name]
+    if (low <= value if closed else low < value) and value <= high:
+        return ""
+    bound = "from" if closed else "above"
+    return f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

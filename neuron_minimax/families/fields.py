@@ -156,6 +156,8 @@ UNUSED_IN = {
     ),
     "rope_parameters": frozenset(("finetuned",)),
 }
+# What a newer config.json has in its RoPE section, and an older one beside it.
+BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
 SECTIONS = {
     "quantization_config": QuantizationFields,
     "rope_parameters": RopeFields,
@@ -229,6 +231,8 @@ def require_no_contradiction(
     """Raise ConfigError naming two fields that say different things, or one without the other that
     it needs.
     """
+    if fields.rope_parameters and fields.rope_scaling:
+        _require_one_rope(fields.rope_parameters, fields.rope_scaling)
     factor = rope.partial_rotary_factor or fields.partial_rotary_factor
     if fields.rotary_dim and factor and abs(fields.rotary_dim - head_dim * factor) >= 1:
         raise ConfigError(
@@ -250,3 +254,19 @@ def require_no_contradiction(
     needed = {"yarn": "original_max_position_embeddings", "linear": "factor"}.get(rope_type)
     if needed is not None and getattr(rope, needed) is None:
         raise ConfigError(f"config.json: rope_type {rope_type!r} lacks {needed!r}; {ADVICE}")
+
+
+def _require_one_rope(parameters: RopeFields, scaling: RopeFields) -> None:
+    """Raise ConfigError naming what the two RoPE sections of one config.json say differently."""
+    first, second = (
+        {**vars(section), "rope_type": section.rope_type or section.type or "default", "type": None}
+        for section in (parameters, scaling)
+    )
+    for name, value in first.items():
+        found = second[name]
+        beside = name in BESIDE_ROPE and None in (value, found)
+        if value != found and not beside:
+            raise ConfigError(
+                f"config.json: {name} of rope_parameters is {shown(value)}, but of rope_scaling "
+                f"{shown(found)}; expected one section, or two that say the same: {ADVICE}"
+            )

@@ -12,17 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from neuron_minimax.errors import GenerationError
+from neuron_minimax.families.family import SAMPLING_RANGES, out_of_range
 
 HEAD = 1024  # tokens that hold the mass of top_p nearly always
-# What is allowed for each option: (lowest, highest, whether the lowest itself is allowed).
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "temperature": (0.0, 100.0, True),
-    "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, True),
-    "repetition_penalty": (0.0, 100.0, False),
-    "presence_penalty": (-2.0, 2.0, True),
-    "frequency_penalty": (-2.0, 2.0, True),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +25,7 @@ class SamplingParams:
     `repetition_penalty` divides positive and multiplies negative logits of every token of prompt
     and answer (CTRL, arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are subtracted
     for tokens of the answer, once and per occurrence (OpenAI's definition). The answer's text, not
-    the reasoning before it, ends before the first of the `stop` texts.
+    the reasoning before it, ends before the first of the `stop` texts; one text may be given alone.
     """
 
     temperature: float = 1.0
@@ -44,13 +36,13 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises GenerationError with usage=True; a reader of a file raises its own, which names
         the file.
         """
-        for name, (low, high, closed) in RANGES.items():
+        for name in SAMPLING_RANGES:
             value = getattr(self, name)
             if (
                 not isinstance(value, int | float)
@@ -58,11 +50,9 @@ class SamplingParams:
                 or not math.isfinite(value)
             ):
                 raise _refusal(f"{name} is {value!r}; expected a number")
-            if not (low <= value if closed else low < value) or value > high:
-                bound = "from" if closed else "above"
-                raise _refusal(
-                    f"{name} is {value}; expected a number {bound} {low:g} up to {high:g}"
-                )
+            problem = out_of_range(name, value)
+            if problem:
+                raise _refusal(problem)
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < -1:
             raise _refusal(
                 f"top_k is {self.top_k!r}; expected a count of tokens, or 0 or -1 for every token"
@@ -71,8 +61,12 @@ class SamplingParams:
             not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63
         ):
             raise _refusal(f"seed is {self.seed!r}; expected a 64-bit integer")
-        if not all(isinstance(text, str) and text for text in self.stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
             raise _refusal(f"stop is {self.stop!r}; expected texts that end an answer")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 def _refusal(problem: str) -> GenerationError:

@@ -76,6 +76,7 @@ def _marked(message: Mapping[str, Any], marks: Marks, tags: Sequence[str]) -> di
     return {key: marks.marked(value, tags if key in said else ()) for key, value in message.items()}
 
 
+@functools.lru_cache(maxsize=4)  # a tokenizer's template stays as it is
 def writes_late_system(hugging_face: Any) -> bool:
     """Say whether the template writes a system message where it stands in the conversation."""
     probe = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
@@ -84,6 +85,7 @@ def writes_late_system(hugging_face: Any) -> bool:
     return "assistant" in written.partition(PROBES[0])[0] and PROBES[0] in written
 
 
+@functools.lru_cache(maxsize=4)
 def writes_results_apart(hugging_face: Any) -> bool:
     """Say whether the template writes each text of a tool's list of them as a result of its own."""
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}

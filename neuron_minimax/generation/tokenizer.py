@@ -4,11 +4,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from pydantic import ConfigDict, Field
+from typing import Any, TypeVar
 
 from neuron_minimax.checkpoint.kinds import CONFIG_NAME
+from neuron_minimax.checkpoint.tokenizer_file import (
+    GENERATION_NAME,
+    GenerationFields,
+    StopFields,
+)
 from neuron_minimax.checkpoint.writer import COMPANION_FILES, TOKENIZER_BYTES, token_numbers
 from neuron_minimax.config import LARGEST
 from neuron_minimax.errors import GenerationError, shown
@@ -26,38 +29,11 @@ CONFIG_BYTES = 8 << 20
 NO_LIMIT = 10**30  # tokens; the engine knows how long a prompt may be
 PROBE = "a text"
 ADVICE = "download it again"
-_TYPED = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ModelFields:
-    """What is read of a config.json; it may be of a family that we do not know."""
-
-    __pydantic_config__ = _TYPED
-
-    eos_token_id: int | tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _GenerationFields:
-    """What is read of a generation_config.json."""
-
-    __pydantic_config__ = _TYPED
-
-    eos_token_id: int | tuple[int, ...] | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(lt=2**31)] | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
-FIELDS_OF: dict[str, type[_ModelFields] | type[_GenerationFields]] = {
-    "generation_config.json": _GenerationFields,
-    CONFIG_NAME: _ModelFields,
+FIELDS_OF: dict[str, type[StopFields] | type[GenerationFields]] = {
+    GENERATION_NAME: GenerationFields,
+    CONFIG_NAME: StopFields,
 }
-Fields = TypeVar("Fields", bound=_ModelFields | _GenerationFields)
+Fields = TypeVar("Fields", bound=StopFields | GenerationFields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +233,19 @@ def _loader(directory: Path) -> Callable[..., Any]:
     known = not isinstance(named, str) or any(
         hasattr(transformers, name) for name in (named, f"{named}Fast")
     )
-    kind = transformers.AutoTokenizer if known else transformers.PreTrainedTokenizerFast
-    return kind.from_pretrained  # type: ignore[no-any-return]
+    if known:
+        return transformers.AutoTokenizer.from_pretrained  # type: ignore[no-any-return]
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        # It would warn that the file names another class, which is why it is called.
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(*arguments, **options)
+        finally:
+            transformers.logging.set_verbosity(before)
+
+    return load
 
 
 def _listed_tokens(directory: Path) -> dict[str, Any]:
@@ -384,14 +371,11 @@ def _sampling_defaults(
 
     A value that `passed_over` has as well does not count.
     """
-    path = directory / "generation_config.json"
-    generation = _read(path, _GenerationFields)
+    path = directory / GENERATION_NAME
+    generation = _read(path, GenerationFields)
     if generation.do_sample is False:
         return GREEDY
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: getattr(generation, name) for name in names}
-    stated = {name: value for name, value in given.items() if value is not None}
-    counted = dict(stated.items() - (passed_over or {}).items())
+    counted = dict(generation.sampling.items() - (passed_over or {}).items())
     try:
         return SamplingParams(**{**asdict(recommended), **counted})
     except GenerationError as error:

@@ -9,9 +9,18 @@ from typing import Any, Literal
 
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.checkpoint.header import ADVICE
-from neuron_minimax.checkpoint.index import INDEX_NAME, SINGLE_NAME
+from neuron_minimax.checkpoint.kinds import CONFIG_NAME
 from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.checkpoint.tokenizer_file import NO_TOKENIZER, broken_companions, has_tokenizer
+from neuron_minimax.checkpoint.tokenizer_file import (
+    GENERATION_NAME,
+    NO_TEMPLATE,
+    NO_TOKENIZER,
+    TEMPLATE_NAMES,
+    GenerationFields,
+    broken_companions,
+    has_template,
+    has_tokenizer,
+)
 from neuron_minimax.errors import CheckpointError, counted, some_of
 from neuron_minimax.families import Role
 from neuron_minimax.families.fields import unused_fields
@@ -19,6 +28,7 @@ from neuron_minimax.files import read_json
 from neuron_minimax.inspection.modules import EntryVerdict, Framework, Module, uncovered
 
 Severity = Literal["error", "warning", "note"]
+STEPS_AT_8 = {"BF16": "0.06", "F16": "0.008"}  # between numbers that the dtype has
 ABSENT = "absent"  # from a layer that is of another kind
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -169,12 +179,12 @@ def shard_rows(checkpoint: Checkpoint) -> Iterator[ShardRow]:
     for entry in checkpoint.entries.values():
         sizes[entry.shard] += entry.nbytes
     for shard in checkpoint.shards:
-        path = checkpoint.directory / shard
+        stamp = checkpoint.stamps.get(shard)
         yield ShardRow(
             name=shard,
             tensors=counts[shard],
             bytes=sizes[shard],
-            file_bytes=path.stat().st_size if path.exists() else 0,
+            file_bytes=stamp.nbytes if stamp else 0,
         )
 
 
@@ -222,24 +232,20 @@ def configuration_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> 
             subject=leftover.subject,
             message=leftover.message,
         )
-    if checkpoint.shards != [SINGLE_NAME] and (checkpoint.directory / SINGLE_NAME).exists():
-        message = (
-            f"{SINGLE_NAME} lies beside {INDEX_NAME}, which does not list it: transformers would "
-            "read it and not the shards; here the index decides. Remove the one that is not meant"
-        )
-        yield Finding(severity="warning", kind="leftover", subject=SINGLE_NAME, message=message)
 
 
 def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Iterator[Finding]:
     """Yield which kinds of weights and scales are stored in a dtype that is widened to float32."""
     family = checkpoint.config.family
     float32_only = {family.kind(weight): weight for weight in family.weights if weight.float32_only}
+    halves = []
     for row in kinds:
         narrow = [dtype for dtype in row.dtypes if dtype in ("BF16", "F16")]
         if row.kind in float32_only and narrow:
             rounded = "it may have been rounded by whoever wrote it"
             if float32_only[row.kind].role is Role.ROUTER_BIAS:
-                rounded += ", which flips experts: at 8 a step of BF16 is 0.06"
+                steps = " and ".join(f"of {dtype} is {STEPS_AT_8[dtype]}" for dtype in narrow)
+                rounded += f", which flips experts: at 8 a step {steps}"
             message = (
                 f"{row.kind} is {' and '.join(narrow)}, where F32 is published: it is widened to "
                 f"float32, which is exact, but {rounded}; take the published checkpoint where you "
@@ -247,8 +253,13 @@ def _widened_findings(checkpoint: Checkpoint, kinds: Sequence[KindRow]) -> Itera
             )
             yield Finding(severity="warning", kind="dtype", subject=row.kind, message=message)
         elif "F16" in row.dtypes:
-            message = f"{row.kind} is F16: widened to float32, which is exact and twice as large"
-            yield Finding(severity="note", kind="dtype", subject=row.kind, message=message)
+            halves.append(row.kind)
+    if halves:
+        message = (
+            f"{', '.join(halves)} {'are' if len(halves) > 1 else 'is'} F16: widened to float32, "
+            "which is exact and twice as large"
+        )
+        yield Finding(severity="note", kind="dtype", subject=halves[0], message=message)
     scales = Counter(
         checkpoint.entries[name].dtype
         for wanted in schema.expected(checkpoint.config)
@@ -275,20 +286,40 @@ def companion_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             severity="warning", kind="tokenizer", subject="tokenizer.json", message=NO_TOKENIZER
         )
+    elif not has_template(checkpoint.directory):
+        subject = TEMPLATE_NAMES[0]
+        yield Finding(severity="warning", kind="tokenizer", subject=subject, message=NO_TEMPLATE)
 
 
 def end_token_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A note when no file of the checkpoint names the token that ends an answer. A file that cannot
-    be read is one of `companion_findings`.
+    """A note when no file of the checkpoint names the token that ends an answer, and one when a
+    file names a token that the model does not have. A file that cannot be read is one of
+    `companion_findings`.
     """
-    path = checkpoint.directory / "generation_config.json"
+    path = checkpoint.directory / GENERATION_NAME
+    in_generation: tuple[int, ...] = ()
     try:
-        named = read_json(path, dict[str, Any], CheckpointError, ADVICE).get("eos_token_id")
+        in_generation = read_json(path, GenerationFields, CheckpointError, ADVICE).end_tokens
     except FileNotFoundError:
-        named = None
+        pass
     except CheckpointError:
         return
-    if not checkpoint.config.eos_token_ids and named in (None, []):
+    tokens = checkpoint.config.vocab_size
+    for file, ids in (
+        (CONFIG_NAME, checkpoint.config.eos_token_ids),
+        (path.name, in_generation),
+    ):
+        unknown = [str(token) for token in ids if not 0 <= token < tokens]
+        if unknown:
+            message = (
+                f"{file}: eos_token_id is {' and '.join(unknown)}, and the model has tokens 0 to "
+                f"{tokens - 1}: it is passed over, and an answer ends where the others, the other "
+                "file or the tokenizer say"
+            )
+            yield Finding(
+                severity="note", kind="generation", subject="eos_token_id", message=message
+            )
+    if not checkpoint.config.eos_token_ids and not in_generation:
         message = (
             f"neither config.json nor {path.name} names eos_token_id: transformers would not stop; "
             "here an answer ends at the tokenizer's end-of-turn token"

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from neuron_minimax.fp8 import block_grid
+from neuron_minimax.fp8 import OCP_MAX, block_grid
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)  # E4M3 codes, or the same bytes
 # Format: OCP 8-bit floating point specification 1.0, E4M3: sign, 4 exponent bits (bias 7), 3
@@ -204,6 +204,39 @@ def check_shapes(
             )
 
 
+KV_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}
+
+SCALE_BYTES = 4
+
+
+def cached_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of a head's row in a cache of this dtype: in FP8 codes as bytes, then their scale,
+    float32.
+    """
+    return head_dim + SCALE_BYTES if dtype == torch.uint8 else head_dim
+
+
+def as_cached(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values [..., D] as a cache of this dtype holds them, [..., cached_width]: rounded; in
+    FP8 each row to E4M3 codes of row / scale, where scale = largest magnitude / 448.
+    """
+    if dtype != torch.uint8:
+        return rows.to(dtype)
+    wide = rows.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / OCP_MAX).clamp(min=2.0**-126)
+    codes = (wide / scale).to(torch.float8_e4m3fn)
+    return torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
+
+
+def from_cached(cached: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values [..., D] in `dtype` from what `as_cached` has made."""
+    if cached.dtype != torch.uint8:
+        return cached.to(dtype)
+    codes = cached[..., :-SCALE_BYTES]
+    scale = cached[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (decode(codes) * scale).to(dtype)
+
+
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -214,14 +247,15 @@ def attend(
     positions_BT: torch.Tensor,
     mask_BTC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention to [B,T,N*D]; the key at index c is at position c, or below the query's
-    position if c is. A `mask_BTC` of who sees whom, or of floats that are added to scores, is in
-    place of that; every token has to see a key.
+    """Causal attention to [B,T,N*D] over keys and values as `as_cached` has made them; the key at
+    index c is at position c, or below the query's position if c is. A `mask_BTC` of who sees whom,
+    or of floats that are added to scores, is in place of that; every token has to see a key.
 
     The G query heads that share a key head become G times as many query rows, so that keys are
     never repeated.
     """
     batch, tokens, heads, head_dim = query_BTND.shape
+    key_BKCD, value_BKCD = (from_cached(each, query_BTND.dtype) for each in (key_BKCD, value_BKCD))
     key_heads = key_BKCD.shape[1]
     group = heads // key_heads
     query = query_BTND.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)

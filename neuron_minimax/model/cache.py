@@ -11,14 +11,36 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import GenerationError, counted
+from neuron_minimax.kernels.reference import as_cached, cached_width
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
+class LayerCache(Protocol):
+    """What a layer asks of a cache."""
+
+    def write(
+        self,
+        layer: int,
+        rows_B: torch.Tensor,
+        positions_BT: torch.Tensor,
+        key_BTKD: torch.Tensor,
+        value_BTKD: torch.Tensor,
+    ) -> None:
+        """Store T tokens of sequences `rows_B` at their positions."""
+        ...
+
+    def read(
+        self, layer: int, rows_B: torch.Tensor | None, filled: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B,K,filled,D] of sequences `rows_B`, or of all in order (None)."""
+        ...
+
+
 @runtime_checkable
-class Cache(Protocol):
-    """What the decoder asks of a cache, once a pass (`reserve`, `lengths`) and in every layer.
+class Cache(LayerCache, Protocol):
+    """What the decoder asks of a cache: once a pass, and in every layer as LayerCache says.
 
     lengths   [B] int64, how many positions each sequence holds: where its next token stands.
               Setting smaller ones shortens the sequences
@@ -36,23 +58,6 @@ class Cache(Protocol):
         Returns how many positions attention reads. Raises GenerationError naming the sequence that
         does not fit, before anything is written.
         """
-        ...
-
-    def write(
-        self,
-        layer: int,
-        rows_B: torch.Tensor,
-        positions_BT: torch.Tensor,
-        key_BTKD: torch.Tensor,
-        value_BTKD: torch.Tensor,
-    ) -> None:
-        """Store T tokens of sequences `rows_B` at their positions."""
-        ...
-
-    def read(
-        self, layer: int, rows_B: torch.Tensor | None, filled: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B,K,filled,D] of sequences `rows_B`, or of all in order (None)."""
         ...
 
 
@@ -74,8 +79,9 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype = torch.float32
     ) -> Self:
-        """An empty cache; `dtype` is that of the model's activations."""
-        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        """An empty cache; `dtype` is the model's `cache_dtype`, one of KV_CACHE_DTYPES."""
+        width = cached_width(config.head_dim, dtype)
+        shape = (slots, config.num_key_value_heads, capacity, width)
         layers = range(config.num_hidden_layers)
         lengths = torch.zeros(slots, dtype=torch.int64)
         return cls(
@@ -120,8 +126,9 @@ class KVCache:
         value_BTKD: torch.Tensor,
     ) -> None:
         """Store T tokens of slots `rows_B` at their positions, in place."""
-        self.keys[layer][rows_B[:, None], :, positions_BT] = key_BTKD
-        self.values[layer][rows_B[:, None], :, positions_BT] = value_BTKD
+        for stored, new_BTKD in ((self.keys, key_BTKD), (self.values, value_BTKD)):
+            rows = as_cached(new_BTKD, stored[layer].dtype)
+            stored[layer][rows_B[:, None], :, positions_BT] = rows
 
     def read(
         self, layer: int, rows_B: torch.Tensor | None, filled: int
@@ -169,8 +176,8 @@ class FullCache(KVCache):
             return
         rows = rows_B[:, None].expand_as(positions_BT)[inside_BT]
         positions = positions_BT[inside_BT]
-        self.keys[layer][rows, :, positions] = key_BTKD[inside_BT]
-        self.values[layer][rows, :, positions] = value_BTKD[inside_BT]
+        for stored, new_BTKD in ((self.keys, key_BTKD), (self.values, value_BTKD)):
+            stored[layer][rows, :, positions] = as_cached(new_BTKD[inside_BT], stored[layer].dtype)
 
 
 class BatchingCache(KVCache):
@@ -327,13 +334,13 @@ class DynamicCacheView:
         return (keys, values) if rows_B is None else (keys[rows_B], values[rows_B])
 
 
-# Key/value heads, head_dim and dtype of each layer.
+# Key/value heads, elements of one and dtype of each layer.
 Heads = list[tuple[int, int, torch.dtype]]
 
 
 def heads_of(config: ModelConfig, dtype: torch.dtype) -> Heads:
-    """What a model with activations in `dtype` writes into the layers of a cache."""
-    head = (config.num_key_value_heads, config.head_dim, dtype)
+    """What a model whose cache is in `dtype` writes into its layers."""
+    head = (config.num_key_value_heads, cached_width(config.head_dim, dtype), dtype)
     return [head] * config.num_hidden_layers
 
 

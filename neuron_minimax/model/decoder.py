@@ -83,7 +83,8 @@ class Decoder(nn.Module):
 
     `state` maps converted names to tensors (FP8 codes as float8_e4m3fn or uint8 with a float32
     `.scale`, or float32, or bfloat16); they are used as they are, without a copy. `compute` is the
-    dtype of activations and of the cache. Without a state the model has names and shapes only.
+    dtype of activations, and of the cache unless `cache_dtype` is another (KV_CACHE_DTYPES).
+    Without a state the model has names and shapes only.
     Raises CheckpointError when a tensor is missing, extra, of the wrong shape, or FP8 without its
     scale. To train: `Decoder(config, initial_state(config, seed)).requires_grad_()`.
 
@@ -97,12 +98,14 @@ class Decoder(nn.Module):
         state: Mapping[str, torch.Tensor] | None = None,
         *,
         compute: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
         shard: Shard | None = None,
     ) -> None:
         super().__init__()
         shard = shard or Shard(config=config)
         self.config = config
         self.compute = compute
+        self.cache_dtype = cache_dtype or compute
         self.shard = shard
         self.embed_tokens = StoredWeight(shard.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -199,8 +202,8 @@ class Decoder(nn.Module):
         past = past_key_values
         if past is None and use_cache:
             capacity = max(tokens, FIRST_CAPACITY)
-            past = KVCache.allocate(self.shard.own_heads, batch, capacity, self.compute)
-        heads = heads_of(self.shard.own_heads, self.compute)
+            past = KVCache.allocate(self.shard.own_heads, batch, capacity, self.cache_dtype)
+        heads = heads_of(self.shard.own_heads, self.cache_dtype)
         cache = None if past is None else as_cache(past, batch, heads)
         before_B = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.lengths
         if len(before_B) != batch:
@@ -267,7 +270,7 @@ class Decoder(nn.Module):
         self, input_ids: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, list[Routing]]:
         """What `hidden_states` returns, of a step that is made elsewhere."""
-        hidden_BTH = self._embed(input_ids).to(self.compute)
+        hidden_BTH = self.embed(input_ids, step.rank).to(self.compute)
         routings = []
         for layer in self.layers:
             hidden_BTH, routing = layer(hidden_BTH, step)
@@ -275,11 +278,13 @@ class Decoder(nn.Module):
                 routings.append(routing)
         return self.norm(hidden_BTH), routings
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
+        """[...] to [...,H] in the dtype of the embedding; `rank` is that of `Step`."""
         weight_VH = self.embed_tokens.weight
         if self.shard.tp_degree == 1:
             return F.embedding(ids, weight_VH)
-        rows = ids - self.shard.rank * self.shard.vocab_size
+        first_row = (self.shard.rank if rank is None else rank) * self.shard.vocab_size
+        rows = ids - first_row
         here = (rows >= 0) & (rows < self.shard.vocab_size)
         embedded = F.embedding(torch.where(here, rows, 0), weight_VH)
         return self.shard.sum(torch.where(here[..., None], embedded, 0))

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from neuron_minimax.kernels.reference import (
     expert_mlp,
     linear,
 )
-from neuron_minimax.model.static_cache import LayerCache
+from neuron_minimax.model.cache import LayerCache
+
+DENSE_DTYPES = (torch.float32, torch.bfloat16)
 
 LinearKernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor
@@ -48,6 +50,8 @@ class Step:
     rows_B         the cache slots of the batch rows; None: the batch is all slots, in order
     filled         how many cache positions attention reads
     real_BT        which tokens are not padding; None: all
+    rank           this rank's number as a tensor, where one graph serves every rank of the group;
+                   None: the shard's own
     """
 
     positions_BT: torch.Tensor
@@ -56,6 +60,7 @@ class Step:
     rows_B: torch.Tensor | None = None
     filled: int = 0
     real_BT: torch.Tensor | None = None
+    rank: torch.Tensor | None = None
     kernels: Kernels = Kernels()
 
 
@@ -63,16 +68,23 @@ class StoredWeight(nn.Module):
     """A weight in float32, bfloat16 or FP8 codes, and the block scales that FP8 needs (else None).
 
     Made without storage; `assign` gives it tensors. `scale_shape` None means that FP8 is not
-    expected here; `biased` that a bias [first dimension] belongs to it.
+    expected here; `biased` that a bias [first dimension] belongs to it; `float32_only` that it is
+    never rounded.
     """
 
     scale: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, *shape: int, scale_shape: tuple[int, ...] | None = None, biased: bool = False
+        self,
+        *shape: int,
+        scale_shape: tuple[int, ...] | None = None,
+        biased: bool = False,
+        float32_only: bool = False,
     ) -> None:
         super().__init__()
+        dense = (torch.float32,) if float32_only else DENSE_DTYPES
+        self.dtypes = dense if scale_shape is None else (*dense, *FP8_DTYPES)
         self.scale_shape = scale_shape
         self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
         self.register_parameter("scale", None)
@@ -82,20 +94,21 @@ class StoredWeight(nn.Module):
     def assign(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """Take this module's tensors out of `state`, without a copy.
 
-        Raises CheckpointError when one is missing or does not fit, or FP8 lacks its scale.
+        Raises CheckpointError when one is missing, does not fit or is in another dtype, or FP8
+        lacks its scale.
         """
-        weight = take(state, f"{name}.weight", tuple(self.weight.shape))
+        weight = take(state, f"{name}.weight", tuple(self.weight.shape), self.dtypes)
         scale = state.pop(f"{name}.scale", None)
         if self.bias is not None:
-            bias = take(state, f"{name}.bias", tuple(self.bias.shape))
+            bias = take(state, f"{name}.bias", tuple(self.bias.shape), DENSE_DTYPES)
             self.bias = nn.Parameter(bias, requires_grad=False)
         if weight.dtype in FP8_DTYPES:
-            if scale is None or self.scale_shape is None:
-                problem = "no scale" if scale is None else "no place for a scale in this model"
+            assert self.scale_shape is not None, "FP8 is among the dtypes where scales are"
+            if scale is None:
                 raise CheckpointError(
-                    f"{name}.weight is FP8, but there is {problem}; convert the checkpoint again"
+                    f"{name}.weight is FP8, but there is no scale; convert the checkpoint again"
                 )
-            require_shape(f"{name}.scale", scale, self.scale_shape)
+            require(f"{name}.scale", scale, self.scale_shape, (torch.float32,))
             self.scale = nn.Parameter(scale, requires_grad=False)
         elif scale is not None:
             raise CheckpointError(
@@ -138,21 +151,38 @@ class RMSNorm(StoredWeight):
         return self.weight.to(dtype) * normed.to(dtype)
 
 
-def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Take a tensor out of a state dict. Raises CheckpointError when it is missing or misshapen."""
+def take(
+    state: dict[str, torch.Tensor],
+    name: str,
+    shape: tuple[int, ...],
+    dtypes: Sequence[torch.dtype],
+) -> torch.Tensor:
+    """Take a tensor out of a state dict. Raises CheckpointError when it is missing, or has another
+    shape, or none of the dtypes.
+    """
     tensor = state.pop(name, None)
     if tensor is None:
         raise CheckpointError(
             f"{name} is missing from the state dict; convert the checkpoint again"
         )
-    require_shape(name, tensor, shape)
+    require(name, tensor, shape, dtypes)
     return tensor
 
 
-def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError when a tensor has another shape than the config implies."""
+def require(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raise CheckpointError when a tensor has another shape than the config implies, or none of the
+    dtypes: nothing is cast.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}; check "
             "that both come from the same conversion"
+        )
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise CheckpointError(
+            f"{name} is in {str(tensor.dtype).removeprefix('torch.')}; expected {expected}: "
+            "convert the checkpoint again"
         )

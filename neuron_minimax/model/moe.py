@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.families.family import RouterKind
+from neuron_minimax.families.family import Role, RouterKind
 from neuron_minimax.fp8 import block_grid
 from neuron_minimax.kernels.reference import ExpertWeights
 from neuron_minimax.model.layers import Linear, Step, StoredWeight, take
@@ -44,7 +44,10 @@ class Router(nn.Module):
         self.kind = config.family.architecture.router
         self.experts_per_token = config.num_experts_per_tok
         self.normalised = config.norm_topk_prob
-        self.linear_router = StoredWeight(config.num_local_experts, config.hidden_size)
+        float32_only = config.family.weight_of(Role.ROUTER).float32_only
+        self.linear_router = StoredWeight(
+            config.num_local_experts, config.hidden_size, float32_only=float32_only
+        )
         if self.kind is RouterKind.SIGMOID_BIAS:
             # A buffer, not a parameter: training moves it by a rule of its own, without a gradient.
             bias_E = torch.empty(config.num_local_experts, device="meta")
@@ -72,13 +75,13 @@ class Router(nn.Module):
         return Routing(scores_TE, index_TK, affinity_TK)
 
     def assign(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Take the bias out of `state`, widened to float32.
+        """Take the bias out of `state`.
 
-        Raises CheckpointError when it is missing or of another shape.
+        Raises CheckpointError when it is missing, of another shape, or not in float32.
         """
         if self.kind is RouterKind.SIGMOID_BIAS:
             ((buffer, empty),) = self.named_buffers(name, recurse=False)
-            self.e_score_correction_bias = take(state, buffer, tuple(empty.shape)).float()
+            self.e_score_correction_bias = take(state, buffer, tuple(empty.shape), (torch.float32,))
 
 
 def float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,7 @@ class StackedExperts(nn.Module):
 
     def __init__(self, shard: Shard) -> None:
         super().__init__()
-        experts = len(shard.experts)
+        experts = shard.held_experts
         hidden = shard.config.hidden_size
         intermediate = shard.config.intermediate_size // shard.moe_tp_degree
         self.block = shard.expert_block
@@ -151,7 +154,7 @@ class SparseMoE(nn.Module):
     def __init__(self, shard: Shard) -> None:
         super().__init__()
         config = shard.config
-        self.experts = shard.experts
+        self.shard = shard
         self.router = Router(config)
         self.expert_mlps = ExpertMLPs(shard)
         self.shared_experts: DenseMLP | None = None
@@ -169,7 +172,7 @@ class SparseMoE(nn.Module):
             routing = routing._replace(expert_index_TK=index_TK)
         out_TH = step.kernels.expert_mlp(
             hidden_TH,
-            self._here(routing.expert_index_TK),
+            self._here(routing.expert_index_TK, step.rank),
             routing.affinity_TK,
             self.expert_mlps.mlp_op.weights(),
         )
@@ -178,10 +181,14 @@ class SparseMoE(nn.Module):
             out_BTH = out_BTH + self.shared_experts(hidden_BTH, step)
         return out_BTH, routing
 
-    def _here(self, index_TK: torch.Tensor) -> torch.Tensor:
+    def _here(self, index_TK: torch.Tensor, rank: torch.Tensor | None) -> torch.Tensor:
         """Numbers of the chosen experts among this rank's; -1 for those of other ranks."""
-        if len(self.experts) == self.router.linear_router.weight.shape[0]:
+        if self.shard.moe_ep_degree == 1:
             return index_TK
-        local_TK = index_TK - self.experts.start
-        here_TK = (local_TK >= 0) & (local_TK < len(self.experts))
-        return torch.where(here_TK, local_TK, -1)
+        first: int | torch.Tensor = self.shard.experts.start
+        behind: int | torch.Tensor = self.shard.experts.stop
+        if rank is not None:
+            first = self.shard.first_expert(rank)
+            behind = self.shard.first_expert(rank + self.shard.moe_tp_degree)
+        here_TK = (index_TK >= first) & (index_TK < behind)
+        return torch.where(here_TK, index_TK - first, -1)

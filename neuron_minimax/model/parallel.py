@@ -11,7 +11,7 @@ from math import gcd
 
 import torch
 
-from neuron_minimax.config import ModelConfig
+from neuron_minimax.config import ModelConfig, expert_share
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.fp8 import ceil_div
 
@@ -51,10 +51,10 @@ class Shard:
             raise ConfigError(
                 f"moe_ep_degree {self.moe_ep_degree} does not divide tp_degree {self.tp_degree}"
             )
-        if experts % self.moe_ep_degree:
+        if self.moe_ep_degree > max(1, experts):
             raise ConfigError(
-                f"moe_ep_degree {self.moe_ep_degree} does not divide the {experts} experts; choose "
-                "another"
+                f"moe_ep_degree {self.moe_ep_degree} is more than the {experts} experts; choose a "
+                "smaller one, and a larger moe_tp_degree"
             )
         widths = {
             "shared_intermediate_size": (config.shared_intermediate_size, self.tp_degree),
@@ -85,9 +85,21 @@ class Shard:
     @property
     def experts(self) -> range:
         """Numbers of the experts of this rank."""
-        count = self.config.num_local_experts // self.moe_ep_degree
-        first = self.rank // self.moe_tp_degree * count
-        return range(first, first + count)
+        expert_rank = self.rank // self.moe_tp_degree
+        return expert_share(self.config.num_local_experts, expert_rank, self.moe_ep_degree)
+
+    @property
+    def held_experts(self) -> int:
+        """Experts that every rank has room for, as many on each: its own, and zeros after them."""
+        return ceil_div(self.config.num_local_experts, self.moe_ep_degree)
+
+    def first_expert(self, rank: torch.Tensor) -> torch.Tensor:
+        """Number of the first expert of a rank that a graph is given, as `expert_share` has it; of
+        the rank behind the last, how many experts there are.
+        """
+        fewest, fuller_ranks = divmod(self.config.num_local_experts, self.moe_ep_degree)
+        expert_rank = rank // self.moe_tp_degree
+        return expert_rank * fewest + expert_rank.clamp(max=fuller_ranks)
 
     @property
     def own_heads(self) -> ModelConfig:

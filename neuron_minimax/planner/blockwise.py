@@ -13,7 +13,7 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
 from neuron_minimax.families.family import LayerKind
 from neuron_minimax.fp8 import ceil_div
-from neuron_minimax.planner.memory import Deployment
+from neuron_minimax.planner.memory import Deployment, held_experts
 
 # NxD's tokens per block of the blockwise expert matmul (modules/moe/model_utils.py).
 TOKEN_BLOCK = 512
@@ -87,7 +87,7 @@ def token_blocks(config: ModelConfig, deployment: Deployment) -> int:
     """Blocks of a rank's tokens in the worst case, for the longest bucket (NxD,
     ExpertMLPsV2.forward_blockwise).
     """
-    experts = config.num_local_experts // deployment.moe_ep_degree
+    experts = held_experts(config, deployment)
     choices = deployment.context_length * config.num_experts_per_tok
     return min(ceil_div(choices - (experts - 1), TOKEN_BLOCK) + experts - 1, choices)
 

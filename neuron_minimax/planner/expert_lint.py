@@ -1,4 +1,4 @@
-"""The requirements of a mixture of experts: R3, R4, R5, R8, R13, R14 and R19.
+"""The requirements of a mixture of experts: R1, R3, R4, R5, R8, R13, R14, R19 and R21.
 
 Sources: those of planner/lint.py.
 """
@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from neuron_minimax.checkpoint.header import BINARY_UNITS, size_text
 from neuron_minimax.errors import counted
-from neuron_minimax.families.family import EXPERT_ROLES
+from neuron_minimax.families.family import EXPERT_ROLES, LayerKind, Role
 from neuron_minimax.fp8 import ceil_div
+from neuron_minimax.kernels.nki.memory import ExpertSizes, overflow
 from neuron_minimax.planner.blockwise import (
     DEFAULT,
     TOKEN_BLOCK,
@@ -24,9 +25,13 @@ from neuron_minimax.planner.memory import (
     EXPANDED_SCALES,
     EXPERT_SCALES,
     KERNEL_TOKENS,
-    NEURON_E4M3_MAX,
     expert_scales,
+    fp8_expert_layers,
     has_fp8,
+    held_experts,
+    layers_text,
+    padding_experts,
+    stays_fp8,
 )
 
 SHORTEST_CONTEXT = 2  # of every compile
@@ -39,7 +44,12 @@ def least_batch(case: Case) -> int:
     """
     if case.deployment.moe_ep_degree == 1 or case.deployment.expert_kernel == "nki":
         return 1
-    return ceil_div(case.config.num_local_experts, case.config.num_experts_per_tok)
+    return ceil_div(all_experts(case), case.config.num_experts_per_tok)
+
+
+def all_experts(case: Case) -> int:
+    """Experts that the ranks hold together, those of zeros included."""
+    return case.config.num_local_experts + padding_experts(case.config, case.deployment)
 
 
 def least_context(case: Case) -> int:
@@ -47,6 +57,32 @@ def least_context(case: Case) -> int:
     if case.deployment.moe_ep_degree == 1:
         return SHORTEST_CONTEXT
     return max(SHORTEST_CONTEXT, ceil_div(TOKEN_BLOCK, case.config.num_experts_per_tok))
+
+
+def shared_experts(case: Case) -> Iterator[Objection]:
+    """R1 and R21: every rank holds an expert, and as many as the others, zeros included."""
+    experts = case.config.num_local_experts
+    ranks = case.deployment.moe_ep_degree
+    if ranks > experts:
+        yield Objection(
+            "R1",
+            REFUSE,
+            f"{experts} experts cannot be shared by the {ranks} ranks of moe_ep_degree",
+            f"needs a moe_ep_degree of {experts} or less",
+        )
+        return
+    padding = padding_experts(case.config, case.deployment)
+    if not padding:
+        return
+    held = held_experts(case.config, case.deployment)
+    one = size_text(case.memory.experts // held, 2, units=BINARY_UNITS)
+    yield Objection(
+        "R21",
+        WARN,
+        f"moe_ep_degree {ranks} does not divide {experts} experts: {padding} of its ranks hold "
+        f"{counted(held - 1, 'expert')} and one of zeros, {one} that no token can choose",
+        f"exact; a moe_ep_degree that divides {experts} avoids it",
+    )
 
 
 def expert_decoding(case: Case) -> Iterator[Objection]:
@@ -59,7 +95,7 @@ def expert_decoding(case: Case) -> Iterator[Objection]:
             "R3",
             REFUSE,
             f"with expert parallelism batch_size {batch} * {config.num_experts_per_tok} chosen of "
-            f"{config.num_local_experts} experts is below 1, for which NxD raises "
+            f"{all_experts(case)} experts is below 1, for which NxD raises "
             "NotImplementedError",
             f"needs batch_size {needed} or more, moe_ep_degree 1, or expert_kernel nki on trn2",
         )
@@ -163,7 +199,7 @@ def blockwise_kernels(case: Case) -> Iterator[Objection]:
 
 
 def expert_kernel(case: Case) -> Iterator[Objection]:
-    """R14: the NKI expert kernel needs trn2's NKI, and reads codes as the E4M3 that ends at 240."""
+    """R14: the NKI expert kernel needs NKI of trn2 or later, and reads codes as the chip's E4M3."""
     if case.deployment.expert_kernel != "nki":
         return
     if not case.config.family.architecture.has_experts:
@@ -190,6 +226,14 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             "expert_kernel nki takes FP8 experts with 128 x 128 block scales only",
             NEEDS_TORCH,
         )
+    elif kept := kept_layers(case):
+        yield Objection(
+            "R14",
+            REFUSE,
+            "expert_kernel nki takes experts whose weights are all FP8, and in "
+            f"{layers_text(kept)} modules_to_not_convert keeps some in BF16",
+            f"{NEEDS_TORCH}, or a conversion without them in --keep-in-bf16",
+        )
     elif case.deployment.batch_size > KERNEL_TOKENS:
         yield Objection(
             "R14",
@@ -198,6 +242,13 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             f"{case.deployment.batch_size}",
             f"{NEEDS_TORCH}, or a smaller batch",
         )
+    elif said := overflow(kernel_sizes(case), case.deployment.batch_size):
+        yield Objection(
+            "R14",
+            REFUSE,
+            f"expert_kernel nki has too little memory: {said}",
+            f"{NEEDS_TORCH}, or fewer sequences or channels on a rank",
+        )
     else:
         yield Objection(
             "R14",
@@ -205,18 +256,43 @@ def expert_kernel(case: Case) -> Iterator[Objection]:
             "expert_kernel nki has run on a simulator only",
             "check it with `neuron-minimax check-device` first",
         )
-    if case.fp8_max > NEURON_E4M3_MAX:
+    if case.fp8_max > case.instance.e4m3_max:
         yield Objection(
             "R14",
             REFUSE,
-            f"expert_kernel nki reads codes as E4M3 up to {NEURON_E4M3_MAX}; this conversion has "
-            f"codes up to {case.fp8_max}, which it would read as infinity or NaN",
+            f"expert_kernel nki reads codes up to {case.instance.e4m3_max} there; this conversion "
+            f"has codes up to {case.fp8_max}, which it would read as infinity or NaN",
             f"{NEEDS_TORCH}, or a conversion with --fp8-range neuron",
         )
 
 
+def expert_layers(case: Case) -> tuple[list[int], list[int]]:
+    """The layers whose experts are FP8 on the device, whole and in part."""
+    config = case.config
+
+    def is_fp8(role: Role, layer: int) -> bool:
+        return stays_fp8(config.family.weight_of(role), layer, config, case.deployment)
+
+    return fp8_expert_layers(config, is_fp8)
+
+
+def kernel_sizes(case: Case) -> ExpertSizes:
+    """What the kernel has on a rank."""
+    return ExpertSizes(
+        hidden=case.config.hidden_size,
+        channels=case.config.intermediate_size // case.deployment.moe_tp_degree,
+        expanded=expert_scales(case.config, case.deployment) == EXPANDED_SCALES,
+    )
+
+
+def kept_layers(case: Case) -> list[int]:
+    """The layers with experts that are not FP8 whole."""
+    whole, _ = expert_layers(case)
+    return [layer for layer in case.config.layers_of(LayerKind.SPARSE) if layer not in whole]
+
+
 def repeated_scales(case: Case) -> Iterator[Objection]:
-    """R19: expanded scales take memory, and are for FP8 experts."""
+    """R19: expanded scales take memory, and are for experts that are FP8 whole."""
     deployment = case.deployment
     if not has_fp8(EXPERT_ROLES, case.config, deployment):
         if deployment.expert_scales == EXPANDED_SCALES:
@@ -228,6 +304,17 @@ def repeated_scales(case: Case) -> Iterator[Objection]:
             )
         return
     if expert_scales(case.config, deployment) != EXPANDED_SCALES:
+        return
+    _, partly = expert_layers(case)
+    if partly:
+        yield Objection(
+            "R19",
+            REFUSE,
+            f"expert_scales expanded takes experts whose weights are all FP8, and in "
+            f"{layers_text(partly)} modules_to_not_convert keeps some in BF16",
+            f"needs expert_scales {BLOCK_SCALES} at a share of whole blocks, or a conversion with "
+            f"all of them or none in --keep-in-bf16 ({case.config.family.experts_module})",
+        )
         return
     blocks = replace(deployment, expert_scales=BLOCK_SCALES)
     as_blocks = replace(case, deployment=blocks).memory.experts
@@ -246,6 +333,7 @@ def repeated_scales(case: Case) -> Iterator[Objection]:
 
 
 EXPERT_REQUIREMENTS: tuple[Requirement, ...] = (
+    shared_experts,
     expert_decoding,
     expert_encoding,
     trn1_groups,

@@ -22,6 +22,7 @@ from neuron_minimax.planner.memory import (
     cache_bytes_per_token,
     has_fp8,
     heads,
+    whole_block,
 )
 from neuron_minimax.planner.sdks import SDKS
 
@@ -32,6 +33,8 @@ MLPS = (
     ("dense MLP", DENSE_ROLES),
     ("shared expert", SHARED_ROLES),
 )
+# What AWS goes on with on trn2 and trn3.
+OTHER_PATH = "--backend torch-neuron"
 
 
 def lint(case: Case) -> list[Objection]:
@@ -92,7 +95,6 @@ def shares(case: Case) -> Iterator[Objection]:
             "needs degrees whose product is tp_degree",
         )
     for what, size, degree_name, degree in (
-        ("experts", config.num_local_experts, "moe_ep_degree", deployment.moe_ep_degree),
         ("channels of the hidden size", config.hidden_size, "tp_degree", deployment.tp_degree),
         *(
             (f"{shared.kind} channels", shared.size, shared.degree_name, shared.degree)
@@ -112,7 +114,7 @@ def whole_blocks(case: Case) -> Iterator[Objection]:
     """R2: a rank's share of a scaled weight is whole blocks, where a scale is of a block; NxD
     floor-divides the scale shape.
     """
-    rows = case.config.weight_block_size[0]
+    rows = whole_block(case.config)
     for shared in shared_channels(case):
         if not shared.fp8 or shared.size // shared.degree % rows == 0:
             continue
@@ -123,7 +125,7 @@ def whole_blocks(case: Case) -> Iterator[Objection]:
 def whole_heads(case: Case) -> Iterator[Objection]:
     """R2: the hidden size and a head are whole blocks, at whatever degrees."""
     config = case.config
-    rows = config.weight_block_size[0]
+    rows = whole_block(config)
     if stored_fp8(tuple(Role), case) and config.hidden_size % rows:
         yield Objection(
             "R2",
@@ -243,7 +245,8 @@ def code_range(case: Case) -> Iterator[Objection]:
             REFUSE,
             f"codes up to {case.fp8_max} are infinite or NaN on {case.instance.family}, whose E4M3 "
             f"ends at {case.instance.e4m3_max}",
-            "needs a conversion with --fp8-range neuron",
+            "needs a conversion with --fp8-range neuron, or, on trn2, "
+            f"{OTHER_PATH}, which looks every code up",
         )
     else:
         yield Objection(
@@ -252,7 +255,7 @@ def code_range(case: Case) -> Iterator[Objection]:
             f"codes up to {case.fp8_max} are native on {case.instance.family}, but no compiler has "
             "shown that it reads them so once NxDI's FP8 switch, which ends at 240, is left out",
             "needs a conversion with --fp8-range neuron, whose codes are as exact and read alike "
-            "with and without the switch",
+            f"with and without the switch, or {OTHER_PATH}, which looks every code up",
         )
 
 
@@ -282,6 +285,20 @@ def supported_sdk(case: Case) -> Iterator[Objection]:
             f"NxDI models are supported on {instance.family} up to SDK {instance.sdk}, not by SDK "
             f"{newest}",
             f"install the packages of SDK {instance.sdk}",
+        )
+
+
+def newer_chip(case: Case) -> Iterator[Objection]:
+    """R20: NxDI documents no degrees for trn3, and its support there ends (SDK 2.30 and 2.33, their
+    release notes).
+    """
+    if case.instance.family == "trn3":
+        yield Objection(
+            "R20",
+            WARN,
+            "nothing is known of this class on trn3: NxDI documents no tp_degree for it, and its "
+            "support there ends with SDK 2.34",
+            f"{OTHER_PATH} goes on, and so does vLLM-Neuron 0.24 or later",
         )
 
 
@@ -347,6 +364,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     supported_sdk,
     expert_kernel,
     repeated_scales,
+    newer_chip,
     positions,
     neuron_class,
     core_memory,

@@ -1,13 +1,13 @@
 """Count the bytes of one rank from the table of weights and the sharding of each module."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import lcm, prod
 
 from neuron_minimax import fp8
 from neuron_minimax.checkpoint import schema
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
-from neuron_minimax.families.family import EXPERT_ROLES, Role, Weight
+from neuron_minimax.families.family import EXPERT_ROLES, LayerKind, Role, Weight
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.planner.instances import scratch_bytes
 from neuron_minimax.planner.sharding import HeadLayout, head_layout
@@ -31,6 +31,7 @@ EXPANDED_SCALES = "expanded"
 EXPERT_SCALES = ("auto", BLOCK_SCALES, EXPANDED_SCALES)
 # Most sequences that the NKI kernel takes at once: its tokens lie along the chip's 128 partitions
 KERNEL_TOKENS = 128
+LISTED_LAYERS = 8  # in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,19 @@ class Deployment:
     blockwise_matmul: str = "torch"  # of context encoding, a name of planner/blockwise.py
     expert_kernel: str = EXPERT_KERNELS[0]  # of token generation
     expert_scales: str = EXPERT_SCALES[0]
+
+
+def held_experts(config: ModelConfig, deployment: Deployment) -> int:
+    """Experts of a layer on a rank, as many on each: where the ranks do not divide them, some hold
+    zeros in place of one, which no token can choose, because the router does not know them.
+    """
+    return ceil_div(config.num_local_experts, deployment.moe_ep_degree)
+
+
+def padding_experts(config: ModelConfig, deployment: Deployment) -> int:
+    """Experts of zeros in a layer, over all ranks."""
+    held = held_experts(config, deployment)
+    return held * deployment.moe_ep_degree - config.num_local_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +156,7 @@ def local_shape(
     }
     shape = tuple(split.get(symbol, sizes[symbol]) for symbol in weight.dimensions)
     if weight.per_expert:
-        return "experts", (config.num_local_experts // deployment.moe_ep_degree, *shape)
+        return "experts", (held_experts(config, deployment), *shape)
     if weight.module_group == "embedding":
         return "embedding_and_head", (sizes["V"], sizes["H"] // tp)
     if weight.module_group == "head":
@@ -193,8 +207,15 @@ def settled_scales(chosen: str, config: ModelConfig, moe_tp_degree: int) -> str:
         return chosen
     if not config.family.architecture.has_experts:
         return BLOCK_SCALES
-    whole = config.intermediate_size // moe_tp_degree % config.weight_block_size[0] == 0
+    whole = config.intermediate_size // moe_tp_degree % whole_block(config) == 0
     return BLOCK_SCALES if whole else EXPANDED_SCALES
+
+
+def whole_block(config: ModelConfig) -> int:
+    """What a number of channels is a multiple of where they are whole blocks in both directions:
+    those of a gate projection are its rows, those of a down projection its columns.
+    """
+    return lcm(*config.weight_block_size)
 
 
 def stays_fp8(
@@ -223,6 +244,27 @@ def has_fp8(roles: Collection[Role], config: ModelConfig, deployment: Deployment
         if weight.role in roles
         for layer in config.layers_with(weight)
     )
+
+
+def fp8_expert_layers(
+    config: ModelConfig, is_fp8: Callable[[Role, int], bool]
+) -> tuple[list[int], list[int]]:
+    """The layers whose experts are FP8 whole, and those where only some of their weights are."""
+    whole: list[int] = []
+    partly: list[int] = []
+    if config.family.architecture.has_experts:
+        for layer in config.layers_of(LayerKind.SPARSE):
+            found = [is_fp8(role, layer) for role in EXPERT_ROLES]
+            if any(found):
+                (whole if all(found) else partly).append(layer)
+    return whole, partly
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """The numbers of layers, of many the first."""
+    listed = ", ".join(map(str, layers[:LISTED_LAYERS]))
+    more = f" and {len(layers) - LISTED_LAYERS} more" if len(layers) > LISTED_LAYERS else ""
+    return f"layer{'s' if len(layers) > 1 else ''} {listed}{more}"
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:

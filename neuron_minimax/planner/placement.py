@@ -1,9 +1,10 @@
 """Which rank holds which expert: expert-parallel ranks that carry the same load, from how often
 experts are chosen.
 
-A placement is an order of the experts of each layer, [L,E]; rank r of R holds places r*E/R to
-(r+1)*E/R of it. Applied to a converted state dict it renumbers the experts (weights, router rows,
-bias), so any loader may split it. Shapes: L layers, E experts, R ranks.
+A placement is an order of the experts of each layer, [L,E], of which each rank holds its share
+(config.py's `expert_share`): as many as the others, or one fewer. Applied to a converted state dict
+it renumbers the experts (weights, router rows, bias), so any loader may split it. Shapes: L layers,
+E experts, R ranks.
 """
 
 import json
@@ -16,6 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from neuron_minimax.checkpoint.writer import replacing
+from neuron_minimax.config import expert_share
 from neuron_minimax.errors import ConversionError, counted
 from neuron_minimax.families import Family
 from neuron_minimax.files import read_json
@@ -51,18 +53,16 @@ class Placement:
 
     def __post_init__(self) -> None:
         experts = self.order.shape[1]
-        if self.ranks < 1 or experts % self.ranks:
-            raise ConversionError(
-                f"{counted(experts, 'expert')} cannot be split evenly over "
-                f"{counted(self.ranks, 'rank')}"
-            )
+        _require_enough(experts, self.ranks)
         if not (np.sort(self.order, axis=1) == np.arange(experts)).all():
             raise ConversionError("a placement has to name every expert of a layer exactly once")
 
     def rank_load(self, counts_LE: np.ndarray) -> np.ndarray:
         """Load [L,R] of each rank for counts in the original numbering."""
         placed = np.take_along_axis(counts_LE, self.order, axis=1)
-        return placed.reshape(len(placed), self.ranks, -1).sum(axis=2)
+        experts = self.order.shape[1]
+        starts = [expert_share(experts, rank, self.ranks).start for rank in range(self.ranks)]
+        return np.add.reduceat(placed, starts, axis=1)
 
     def max_to_mean(self, counts_LE: np.ndarray) -> np.ndarray:
         """Largest rank load over the mean, per layer [L]; 1 is even, and all wait for the slowest
@@ -151,28 +151,33 @@ def as_numbered(layers: int, experts: int, ranks: int) -> Placement:
 
 
 def place(counts_LE: np.ndarray, ranks: int) -> Placement:
-    """Spread each layer's experts over the ranks, E/R on each, so that their loads are as equal as
-    found.
+    """Spread each layer's experts over the ranks, as many on each or one fewer, so that their loads
+    are as equal as found.
 
     Largest first onto the least loaded rank that has room, then exchanges between the heaviest and
     the other ranks as long as one lowers the larger of the two loads.
     """
-    experts = counts_LE.shape[1]
-    if ranks < 1 or experts % ranks:
-        raise ConversionError(
-            f"{counted(experts, 'expert')} cannot be split evenly over {counted(ranks, 'rank')}"
-        )
+    _require_enough(counts_LE.shape[1], ranks)
     return Placement(
         order=np.stack([_balance(row.astype(float), ranks) for row in counts_LE]), ranks=ranks
     )
 
 
+def _require_enough(experts: int, ranks: int) -> None:
+    """Raise ConversionError unless every rank has an expert."""
+    if not 1 <= ranks <= experts:
+        raise ConversionError(
+            f"{counted(experts, 'expert')} cannot be split over {counted(ranks, 'rank')}; expected "
+            f"1 to {experts} ranks"
+        )
+
+
 def _balance(load_E: np.ndarray, ranks: int) -> np.ndarray:
-    room = len(load_E) // ranks
+    room = [len(expert_share(len(load_E), rank, ranks)) for rank in range(ranks)]
     held: list[list[int]] = [[] for _ in range(ranks)]
     totals = np.zeros(ranks)
     for expert in np.argsort(-load_E, kind="stable"):
-        open_ranks = [rank for rank in range(ranks) if len(held[rank]) < room]
+        open_ranks = [rank for rank in range(ranks) if len(held[rank]) < room[rank]]
         rank = min(open_ranks, key=lambda rank: totals[rank])
         held[rank].append(int(expert))
         totals[rank] += load_E[expert]

@@ -14,7 +14,13 @@ from neuron_minimax.errors import ConfigError
 from neuron_minimax.inspection.document import Rendered
 from neuron_minimax.planner import blockwise, lint, search
 from neuron_minimax.planner.cases import REFUSE, Case, Objection
-from neuron_minimax.planner.memory import Deployment, RankMemory, checkpoint_bytes, expert_scales
+from neuron_minimax.planner.memory import (
+    Deployment,
+    RankMemory,
+    checkpoint_bytes,
+    expert_scales,
+    padding_experts,
+)
 from neuron_minimax.planner.settings import Asked, DeploymentSettings, deployment_case
 from neuron_minimax.planner.text import render
 from neuron_minimax.planner.traffic import Traffic, traffic
@@ -96,6 +102,7 @@ class DeploymentPlan(Rendered):
             "deployment": asdict(self.case.deployment),
             "buckets": list(self.case.buckets),
             "expert_scales": expert_scales(self.case.config, self.case.deployment),
+            "padding_experts": padding_experts(self.case.config, self.case.deployment),
             "reasons": [asdict(finding) for finding in self.reasons],
             "warnings": [asdict(finding) for finding in self.warnings],
             "bytes_per_rank": self.case.memory.to_json(),

@@ -18,6 +18,7 @@ from neuron_minimax.planner.memory import (
     KERNEL_TOKENS,
     cache_bytes_per_token,
     expert_scales,
+    padding_experts,
 )
 from neuron_minimax.planner.settings import (
     DEGREES,
@@ -34,6 +35,8 @@ ELASTIC = frozenset(("R3", "R4", "R14", "R15", "R18"))
 MOST_PROPOSALS = 4
 # A length that was shortened is a multiple of this where it can be.
 WHOLE_LENGTH = 128
+# So many times as slow a deployment is as good, if its ranks hold no experts of zeros.
+PADDED_GAIN = 1.1
 
 # Takes a line about what is searched.
 Tell = Callable[[str], None]
@@ -60,6 +63,7 @@ class Proposal:
             "deployment": asdict(case.deployment),
             "buckets": list(case.buckets),
             "expert_scales": expert_scales(case.config, case.deployment),
+            "padding_experts": padding_experts(case.config, case.deployment),
             "changes": list(self.changes),
             "bytes_per_rank": case.memory.to_json(),
             "bytes_per_core": case.instance.memory_per_core,
@@ -139,6 +143,13 @@ def goal_key(goal: str, case: Case) -> tuple[float, ...]:
         way = blockwise.blockwise_matmul(case.deployment.blockwise_matmul)
         products = blockwise.unrolled_products(way, case.config, case.deployment)
     return (seconds, step.collectives, products, ranks)
+
+
+def _preference(goal: str, case: Case) -> tuple[float, ...]:
+    """A goal's key, by which experts of zeros have to be clearly worth their memory."""
+    seconds, *others = goal_key(goal, case)
+    padding = padding_experts(case.config, case.deployment)
+    return (seconds * PADDED_GAIN if padding else seconds, *others)
 
 
 def changes(asked: Asked, case: Case) -> tuple[str, ...]:
@@ -242,7 +253,7 @@ def _as_asked(
         tell(f"searching {machine.name}")
         sized = (_sized(cell, asked) for cell in cells(asked, machine, kept, documented))
         found += [cell for cell in sized if not lint.refusals(cell)]
-    return _best(found, lambda case: goal_key(asked.goal, case))
+    return _best(found, lambda case: _preference(asked.goal, case))
 
 
 def _relaxed(
@@ -259,7 +270,7 @@ def _relaxed(
     def distance(case: Case) -> tuple[float, ...]:
         batch = abs(log2(case.deployment.batch_size / was.batch_size))
         length = abs(log2(case.deployment.seq_len / was.seq_len))
-        return (batch + length, *goal_key(asked.goal, case))
+        return (batch + length, *_preference(asked.goal, case))
 
     return _best(found, distance)
 
@@ -307,7 +318,7 @@ def cells(
                 "moe_ep_degree": moe_ep_degree,
             }
             other = any(sharing[name] != getattr(asked.case.deployment, name) for name in kept)
-            if not other and experts % moe_ep_degree == 0:
+            if not other and moe_ep_degree <= max(1, experts):
                 yield replace(probe, deployment=replace(probe.deployment, **sharing))
 
 

@@ -16,6 +16,7 @@ from neuron_minimax.planner.memory import (
     EXPERT_KERNELS,
     EXPERT_SCALES,
     expert_scales,
+    padding_experts,
 )
 from neuron_minimax.planner.search import Proposal, goal_key
 from neuron_minimax.planner.settings import LATENCY
@@ -118,6 +119,10 @@ def _proposals(plan: "DeploymentPlan") -> Iterator[str]:
             notes.append(worse(found[0], proposal, plan.asked.goal))
         if expert_scales(proposal.case.config, proposal.case.deployment) == EXPANDED_SCALES:
             notes.append("the scales of experts expanded")
+        padding = padding_experts(proposal.case.config, proposal.case.deployment)
+        if padding:
+            degree = proposal.case.deployment.moe_ep_degree
+            notes.append(f"{padding} of moe_ep {degree} with an expert of zeros")
         if min(sizes) == size < sizes[0]:
             notes.append("the smallest instance")
         if proposal.alike and "instance" not in plan.asked.given:
@@ -178,7 +183,9 @@ def _sums(plan: "DeploymentPlan") -> Iterator[str]:
     deployment = plan.case.deployment
     instance = plan.case.instance
     expanded = expert_scales(plan.case.config, deployment) == EXPANDED_SCALES
+    zeros = padding_experts(plan.case.config, deployment)
     experts = f"experts{', their scales expanded' if expanded else ''}"
+    experts += ", zeros included" if zeros else ""
     mlps = ((experts, memory.experts), ("dense and shared MLPs", memory.mlp))
     copied = " (a copy of it)" if plan.case.config.tie_word_embeddings else ""
     rows = (

@@ -11,7 +11,12 @@ from neuron_minimax.config import ModelConfig
 from neuron_minimax.families import Role
 from neuron_minimax.families.family import QKNorm
 from neuron_minimax.planner.cases import Case
-from neuron_minimax.planner.memory import Deployment, local_shape, weight_bytes
+from neuron_minimax.planner.memory import (
+    Deployment,
+    held_experts,
+    local_shape,
+    weight_bytes,
+)
 
 # Sums of the hidden state after attention and after the MLP; and of squares, where the norms of
 # queries and keys run over the width that ranks share.
@@ -57,7 +62,7 @@ def traffic(case: Case) -> Traffic:
     config = case.config
     deployment = case.deployment
     memory = case.memory
-    held = max(1, config.num_local_experts // deployment.moe_ep_degree)
+    held = max(1, held_experts(config, deployment))
     unread_experts = memory.experts // held * (held - experts_read(config, deployment))
     embedding = config.family.weight_of(Role.EMBEDDING)
     shape = local_shape(embedding, config, deployment)[1]
@@ -74,7 +79,7 @@ def traffic(case: Case) -> Traffic:
 
 def experts_read(config: ModelConfig, deployment: Deployment) -> int:
     """The most experts of a layer whose weights a rank reads in a step."""
-    held = max(1, config.num_local_experts // deployment.moe_ep_degree)
+    held = max(1, held_experts(config, deployment))
     if not config.family.architecture.has_experts:
         return held
     return min(held, deployment.batch_size * config.num_experts_per_tok)

@@ -90,7 +90,14 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
         asked = prepared.asked
         tokenizer = service.model.tokenizer
         choices: list[Choice] = [
-            ChatChoice(index, tokenizer, settings.split_reasoning, streamed=asked.stream)
+            ChatChoice(
+                index,
+                tokenizer,
+                settings.split_reasoning,
+                hides_reasoning=not asked.shows_reasoning(),
+                in_reasoning=prepared.in_reasoning,
+                streamed=asked.stream,
+            )
             for index in range(asked.n)
         ]
         completion = CompletionObject(True, settings.model_name, asked.n)

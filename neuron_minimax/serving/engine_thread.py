@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from neuron_minimax.backends.base import Backend
-from neuron_minimax.errors import NeuronMiniMaxError, counted
+from neuron_minimax.errors import BackendError, NeuronMiniMaxError, counted
 from neuron_minimax.generation.engine import (
     Counters,
     Engine,
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 PREFIX = "neuron_minimax"
+IDLE_SECONDS = 1.0  # at most, between two looks at the backend
 INTERNAL_ERROR = "internal error; the server's log has it"
 
 
@@ -126,11 +127,19 @@ class EngineThread:
     that have a slot at once.
 
     Each round it drops what was cancelled or is late, admits waiting requests in order of arrival,
-    and lets the engine do one round.
+    and lets the engine do one round. When the backend has failed for good, amid a round or while
+    nothing was asked of it, it gives up, and calls `on_lost` with why.
     """
 
-    def __init__(self, backend: Backend, metrics: Metrics, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: Metrics,
+        max_waiting: int = 256,
+        on_lost: Callable[[BackendError], None] = lambda why: None,
+    ) -> None:
         self.metrics = metrics
+        self._on_lost = on_lost
         self._engine = Engine(backend)
         self._max_waiting = max_waiting
         self._waiting: deque[ServedRequest] = deque()
@@ -227,10 +236,12 @@ class EngineThread:
             self._end()
 
     def _has_work(self) -> bool:
-        """Wait for work; False when the thread is to stop."""
+        """Wait for work, or until it is time to look whether the backend has failed; False when the
+        thread is to stop.
+        """
         with self._changed:
             self._changed.notify_all()  # drain() may be waiting for idleness
-            self._changed.wait_for(lambda: self._stopping or not self._idle())
+            self._changed.wait_for(lambda: self._stopping or not self._idle(), IDLE_SECONDS)
             return not self._stopping
 
     def _end(self) -> None:
@@ -257,6 +268,9 @@ class EngineThread:
         positions = engine.slots * engine.backend.capabilities.seq_len
         self.metrics.running.set(engine.occupied)
         self.metrics.kv_use.set(engine.held_tokens / positions)
+        if engine.backend.failure is not None:
+            self.give_up()
+            self._on_lost(engine.backend.failure)
 
     def _drop(self) -> None:
         """Give up what was cancelled or is late, running or waiting."""

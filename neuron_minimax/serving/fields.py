@@ -24,7 +24,7 @@ HINTS = frozenset(
     {
         *("reasoning_effort", "reasoning", "thinking", "verbosity", "store", "metadata", "user"),
         *("service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-        *("prediction", "include_reasoning", "request_id", "priority", "kv_transfer_params"),
+        *("prediction", "request_id", "priority", "kv_transfer_params"),
         "truncation_side",  # of what is not truncated
     }
 )
@@ -91,7 +91,8 @@ class Fields(BaseModel):
     """An object whose fields may be null where they may be left out.
 
     Other fields than its own are passed over, but for those that are known to change the answer:
-    `inert` has them, with the values that ask for nothing. `hints` are known to change nothing.
+    `inert` has them, with the values that ask for nothing. `hints` are known to change nothing, and
+    count first.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -110,8 +111,9 @@ class Fields(BaseModel):
     def _pass_over_others(self, info: ValidationInfo) -> Self:
         extras = info.context if isinstance(info.context, Extras) else Extras()
         for name, value in (self.model_extra or {}).items():
-            changes_something = name in self.inert and value not in self.inert[name]
-            unknown = name not in self.inert and name not in self.hints
+            hint = name in self.hints
+            changes_something = not hint and value not in self.inert.get(name, (value,))
+            unknown = not hint and name not in self.inert
             if value is not None and (changes_something or (unknown and extras.strict)):
                 # The first one is told: pydantic's `extra="forbid"` makes a kilobyte of each.
                 raise PydanticCustomError(UNKNOWN, "it is not supported", {"field": name})

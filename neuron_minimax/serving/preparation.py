@@ -155,7 +155,8 @@ def prepare_chat(known: Preparation, extras: Extras, body: bytes) -> Prepared[Ch
     known.check_stop_tokens(asked)
     tools = None if asked.tool_choice == "none" else tool_objects(asked.tools)
     wish = _wish(asked, tools)
-    prompt = known.render(asked.messages, tools, asked.chat_template_kwargs)
+    arguments = _template_arguments(known, asked, extras)
+    prompt = known.render(asked.messages, tools, arguments)
     form = known.chat_format
     in_reasoning = form.opens_reasoning(prompt)
     without_reasoning = form.closes_reasoning(prompt)
@@ -171,6 +172,23 @@ def prepare_chat(known: Preparation, extras: Extras, body: bytes) -> Prepared[Ch
         tools=tools,
         wish=None if wish is None else pickle.dumps(wish),
     )
+
+
+def _template_arguments(
+    known: Preparation, asked: ChatRequest, extras: Extras
+) -> dict[str, template.Scalar]:
+    """Return the arguments of the chat template, with its switch for thinking turned as is wished
+    elsewhere in the request; a template without one reasons, or not, as it does.
+    """
+    arguments = dict(asked.chat_template_kwargs or {})
+    wanted = asked.wants_thinking()
+    switches = {*template.THINKING_SWITCHES}
+    if wanted is None or arguments.keys() & switches:
+        return arguments
+    if not template.known_arguments(known.hugging_face) & switches:
+        extras.ignored.append("whether to reason")
+        return arguments
+    return arguments | {"enable_thinking": wanted}
 
 
 def prepare_completion(

@@ -280,6 +280,11 @@ class ChatRequest(_Sampled):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateArguments | None = None  # as in vLLM
+    # Whether the model shall reason, in the words of several vendors; the rest of them are hints.
+    reasoning_effort: Any = None
+    reasoning: Any = None
+    thinking: Any = None
+    include_reasoning: StrictBool = True
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -289,6 +294,20 @@ class ChatRequest(_Sampled):
             if self.max_completion_tokens is not None
             else self.max_tokens
         )
+
+    def wants_thinking(self) -> bool | None:
+        """Say whether the model is asked to reason, or not to; None where that is left to it."""
+        kind = _part(self.thinking, "type")
+        if kind in ("enabled", "disabled"):
+            return bool(kind == "enabled")
+        enabled = _part(self.reasoning, "enabled")
+        if isinstance(enabled, bool):
+            return enabled
+        effort = self.reasoning_effort or _part(self.reasoning, "effort")
+        return None if effort is None else effort != "none"
+
+    def shows_reasoning(self) -> bool:
+        return self.include_reasoning and _part(self.reasoning, "exclude") is not True
 
     def top(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -360,6 +379,10 @@ class TokenizeRequest(Fields):
 class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: Items[int]
+
+
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def parse_request(model: type[Model], body: bytes, extras: Extras | None = None) -> Model:

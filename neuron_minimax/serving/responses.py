@@ -194,7 +194,9 @@ class TextChoice(Choice):
 class ChatChoice(Choice):
     """A choice of /v1/chat/completions.
 
-    Without `split_reasoning` the reasoning stays in the content, with its tags.
+    Without `split_reasoning` the reasoning stays in the content, with its tags. It is left out,
+    with the log probabilities of its tokens, where `hides_reasoning`; the answer begins
+    `in_reasoning` where the prompt has opened that.
     """
 
     def __init__(
@@ -203,10 +205,15 @@ class ChatChoice(Choice):
         tokenizer: TextTokenizer,
         split_reasoning: bool = True,
         *,
+        hides_reasoning: bool = False,
+        in_reasoning: bool = False,
         streamed: bool,
     ) -> None:
         super().__init__(index, tokenizer, streamed=streamed)
         self._split = split_reasoning
+        self._hides = hides_reasoning
+        self._in_reasoning = in_reasoning
+        self._hides_token = False
         self._reasoned = False
         self._complete_calls = 0
         self._call_ids: dict[int, str] = {}
@@ -219,6 +226,8 @@ class ChatChoice(Choice):
         self._complete_calls += sum(
             isinstance(event, CallEnd) and event.complete for event in events
         )
+        if self._hides:
+            return self._without_reasoning(events)
         if self._split:
             return events
         opening, closing = self.tokenizer.chat_format.reasoning_tags
@@ -232,6 +241,14 @@ class ChatChoice(Choice):
             else:
                 inline.append(event)
         return inline
+
+    def _without_reasoning(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Return the events of a token but for its reasoning; note whether the token is of it."""
+        began = self._in_reasoning
+        if events:
+            self._in_reasoning = isinstance(events[-1], Reasoning)
+        self._hides_token = began or self._in_reasoning
+        return [event for event in events if not isinstance(event, Reasoning | ReasoningEnd)]
 
     def _reason(self, reason: str | None) -> str | None:
         return "tool_calls" if reason == "stop" and self._complete_calls else reason
@@ -286,6 +303,8 @@ class ChatChoice(Choice):
                 "bytes": list(spelled),
             }
 
+        if self._hides_token:
+            return {}
         chosen = entry(logprobs.token, logprobs.logprob)
         return {"content": {**chosen, "top_logprobs": [entry(*pair) for pair in logprobs.top]}}
 

@@ -13,7 +13,7 @@ from typing import Any
 from neuron_minimax.backends import load
 from neuron_minimax.backends.base import Backend
 from neuron_minimax.backends.directory import check_compiled, read_manifest
-from neuron_minimax.errors import GenerationError, counted
+from neuron_minimax.errors import BackendError, GenerationError, counted
 from neuron_minimax.generation.engine import Request, Update
 from neuron_minimax.generation.generate import room_for_answer
 from neuron_minimax.generation.reader import AnswerReader
@@ -144,19 +144,25 @@ class Service:
         opened = check_compiled(traced, progress)
         check_tokenizer(TextTokenizer.from_dir(opened.directory))
 
-    def load(self, traced: Path) -> None:
-        """Load a compiled directory, start the engine. Raises BackendError or GenerationError."""
+    def load(
+        self, traced: Path, on_lost: Callable[[BackendError], None] = lambda why: None
+    ) -> None:
+        """Load a compiled directory, start the engine; `on_lost` is called when it has failed for
+        good. Raises BackendError or GenerationError.
+        """
         started = time.monotonic()
         backend = load(traced)
         self.metrics.load_seconds.set(time.monotonic() - started)
         self.metrics.compile_seconds.set(read_manifest(traced).compile_seconds)
-        self.use(backend)
+        self.use(backend, on_lost)
         # What is loaded stays: the garbage collector would look at all of it again and again, and
         # everybody waits for that.
         gc.collect()
         gc.freeze()
 
-    def use(self, backend: Backend) -> None:
+    def use(
+        self, backend: Backend, on_lost: Callable[[BackendError], None] = lambda why: None
+    ) -> None:
         """Serve a loaded backend, with the tokenizer from its directory; nothing is started after
         `drain`, `give_up` or `stop`.
         """
@@ -178,7 +184,7 @@ class Service:
                 can.vocab_size,
                 strict=self.settings.strict,
             )
-            engine = EngineThread(backend, self.metrics, self.settings.max_waiting)
+            engine = EngineThread(backend, self.metrics, self.settings.max_waiting, on_lost)
             engine.start()
             self._model = Model(backend, tokenizer, grammars, desks, engine)
 
@@ -188,16 +194,19 @@ class Service:
         on_loaded: Callable[[], None],
         on_failure: Callable[[], None],
     ) -> None:
-        """Load while the server already answers health checks; a failure is kept in `failure`. A
-        model that is stopped before it is loaded is neither.
+        """Load while the server already answers health checks; a failure then or later is kept in
+        `failure`. A model that is stopped before it is loaded is neither.
         """
+
+        def failed(error: Exception) -> None:
+            self.failure = error
+            on_failure()
 
         def run() -> None:
             try:
-                self.load(traced)
+                self.load(traced, failed)
             except Exception as error:
-                self.failure = error
-                on_failure()
+                failed(error)
             else:
                 if self._model is not None:
                     on_loaded()
@@ -390,7 +399,9 @@ class Service:
             room = room_for_answer(self.model.backend.capabilities, prompt.length, limit or None)
         except GenerationError as error:
             param = "messages" if isinstance(asked, ChatRequest) else "prompt"
-            raise RequestError(str(error), param=param, code="context_length_exceeded") from None
+            # By this code clients know to shorten a prompt, which an empty one cannot be.
+            code = "context_length_exceeded" if prompt.length else None
+            raise RequestError(str(error), param=param, code=code) from None
         room = 0 if limit == 0 else room
         if asked.min_tokens > room:
             raise RequestError(

@@ -8,20 +8,30 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from neuron_minimax.serving.fields import Extras
-from neuron_minimax.serving.protocol import RequestError, named
+from neuron_minimax.serving.fields import HINTS, INERT, Extras
+from neuron_minimax.serving.protocol import ChatRequest, RequestError, named
 
 Model = TypeVar("Model", bound=BaseModel)
 # Patterns of the names of a chat request's fields, and what they are called in another protocol.
 Names = Sequence[tuple[str, str]]
 SEAL = "reasoning:"
+# What a chat request has and other protocols have not, or call otherwise, with the values that ask
+# for nothing: there it would change the answer, and is refused by name.
+OF_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **INERT,
+    **{
+        name: (*INERT.get(name, ()), field.get_default())
+        for name, field in ChatRequest.model_fields.items()
+        if name not in HINTS
+    },
+}
 
 
 def _nothing(value: Any) -> None:

@@ -3,7 +3,6 @@ blocks, and /v1/responses output items.
 """
 
 import json
-import math
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,8 +44,8 @@ class Part:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # its own, for ids
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of a complete call; numbers that JSON does not have are texts."""
-        return json.loads(self.text or "{}", parse_constant=str, parse_float=_finite)
+        """Return the arguments of a complete call."""
+        return json.loads(self.text or "{}")
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,19 @@ class Closed:
     part: Part
 
 
-def _finite(number: str) -> float | str:
-    return float(number) if math.isfinite(float(number)) else number
-
-
 Change = Opened | Grown | Closed
 
 
 class Turn:
-    """The parts of one answer as it grows, at most one of them open; it begins `in_reasoning` where
-    the prompt has opened that.
+    """The parts of one answer as it grows, of which at most one is `open`; it begins `in_reasoning`
+    where the prompt has opened that.
     """
 
     def __init__(self, *, in_reasoning: bool) -> None:
         self.parts: list[Part] = []
         self.finish_reason: str | None = None
         self.reasoning_tokens = 0
-        self._open: Part | None = None
+        self.open: Part | None = None
         self._in_reasoning = in_reasoning
 
     @property
@@ -123,7 +118,7 @@ class Turn:
                 yield from self._close()
 
     def _grow(self, kind: Kind, text: str) -> Iterator[Change]:
-        if self._open is None or self._open.kind is not kind:
+        if self.open is None or self.open.kind is not kind:
             yield from self._open_part(kind)
         part = self.parts[-1]
         part.text += text
@@ -131,11 +126,12 @@ class Turn:
 
     def _open_part(self, kind: Kind, name: str = "") -> Iterator[Change]:
         yield from self._close()
-        self._open = Part(kind, len(self.parts), name)
-        self.parts.append(self._open)
-        yield Opened(self._open)
+        self.open = Part(kind, len(self.parts), name)
+        self.parts.append(self.open)
+        yield Opened(self.open)
 
     def _close(self) -> Iterator[Change]:
-        if self._open is not None:
-            yield Closed(self._open)
-            self._open = None
+        part = self.open
+        if part is not None:
+            self.open = None
+            yield Closed(part)

@@ -25,8 +25,10 @@ from neuron_minimax.convert.layout import AttentionPrecision, FP8Range, Layout
 from neuron_minimax.convert.state_dict import convert_hf_to_neuron_state_dict
 from neuron_minimax.errors import TrainingError
 from neuron_minimax.families import Role
+from neuron_minimax.families.fields import BESIDE_ROPE
 from neuron_minimax.fp8 import ConventionChoice
 from neuron_minimax.inspection.document import Rendered
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.progress import SILENT, Advance, Progress, nothing
 from neuron_minimax.studies.answering import Graded, answer_all, prompt_ids
@@ -48,6 +50,7 @@ class Variant:
     layout: Layout = OCP
     scale_convention: ConventionChoice = ConventionChoice.AUTO
     compute: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None
 
     def model(self, published: State, config: ModelConfig) -> Decoder:
         changed = self.change(published, config)
@@ -55,6 +58,7 @@ class Variant:
             config,
             convert_hf_to_neuron_state_dict(changed, config, self.layout, self.scale_convention),
             compute=self.compute,
+            cache_dtype=self.cache_dtype,
         )
 
 
@@ -144,7 +148,7 @@ def prompt_logits(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}"
         )
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
-    return [model(torch.tensor([prompt]))[0][0].float() for prompt in prompts]
+    return [model(torch.tensor([prompt]), use_cache=True)[0][0].float() for prompt in prompts]
 
 
 def _score(
@@ -223,6 +227,8 @@ VARIANTS = (
     Variant(name="converted (codes halved, scales doubled)", layout=Layout()),
     Variant(name="attention in BF16", layout=Layout(attention=AttentionPrecision.BF16)),
     Variant(name="compute in BF16", layout=Layout(), compute=torch.bfloat16),
+    Variant(name="keys and values in BF16", layout=Layout(), cache_dtype=torch.bfloat16),
+    Variant(name="keys and values in FP8", layout=Layout(), cache_dtype=KV_CACHE_DTYPES["fp8"]),
     Variant(name="rescaled by 240/448 (rounds again)", change=rescale_to_240),
     Variant(name="one scale per row (rounds again)", change=scale_per_row),
     Variant(name="router bias cast to BF16", change=round_router_bias),
@@ -298,11 +304,18 @@ def measure_lengths(
     }  # fmt: skip
     rows = {}
     for name, scaling in settings.items():
-        config = ModelConfig.from_dict({**opened.config.raw, "rope_scaling": scaling})
+        config = ModelConfig.from_dict(with_rope(opened.config.raw, scaling or {}))
         with progress.stage(f"perplexity, RoPE {name}", chats, "chats") as advance:
             model = Decoder(config, convert_hf_to_neuron_state_dict(published, config))
             rows[name] = perplexities(model, examples, bounds, advance)
     return LengthReport(bounds=tuple(bounds), rows=rows)
+
+
+def with_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of either style with this scaling in place of its own."""
+    stored = raw.get("rope_parameters") or {}
+    kept = {name: stored[name] for name in BESIDE_ROPE if name in stored}
+    return {**raw, "rope_parameters": None, "rope_scaling": {**kept, **scaling}}
 
 
 def long_chat(encoder: Encoder, seed: int) -> Example:

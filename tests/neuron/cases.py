@@ -17,6 +17,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "96 channels": {"intermediate_size": 96},
     "128 channels": {"intermediate_size": 128},
     "192 channels": {"intermediate_size": 192},
+    # On four ranks two hold two experts, and two one and zeros.
+    "6 experts": {"intermediate_size": 256, "num_local_experts": 6},
 }
 # Models of the other families: a family of tests/tiny.py, and the changed fields. With FP8
 # their sizes are whole blocks; in BF16 they are odd.
@@ -32,6 +34,10 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         FP8
         | {"moe_intermediate_size": 256, "num_experts": 8, "intermediate_size": 512}
         | {"mlp_only_layers": [0], "norm_topk_prob": False},
+    ),
+    "qwen3_moe 7 experts": (
+        "qwen3_moe",
+        FP8 | {"moe_intermediate_size": 256, "num_experts": 7, "norm_topk_prob": False},
     ),
     "qwen3 fp8": ("qwen3", FP8 | {"intermediate_size": 512}),
     "qwen3 bf16": ("qwen3", BF16 | SHARED_HEADS | {"tie_word_embeddings": False}),

@@ -361,6 +361,19 @@ def family_settings(dense: str, sparse: str) -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             make_application(Path(model), NeuronOptions(**OPTIONS | degrees))
+    for chosen, listed, said in (
+        ({"expert_scales": "expanded"}, "mlp_op.down_proj", "and in layers 0, 1 modules_to_not"),
+        ({"expert_scales": "expanded"}, "layers.1.mlp.expert_mlps.mlp_op.gate_up_proj", "layer 1 "),
+        (
+            {"expert_kernel": "nki", "instance": "trn2.3xlarge"},
+            "layers.1.mlp.expert_mlps",
+            "and in layer 1 modules_to_not",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            make_application(
+                Path(sparse), NeuronOptions(**OPTIONS | chosen), modules_to_not_convert=[listed]
+            )
     for field in ("fused_qkv", "mlp_kernel_enabled", "qkv_kernel_enabled"):
         with pytest.raises(ConfigError, match=f"{field}=True is refused for Qwen3 "):
             make_application(Path(dense), NeuronOptions(**OPTIONS), **{field: True})
@@ -394,8 +407,7 @@ def code_range(model: str, directory: str) -> None:
     application = make_application(Path(directory), NeuronOptions(**native))
     assert not any(flag in wrapper.compiler_args for wrapper in application.models)
     assert all("--verify-hlo=true" in wrapper.compiler_args for wrapper in application.models)
-    with pytest.raises(ConfigError, match="expert_kernel='nki' reads E4M3 up to 240"):
-        make_application(Path(directory), NeuronOptions(**native, expert_kernel="nki"))
+    make_application(Path(directory), NeuronOptions(**native, expert_kernel="nki"))
     halved = make_application(Path(model), NeuronOptions(**native))
     assert all(flag in wrapper.compiler_args for wrapper in halved.models)
     sampling = {"on_device_sampling_config": {"do_sample": True, "top_k_kernel_enabled": False}}

@@ -102,6 +102,7 @@ def check(result: dict[str, Any], expected: tuple[torch.Tensor, torch.Tensor]) -
         *(("qwen3_moe fp8", degrees) for degrees in (ONE, SPLIT, EXPERTS, BOTH)),
         *(("qwen3_moe bf16", degrees) for degrees in (ONE, SPLIT, EXPERTS)),
         *(("qwen3_moe mixed", degrees) for degrees in (ONE, BOTH)),
+        *(("qwen3_moe 7 experts", degrees) for degrees in (ONE, EXPERTS)),  # 4, and 3 and zeros
         *(("qwen3 fp8", degrees) for degrees in (ONE, TWO, FOUR)),
         *(("qwen3 bf16", degrees) for degrees in (ONE, TWO, FOUR)),
         *(("qwen2 bf16", degrees) for degrees in (ONE, TWO, FOUR)),
@@ -168,6 +169,24 @@ def test_the_nki_kernel_and_placed_experts_give_the_same_logits(
     )
     result = run(configuration, tmp_path / "out")
     check(result, reference("qwen3_moe fp8"))
+    assert result["kernel_matmuls"] > 0
+
+
+def test_placed_experts_beside_zeros_and_the_nki_kernel_give_the_same_logits(
+    stored: Stored, reference: Callable, tmp_path: Path
+) -> None:
+    order = np.array([[6, 1, 4, 3, 0, 2, 5], [6, 5, 4, 3, 2, 1, 0]])
+    Placement(order=order, ranks=4).save(tmp_path / "placement.json")
+    configuration = Run(
+        directory=str(stored("qwen3_moe 7 experts", "converted")),
+        through_load_module=True,
+        expert_kernel="nki",
+        expert_placement=str(tmp_path / "placement.json"),
+        tp_degree=4,
+        moe_ep_degree=4,
+    )
+    result = run(configuration, tmp_path / "out")
+    check(result, reference("qwen3_moe 7 experts"))
     assert result["kernel_matmuls"] > 0
 
 

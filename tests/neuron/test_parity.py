@@ -25,6 +25,7 @@ from tests.tiny import write_tiny
 TOLERANCE = 2e-5  # measured: at most 5e-6
 SPLIT = {"tp_degree": 2, "moe_tp_degree": 2}
 EXPERTS = {"tp_degree": 2, "moe_ep_degree": 2}
+ONE_EACH = {"tp_degree": 4, "moe_ep_degree": 4}
 BOTH = {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2}
 
 Converted = Callable[[str, str], Path]
@@ -81,6 +82,7 @@ def check(result: dict[str, Any], name: str, variant: str = "") -> None:
         ("grouped", EXPERTS),
         ("grouped", {"tp_degree": 4, "moe_tp_degree": 4}),  # 2 key/value heads on 4 ranks
         ("padded", BOTH),  # 6 query heads over 2 key/value heads become 8 over 4
+        ("6 experts", ONE_EACH),  # two ranks have two, two one and zeros
         ("converted", SPLIT),  # 3 key/value heads on 2 ranks become 6
     ],
 )
@@ -92,7 +94,14 @@ def test_float32_equals_transformers(
 
 @pytest.mark.parametrize(
     ("name", "degrees"),
-    [("grouped", {}), ("grouped", SPLIT), ("grouped", EXPERTS), ("padded", BOTH)],
+    [
+        ("grouped", {}),
+        ("grouped", SPLIT),
+        ("grouped", EXPERTS),
+        ("padded", BOTH),
+        ("6 experts", {}),
+        ("6 experts", ONE_EACH),
+    ],
 )
 def test_fp8_equals_transformers_on_the_same_dequantized_weights(
     name: str, degrees: dict, converted: Converted, tmp_path: Path

@@ -22,6 +22,7 @@ from tests.tiny import write_tiny
         ("qwen3_moe fp8", {"tp_degree": 2, "moe_tp_degree": 2}),
         ("qwen3_moe fp8", {"tp_degree": 4, "moe_tp_degree": 4}),  # half a block: expanded scales
         ("qwen3_moe mixed", {"tp_degree": 4, "moe_tp_degree": 2, "moe_ep_degree": 2}),
+        ("qwen3_moe 7 experts", {"tp_degree": 2, "moe_ep_degree": 2}),
         ("qwen3 fp8", {"tp_degree": 4}),
         ("qwen3 bf16", {"tp_degree": 4}),
         ("qwen2 bf16", {"tp_degree": 4}),

@@ -21,11 +21,11 @@ PACKAGE = "neuron_minimax.kernels.nki"
 __all__ = ["HardwareError", "Machine", "load"]
 
 
-def load(path: str | Path) -> tuple[ModuleType, Machine]:
+def load(path: str | Path, generation: int = 3) -> tuple[ModuleType, Machine]:
     """Import the kernel file at `path` under a private name, its NKI imports, and those of its
-    neighbours, served by a new machine.
+    neighbours, served by a new machine of this generation.
     """
-    machine = Machine()
+    machine = Machine(generation=generation)
     stand_ins = _stand_ins(machine)
     neighbours = [f"{PACKAGE}.{each.stem}" for each in Path(path).parent.glob("[!_]*.py")]
     before = {name: sys.modules.pop(name, None) for name in (*stand_ins, *neighbours)}

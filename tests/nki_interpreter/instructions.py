@@ -21,7 +21,7 @@ QUADRANT = 32
 STATIONARY_COLUMNS = 128
 MOVING_COLUMNS = 512
 MINIMUM_CYCLES = 64
-MATMUL_DTYPES = (memory.FLOAT8_E4M3, memory.BFLOAT16, memory.FLOAT32)
+MATMUL_DTYPES = (memory.FLOAT8_E4M3, memory.FLOAT8_E4M3FN, memory.BFLOAT16, memory.FLOAT32)
 
 
 class OobMode(Enum):
@@ -83,7 +83,7 @@ class Instructions:
         target.written[...] = True
         size = prod(dst.shape) * dst.dtype.bytes
         self.machine.counts["dma_copy"] += 1
-        self.machine.counts["dma_into_busy"] += target.storage is self.machine.busy
+        self.machine.counts["dma_into_busy"] += target.storage.number == self.machine.busy
         self.machine.counts["hbm_read_bytes"] += 0 if source.on_chip else size
         self.machine.counts["hbm_written_bytes"] += 0 if target.on_chip else size
 
@@ -125,7 +125,7 @@ class Instructions:
         if accumulate or (accumulate is None and dst.written.all()):
             result = dst.read() + result
         dst.write(result)
-        self.machine.busy = stationary.storage
+        self.machine.busy = stationary.storage.number
         passes = 4 if wide[0] else 1
         self.machine.record("nc_matmul", dst, stationary, moving)
         self._count("nc_matmul", moving.shape[1], passes)

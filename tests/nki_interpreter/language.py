@@ -84,10 +84,13 @@ class Kernel:
     def __getitem__(self, cores: int) -> "Kernel":
         return Kernel(self.function, self.machine, cores)
 
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *arguments: torch.Tensor | bool) -> torch.Tensor:
         self.machine.shared.clear()
         self.machine.trips.clear()
-        inputs = [_from_torch(argument) for argument in arguments]
+        inputs = [
+            _from_torch(argument) if isinstance(argument, torch.Tensor) else argument
+            for argument in arguments
+        ]
         for core in range(max(self.cores, 1)):
             self.machine.core, self.machine.cores, self.machine.shared_used = core, self.cores, 0
             self.machine.loops = 0

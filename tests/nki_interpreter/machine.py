@@ -10,6 +10,7 @@ from itertools import count
 from math import prod
 
 import numpy as np
+import torch
 
 PARTITIONS = 128
 SBUF_BYTES = 24 * 2**20 // PARTITIONS  # per partition
@@ -64,6 +65,7 @@ def _e4m3_values() -> np.ndarray:
 
 
 E4M3_VALUES = _e4m3_values()
+OCP_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -79,13 +81,14 @@ class Machine:
     launch.
     """
 
+    generation: int = 3  # of the NeuronCore; from 4 on it computes with OCP's FP8
     core: int = 0
     cores: int = 0  # 0: not launched on a grid
     counts: Counter = field(default_factory=Counter)
     in_use: Counter = field(default_factory=Counter)
     shared: list = field(default_factory=list)
     shared_used: int = 0
-    busy: "Storage | None" = None
+    busy: int | None = None  # the number of the tensor that the last product was of
     trips: list[int] = field(default_factory=list)  # of the first core's dynamic loops
     loops: int = 0  # dynamic loops of this core so far
     body: list | None = None  # the instructions of this pass through a dynamic loop
@@ -97,6 +100,7 @@ class Machine:
         if buffer == "shared_hbm":
             return self._allocate_shared(shape, dtype)
         storage = Storage(shape, dtype, buffer)
+        storage.generation = self.generation
         if buffer in ("sbuf", "psum"):
             require(
                 len(shape) >= 2,
@@ -186,6 +190,7 @@ class Storage:
     """Memory of one tensor: values, and which of them were written."""
 
     numbers = count()
+    generation = 3
 
     def __init__(
         self, shape: tuple[int, ...], dtype: Dtype, buffer: str, data: np.ndarray | None = None
@@ -325,12 +330,14 @@ class Tensor:
     def read(self) -> np.ndarray:
         """The values; FP8 as float32. Reading what nobody wrote is an error."""
         require(
-            self.dtype is not FLOAT8_E4M3FN,
+            self.dtype is not FLOAT8_E4M3FN or self.storage.generation > 3,
             "NeuronCore-v3 computes with float8_e4m3, not with float8_e4m3fn",
         )
         require(
             bool(self.written.all()), f"use of unwritten {self.buffer} memory (shape {self.shape})"
         )
+        if self.dtype is FLOAT8_E4M3FN:
+            return OCP_VALUES[self.data]
         return E4M3_VALUES[self.data] if self.dtype is FLOAT8_E4M3 else self.data
 
     def write(self, values: np.ndarray) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from neuron_minimax.backends.base import LOGIT_ROWS, Backend, Capabilities
+from neuron_minimax.backends.cpu import graphs as cpu_graphs
 from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
 from neuron_minimax.backends.manifest import Manifest
 from neuron_minimax.convert.plan import Converted
 from neuron_minimax.errors import BackendError, counted
 from neuron_minimax.kernels.cpu import library
 from neuron_minimax.kernels.cpu.library import compiler
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.progress import Progress
@@ -104,8 +106,6 @@ class CompiledBackend(CPUBackend):
         self, model: Converted, read: Callable[[str], bytes], engine: str, options: CPUOptions
     ) -> None:
         """`read` gives the bytes of a compiled file; `engine` is the one that it was made for."""
-        from neuron_minimax.backends.cpu import graphs as cpu_graphs
-
         self.model_directory = model.directory
         compute = COMPUTE_DTYPES[options.compute]
         self.model = Decoder.from_converted(model, compute=compute, byte_codes=True)
@@ -166,7 +166,8 @@ def rows_of(
 def cache_for(model: Decoder, options: CPUOptions, positions: int) -> KVCache:
     """The empty cache of all slots. Raises BackendError when it does not fit into memory."""
     try:
-        return KVCache.allocate(model.config, options.slots, positions, model.compute)
+        dtype = KV_CACHE_DTYPES[options.cache_dtype]
+        return KVCache.allocate(model.config, options.slots, positions, dtype)
     except (RuntimeError, MemoryError):
         raise BackendError(
             f"the cache of {counted(options.slots, 'slot')} of {options.seq_len} positions does "
@@ -198,13 +199,11 @@ def build(
     parsed = CPUOptions.parse(options)
     if parsed.engine == "eager":
         return {}, [EAGER_AS_ASKED]
-    from neuron_minimax.backends.cpu.graphs import build_graphs
-
     notes = []
     try:
         if parsed.engine == "exported":
             notes = [EXPORTED_AS_ASKED if compiler() else NO_COMPILER]
-        return build_graphs(model, graphs, parsed, progress), notes
+        return cpu_graphs.build_graphs(model, graphs, parsed, progress), notes
     except Exception as error:  # whatever an export or a compiler may raise
         said = str(error).strip().splitlines() or ["no message"]
         problem = f"{type(error).__name__}: {said[0]}"
@@ -221,7 +220,8 @@ def build(
             f"torch {version} could not compile this model ({problem}): the exported graphs run "
             "instead"
         )
-        return build_graphs(model, graphs, replace(parsed, engine="exported"), progress), [note]
+        exported = replace(parsed, engine="exported")
+        return cpu_graphs.build_graphs(model, graphs, exported, progress), [note]
 
 
 def load(model: Converted, graphs: Path, manifest: Manifest) -> Backend:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from neuron_minimax.backends.cpu.compiling import FinishedGraphs, GraphCompilers
 from neuron_minimax.backends.cpu.options import EXPORTED, KERNELS, CPUOptions
 from neuron_minimax.kernels.cpu.library import compiler, copy_built
 from neuron_minimax.kernels.cpu.operators import attend, expert_mlp, linear
+from neuron_minimax.kernels.reference import KV_CACHE_DTYPES
 from neuron_minimax.model.cache import KVCache
 from neuron_minimax.model.decoder import COMPUTE_DTYPES, Decoder
 from neuron_minimax.model.layers import Kernels
@@ -90,6 +91,29 @@ INDUCTOR_OPTIONS = {
 }
 
 
+class OneSlotRead(KVCache):
+    """A KVCache of which one slot is read, without a copy: it is a number, not a tensor's rows."""
+
+    def __init__(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        lengths: torch.Tensor,
+        slot: int,
+    ) -> None:
+        super().__init__(keys, values, lengths)
+        self.slot = slot
+
+    def read(
+        self, layer: int, rows_B: torch.Tensor | None, filled: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1,K,filled,D] of the slot."""
+        keys, values = (
+            each[layer].narrow(0, self.slot, 1)[:, :, :filled] for each in (self.keys, self.values)
+        )
+        return keys, values
+
+
 class SlotCache(nn.Module):
     """The cache of all slots as buffers of a graph: [S,K,C+1,D] per layer; writes of padding go to
     position C.
@@ -101,11 +125,18 @@ class SlotCache(nn.Module):
             self.register_buffer(f"keys_{layer}", keys)
             self.register_buffer(f"values_{layer}", values)
 
-    def view(self) -> KVCache:
+    def view(self, slot_1: torch.Tensor | None = None) -> KVCache:
+        """The cache, of which `slot_1` alone is read where that is given."""
         count = len(list(self.buffers())) // 2
         keys = [self.get_buffer(f"keys_{layer}") for layer in range(count)]
         values = [self.get_buffer(f"values_{layer}") for layer in range(count)]
-        return KVCache(keys, values, torch.zeros(keys[0].shape[0], dtype=torch.int64))
+        lengths = torch.zeros(keys[0].shape[0], dtype=torch.int64)
+        if slot_1 is None:
+            return KVCache(keys, values, lengths)
+        slot = cast(int, slot_1.item())
+        torch._check(slot >= 0)
+        torch._check(slot < len(lengths))
+        return OneSlotRead(keys, values, lengths, slot)
 
 
 class Graph(nn.Module):
@@ -169,7 +200,7 @@ class ContextEncoding(Graph):
         hidden_1TH, _ = self.model.hidden_states(
             ids_T[None],
             positions_T[None],
-            cache=self.cache.view(),
+            cache=self.cache.view(slot_1),
             rows_B=slot_1,
             filled=self.filled(start_1 + count_1),
             real_BT=real_T[None],
@@ -225,7 +256,8 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
     doing("reading the model")
     compute = COMPUTE_DTYPES[options.compute]
     model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
-    cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, model.compute)
+    dtype = KV_CACHE_DTYPES[options.cache_dtype]
+    cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, dtype)
     graphs_by_name = {
         each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)
     }

@@ -15,6 +15,8 @@ from neuron_minimax.files import parse_json
 from neuron_minimax.kernels.cpu.library import compiler
 
 COMPUTE = ("float32", "bf16")
+# What keys and values are kept in; auto is the dtype of activations.
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 ENGINES = ("compiled", "exported", "eager")
 EXPORTED = ".exported.pt2"  # ends the name of an exported graph
 KERNELS = "kernels.so"
@@ -37,7 +39,9 @@ SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CPUOptions:
-    """The choices of a CPU compile; lengths in tokens. `compute` is the dtype of activations."""
+    """The choices of a CPU compile; lengths in tokens. `compute` is the dtype of activations,
+    `kv_cache_dtype` that of keys and values: "auto" is the same.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -45,6 +49,7 @@ class CPUOptions:
     seq_len: int
     buckets: tuple[int, ...]
     compute: str = "float32"
+    kv_cache_dtype: str = "auto"
     engine: str = "compiled"
 
     def __post_init__(self) -> None:
@@ -55,12 +60,28 @@ class CPUOptions:
                 usage=True,
             )
         check_buckets(self.buckets, self.seq_len)
-        for name, allowed in (("compute", COMPUTE), ("engine", ENGINES)):
+        for name, allowed in (
+            ("compute", COMPUTE),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
+            ("engine", ENGINES),
+        ):
             if getattr(self, name) not in allowed:
                 raise BackendError(
                     f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}",
                     usage=True,
                 )
+
+    @property
+    def cache_dtype(self) -> str:
+        """What keys and values are kept in: float32, bfloat16 or fp8."""
+        of_activations = "bfloat16" if self.compute == "bf16" else self.compute
+        return of_activations if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    def cache_bytes_per_token(self, config: ModelConfig) -> int:
+        """Return the bytes of one position's keys and values; in FP8 a head has a scale, too."""
+        size = config.head_dim
+        of_head = {"float32": 4 * size, "bfloat16": 2 * size, "fp8": size + 4}[self.cache_dtype]
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * of_head
 
     @classmethod
     def parse(
@@ -105,6 +126,8 @@ def check_options(
     return {**asdict(chosen), "buckets": list(chosen.buckets)}
 
 
-def environment() -> tuple[dict[str, str], dict[str, str | list[str]]]:
-    """Versions and machine features that compiled graphs depend on."""
+def environment(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, str | list[str]]]:
+    """Versions and machine features that compiled graphs depend on, whatever the options are."""
     return versions_of(["torch"], SOURCES), cpu_here()

@@ -82,9 +82,9 @@ def untested_versions(instance: str) -> list[str]:
     return untested(sdk_for(instances.instance(instance).family), installed_versions())
 
 
-def environment() -> tuple[dict[str, str], dict[str, Any]]:
-    """Versions of the Neuron packages. Raises BackendError with AWS's install line when one is not
-    there.
+def environment(options: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Versions of the Neuron packages, whatever the options are. Raises BackendError with AWS's
+    install line when one is not there.
     """
     versions = versions_of(["torch"], SOURCES)
     for distribution, package in PACKAGES.items():
@@ -111,11 +111,18 @@ def build(
     parsed = neuron_options.parse(options)
     notes = [f"untested version: {line}" for line in untested_versions(parsed.instance)]
     stored = TensorDirectory(model).entries.values()
+    config = ModelConfig.from_dir(model)
     rounded = neuron_options.rounded_weights(
-        ((entry.name, entry.dtype == "F32") for entry in stored), ModelConfig.from_dir(model).family
+        ((entry.name, entry.dtype == "F32") for entry in stored), config.family
     )
     if rounded:
         notes.append(neuron_options.rounding_note(rounded))
+    padding = -config.num_local_experts % parsed.moe_ep_degree
+    if padding:
+        notes.append(
+            f"{padding} of {parsed.moe_ep_degree} expert-parallel ranks hold an expert of zeros, "
+            f"which no token can choose: the ranks do not divide {config.num_local_experts} experts"
+        )
     for note in notes:
         progress(f"warning: {note}")
     (graphs / OPTIONS_NAME).write_text(json.dumps(dict(options)), encoding="utf-8")

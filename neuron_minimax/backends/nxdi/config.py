@@ -13,6 +13,7 @@ import torch
 from neuron_minimax.backends.nxdi import imports
 from neuron_minimax.backends.nxdi.moe import ACTIVATIONS
 from neuron_minimax.backends.nxdi.options import BLOCKWISE, FP8_CASTS
+from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.backends.nxdi.scales import expand_scales
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import ConfigError
@@ -26,8 +27,11 @@ from neuron_minimax.planner.memory import (
     EXPERT_SCALES,
     KERNEL_TOKENS,
     NEURON_E4M3_MAX,
+    fp8_expert_layers,
     largest_code,
+    layers_text,
     settled_scales,
+    whole_block,
 )
 from neuron_minimax.planner.sdks import SDKS
 
@@ -141,6 +145,11 @@ class NeuronModelConfig(imports.InferenceConfig):
                     f"moe_ep_degree is {options.moe_ep_degree}, and {model.family.title} has no "
                     "experts to spread; expected 1"
                 )
+        elif options.moe_ep_degree > model.num_local_experts:
+            raise ConfigError(
+                f"moe_ep_degree {options.moe_ep_degree} is more than the {model.num_local_experts} "
+                "experts; choose one that is not"
+            )
         elif options.moe_tp_degree * options.moe_ep_degree != options.tp_degree:
             raise ConfigError(
                 f"moe_tp_degree {options.moe_tp_degree} * moe_ep_degree {options.moe_ep_degree} is "
@@ -180,13 +189,17 @@ class NeuronModelConfig(imports.InferenceConfig):
                 f"expert_kernel is {self.expert_kernel!r}; expected one of "
                 f"{', '.join(EXPERT_KERNELS)}"
             )
-        has_experts = self.model_config.family.architecture.has_experts
-        if self.expert_kernel == "nki" and not (
-            has_experts and self.quantizes(Role.EXPERT_GATE) and rows == (128, 128)
-        ):
+        if self.expert_kernel == "nki" and not (self._fp8_layers and rows == (128, 128)):
             raise ConfigError(
                 "expert_kernel='nki' takes FP8 experts with 128 x 128 block scales; use 'torch' "
                 "for others"
+            )
+        sparse = self.model_config.layers_of(LayerKind.SPARSE)
+        kept = [layer for layer in sparse if layer not in self._expert_layers[0]]
+        if self.expert_kernel == "nki" and kept:
+            raise ConfigError(
+                "expert_kernel='nki' takes experts whose weights are all FP8, and in "
+                f"{layers_text(kept)} modules_to_not_convert keeps some in BF16; use 'torch'"
             )
         if self.expert_kernel == "nki" and options.max_batch_size > KERNEL_TOKENS:
             raise ConfigError(
@@ -205,6 +218,13 @@ class NeuronModelConfig(imports.InferenceConfig):
                 f"expert_scales is {EXPANDED_SCALES!r}, and there are no FP8 experts whose scales "
                 f"could be; use {EXPERT_SCALES[0]!r}"
             )
+        partly = self._expert_layers[1]
+        if self._expert_scales == EXPANDED_SCALES and partly:
+            raise ConfigError(
+                "expanded expert_scales take experts whose weights are all FP8, and in "
+                f"{layers_text(partly)} modules_to_not_convert keeps some in BF16; convert with "
+                "all of them or none kept in BF16, or split experts by whole blocks"
+            )
 
     @property
     def _expert_scales(self) -> str:
@@ -213,16 +233,30 @@ class NeuronModelConfig(imports.InferenceConfig):
         return settled_scales(self.expert_scales, self.model_config, degree)
 
     @property
+    def _expert_layers(self) -> tuple[list[int], list[int]]:
+        """The layers whose experts are FP8 whole, and those where some of their weights are."""
+        return fp8_expert_layers(self.model_config, self.quantizes)
+
+    @property
     def _fp8_layers(self) -> list[int]:
-        """The layers with FP8 experts."""
-        if not self.model_config.family.architecture.has_experts:
-            return []
-        layers = self.model_config.layers_of(LayerKind.SPARSE)
-        return [layer for layer in layers if self.quantizes(Role.EXPERT_GATE, layer)]
+        """The layers with FP8 experts, whole or in part."""
+        whole, partly = self._expert_layers
+        return sorted((*whole, *partly))
 
     def expands_scales(self, layer: int) -> bool:
         """Return whether the ranks hold the scales of a layer's experts expanded."""
         return self._expert_scales == EXPANDED_SCALES and layer in self._fp8_layers
+
+    @property
+    def padding(self) -> Padding:
+        """That of the experts, where the ranks do not divide them."""
+        return Padding(self.model_config.num_local_experts, self.neuron_config.moe_ep_degree)
+
+    def pad_experts(self, state: MutableMapping[str, torch.Tensor]) -> None:
+        """Pad the experts in full checkpoint tensors."""
+        self.padding.pad_experts(
+            state, self.model_config, self.model_config.layers_of(LayerKind.SPARSE)
+        )
 
     def expand_scales(self, state: MutableMapping[str, torch.Tensor]) -> None:
         """Expand the scales in full checkpoint tensors of the layers that hold them so."""
@@ -239,7 +273,7 @@ class NeuronModelConfig(imports.InferenceConfig):
                 raise ConfigError(
                     f"{field} is {found!r}; the block-scaled FP8 checkpoint needs {value!r}"
                 )
-        rows = model.weight_block_size[0]
+        rows = whole_block(model)
         has_experts = model.family.architecture.has_experts
         if has_experts and self._expert_scales == BLOCK_SCALES and self._fp8_layers:
             degree = options.moe_tp_degree
@@ -270,9 +304,7 @@ class NeuronModelConfig(imports.InferenceConfig):
             )
 
     def _validate_code_range(self) -> None:
-        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native, and not for the
-        NKI kernel.
-        """
+        """Codes up to 448 (`convert --fp8-range ocp`) only where they are native."""
         largest = largest_code(self.model_config)
         if largest == NEURON_E4M3_MAX:
             return
@@ -289,12 +321,6 @@ class NeuronModelConfig(imports.InferenceConfig):
                 f"the checkpoint has FP8 codes up to {largest}, and {' and '.join(casts)} would "
                 f"have them read up to {NEURON_E4M3_MAX}; unset them, or convert with --fp8-range "
                 "neuron"
-            )
-        if self.expert_kernel == "nki":
-            raise ConfigError(
-                f"the checkpoint has FP8 codes up to {largest}, and expert_kernel='nki' reads E4M3 "
-                f"up to {NEURON_E4M3_MAX}; convert with --fp8-range neuron, or use "
-                "expert_kernel='torch'"
             )
 
     def _validate_sampling(self) -> None:

@@ -138,16 +138,15 @@ class NeuronDecoderModel(imports.NeuronBaseModel):
         )
 
     def preshard_hook(self, model_state_dict: dict, prefix: str) -> bool:
-        """NxD calls this before it shards: run every module's own hook, expand the scales of
-        experts where the ranks hold them so, then insist on full coverage.
+        """NxD calls this before it shards: run every module's own hook, pad the experts and expand
+        their scales where the ranks hold them so, then insist on full coverage.
         """
         for name, child in self.named_children():
             imports.invoke_preshard_hook(child, model_state_dict, f"{name}.")
+        self.config.pad_experts(model_state_dict)
         self.config.expand_scales(model_state_dict)
         coverage.check_checkpoint(
-            coverage.parameters_of(self),
-            model_state_dict,
-            self.config.model_config.num_local_experts,
+            coverage.parameters_of(self), model_state_dict, self.config.padding.held
         )
         return True
 

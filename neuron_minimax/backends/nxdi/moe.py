@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from neuron_minimax.backends.nxdi import imports
+from neuron_minimax.backends.nxdi.padding import Padding
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families.family import Role, RouterKind
 from neuron_minimax.kernels.reference import ExpertMLP, ExpertWeights
+from neuron_minimax.planner.memory import NEURON_E4M3_MAX, largest_code
 
 # NxD's name for what a kind makes scores of logits with.
 ACTIVATIONS = {RouterKind.SIGMOID_BIAS: "sigmoid", RouterKind.SOFTMAX: "softmax"}
@@ -28,10 +30,13 @@ class NeuronRouter(imports.RouterTopK):
 
     Gate and bias stay float32 under any cast of the model: a bias of 4.7 to 9.5 has BF16 steps of
     0.03 to 0.06. The bias is a parameter, because XLA folds constants.
+
+    Where ranks hold experts of zeros, it knows the others alone, and names them by their places.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, padding: Padding) -> None:
         self.kind = model.family.architecture.router
+        self.padding = padding
         super().__init__(
             num_experts=model.num_local_experts,
             top_k=model.num_experts_per_tok,
@@ -51,8 +56,8 @@ class NeuronRouter(imports.RouterTopK):
     def forward(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits [T,E] float32, affinities [T,E] in the dtype of the hidden states, and
-        chosen experts [T,K].
+        """Router logits [T,E] float32, affinities [T,E] in the dtype of the hidden states, E with
+        experts of zeros, and chosen experts [T,K].
 
         NxD's experts would normalise affinities after a cast to BF16; here the division comes
         first, in float32.
@@ -68,7 +73,8 @@ class NeuronRouter(imports.RouterTopK):
         affinities_TE = scores_TE
         if self.normalised:
             affinities_TE = scores_TE / scores_TE.gather(1, index_TK).sum(dim=1, keepdim=True)
-        return logits_TE, affinities_TE.to(hidden_states.dtype), index_TK.detach().to(torch.long)
+        affinities_TE = self.padding.pad(affinities_TE.to(hidden_states.dtype), 1)
+        return logits_TE, affinities_TE, self.padding.places(index_TK.detach().to(torch.long))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "NeuronRouter":
         """Moves between devices reach the router, casts do not."""
@@ -135,7 +141,7 @@ class KernelExperts(imports.ExpertMLPsV2):
         return (here_TKE * places_E).sum(dim=-1, dtype=torch.int32) - 1
 
 
-def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
+def expert_kernel(name: str, cores: int, ocp_codes: bool = False) -> ExpertMLP | None:
     """The kernel for token generation, on `cores` physical cores per rank; None for "torch", NxD's
     own operations.
     """
@@ -143,7 +149,7 @@ def expert_kernel(name: str, cores: int) -> ExpertMLP | None:
         return None
     from neuron_minimax.kernels.nki import expert_mlp
 
-    return partial(expert_mlp.expert_mlp, cores=cores)
+    return partial(expert_mlp.expert_mlp, cores=cores, ocp_codes=ocp_codes)
 
 
 def build_moe(config: Any, layer: int) -> nn.Module:
@@ -153,10 +159,14 @@ def build_moe(config: Any, layer: int) -> nn.Module:
     With `config.expert_kernel` "nki" their token generation is this project's kernel.
     """
     block = imports.initialize_moe_module(config=with_nxdis_names(config))
-    block.router = NeuronRouter(config.model_config)
+    block.router = NeuronRouter(config.model_config, config.padding)
     if config.expands_scales(layer):
         expand(block.expert_mlps.get_mlp_op(), config.model_config)
-    kernel = expert_kernel(config.expert_kernel, config.neuron_config.logical_nc_config)
+    kernel = expert_kernel(
+        config.expert_kernel,
+        config.neuron_config.logical_nc_config,
+        ocp_codes=largest_code(config.model_config) > NEURON_E4M3_MAX,
+    )
     if kernel is not None:
         block.expert_mlps = KernelExperts(block.expert_mlps, kernel)
     return block.eval()
@@ -190,7 +200,7 @@ def with_nxdis_names(config: Any) -> Any:
     """
     model = config.model_config
     named = copy.copy(config)
-    named.num_local_experts = model.num_local_experts
+    named.num_local_experts = config.padding.held
     named.num_experts_per_tok = model.num_experts_per_tok
     named.intermediate_size = model.intermediate_size
     named.n_shared_experts = 0

@@ -13,22 +13,27 @@ import torch
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.families import Role, target_scale_name
+from neuron_minimax.fp8 import ceil_div
 
 
 def expand_scales(
     state: MutableMapping[str, torch.Tensor], config: ModelConfig, layers: Iterable[int]
 ) -> None:
-    """Repeat the scales of the experts of these layers in full checkpoint tensors."""
+    """Repeat the scales of the experts of these layers in full checkpoint tensors. What is missing,
+    or is not one scale for each block, is left as it is: coverage names it.
+    """
     channels = config.intermediate_size
     rows, columns = config.weight_block_size  # of the published [I,H] and [H,I]
     for layer in layers:
-        for role, dimension, size, parts in (
-            (Role.EXPERT_GATE, 2, rows, 2),
-            (Role.EXPERT_DOWN, 1, columns, 1),
+        for role, dimension, (along, across), parts in (
+            (Role.EXPERT_GATE, 2, (rows, columns), 2),
+            (Role.EXPERT_DOWN, 1, (columns, rows), 1),
         ):
             name = target_scale_name(config.family.rule_of(role).target).format(l=layer)
-            if name in state:  # coverage names what is missing
-                state[name] = repeated(state[name], dimension, channels, size, parts)
+            blocks = [ceil_div(config.hidden_size, across)]
+            blocks.insert(dimension - 1, parts * ceil_div(channels, along))
+            if name in state and list(state[name].shape[1:]) == blocks:
+                state[name] = repeated(state[name], dimension, channels, along, parts)
 
 
 def repeated(

@@ -8,36 +8,42 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from neuron_minimax.backends.torch_neuron.caches import BlockCache, SlotCache
 from neuron_minimax.backends.torch_neuron.kernels import decoded_codes, static_kernels
-from neuron_minimax.model.cache import KVCache
+from neuron_minimax.model.cache import KVCache, LayerCache
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Step
 from neuron_minimax.model.rope import frequencies
-from neuron_minimax.model.static_cache import BlockCache, LayerCache, SlotCache
 
 
 class RankGraph(nn.Module):
     """A rank's model, and as buffers what a graph needs beside it: the cache of every layer, the
-    angles of RoPE, the values of FP8 codes.
+    angles of RoPE, the values of FP8 codes. A cache that others allocate is bound later.
     """
 
     code_values: torch.Tensor
     rope_frequencies: torch.Tensor
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache | None = None) -> None:
         super().__init__()
         self.model = model
-        self.layer_count = len(cache.keys)
-        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            self.register_buffer(f"keys_{layer}", keys)
-            self.register_buffer(f"values_{layer}", values)
+        if cache is not None:
+            self.bind(cache.keys, cache.values)
         per_pair, self.rope_magnitude = frequencies(model.config)
-        self.register_buffer("rope_frequencies", per_pair)
-        self.register_buffer("code_values", decoded_codes())
+        device = model.embed_tokens.weight.device
+        self.register_buffer("rope_frequencies", per_pair.to(device))
+        self.register_buffer("code_values", decoded_codes().to(device))
+
+    def bind(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Take the keys and values of every layer, without a copy."""
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            self.register_buffer(f"keys_{layer}", pair[0])
+            self.register_buffer(f"values_{layer}", pair[1])
 
     def cached(self, kind: str) -> list[torch.Tensor]:
         """The "keys" or "values" of every layer."""
-        return [self.get_buffer(f"{kind}_{layer}") for layer in range(self.layer_count)]
+        layers = self.model.config.num_hidden_layers
+        return [self.get_buffer(f"{kind}_{layer}") for layer in range(layers)]
 
     def hidden_states(
         self,
@@ -47,6 +53,8 @@ class RankGraph(nn.Module):
         cache: LayerCache,
         filled: int,
         rows_B: torch.Tensor | None = None,
+        *,
+        rank: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B,T,H] after the last norm; the other arguments are those of `Step`."""
         step = Step(
@@ -56,6 +64,7 @@ class RankGraph(nn.Module):
             rows_B=rows_B,
             filled=filled,
             real_BT=real_BT,
+            rank=rank,
             kernels=static_kernels(self.code_values),
         )
         return self.model.through_layers(ids_BT, step)[0]
@@ -123,6 +132,33 @@ class ContextEncoding(SlotGraph):
         return self.logits(last_1H)[0], hidden_1TH[0]
 
 
+class Logits(SlotGraph):
+    """The head alone, for positions of a prompt that are asked for."""
+
+    def forward(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Logits [R,V] float32 of final hidden states."""
+        return self.logits(hidden_RH)
+
+
+class CopySlot(SlotGraph):
+    """One slot's keys and values at some positions, in all layers, copied to another slot."""
+
+    def forward(
+        self,
+        source_1: torch.Tensor,
+        target_1: torch.Tensor,
+        start_1: torch.Tensor,
+        end_1: torch.Tensor,
+    ) -> torch.Tensor:
+        """Copy positions start to end - 1; returns their number [1]."""
+        places_C = torch.arange(self.seq_len + 1, device=start_1.device)
+        copied_C1 = ((places_C >= start_1) & (places_C < end_1))[:, None]
+        for stored in (*self.cached("keys"), *self.cached("values")):
+            both = torch.where(copied_C1, stored[source_1], stored[target_1])
+            stored[target_1] = both
+        return end_1 - start_1
+
+
 class BlockStep(RankGraph):
     """T tokens of each of B sequences over a cache of blocks; B and T are those of the inputs."""
 
@@ -145,8 +181,9 @@ class BlockStep(RankGraph):
 
 
 def slot_cache(model: Decoder, slots: int, seq_len: int) -> KVCache:
-    """An empty cache of a rank's heads for SlotGraph."""
-    return KVCache.allocate(model.shard.own_heads, slots, seq_len + 1, model.compute)
+    """An empty cache of a rank's heads for SlotGraph, on the model's device."""
+    with torch.device(model.embed_tokens.weight.device):
+        return KVCache.allocate(model.shard.own_heads, slots, seq_len + 1, model.compute)
 
 
 def block_cache(model: Decoder, blocks: int, block_size: int) -> KVCache:

@@ -4,7 +4,6 @@ A dimension of a converted tensor is divided by its letter in the family's table
 block scales follow. What a rank holds of a dimension are runs of source elements, and zeros.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +19,6 @@ from neuron_minimax.checkpoint.reader import TensorDirectory
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import CheckpointError, counted
 from neuron_minimax.families.family import Rule, Weight, target_scale_name
-from neuron_minimax.files import open_regular
 from neuron_minimax.fp8 import ceil_div
 from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.model.layers import Linear
@@ -112,39 +110,20 @@ class SliceReader:
         """
         shape = tuple(sum(count for _, count in each) for each in runs)
         found = np.zeros(shape, STORED_DTYPES[entry.dtype])
-        path = self.tensors.directory / entry.shard
-        try:
-            descriptor = open_regular(path)
-            try:
-                for part, offset in _contiguous(found, entry, runs):
-                    self._read_into(part, descriptor, offset, entry)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+        parts = _contiguous(found, entry, runs)
+        self.tensors.fill(entry.name, parts)
+        self.bytes_read += sum(part.nbytes for part, _ in parts)
         self.names.add(entry.name)
         dtype = "uint8" if entry.dtype == "F8_E4M3" else TORCH_DTYPES[entry.dtype]
         return torch.from_numpy(found).view(getattr(torch, dtype))
 
-    def _read_into(
-        self, part: np.ndarray, descriptor: int, offset: int, entry: TensorEntry
-    ) -> None:
-        memory = part.data.cast("B")
-        while memory:  # the kernel gives less than 2 GiB at once
-            count = os.preadv(descriptor, [memory], offset)
-            if not count:
-                raise CheckpointError(
-                    f"{entry.shard} ends within {entry.name}; convert the checkpoint again"
-                )
-            self.bytes_read += count
-            memory = memory[count:]
-            offset += count
-
 
 def _contiguous(
     found: np.ndarray, entry: TensorEntry, runs: Sequence[Sequence[Run]]
-) -> "list[tuple[np.ndarray, int]]":
-    """The parts of `found` that lie in a row both there and in the file, with their offsets."""
+) -> list[tuple[np.ndarray, int]]:
+    """The parts of `found` that lie in a row both there and in the file, with the offsets of their
+    bytes within the tensor.
+    """
     divided = [at for at, each in enumerate(runs) if list(each) != [(0, entry.shape[at])]]
     last = divided[-1] if divided else 0
     row_bytes = found.itemsize * prod(entry.shape[last + 1 :])
@@ -154,7 +133,7 @@ def _contiguous(
     for places in product(*outer):
         if any(source is None for _, source in places):
             continue
-        offset = entry.start + sum(
+        offset = sum(
             (source or 0) * stride for (_, source), stride in zip(places, strides, strict=False)
         )
         row = found[tuple(place for place, _ in places)]
@@ -243,7 +222,8 @@ def _runs(letter: str, weight: Weight, shard: Shard) -> list[Run]:
         count = min(share, size - first)
         return [(first, count), (None, share - count)]
     if letter == "E" and weight.per_expert:
-        return [(shard.experts.start, len(shard.experts))]
+        held = len(shard.experts)
+        return [(shard.experts.start, held), (None, shard.held_experts - held)]
     ranks = {"I": shard.mlp_ranks, "F": shard.tp_degree, "S": shard.tp_degree}.get(letter, 1)
     share = size // ranks
     return [(shard.rank % ranks * share, share)]

@@ -9,13 +9,12 @@ A turn is as chat_formats/turn.py describes it; its calls follow each other as
 Source: the chat templates of the published checkpoints. A call is one JSON object with `name`, a
 string, and `arguments`, an object or its JSON in a string; other members are passed over, and
 their order does not matter. Anything else behind the tag is text, from the tag on. At the end of
-the output the closing tag may be missing.
+the output the closing tag may be missing. Arguments are written as JsonStream does.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from neuron_minimax.generation.chat_formats.json_stream import JsonStream
 from neuron_minimax.generation.chat_formats.qwen3_coder import FUNCTION, Qwen3CoderFormat
@@ -182,16 +181,15 @@ class HermesParser(TurnParser):
 
     def _read_arguments(self) -> bool:
         """Pass arguments on as they come."""
-        length = self._stream.feed(self._buffer)
-        piece = self._consume(length)
-        self._value.append(piece)
+        self._consume(self._stream.feed(self._buffer))
+        piece = self._stream.written()
         if piece:
             self._events.append(CallArguments(self._index, piece))
-        if self._stream.ended and _object("".join(self._value)) is not None:
+        if self._stream.failed:
+            self._abandon()
+        elif self._stream.ended:
             self._members[ARGUMENTS] = ""
             self._state = self._after_member
-        elif self._stream.ended or self._stream.failed:
-            self._abandon()
         return self._stream.ended or self._stream.failed
 
     def _read_member(self) -> bool:
@@ -261,7 +259,8 @@ class HermesParser(TurnParser):
 
     def _read_value(self) -> bool:
         """Read a value that has to be whole; say whether it is, or is none and was abandoned."""
-        self._value.append(self._consume(self._stream.feed(self._buffer)))
+        self._consume(self._stream.feed(self._buffer))
+        self._value.append(self._stream.written())
         if self._stream.failed:
             self._abandon()
         return self._stream.ended or self._stream.failed
@@ -287,36 +286,17 @@ def _known(text: str, key: str) -> str | None:
     value = json.loads(text)
     if key == ARGUMENTS:
         if isinstance(value, str):
-            return value if _object(value) is not None else None
-        return text if isinstance(value, dict) and _object(text) is not None else None
-    usable = isinstance(value, str) and 0 < len(value) <= MAX_NAME and _is_unicode(value)
-    return value if usable else None
+            return _object(value)
+        return text if isinstance(value, dict) else None
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_NAME else None
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    """Return the object that `text` spells, None where it is none that JSON and UTF-8 can hold."""
-    try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and _is_unicode(value) else None
-
-
-def _is_unicode(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return False
-    return True
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON value")
+def _object(text: str) -> str | None:
+    """Return the JSON of the object that `text` spells, None where it spells none."""
+    text = text.strip(_SPACE)
+    stream = JsonStream()
+    length = stream.feed(text)
+    return stream.written() if stream.ended and length == len(text) and text[0] == "{" else None
 
 
 def _object_schema(parameters: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,15 +1,21 @@
-"""The end of a JSON value (RFC 8259) in text that arrives in pieces."""
+"""A JSON value (RFC 8259) in text that arrives in pieces: its end, and what of it models write that
+others cannot read, as what they can.
+"""
 
+import json
+import math
 import re
 from enum import Enum, auto
 
 MAX_DEPTH = 64  # of objects and lists in one another; deeper ones count as malformed
 MAX_NUMBER = 1024  # characters
 
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')  # within a string, up to what means something
+_PLAIN = re.compile(r'[^"\\]*')  # within a string, up to what means something
+_UNREADABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # within a string
 _SPACE = re.compile(r"[ \t\n\r]*")
 _WORD = re.compile(r"[-+.0-9A-Za-z]*")  # more than numbers and names hold: looked at when whole
 _SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null")
+_CONSTANTS = frozenset({"NaN", "Infinity", "-Infinity"})  # as Python writes them
 _ESCAPED = frozenset('"\\/bfnrtu')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _CLOSING = {"{": "}", "[": "]"}
@@ -30,7 +36,8 @@ class JsonStream:
     """Follows one JSON value, the same for any split of its text.
 
     `ended`: the value is complete. `failed`: the text is no JSON. A number's end is only known from
-    what follows it.
+    what follows it. What is read is written again as JSON that everyone can read: numbers that are
+    not finite as texts, half a surrogate pair as U+FFFD, control characters within texts escaped.
     """
 
     def __init__(self) -> None:
@@ -40,6 +47,8 @@ class JsonStream:
         self._expect = _Expect.VALUE
         self._in_string = False
         self._escape = ""  # as much as there is of an escape within a string
+        self._high = ""  # the escape of the first half of a surrogate pair, before the second
+        self._written: list[str] = []
         self._word: str | None = None  # as much as there is of a number or name
 
     def feed(self, text: str) -> int:
@@ -58,10 +67,20 @@ class JsonStream:
                 place = self._read_structure(text, place)
         return place
 
+    def written(self) -> str:
+        """Return the JSON of what has been read since this was asked for last; escapes and numbers
+        once they are whole.
+        """
+        written = "".join(self._written)
+        self._written.clear()
+        return written
+
     def _read_structure(self, text: str, place: int) -> int:
         """Read white space and one character between strings and scalars."""
+        start = place
         space = _SPACE.match(text, place)
         place = space.end() if space else place
+        self._written.append(text[start:place])
         if place == len(text):
             return place
         character = text[place]
@@ -80,6 +99,7 @@ class JsonStream:
         else:
             self.failed = True
             return place
+        self._written.append(character)
         return place + 1
 
     def _may_end(self) -> bool:
@@ -90,6 +110,7 @@ class JsonStream:
         if character not in _CLOSING:
             self._word = ""
             return place
+        self._written.append(character)
         self._open.append(_CLOSING[character])
         self._expect = _Expect.KEY_OR_END if character == "{" else _Expect.VALUE_OR_END
         self.failed = len(self._open) > MAX_DEPTH
@@ -106,27 +127,33 @@ class JsonStream:
         if len(self._word) > MAX_NUMBER:
             self.failed = True
         elif end < len(text):
-            self.failed = not _SCALAR.fullmatch(self._word)
+            word = self._word
+            self.failed = not _SCALAR.fullmatch(word) and word not in _CONSTANTS
+            if not self.failed:
+                self._written.append(word if _is_readable(word) else f'"{word}"')
             self._word = None
             self._end_value()
         return end
 
     def _read_string(self, text: str, place: int) -> int:
+        start = place
         found = _PLAIN.match(text, place)
         place = found.end() if found else place
+        if place > start:
+            self._write_half()
+            self._written.append(_UNREADABLE.sub(_readable, text[start:place]))
         if place == len(text):
             return place
         if text[place] == "\\":
             self._escape = "\\"
-        elif text[place] == '"':
-            self._in_string = False
-            if self._expect in (_Expect.KEY, _Expect.KEY_OR_END):
-                self._expect = _Expect.COLON
-            else:
-                self._end_value()
+            return place + 1
+        self._write_half()
+        self._written.append('"')
+        self._in_string = False
+        if self._expect in (_Expect.KEY, _Expect.KEY_OR_END):
+            self._expect = _Expect.COLON
         else:
-            self.failed = True
-            return place
+            self._end_value()
         return place + 1
 
     def _read_escape(self, text: str, place: int) -> int:
@@ -134,7 +161,37 @@ class JsonStream:
         if text[place] not in allowed:
             self.failed = True
             return place
-        escape = self._escape + text[place]
-        whole = escape[1] != "u" or len(escape) == len("\\u0000")
-        self._escape = "" if whole else escape
+        self._escape += text[place]
+        if self._escape[1] != "u" or len(self._escape) == len("\\u0000"):
+            self._write_escape(self._escape)
+            self._escape = ""
         return place + 1
+
+    def _write_escape(self, escape: str) -> None:
+        code = int(escape[2:], 16) if escape[1] == "u" else 0
+        if self._high and 0xDC00 <= code < 0xE000:
+            self._written.append(self._high + escape)
+            self._high = ""
+            return
+        self._write_half()
+        if 0xD800 <= code < 0xDC00:
+            self._high = escape
+        else:
+            self._written.append("\ufffd" if 0xDC00 <= code < 0xE000 else escape)
+
+    def _write_half(self) -> None:
+        """Write what stands for the first half of a surrogate pair without its second."""
+        if self._high:
+            self._written.append("\ufffd")
+            self._high = ""
+
+
+def _is_readable(word: str) -> bool:
+    """Say whether a word is a value to others: true, false, null, or a finite number."""
+    if word in _CONSTANTS:
+        return False
+    return word[0] in "tfn" or word.lstrip("-").isdigit() or math.isfinite(float(word))
+
+
+def _readable(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1] if found[0] < " " else "\ufffd"

@@ -25,7 +25,7 @@ FLAGS = (
 )
 THIS_PROCESSOR = "-march=native"
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_loaded: list[str] = []
+_loaded: list[Path] = []  # of the first library, while this process lasts
 
 
 def compiler() -> str:
@@ -63,9 +63,10 @@ def copy_built(path: Path) -> None:
                 build(made)
                 made.chmod(0o600)
                 made.replace(kept)
-        shutil.copyfile(kept, path)
     except OSError:  # there is no place to keep it
         build(path)
+    else:
+        shutil.copyfile(kept, path)
 
 
 def load(data: bytes) -> None:
@@ -83,7 +84,7 @@ def load(data: bytes) -> None:
             torch.ops.load_library(path)
         except OSError as error:
             raise BackendError(f"the kernels cannot be loaded ({error}); compile again") from None
-    _loaded.append(hashlib.sha256(data).hexdigest())
+    _loaded.append(path)
 
 
 def load_built() -> bool:

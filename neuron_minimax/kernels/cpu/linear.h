@@ -7,21 +7,24 @@
 
 namespace neuron_minimax {
 
-constexpr int64_t FEW_ROWS[] = {48, 12};  // up to so many a weight is read as it lies: for float32, for pairs
+constexpr int64_t FEW_ROWS[] = {48, 40};  // up to so many a weight is read as it lies: for float32, for pairs
 constexpr int ROWS = 4;                   // of a weight that are read beside each other,
 constexpr int TALL = 6;                   // for so many rows of input: sums stay in registers
 constexpr int64_t CACHED = 8192;          // numbers of the input that stay in the first cache
 constexpr int64_t PANEL_ROWS = 128;       // of a weight that are expanded together,
 constexpr int64_t PANEL_INPUTS = 512;     // and rows of input that they are multiplied with
 
-// sums[n,r] += dot(input n, row r of a weight), while the next rows are fetched.
+// sums[n,r] += dot(input n, row r of a weight), while the same rows are fetched, and near their end those
+// from `below` on.
 template <class Number, int COUNT, int READ>
 inline void add_dots(const float* input, int64_t apart, const Number* weight, int64_t features,
-                     int64_t length, const Number* ahead, float* sums) {
+                     int64_t length, const Number* below, float* sums) {
+  const int64_t ahead = columns_ahead<Number>(READ, length);
   Lanes total[COUNT][READ] = {};
   int64_t i = 0;
   for (; i + WIDTH <= length; i += WIDTH) {
-    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(ahead + r * features + i);
+    const Number* next = i + ahead < length ? weight + i + ahead : below + i + ahead - length;
+    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
     UNROLLED for (int part = 0; part < STRIP; ++part) {
       Lanes numbers[READ];
       UNROLLED for (int r = 0; r < READ; ++r) numbers[r] = kept(read_part(weight + r * features + i, part));
@@ -49,7 +52,7 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
   const int64_t apart = apart_of(features);
   const int64_t tiles = ceil_div(rows, TALL);
   const int64_t chunk = CACHED / std::min<int64_t>(rows, TALL) / 64 * 64;
-  const int64_t tall = std::min<int64_t>(scales.block_rows, 64);
+  const int64_t tall = std::min<int64_t>(scales.block_rows, 128);
   const int64_t per_block = ceil_div(scales.block_rows, tall);
   Scratch<float> inputs(rows * features);
   for (int64_t n = 0; n < rows; ++n) spread<Number>(hidden + n * features, features, &inputs[n * features]);
@@ -76,7 +79,7 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
             const auto add = read == ROWS ? add_dots<Number, count, ROWS> : add_dots<Number, count, 1>;
             const Number* from = weight + row * features + left;
             add(&scaled[n * apart + left], apart, from, features, std::min(chunk, features - left),
-                from + (tile ? 0 : read * features), &sums[n * read]);
+                from + read * features, &sums[n * read]);
           });
         }
       for (int64_t n = 0; n < rows; ++n)
@@ -85,6 +88,75 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
     }
   });
 }
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// sums[n,r] += dot(input n, row r of a weight) by products of pairs. The scale of each block of features
+// multiplies its sum, so that inputs stay as they are.
+template <class Number, int COUNT, int READ>
+inline void add_dots_of_pairs(const BFloat16* input, int64_t apart, const Number* weight, int64_t features,
+                              const Scales& scales, int64_t row_block, float* sums) {
+  const int64_t ahead = columns_ahead<Number>(READ, features), whole = features / WIDTH * WIDTH;
+  Lanes total[COUNT][READ] = {};
+  for (int64_t i = 0, block = 0; i < whole; ++block) {
+    Lanes product[COUNT][READ] = {};
+    for (const int64_t end = std::min(i + scales.block_columns, whole); i < end; i += WIDTH) {
+      const Number* next = weight + i + ahead + (i + ahead < features ? 0 : (READ - 1) * features);
+      __m512bh numbers[READ][2];
+      UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
+      UNROLLED for (int r = 0; r < READ; ++r) read_pairs(weight + r * features + i, numbers[r]);
+      UNROLLED for (int half = 0; half < 2; ++half) UNROLLED for (int n = 0; n < COUNT; ++n) {
+        const Lanes x = kept(load_as<Lanes>(input + n * apart + i + half * (WIDTH / 2)));
+        UNROLLED for (int r = 0; r < READ; ++r) product[n][r] = add_pairs(product[n][r], numbers[r][half], x);
+      }
+    }
+    const Lanes scale = splat(scales.of(row_block, block));
+    UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int r = 0; r < READ; ++r) total[n][r] +=
+        scale * product[n][r];
+  }
+  UNROLLED for (int n = 0; n < COUNT; ++n) {
+    const Four four = sums_of(total[n][0], total[n][1 % READ], total[n][2 % READ], total[n][3 % READ]);
+    for (int r = 0; r < READ; ++r) {
+      sums[n * READ + r] = four[r];
+      for (int64_t i = whole; i < features; ++i)
+        sums[n * READ + r] += input[n * apart + i] * float(bfloat16_of(weight + r * features + i)) *
+                              scales.of(row_block, i / scales.block_columns);
+    }
+  }
+}
+
+// out [N,O] = hidden @ weight.T for few rows of bfloat16 numbers.
+template <class Number>
+void linear_of_few_by_pairs(const float* hidden, int64_t rows, const Number* weight, int64_t outputs,
+                            int64_t features, const Scales& scales, float* out) {
+  constexpr int tall = 4;
+  const int64_t apart = apart_of(features), tiles = ceil_div(rows, tall);
+  Scratch<BFloat16> inputs(rows * apart);
+  for (int64_t n = 0; n < rows; ++n) {
+    round(hidden + n * features, features, &inputs[n * apart]);
+    spread_pairs<Number>(&inputs[n * apart], features);
+  }
+  constexpr int64_t together = 64;
+  for_each_item(ceil_div(outputs, together), [&](int64_t item) {
+    const int64_t last = std::min((item + 1) * together, outputs);
+    for (int64_t row = item * together; row < last;) {
+      const int64_t block = row / scales.block_rows;
+      const int64_t read = std::min(last, (block + 1) * scales.block_rows) - row >= ROWS ? ROWS : 1;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t n = rows * tile / tiles, height = rows * (tile + 1) / tiles - n;
+        with_constant<tall>(height, [&](auto count) {
+          float sums[tall * ROWS];
+          const auto add =
+              read == ROWS ? add_dots_of_pairs<Number, count, ROWS> : add_dots_of_pairs<Number, count, 1>;
+          add(&inputs[n * apart], apart, weight + row * features, features, scales, block, sums);
+          for (int64_t k = 0; k < height; ++k)
+            for (int64_t r = 0; r < read; ++r) out[(n + k) * outputs + row + r] = sums[k * read + r];
+        });
+      }
+      row += read;
+    }
+  });
+}
+#endif
 
 // The same for many rows: rows of the weight are expanded to panels of Panel, float or BFloat16,
 // and multiplied with the transposed input, so that no weight is transposed.
@@ -129,6 +201,7 @@ void linear_of_many(const float* hidden, int64_t rows, const Number* weight, int
         for (int64_t r = 0; r < tall; ++r) {
           const Number* from = weight + (first + r) * features + top;
           Panel* to = &panel[r * DEPTH];
+          fetch_rows<1>(from + DEPTH, features, DEPTH);
           if constexpr (pairs) {
             round(from, depth, to);
             if (even > depth) to[depth] = Panel(0.f);

@@ -4,19 +4,18 @@
 // Each chosen expert is read once for up to GROUP of its tokens. Few tokens are bound by memory: the
 // weight is read as it lies. Many are bound by arithmetic: blocks are expanded and multiplied.
 //
-// Shapes: H hidden, I intermediate; P pairs of a token and one of its K experts, sorted by expert.
+// Shapes: H hidden, I intermediate; P places, one for each of a token's K experts, sorted by expert.
 #pragma once
 #include "linear.h"
 
 namespace neuron_minimax {
 
-constexpr int64_t GROUP = 128;             // pairs of one expert that are multiplied together
-constexpr int64_t FEW_PAIRS[] = {24, 12};  // up to so many a weight is read as it lies: in float32, as pairs
-constexpr int64_t PASS = 2048;             // pairs whose sums are kept between the two products
-constexpr int64_t DEEP = 16;               // rows of a weight that are read beside each other
-constexpr int64_t SUMS = 4096;             // that stay in the first cache
-constexpr int64_t NARROWEST = 512;         // columns that a thread takes
-constexpr int64_t WIDEST_PANEL = 256;      // columns of a panel: it stays in the second cache
+constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
+constexpr int64_t FEW_TOKENS[] = {48, 40};  // up to so many a weight is read as it lies: in float32, as pairs
+constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
+constexpr int64_t NARROWEST = 512;          // columns that a thread takes at a time
+constexpr int64_t WIDEST = 4096;            // whose sums stay in the second cache
+constexpr int64_t WIDEST_PANEL = 256;       // columns of a panel: it stays in the second cache
 
 // A weight of every expert, [E, rows, columns], inputs are rows.
 template <class Number>
@@ -29,26 +28,46 @@ struct Stacked {
 };
 
 struct Group {
-  int64_t expert, first, count;  // of its pairs
+  int64_t expert, first, count;  // of its places
 };
 
-// sums[n,c] += input[n,r] * weight[r,c], while what is needed next is fetched. Strips of sums are in the
-// order in which strips of the weight are read.
-template <class Number, int COUNT>
-inline void add_rows(const float* input, int64_t input_apart, const Number* weight, int64_t apart,
-                     int64_t depth, const Number* ahead, int64_t width, float* sums, int64_t sums_apart) {
+// Strips of a row as registers of float32, for products with an input each.
+template <class Stored>
+struct Floats {
+  using Number = Stored;
+  using Input = float;
+  static constexpr int ROWS = 1;
+  static constexpr float HALF = HALF_REBIAS<Number>;
+  Lanes numbers[STRIP];
+
+  void read(const Number* row, const Number*) { read_strip(row, numbers); }
+  void add_times(const float* input, Lanes (&total)[STRIP]) const {
+    const Lanes x = kept(splat(*input));
+    UNROLLED for (int part = 0; part < STRIP; ++part) total[part] += x * numbers[part];
+  }
+  static void in_order(Lanes (&strip)[STRIP]) { neuron_minimax::in_order<Number>(strip); }
+  static float one(const Number* from) { return read_one(from); }
+};
+
+// sums[n,c] += input[n,r] * weight[r,c] by products of strips (Floats, or Pairs of bf16.h), while the same
+// rows are fetched, and near their end those from `below` on. Strips of sums are in the order in which
+// strips of the weight are read.
+template <class Product, int COUNT, class Number = typename Product::Number>
+inline void add_rows(const typename Product::Input* input, int64_t input_apart, const Number* weight,
+                     int64_t apart, int64_t depth, const Number* below, int64_t width, float* sums,
+                     int64_t sums_apart) {
+  const int64_t ahead = columns_ahead<Number>(depth, width);
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
+    const Number* next = c + ahead < width ? weight + c + ahead : below + c + ahead - width;
     Lanes total[COUNT][STRIP];
     UNROLLED for (int n = 0; n < COUNT; ++n) read_strip(sums + n * sums_apart + c, total[n]);
-    for (int64_t r = 0; r < depth; ++r) {
-      fetch_strip(ahead + r * apart + c);
-      Lanes numbers[STRIP];
-      read_strip(weight + r * apart + c, numbers);
-      UNROLLED for (int n = 0; n < COUNT; ++n) {
-        const Lanes x = kept(splat(input[n * input_apart + r]));
-        UNROLLED for (int part = 0; part < STRIP; ++part) total[n][part] += x * numbers[part];
-      }
+    for (int64_t r = 0; r < depth; r += Product::ROWS) {
+      UNROLLED for (int row = 0; row < Product::ROWS; ++row) fetch_strip(next + (r + row) * apart);
+      const Number* from = weight + r * apart + c;
+      Product product;
+      product.read(from, r + 1 < depth ? from + apart : from);  // behind an odd last row inputs are 0
+      UNROLLED for (int n = 0; n < COUNT; ++n) product.add_times(input + n * input_apart + r, total[n]);
     }
     UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int part = 0; part < STRIP; ++part)
         store(sums + n * sums_apart + c + part * LANES, total[n][part]);
@@ -56,17 +75,17 @@ inline void add_rows(const float* input, int64_t input_apart, const Number* weig
   for (; c < width; ++c)
     for (int n = 0; n < COUNT; ++n)
       for (int64_t r = 0; r < depth; ++r)
-        sums[n * sums_apart + c] += input[n * input_apart + r] * read_one(weight + r * apart + c);
+        sums[n * sums_apart + c] += input[n * input_apart + r] * Product::one(weight + r * apart + c);
 }
 
 // out (+)= sums * factor, strips of sums in the order in which they are read.
-template <class Number>
+template <class Product>
 inline void add_scaled(const float* sums, const float* factor, int64_t width, bool add, float* out) {
   int64_t c = 0;
   for (; c + WIDTH <= width; c += WIDTH) {
     Lanes strip[STRIP];
     read_strip(sums + c, strip);
-    in_order<Number>(strip);
+    Product::in_order(strip);
     UNROLLED for (int part = 0; part < STRIP; ++part) {
       float* to = out + c + part * LANES;
       const Lanes product = strip[part] * read(factor + c + part * LANES);
@@ -76,18 +95,18 @@ inline void add_scaled(const float* sums, const float* factor, int64_t width, bo
   for (; c < width; ++c) out[c] = sums[c] * factor[c] + (add ? out[c] : 0.f);
 }
 
-// Inputs [P, rows] of the pairs of a product, as they are multiplied.
+// Inputs [P, rows] of a product, as they are multiplied.
 struct Inputs {
   Scratch<float> floats;
   Scratch<BFloat16> rounded;  // with a zero behind an odd row
   int64_t rows, apart;
 
   template <class Panel>
-  const Panel* of(int64_t pair) const {
+  const Panel* of(int64_t place) const {
     if constexpr (std::is_same_v<Panel, float>)
-      return floats.data() + pair * apart;
+      return floats.data() + place * apart;
     else
-      return rounded.data() + pair * apart;
+      return rounded.data() + place * apart;
   }
   // Take `count` rows, which row(p, to) writes; floats are multiplied by `half`.
   template <class Row>
@@ -108,38 +127,35 @@ struct Inputs {
   }
 };
 
-// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few pairs.
-template <class Number>
+// out[p, left:right] = inputs[p] @ columns of an expert's weight, for few tokens; DEEP rows of the weight
+// are read beside each other.
+template <class Product, int DEEP, class Number = typename Product::Number>
 void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
                   int64_t right, float* out) {
-  constexpr float half = HALF_REBIAS<Number>;
-  const int64_t count = group.count, step = std::max(SUMS / count / 64 * 64, NARROWEST);
+  const int64_t count = group.count, width = right - left;
   const int64_t tiles = ceil_div(count, TALL);
   const Scales scales = weight.scales.of_expert(group.expert);
   thread_local Scratch<float> sums, factor;
-  sums.resize(count * step);
-  factor.resize(step);
-  for (; left < right; left += step) {
-    const int64_t width = std::min(step, right - left);
-    for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
-      const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
-      std::fill_n(sums.begin(), count * width, 0.f);
-      for (int64_t row = top; row < bottom; row += DEEP) {
-        const int64_t depth = std::min(DEEP, bottom - row);
-        const Number* from = weight.at(group.expert, row) + left;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
-          const Number* ahead = tile ? from : from + depth * weight.columns;
-          with_constant<TALL>(height, [&](auto few) {
-            add_rows<Number, few>(inputs.of<float>(group.first + n) + row, inputs.apart, from, weight.columns,
-                                  depth, ahead, width, &sums[n * width], width);
-          });
-        }
+  sums.resize(count * width);
+  factor.resize(width);
+  for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
+    const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
+    std::fill_n(sums.begin(), count * width, 0.f);
+    for (int64_t row = top; row < bottom; row += DEEP) {
+      const int64_t depth = std::min<int64_t>(DEEP, bottom - row);
+      const Number* from = weight.at(group.expert, row) + left;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
+        with_constant<TALL>(height, [&](auto few) {
+          add_rows<Product, few>(inputs.of<typename Product::Input>(group.first + n) + row, inputs.apart,
+                                 from, weight.columns, depth, from + depth * weight.columns, width,
+                                 &sums[n * width], width);
+        });
       }
-      scales.of_columns(block, left, width, half, factor.data());
-      for (int64_t n = 0; n < count; ++n)
-        add_scaled<Number>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
     }
+    scales.of_columns(block, left, width, Product::HALF, factor.data());
+    for (int64_t n = 0; n < count; ++n)
+      add_scaled<Product>(&sums[n * width], factor.data(), width, block, out + n * weight.columns + left);
   }
 }
 
@@ -167,9 +183,11 @@ void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Numbe
         const Panel* input = inputs.of<Panel>(group.first) + row;
         float* to = out + left;
         if constexpr (pairs) {
-          for (int64_t r = 0; r < depth; r += 2)
+          for (int64_t r = 0; r < depth; r += 2) {
+            fetch_rows<2>(from + (r + DEPTH) * columns, columns, width);
             expand_pairs(from + r * columns, r + 1 < depth ? from + (r + 1) * columns : nullptr, width,
                          &panel[r * width]);
+          }
           multiply({count, width, ceil_div(depth, 2) * 2, inputs.apart, width, width}, false, input,
                    panel.data(), sums.data());
           for (int64_t n = 0; n < count; ++n)
@@ -178,8 +196,10 @@ void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Numbe
               to[n * columns + c] = row ? to[n * columns + c] + product : product;
             }
         } else {
-          for (int64_t r = 0; r < depth; ++r)
+          for (int64_t r = 0; r < depth; ++r) {
+            fetch_rows<1>(from + (r + DEPTH) * columns, columns, width);
             expand(from + r * columns, factor.data(), width, &panel[r * width]);
+          }
           multiply({count, width, depth, inputs.apart, width, columns}, row > 0, input, panel.data(), to);
         }
       }
@@ -192,15 +212,21 @@ template <class Number>
 void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, const Stacked<Number>& weight,
                      bool pairs, float* out) {
   const int64_t wanted = ceil_div(weight.columns * int64_t(groups.size()), 4 * at::get_num_threads());
-  const int64_t chunk =
-      std::min(ceil_div(std::max(wanted, NARROWEST), WIDEST_PANEL) * WIDEST_PANEL, weight.columns);
+  const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
+  const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
+  auto multiply_more = multiply_few<Floats<Number>, 16>;
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  if constexpr (std::is_same_v<Number, E4M3>)
+    if (pairs && weight.scales.block_rows % 2 == 0) multiply_more = multiply_few<Pairs, 16>;
+#endif
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= FEW_PAIRS[pairs] ? multiply_few<Number>
-                                : pairs                         ? multiply_many<BFloat16, Number>
-                                                                : multiply_many<float, Number>;
+    const auto multiply_group = group.count <= 2                   ? multiply_few<Floats<Number>, 8>
+                                : group.count <= FEW_TOKENS[pairs] ? multiply_more
+                                : pairs                            ? multiply_many<BFloat16, Number>
+                                                                   : multiply_many<float, Number>;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
   });
 }
@@ -225,10 +251,10 @@ template <class Number>
 void expert_mlp(const float* hidden, const Choice& choice, const Stacked<Number>& gate_up,
                 const Stacked<Number>& down, bool pairs, float* out) {
   const int64_t expert_count = down.experts, chosen = choice.chosen;
-  std::vector<std::vector<int64_t>> pairs_of(expert_count);
-  for (int64_t pair = 0; pair < choice.tokens * chosen; ++pair)
-    if (const int64_t expert = choice.expert_index[pair]; 0 <= expert && expert < expert_count)
-      pairs_of[expert].push_back(pair);
+  std::vector<std::vector<int64_t>> places_of(expert_count);
+  for (int64_t place = 0; place < choice.tokens * chosen; ++place)
+    if (const int64_t expert = choice.expert_index[place]; 0 <= expert && expert < expert_count)
+      places_of[expert].push_back(place);
   const int64_t width = down.columns, intermediate = down.rows;
   Scratch<float> gate_up_PI, product_PH;
   Inputs inputs, activated;
@@ -258,7 +284,7 @@ void expert_mlp(const float* hidden, const Choice& choice, const Stacked<Number>
     sorted.clear();
   };
   for (int64_t expert = 0; expert < expert_count; ++expert) {
-    const auto& places = pairs_of[expert];
+    const auto& places = places_of[expert];
     const int64_t count = int64_t(places.size()), parts = ceil_div(count, GROUP);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;

@@ -52,6 +52,11 @@ at::Tensor linear(const at::Tensor& hidden, const at::Tensor& weight, const Opti
   }
   with_stored(weight.scalar_type(), [&](auto number) {
     using Number = decltype(number);
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    if constexpr (!std::is_same_v<Number, float>)
+      if (pairs && rows > 2 && (!scale || block_columns % WIDTH == 0))
+        return linear_of_few_by_pairs(from, rows, numbers<Number>(weight), outputs, features, scales, to);
+#endif
     for (int64_t n = 0; n < rows; n += FEW_ROWS[0])
       linear_of_few(from + n * features, std::min(FEW_ROWS[0], rows - n), numbers<Number>(weight), outputs,
                     features, scales, to + n * outputs);
@@ -82,24 +87,19 @@ at::Tensor expert_mlp(const at::Tensor& hidden, const at::Tensor& expert_index, 
 at::Tensor attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& positions, bool pairs) {
   at::Tensor out = at::empty_like(query);
+  if (!out.numel()) return out;
   const int64_t slots = positions.size(0), tokens = positions.size(1), heads = keys.size(1);
   const int64_t group = query.size(0) / (slots * tokens * heads);
-  const bool rounded = pairs && has_pairs() && keys.scalar_type() == at::kBFloat16;
+  const bool rounded = pairs && has_pairs() && keys.scalar_type() != at::kFloat;
   with_stored(keys.scalar_type(), [&](auto number) {
     using Number = decltype(number);
-    if constexpr (!std::is_same_v<Number, E4M3>) {
-      const Cached<Number> cached{
-          numbers<Number>(keys), numbers<Number>(values), slots,         heads, keys.size(2),
-          keys.size(3),          keys.stride(0),          keys.stride(1)};
-      float* to = out.data_ptr<float>();
-      if (tokens == 1)
-        decode(floats(query), cached, integers(positions), group, to);
-      else if constexpr (std::is_same_v<Number, BF16>)
-        (rounded ? prefill<BFloat16, Number>
-                 : prefill<float, Number>)(floats(query), cached, integers(positions), tokens, group, to);
-      else
-        prefill<float>(floats(query), cached, integers(positions), tokens, group, to);
-    }
+    const Cached<Number> cached{
+        numbers<Number>(keys), numbers<Number>(values), slots,          heads,         keys.size(2),
+        query.size(1),         keys.stride(0),          keys.stride(1), keys.stride(2)};
+    float* to = out.data_ptr<float>();
+    if (tokens == 1) return decode(floats(query), cached, integers(positions), group, to);
+    const auto of_prompt = rounded ? prefill<BFloat16, Number> : prefill<float, Number>;
+    of_prompt(floats(query), cached, integers(positions), tokens, group, to);
   });
   return out;
 }

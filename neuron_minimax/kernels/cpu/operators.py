@@ -16,8 +16,8 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, check_shapes
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
-# Up to so many rows a dense weight of the activations' dtype is read as it lies, as FEW_ROWS of
-# linear.h has it; for more it is left to the library.
+# Up to so many rows a dense weight of the activations' dtype is read as it lies; more are left to
+# the library.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12}
 
 
@@ -52,7 +52,7 @@ def linear(
         *block,
         _by_pairs(hidden.dtype, weight_OI.dtype, pairs),
     )
-    return out_NO.view(*hidden.shape[:-1], -1).to(hidden.dtype)
+    return out_NO.view(*hidden.shape[:-1], weight_OI.shape[0]).to(hidden.dtype)
 
 
 def expert_mlp(
@@ -64,11 +64,17 @@ def expert_mlp(
 ) -> torch.Tensor:
     """`reference.ExpertMLP` for graphs: weights are not rounded, sums and silu are float32's.
 
-    With bfloat16 hidden and `pairs`, as in `linear`, experts with many tokens round silu(gate) * up
-    to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of different kinds
-    are left to torch. Raises TypeError as `linear`.
+    With bfloat16 hidden and `pairs`, as in `linear`, experts with three tokens or more round
+    silu(gate) * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of
+    different kinds are left to torch. Raises ValueError on shapes that do not belong together, and
+    TypeError as `linear`.
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
+    if affinity_TK.shape != expert_index_TK.shape:
+        raise ValueError(
+            f"affinity_TK has shape {list(affinity_TK.shape)}; expected one per chosen expert, "
+            f"{list(expert_index_TK.shape)}"
+        )
     gate_up, gate_up_scale, down, down_scale, block = weights
     for weight, scale in ((gate_up, gate_up_scale), (down, down_scale)):
         _check_dtypes(weight, scale)
@@ -97,18 +103,33 @@ def attend(
     positions_BT: torch.Tensor,
     pairs: bool = True,
 ) -> torch.Tensor:
-    """`reference.attend` for graphs, whose keys and values are the first positions of a cache.
+    """`reference.attend` for graphs, whose keys and values are the first positions of a cache, in
+    float32, bfloat16 or FP8.
 
     A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's
     products are of bfloat16 numbers where hidden and keys are, with `pairs` as in `linear`.
-    Raises ValueError when keys and values lie differently.
+    Raises ValueError when keys and values lie differently, or are not of as many sequences and of
+    heads that divide the query's: kernels would read beside them.
     """
     batch, tokens, heads, size = query_BTND.shape
+    sequences, key_heads, *_ = key_BKCD.shape
+    if (
+        value_BKCD.shape != key_BKCD.shape
+        or tuple(positions_BT.shape) != (batch, tokens)
+        or sequences != batch
+        or heads % key_heads
+    ):
+        raise ValueError(
+            f"keys have shape {list(key_BKCD.shape)}, values {list(value_BKCD.shape)} and "
+            f"positions {list(positions_BT.shape)}; expected those of {batch} sequences of "
+            f"{tokens} tokens, with heads that divide {heads}"
+        )
     keys, values = (each.stride() for each in (key_BKCD, value_BKCD))
-    if keys != values or keys[2:] != (size, 1) or key_BKCD.dtype != value_BKCD.dtype:
+    width = reference.cached_width(size, key_BKCD.dtype)
+    if keys != values or keys[2:] != (width, 1) or key_BKCD.dtype != value_BKCD.dtype:
         raise ValueError(
             f"keys {key_BKCD.dtype} with strides {keys} and values {value_BKCD.dtype} with strides "
-            f"{values}; expected the same of both, and positions that lie {size} numbers apart"
+            f"{values}; expected the same of both, and positions that lie {width} elements apart"
         )
     attended = torch.ops.neuron_minimax.attend(
         _float32(query_BTND).view(-1, size),
@@ -157,7 +178,7 @@ def _experts_by_torch(*arguments: Any) -> torch.Tensor:
 def _attend_by_torch(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
     keys, values, positions, _ = arguments
     shaped = query.view(*positions.shape, -1, query.shape[-1])
-    attended = reference.attend(shaped, keys.to(query.dtype), values.to(query.dtype), positions)
+    attended = reference.attend(shaped, keys, values, positions)
     visible = (positions < keys.shape[2])[:, :, None]  # the others attend to nothing
     return torch.where(visible, attended, 0).view(query.shape)
 

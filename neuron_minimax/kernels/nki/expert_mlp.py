@@ -49,6 +49,7 @@ from neuron_minimax.kernels.nki.loads import (
     store_transposed,
     weight_ring,
 )
+from neuron_minimax.kernels.nki.memory import ExpertSizes, overflow
 from neuron_minimax.kernels.nki.products import (
     activate,
     add_weighted,
@@ -65,6 +66,7 @@ def expert_mlp(
     affinity_TK: torch.Tensor,
     weights: ExpertWeights,
     cores: int = 1,
+    ocp_codes: bool = False,
 ) -> torch.Tensor:
     """`kernels.reference.ExpertMLP` on a NeuronCore; `cores` physical cores (the logical core size)
     share the visits.
@@ -74,9 +76,10 @@ def expert_mlp(
     of hidden; down product the same way; times affinity and summed over experts in float32, rounded
     once to the dtype of hidden. With expanded scales (gate_up [E,H/128,2I], down [E,I,H/128])
     silu(gate) * up is multiplied by the scale of its channel before it is rounded, and I need not
-    be a multiple of 128. The codes must be within +-240 (`--fp8-range neuron`). With float32
-    hidden (a test mode) the codes are widened to float32 on the chip. Raises ValueError on shapes,
-    blocks or weights this kernel does not take.
+    be a multiple of 128. The codes must be within +-240 (`--fp8-range neuron`), but with
+    `ocp_codes` (`--fp8-range ocp`), which NeuronCore-v4 (trn3) and later ones alone read. With
+    float32 hidden (a test mode) the codes are widened to float32 on the chip. Raises ValueError on
+    shapes, blocks or weights this kernel does not take, or does not have the memory for.
     """
     expanded = has_expanded_scales(weights)
     unscaled = weights._replace(gate_up_scale=None, down_scale=None)
@@ -100,10 +103,21 @@ def expert_mlp(
             f"{PARTITIONS} (with expanded scales the hidden one only), not block {block}, hidden "
             f"{hidden_size}, intermediate {intermediate_size}; use expert_kernel='torch'"
         )
+    sizes = ExpertSizes(
+        hidden=hidden_size,
+        channels=intermediate_size,
+        expanded=expanded,
+        itemsize=hidden_TH.itemsize,
+    )
+    if said := overflow(sizes, tokens):
+        raise ValueError(f"the NKI expert MLP has too little memory: {said}")
     plan = plan_visits(expert_index_TK, affinity_TK, gate_up.shape[0], cores)
     # The weights go in as they are: a view as bytes has no XLA lowering and would cut them out of a
     # traced graph.
-    out_CTH = expert_mlp_kernel[cores](hidden_TH, *plan, gate_up, gate_up_scale, down, down_scale)
+    native = (True,) if ocp_codes else ()  # no operand of a graph otherwise
+    out_CTH = expert_mlp_kernel[cores](
+        hidden_TH, *plan, gate_up, gate_up_scale, down, down_scale, *native
+    )
     return out_CTH.sum(dim=0).to(hidden_TH.dtype)
 
 
@@ -122,7 +136,15 @@ def has_expanded_scales(weights: ExpertWeights) -> bool:
 
 @nki.jit
 def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
-    hidden_TH, rounds, visits, affinity_VT, gate_up, gate_up_scale, down, down_scale
+    hidden_TH,
+    rounds,
+    visits,
+    affinity_VT,
+    gate_up,
+    gate_up_scale,
+    down,
+    down_scale,
+    ocp_codes=False,
 ):
     """Run the visits on this core: hidden [T,H], the plan of plan_visits, weights of ExpertWeights.
 
@@ -139,8 +161,9 @@ def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
         cores = nl.num_programs(axes=0)
 
     hidden = load_transposed(hidden_TH)
-    gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2])
-    down_ring = weight_ring(ceil_div(channels, PARTITIONS), hidden_size)
+    codes = nl.float8_e4m3fn if ocp_codes else nl.float8_e4m3
+    gate_up_ring = weight_ring(hidden_blocks, gate_up.shape[2], codes)
+    down_ring = weight_ring(ceil_div(channels, PARTITIONS), hidden_size, codes)
     out = nl.ndarray((PARTITIONS, hidden_blocks, tokens), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=out, value=0.0)
 
@@ -154,30 +177,44 @@ def expert_mlp_kernel(  # noqa: PLR0913 (tensors that NKI traces)
     head = (expert, affinity, gate_up_scales, down_scales, gate_up_ring[0])
     fetch_head(visit, sources, head, expanded)
 
-    gate_and_up = output_tiles(channels, 2)
+    rings = (gate_up_ring, down_ring)
     for _ in nl.dynamic_range(0, register_of(rounds), 1):
-        scales = by_output(gate_up_scales, channels) if expanded else broadcast(gate_up_scales)
-        buffers = (gate_up_ring, 1)
-        gate_up_out = block_scaled_product(hidden, gate_up, scales, expert, buffers, gate_and_up)
-        dtype = hidden_TH.dtype
-        if expanded:
-            activated = activate(gate_up_out, channels, nl.float32)
-            down_out = channel_scaled_product(
-                activated, down, down_scales, expert, down_ring, dtype
-            )
-        else:
-            activated = activate(gate_up_out, channels, dtype)
-            scales = broadcast(down_scales)
-            buffers = (down_ring, 0)
-            tiles = output_tiles(hidden_size, 1)
-            down_out = block_scaled_product(activated, down, scales, expert, buffers, tiles)
-        add_weighted(out, down_out, broadcast(affinity))
+        # Nested, so that a result is held no longer than it is needed.
+        add_weighted(
+            out,
+            expert_output(hidden, (gate_up, down), head, rings, expanded),
+            broadcast(affinity),
+        )
         nisa.tensor_scalar(dst=visit, data=visit, op0=nl.add, operand0=cores)
         fetch_head(visit, sources, head, expanded)
 
     result = nl.ndarray((cores, tokens, hidden_size), dtype=nl.float32, buffer=nl.shared_hbm)
     store_transposed(result, core, out)
     return result
+
+
+def expert_output(hidden, weights, head, rings, expanded):
+    """One expert's output for all tokens, [P, H/128, T] float32, of hidden [P, H/128, T]."""
+    gate_up, down = weights
+    expert, _, gate_up_scales, down_scales, _ = head
+    activated = activate(
+        gate_and_up(hidden, gate_up, gate_up_scales, expert, rings[0], expanded),
+        down.shape[1],
+        nl.float32 if expanded else hidden.dtype,
+    )
+    if expanded:
+        return channel_scaled_product(activated, down, down_scales, expert, rings[1], hidden.dtype)
+    tiles = output_tiles(down.shape[2], 1)
+    scales = broadcast(down_scales)
+    return block_scaled_product(activated, down, scales, expert, (rings[1], 0), tiles)
+
+
+def gate_and_up(hidden, gate_up, gate_up_scales, expert, ring, expanded):
+    """Gate and up [P, tiles, T] float32 of hidden; the first load of codes is made already."""
+    channels = gate_up.shape[2] // 2
+    scales = by_output(gate_up_scales, channels) if expanded else broadcast(gate_up_scales)
+    tiles = output_tiles(channels, 2)
+    return block_scaled_product(hidden, gate_up, scales, expert, (ring, 1), tiles)
 
 
 def fetch_head(visit, sources, head, expanded):

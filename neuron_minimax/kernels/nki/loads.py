@@ -7,11 +7,9 @@ weight. Features lie along partitions, 128 to a tile; the last tile may not be f
 import nki.isa as nisa
 import nki.language as nl
 
-PARTITIONS = 128  # also the block size: one block is one contraction tile
+from neuron_minimax.kernels.nki.memory import PARTITIONS, RING, ROWS_PER_LOAD
+
 QUADRANT = 32  # partitions that a shuffle reaches at once
-# Rows of blocks per DMA: 1.5 MB at the real size, far above the DMA's fixed cost of about 2 us
-ROWS_PER_LOAD = 4
-RING = 3  # weight buffers per projection: one in use, two in flight
 
 
 def register_of(value):
@@ -90,12 +88,12 @@ def store_transposed(result, core, columns):
     nisa.dma_copy(dst=result[core], src=rows)
 
 
-def weight_ring(row_blocks, columns):
+def weight_ring(row_blocks, columns, dtype):
     """Buffers [P, rows of blocks, columns] of codes, empty."""
     rows = min(ROWS_PER_LOAD, row_blocks)
     ring = []
     for _ in range(RING):  # a plain loop: NKI traces it
-        codes = nl.ndarray((PARTITIONS, rows, columns), dtype=nl.float8_e4m3, buffer=nl.sbuf)
+        codes = nl.ndarray((PARTITIONS, rows, columns), dtype=dtype, buffer=nl.sbuf)
         ring.append(codes)
     return ring
 
@@ -114,7 +112,7 @@ def load_codes(tile, weight, expert, first, oob_mode):
                 offset=(first + start) * PARTITIONS * columns,
                 scalar_offset=expert,
                 indirect_dim=0,
-                dtype=nl.float8_e4m3,
+                dtype=tile.dtype,
             ),
             oob_mode=oob_mode,
         )

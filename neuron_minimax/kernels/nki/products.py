@@ -7,18 +7,16 @@ weight.
 import nki.isa as nisa
 import nki.language as nl
 
-from neuron_minimax.kernels.nki.loads import (
+from neuron_minimax.kernels.nki.loads import ceil_div, load_codes, row_size, spans
+from neuron_minimax.kernels.nki.memory import (
+    INSTRUCTION_CYCLES,
     PARTITIONS,
+    PSUM_BANK,
     ROWS_PER_LOAD,
-    ceil_div,
-    load_codes,
-    row_size,
-    spans,
 )
 
-PSUM_BANK = 512  # float32 values per partition and bank; one accumulation tile must fit in one bank
 # From here on the scalar engine applies the scales, a block at a time, and the vector engine adds
-SCALAR_ENGINE_TOKENS = 64
+SCALAR_ENGINE_TOKENS = 24
 
 
 def block_scaled_product(moving, weight, scales, expert, buffers, tiles):
@@ -68,12 +66,13 @@ def block_scaled_product(moving, weight, scales, expert, buffers, tiles):
 
 
 def rows_at_once(count, tokens):
-    """Rows of blocks whose partial sums of `count` tiles lie in one bank and are scaled together;
-    the scalar engine scales them one by one.
+    """Rows of blocks whose partial sums of `count` tiles are scaled together, as many as lie in one
+    bank: one where those of a row alone are work enough for an instruction.
     """
-    if tokens >= SCALAR_ENGINE_TOKENS:
+    elements = count * tokens
+    if elements >= INSTRUCTION_CYCLES:
         return 1
-    return max(1, PSUM_BANK // (count * tokens))
+    return PSUM_BANK // elements
 
 
 def groups_of(tiles, most):
@@ -103,33 +102,43 @@ def add_scaled(out, partial, scale_tile, place, is_first):
     """out [columns, tiles, T] (+)= the sum over rows of partial [columns, rows, tiles, T] * scales,
     in float32; `place` is the first scale, and how far the next row's is from it.
     """
-    columns, height, width, tokens = partial.shape
-    first_block, row_step = place
-    size = row_size(scale_tile)
-    scaled = nl.ndarray(partial.shape, dtype=nl.float32, buffer=nl.sbuf)
-    if tokens < SCALAR_ENGINE_TOKENS:
-        # One scale per row and tile, repeated over tokens by a stride of 0.
-        pattern = [[size, columns], [row_step, height], [1, width], [0, tokens]]
-        scales = scale_tile.ap(pattern=pattern, offset=first_block)
-        nisa.tensor_tensor(dst=scaled, data1=partial, data2=scales, op=nl.multiply)
+    summed = out
+    if not is_first:
+        summed = nl.ndarray(out.shape, dtype=nl.float32, buffer=nl.sbuf)
+    if partial.shape[1] == 1:
+        scale_row(summed, partial[:, 0, :, :], scale_tile, place[0])
     else:
-        for step in range(width):
-            scale = scale_tile.ap(pattern=[[size, columns], [1, 1]], offset=first_block + step)
-            nisa.activation(
-                dst=scaled[:, 0, step, :], op=nl.copy, data=partial[:, 0, step, :], scale=scale
-            )
-    summed = scaled[:, 0, :, :]
-    if height > 1:
-        elements = width * tokens
-        pattern = [[height * elements, columns], [1, elements], [elements, height]]
-        summed = out
-        if not is_first:
-            summed = nl.ndarray((columns, width, tokens), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.tensor_reduce(dst=summed, op=nl.add, data=scaled.ap(pattern=pattern), axis=2)
+        scale_rows(summed, partial, scale_tile, place)
     if not is_first:
         nisa.tensor_tensor(dst=out, data1=out, data2=summed, op=nl.add)
-    elif height == 1:
-        nisa.tensor_copy(dst=out, src=summed)
+
+
+def scale_row(scaled, partial, scale_tile, first_block):
+    """scaled = partial [columns, tiles, T] * a scale for each tile."""
+    columns, width, tokens = partial.shape
+    size = row_size(scale_tile)
+    if tokens < SCALAR_ENGINE_TOKENS:
+        # Repeated over tokens by a stride of 0.
+        pattern = [[size, columns], [1, width], [0, tokens]]
+        scales = scale_tile.ap(pattern=pattern, offset=first_block)
+        nisa.tensor_tensor(dst=scaled, data1=partial, data2=scales, op=nl.multiply)
+        return
+    for step in range(width):
+        scale = scale_tile.ap(pattern=[[size, columns], [1, 1]], offset=first_block + step)
+        nisa.activation(dst=scaled[:, step, :], op=nl.copy, data=partial[:, step, :], scale=scale)
+
+
+def scale_rows(summed, partial, scale_tile, place):
+    """summed [columns, tiles, T] = the sum over rows of partial * scales."""
+    columns, height, width, tokens = partial.shape
+    first_block, row_step = place
+    pattern = [[row_size(scale_tile), columns], [row_step, height], [1, width], [0, tokens]]
+    scales = scale_tile.ap(pattern=pattern, offset=first_block)
+    scaled = nl.ndarray(partial.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=scaled, data1=partial, data2=scales, op=nl.multiply)
+    elements = width * tokens
+    pattern = [[height * elements, columns], [1, elements], [elements, height]]
+    nisa.tensor_reduce(dst=summed, op=nl.add, data=scaled.ap(pattern=pattern), axis=2)
 
 
 def activate(gate_up_out, channels, dtype):
@@ -167,17 +176,12 @@ def channel_scaled_product(activated, weight, scales, expert, ring, dtype):
         first = load * ROWS_PER_LOAD
         codes = ring[load % len(ring)]
         load_codes(codes, weight, expert, first, nisa.oob_mode.error)
-        stationary = []
-        moving = []
+        stationary = []  # type: ignore[var-annotated]  # NKI traces no annotations
+        moving = []  # type: ignore[var-annotated]
         left = channels - first * PARTITIONS
         for start, count, rows in spans(min(ROWS_PER_LOAD * PARTITIONS, left)):
-            scaled = times_scales(activated, scales, (first + start, count, rows), dtype)
-            for row in range(count):
-                blocks = codes[0:rows, start + row, :]
-                if dtype == nl.float32:
-                    blocks = widened(blocks)
-                stationary.append(blocks)
-                moving.append(scaled[:, row, :, :])
+            span = (first + start, count, rows)
+            add_operands((stationary, moving), codes, start, (activated, scales, span), dtype)
         for column in range(0, columns, group):
             width = min(group, columns - column)
             partial = nl.ndarray((PARTITIONS, width, tokens), dtype=nl.float32, buffer=nl.psum)
@@ -196,6 +200,21 @@ def channel_scaled_product(activated, weight, scales, expert, ring, dtype):
             else:
                 nisa.tensor_tensor(dst=summed, data1=summed, data2=partial, op=nl.add)
     return out
+
+
+def add_operands(operands, codes, start, scaled_by, dtype):
+    """Add the stationary and the moving operands of a span of channels: its codes from `start` on,
+    and its channels times their scales.
+    """
+    stationary, moving = operands
+    activated, scales, span = scaled_by
+    scaled = times_scales(activated, scales, span, dtype)
+    for row in range(span[1]):
+        blocks = codes[0 : span[2], start + row, :]
+        if dtype == nl.float32:
+            blocks = widened(blocks)
+        stationary.append(blocks)
+        moving.append(scaled[:, row, :, :])
 
 
 def times_scales(activated, scales, span, dtype):

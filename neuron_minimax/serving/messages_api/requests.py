@@ -5,13 +5,12 @@ by name; hints that change nothing about an answer are taken.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from neuron_minimax.generation import template
 from neuron_minimax.serving.fields import Extras, Fields
 from neuron_minimax.serving.preparation import Preparation, Prepared, prepare_chat
 from neuron_minimax.serving.protocol import (
@@ -23,6 +22,7 @@ from neuron_minimax.serving.protocol import (
     parse_request,
 )
 from neuron_minimax.serving.translation import (
+    OF_CHAT,
     Hint,
     Names,
     Unsupported,
@@ -36,7 +36,6 @@ NAMES: Names = (
     (r"\btools\.(\d+)\.function\.parameters", r"tools.\1.input_schema"),
     (r"\btools\.(\d+)\.function\b", r"tools.\1"),
     (r"\bresponse_format(\.json_schema\.schema)?", "output_config.format.schema"),
-    (r"\bchat_template_kwargs\.enable_thinking", "thinking.type"),
     (r"^stop\b", "stop_sequences"),
 )
 
@@ -143,6 +142,7 @@ class CountRequest(Fields):
             *("metadata", "service_tier"),
         }
     )
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = OF_CHAT
 
     model: StrictStr | None = None
     messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -212,7 +212,9 @@ def _prepare(
         "model": asked.model,
         "messages": [message for _, message in rendered],
     }
-    request |= _tools(asked, extras) | _thinking(known, asked.thinking) | options
+    if asked.thinking is not None:
+        request["thinking"] = {"type": asked.thinking.type}
+    request |= _tools(asked, extras) | options
     form = asked.output_format or (asked.output_config and asked.output_config.format)
     if form:
         answer = {"name": "answer", "schema": form.schema_}
@@ -231,19 +233,6 @@ def _options(asked: MessagesRequest) -> dict[str, Any]:
         "top_p": asked.top_p,
         "top_k": asked.top_k,
     }
-
-
-def _thinking(known: Preparation, thinking: Thinking | None) -> dict[str, Any]:
-    """Return the arguments of the chat template that turn thinking on or off.
-
-    A template without a switch reasons as it does: it is asked only for what it would refuse.
-    """
-    if thinking is None or thinking.type == "adaptive":
-        return {}
-    switches = template.known_arguments(known.hugging_face) & {*template.THINKING_SWITCHES}
-    if thinking.type == "enabled" and not switches:
-        return {}
-    return {"chat_template_kwargs": {"enable_thinking": thinking.type == "enabled"}}
 
 
 def _tools(asked: CountRequest, extras: Extras) -> dict[str, Any]:
@@ -359,7 +348,7 @@ def _user_turn(blocks: list[tuple[str, Any]], extras: Extras) -> Iterator[dict[s
 def _result(block: ToolResultBlock, place: str, extras: Extras) -> list[dict[str, str]]:
     """Return the texts of a result; of an error the first says so, for templates cannot."""
     kinds = {"text": TextBlock}
-    blocks = _blocks(block.content or "", place)
+    blocks = _blocks("" if block.content is None else block.content, place)
     parts = [read_typed(kinds, each, at, extras).text for at, each in blocks]
     if block.is_error:
         parts[:1] = [f"Error: {''.join(parts[:1])}".rstrip()]

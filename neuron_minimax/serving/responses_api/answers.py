@@ -69,7 +69,8 @@ class ResponseAnswer:
         before = self._asked.messages[:-1]
         between = b"" if before == b"[" else b", "
         messages = before + between + json.dumps(given).encode() + b"]"
-        return Stored(json.dumps(self.whole).encode(), messages)
+        items = tuple(_item_id(part) for part in self._turn.parts)
+        return Stored(json.dumps(self.whole).encode(), messages, items)
 
     async def events(
         self, submission: Submission, on_finished: Callable[[], None]
@@ -107,6 +108,7 @@ class ResponseAnswer:
             "incomplete_details": None,
             "model": self._model,
             "output": [],
+            "service_tier": "default",
             "temperature": self._request.params.temperature,
             "top_p": self._request.params.top_p,
             "usage": None,
@@ -161,10 +163,13 @@ class ResponseAnswer:
         return item
 
     def _status(self, part: Part) -> str:
-        """Return the status of a part that is not open: the limit cuts the last one off."""
+        """Return the status of a part that does not go on: the limit cuts the last one off, and a
+        failure the open one.
+        """
         last = part is self._turn.parts[-1] and part.kind is not Kind.CALL
         cut_off = last and self._turn.finish_reason == "length"
-        return "completed" if part.complete and not cut_off else "incomplete"
+        complete = part.complete and part is not self._turn.open and not cut_off
+        return "completed" if complete else "incomplete"
 
     def _text(self, kind: Kind) -> str:
         return "".join(part.text for part in self._turn.parts if part.kind is kind)

@@ -3,7 +3,7 @@
 Nothing here imports torch: bodies are read in limited processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import StrictStr
@@ -71,6 +71,10 @@ class ReasoningItem(_Item):
     content: list[ReasoningText] | None = None
     encrypted_content: StrictStr | None = None
 
+    @property
+    def empty(self) -> bool:
+        return not (self.summary or self.content or self.encrypted_content)
+
     def text(self) -> str | None:
         """Return the reasoning; None where another server has sealed it."""
         if self.content:
@@ -83,19 +87,44 @@ class ReasoningItem(_Item):
         return None
 
 
+class ItemReference(Fields):
+    """An item of a stored response, by its id; its type may be left out."""
+
+    type: Literal["item_reference"]
+    id: StrictStr
+
+
 ITEMS: Any = {
     "message": MessageItem,
     "function_call": FunctionCall,
     "function_call_output": FunctionCallOutput,
     "reasoning": ReasoningItem,
+    "item_reference": ItemReference,
 }
 PARTS: Any = {"input_text": InputText, "output_text": OutputText}
 
 
-def chat_messages(given: Any, extras: Extras) -> Iterator[tuple[str, dict[str, Any]]]:
+def referenced(given: Any, extras: Extras) -> tuple[list[str], list[str]]:
+    """Return the ids of the stored items that an input refers to, and those of reasoning without
+    its text, which some clients send back so. Raises RequestError.
+    """
+    items = [
+        _read(value, f"input.{number}", extras)
+        for number, value in enumerate(given if isinstance(given, list) else ())
+        if isinstance(value, dict) and _kind(value) in ("item_reference", "reasoning")
+    ]
+    return (
+        [item.id for item in items if isinstance(item, ItemReference)],
+        [item.id for item in items if isinstance(item, ReasoningItem) and item.id and item.empty],
+    )
+
+
+def chat_messages(
+    given: Any, extras: Extras, stored: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the chat messages of an input, each with the place of the item that it begins with.
 
-    Raises RequestError.
+    `stored` has the items that it refers to, by their ids. Raises RequestError.
     """
     if isinstance(given, str):
         yield "input", {"role": "user", "content": given}
@@ -106,6 +135,9 @@ def chat_messages(given: Any, extras: Extras) -> Iterator[tuple[str, dict[str, A
     for number, value in enumerate(given):
         place = f"input.{number}"
         item = _read(value, place, extras)
+        refers = isinstance(item, ItemReference)
+        if refers or (isinstance(item, ReasoningItem) and item.empty and item.id in stored):
+            item = _read(stored[item.id], place, extras)
         if not turn.takes(item):
             yield from turn.ended()
             turn = _AssistantTurn()
@@ -121,10 +153,20 @@ def chat_messages(given: Any, extras: Extras) -> Iterator[tuple[str, dict[str, A
 
 
 def _read(value: Any, place: str, extras: Extras) -> Any:
-    """Read an item; one without a type is a message. Raises RequestError."""
-    if isinstance(value, dict) and "type" not in value and "role" in value:
-        return read_typed(ITEMS, {**value, "type": "message"}, place, extras)
+    """Read an item. Raises RequestError."""
+    if isinstance(value, dict):
+        value = {**value, "type": _kind(value)}
     return read_typed(ITEMS, value, place, extras)
+
+
+def _kind(value: Mapping[str, Any]) -> Any:
+    """Return the type of an item; messages and references may leave it out."""
+    kind = value.get("type")
+    if kind is not None:
+        return kind
+    if "role" in value:
+        return "message"
+    return "item_reference" if "id" in value else None
 
 
 class _AssistantTurn:

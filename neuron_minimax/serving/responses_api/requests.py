@@ -5,8 +5,9 @@ by name; hints that change nothing about an answer are taken.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
@@ -18,8 +19,9 @@ from neuron_minimax.serving.protocol import (
     RequestError,
     parse_request,
 )
-from neuron_minimax.serving.responses_api.items import chat_messages
+from neuron_minimax.serving.responses_api.items import chat_messages, referenced
 from neuron_minimax.serving.translation import (
+    OF_CHAT,
     Hint,
     Names,
     Unsupported,
@@ -76,6 +78,8 @@ class StreamOptions(Fields):
 
 
 class ResponsesRequest(Fields):
+    inert: ClassVar[Mapping[str, tuple[Any, ...]]] = OF_CHAT
+
     model: StrictStr | None = None
     input: Any
     instructions: StrictStr | None = None
@@ -127,20 +131,37 @@ class PreparedResponse:
     seal_reasoning: bool
 
 
-def previous_id(known: Preparation, extras: Extras, body: bytes) -> str | None:
-    """Return the id of the response that a request goes on from. Raises RequestError."""
-    unsaid = Extras(strict=extras.strict)  # the whole reading that follows says what is passed over
-    return parse_request(ResponsesRequest, body, unsaid).previous_response_id
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What a request needs of the store: the response that it goes on from, and items, by ids; of
+    `reasoning` what is there.
+    """
+
+    previous: str | None
+    items: list[str]
+    reasoning: list[str]
 
 
 def prepare_response(
-    known: Preparation, extras: Extras, body: bytes, earlier: bytes = b"[]"
-) -> PreparedResponse:
+    known: Preparation,
+    extras: Extras,
+    body: bytes,
+    earlier: bytes | None = None,
+    *responses: bytes,
+) -> PreparedResponse | References:
     """Prepare a response to a request, and to the `earlier` messages of its conversation (JSON).
 
-    Raises RequestError.
+    Return what it refers to where that is not given: the messages, and the stored `responses` that
+    have the items. Raises RequestError.
     """
     asked = parse_request(ResponsesRequest, body, extras)
+    if earlier is None:
+        previous = asked.previous_response_id
+        items, reasoning = referenced(asked.input, Extras())
+        if items or reasoning or previous is not None:
+            extras.ignored.clear()  # the whole reading that follows says what is passed over
+            return References(previous=previous, items=items, reasoning=reasoning)
+    stored = {item["id"]: item for each in responses for item in json.loads(each)["output"]}
     included = asked.include or []
     if "message.output_text.logprobs" in included:
         raise RequestError(
@@ -148,9 +169,9 @@ def prepare_response(
             "/v1/chat/completions with logprobs",
             param="include",
         )
-    messages: list[dict[str, Any]] = json.loads(earlier)
+    messages: list[dict[str, Any]] = json.loads(earlier or b"[]")
     places = ["previous_response_id"] * len(messages)
-    for place, message in chat_messages(asked.input, extras):
+    for place, message in chat_messages(asked.input, extras, stored):
         places.append(place)
         messages.append(message)
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
@@ -167,6 +188,7 @@ def prepare_response(
         "stream": asked.stream,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": _response_format(asked.text),
+        "reasoning": asked.reasoning,
         **_choice(asked.tool_choice, tools, extras),
     }
     given = {name: value for name, value in request.items() if value is not None}

@@ -1,6 +1,7 @@
 """The routes of /v1/responses."""
 
 import json
+from collections.abc import Hashable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,8 +20,8 @@ from neuron_minimax.serving.responses_api.answers import ResponseAnswer
 from neuron_minimax.serving.responses_api.requests import (
     NAMES,
     PreparedResponse,
+    References,
     prepare_response,
-    previous_id,
 )
 from neuron_minimax.serving.responses_api.store import Store
 from neuron_minimax.serving.service import Service
@@ -72,21 +73,27 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _prepared(service: Service, store: Store, body: bytes) -> PreparedResponse:
-    """Prepare a request with the conversation that it goes on from. Raises RequestError."""
-    if b'"previous_response_id"' not in body:
-        return await prepare(service, prepare_response, body)
-    name = await prepare(service, previous_id, body)
-    if name is None:
-        return await prepare(service, prepare_response, body)
+    """Prepare a request with what it refers to of the store. Raises RequestError."""
+    asked = await prepare(service, prepare_response, body)
+    if isinstance(asked, References):
+        owner = client.get()
+        responses = store.holding(owner, asked.items, asked.reasoning)
+        earlier = b"[]" if asked.previous is None else _earlier(store, owner, asked.previous)
+        asked = await prepare(service, prepare_response, body, earlier, *responses)
+    assert isinstance(asked, PreparedResponse)
+    return asked
+
+
+def _earlier(store: Store, owner: Hashable, name: str) -> bytes:
+    """Return the messages of the conversation up to a response. Raises RequestError."""
     try:
-        stored = store.get(client.get(), name)
+        return store.get(owner, name).messages
     except RequestError as error:
         raise RequestError(
             f"previous_response_id: {error}",
             param="previous_response_id",
             code="previous_response_not_found",
         ) from None
-    return await prepare(service, prepare_response, body, stored.messages)
 
 
 def _json(value: dict[str, Any]) -> Response:

@@ -1,14 +1,12 @@
 """Many prompts through one loaded model: a folder of results for each, and their comparison.
 
-Shapes: L layers, P prompts, E experts, H hidden, D weights of one expert (14.2 million in the real
-model, so D is never held at once).
+Shapes: L layers, P prompts, E experts.
 """
 
 import json
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,17 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from neuron_minimax import fp8
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.checkpoint.writer import make_directory, replacing
-from neuron_minimax.errors import (
-    CheckpointError,
-    GenerationError,
-    counted,
-    is_installed,
-    require_package,
-)
-from neuron_minimax.fp8 import bfloat16
+from neuron_minimax.errors import GenerationError, counted, is_installed, require_package
 from neuron_minimax.generation.conversation import Turn
 from neuron_minimax.generation.sampling import GREEDY, SamplingParams
 from neuron_minimax.generation.tokenizer import TextTokenizer
@@ -36,8 +26,18 @@ from neuron_minimax.model.decoder import Decoder
 from neuron_minimax.processes import Noted, first_signal_noted
 from neuron_minimax.progress import SILENT, Advance, Progress
 from neuron_minimax.studies.experts.report import render_report, write_plots
-from neuron_minimax.studies.experts.statistics import Analysis, layer_similarity, total_variation
-from neuron_minimax.studies.experts.trace import Recorder, Trace, record
+from neuron_minimax.studies.experts.similarity import (
+    expert_layer_similarity,
+    expert_similarity,
+    router_similarity,
+)
+from neuron_minimax.studies.experts.statistics import (
+    Analysis,
+    LayerSimilarity,
+    layer_similarity,
+    total_variation,
+)
+from neuron_minimax.studies.experts.trace import Recorder, Trace, check_fits, record
 
 COMPARISON_NAME = "comparison.json"
 TRACE_NAME = "trace.safetensors"
@@ -156,17 +156,22 @@ class BatchRunner:
         """Record, analyse and write every prompt.
 
         An interruption (SIGINT, SIGTERM or KeyboardInterrupt) ends the batch with it, after what
-        was recorded is written. Raises GenerationError when a prompt does not fit the model.
+        was recorded is written. Raises GenerationError, before all else, when a prompt does not fit
+        the model.
         """
         analyses = []
         speeds = []
         stop: KeyboardInterrupt | None = None
         encoded = [self.encode(prompt) for prompt in prompts]
+        for ids in encoded:
+            check_fits(self.model, ids, self.max_new_tokens)
         names = [prompt.name for prompt in prompts]
         prompts = [
             replace(prompt, name=free_name(self.directory, prompt.name, ids, names, prompt.text))
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
+        # Before there is anything to keep: a signal ends the reading of all weights at once.
+        _ = self.expert_similarity, self.expert_layers
         total = sum(map(len, encoded)) + len(prompts) * self.max_new_tokens
         with (
             first_signal_noted() as noted,
@@ -248,6 +253,7 @@ class BatchRunner:
             router_similarity=self.router_similarity,
             layer_similarity=self.layer_similarity,
             expert_similarity=self.expert_similarity,
+            expert_layers=self.expert_layers,
         )
         write_analysis(analysis, self.directory / trace.name, self.options)
         return analysis
@@ -270,10 +276,23 @@ class BatchRunner:
         if self.similarity_of is None:
             return {}
         last = self.similarity_of.config.num_hidden_layers - 1
-        return {
-            layer: expert_similarity(self.similarity_of, layer, self.options.jobs)
-            for layer in sorted({0, last // 2, last})
-        }
+        found = {}
+        layers = sorted({0, last // 2, last})
+        with self.progress.stage("comparing experts", len(layers), "layers") as advance:
+            for layer in layers:
+                advance(doing=f"layer {layer}")
+                found[layer] = expert_similarity(self.similarity_of, layer, self.options.jobs)
+                advance(1)
+        return found
+
+    @cached_property
+    def expert_layers(self) -> LayerSimilarity | None:
+        """Of the experts of every two layers; reads all their weights."""
+        if self.similarity_of is None:
+            return None
+        layers = self.similarity_of.config.num_hidden_layers
+        with self.progress.stage("comparing experts of all layers", layers, "layers") as advance:
+            return expert_layer_similarity(self.similarity_of, self.options.jobs, advance=advance)
 
 
 def free_name(
@@ -385,65 +404,3 @@ def write_records(trace: Trace, directory: Path, form: str) -> Path:
 def _write_json(path: Path, value: Any) -> None:
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-STRIP_ROWS = 16  # of every expert at a time: 256 x 16 x 3072 float32 are 50 MB
-
-
-def router_similarity(weight_EH: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity [E,E] of the router's rows."""
-    return _cosine(weight_EH.astype(np.float64) @ weight_EH.T.astype(np.float64))
-
-
-def expert_similarity(checkpoint: Checkpoint, layer: int, jobs: int | None = None) -> np.ndarray:
-    """Return the cosine similarity [E,E] of the experts' weights, all of one as one vector.
-
-    The weights are read and dequantized strip by strip, `jobs` at a time. Raises CheckpointError
-    when the layer does not exist or the meaning of the scales is unclear.
-    """
-    if not 0 <= layer < checkpoint.config.num_hidden_layers:
-        last = checkpoint.config.num_hidden_layers - 1
-        raise CheckpointError(f"{checkpoint.directory} has no layer {layer}; expected 0 to {last}")
-    strips = list(_strips(checkpoint, layer))
-    if any(checkpoint.is_fp8(names[0]) for names, _ in strips):
-        _ = checkpoint.convention  # decided once, before the threads
-
-    def gram(strip: tuple[list[str], slice]) -> np.ndarray:
-        names, rows = strip
-        block = np.stack([_rows(checkpoint, name, rows).reshape(-1) for name in names])
-        return (block @ block.T).astype(np.float64)
-
-    total = np.zeros((checkpoint.config.num_local_experts,) * 2)
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        for part in pool.map(gram, strips):
-            total += part
-    return _cosine(total)
-
-
-def _strips(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[list[str], slice]]:
-    """Yield the names of one kind of weight, and rows that lie within one row of blocks."""
-    block_rows = checkpoint.config.weight_block_size[0]
-    for weight in checkpoint.config.family.weights:
-        if not weight.per_expert:
-            continue
-        experts = range(checkpoint.config.num_local_experts)
-        names = [weight.template.format(l=layer, e=expert) for expert in experts]
-        rows = checkpoint.entry(names[0]).shape[0]
-        for block in range(0, rows, block_rows):
-            end = min(block + block_rows, rows)
-            for start in range(block, end, STRIP_ROWS):
-                yield names, slice(start, min(start + STRIP_ROWS, end))
-
-
-def _rows(checkpoint: Checkpoint, name: str, rows: slice) -> np.ndarray:
-    stored = checkpoint.rows(name, rows)
-    if not checkpoint.is_fp8(name):
-        return bfloat16.to_float32(stored)
-    block = checkpoint.config.weight_block_size
-    return fp8.dequantize(stored, checkpoint.multipliers(name, rows), block)
-
-
-def _cosine(gram_EE: np.ndarray) -> np.ndarray:
-    norms = np.sqrt(np.diagonal(gram_EE))
-    scale = np.outer(norms, norms)
-    return np.divide(gram_EE, scale, out=np.zeros_like(gram_EE), where=scale > 0)

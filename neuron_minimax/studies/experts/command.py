@@ -70,7 +70,8 @@ def read_prompts(texts_or_files: Sequence[str]) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for number, given in enumerate(texts_or_files, start=1):
-        path = Path(given) if len(given) < 256 and "\n" not in given else None
+        # An empty text is no path: Path makes "." of it.
+        path = Path(given) if 0 < len(given) < 256 and "\n" not in given else None
         if path is not None and path.is_dir():
             found = [(file.stem, _read_text(file)) for file in sorted(path.glob("*.txt"))]
         elif path is not None and path.is_file():

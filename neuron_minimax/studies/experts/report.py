@@ -9,6 +9,7 @@ Shapes: L layers, N tokens, K chosen per token, E experts.
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -19,7 +20,14 @@ import numpy as np
 
 from neuron_minimax.checkpoint.writer import replacing
 from neuron_minimax.errors import GenerationError, counted, require_package, shortened
-from neuron_minimax.studies.experts.statistics import SIGNIFICANT, Analysis, PermutationTest
+from neuron_minimax.inspection import charts
+from neuron_minimax.inspection.document import html_table
+from neuron_minimax.studies.experts.statistics import (
+    SIGNIFICANT,
+    Analysis,
+    LayerSimilarity,
+    PermutationTest,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 CAP = 99.5
 STEPS = 65534  # one more code means "no value"
 SHOWN_CHARACTERS = 600  # of the prompt and of the answer; all tokens stand at the end
+SHOWN_BUSIEST = 4  # of a layer, without JavaScript
 SHOWN_EXPERTS = 64  # of a co-activation map, the busiest ones of the layer
 THEMES = {"light": "default", "dark": "dark_background"}
 SEQUENTIAL = "cividis"
@@ -41,7 +50,6 @@ Drawing = Callable[["Axes"], None]
 def render_report(analysis: Analysis) -> str:
     """Render the page. Values in it are within 1 / 65534 of a map's range."""
     data = {
-        "facts": list(_page_facts(analysis)),
         "figures": list(_page_figures(analysis)),
         "routing": _routing(analysis),
     }
@@ -50,8 +58,40 @@ def render_report(analysis: Analysis) -> str:
     page = (
         files("neuron_minimax.studies.experts").joinpath("report.html").read_text(encoding="utf-8")
     )
-    filled = {"__TITLE__": html.escape(analysis.trace.name), "__DATA__": text}
+    facts = (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(fact)}</dd>"
+        for name, fact in _page_facts(analysis)
+    )
+    filled = {
+        "__TITLE__": html.escape(analysis.trace.name),
+        "__FACTS__": "".join(facts),
+        "__STILL__": _still(analysis),
+        "__DATA__": text,
+    }
     return re.sub("|".join(filled), lambda mark: filled[mark[0]], page)
+
+
+def _still(analysis: Analysis) -> str:
+    """What a reader sees who lets no script run: the map of all layers, and a table of them."""
+    balance = analysis.balance
+    rows = []
+    for layer, frequency_E in enumerate(analysis.frequency):
+        busiest = np.argsort(-frequency_E, kind="stable")[:SHOWN_BUSIEST]
+        cells = (
+            str(layer),
+            ", ".join(f"{expert} ({frequency_E[expert]:.0%})" for expert in busiest),
+            f"{balance.entropy[layer]:.3f}",
+            f"{balance.gini[layer]:.3f}",
+            str(len(balance.dead[layer])),
+        )
+        rows.append(cells)
+    head = ("layer", "busiest experts (share of tokens)", "entropy", "Gini", "never chosen")
+    return (
+        "<p>The maps that can be moved, and each token's experts, need JavaScript. Share of tokens "
+        "that chose an expert, layers down, experts across, brighter for more:</p>"
+        f'<img src="{charts.heat_map(analysis.frequency)}" alt="Activation of the experts of every '
+        f'layer">{html_table(head, rows)}'
+    )
 
 
 def _page_facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
@@ -138,6 +178,15 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
             "layer",
             "cosine",
         )
+    if analysis.expert_layers is not None:
+        yield _map(
+            "Expert similarity of layers",
+            expert_layers_note(analysis.expert_layers, analysis.trace.experts),
+            analysis.expert_layers.matrix,
+            "layer",
+            "layer",
+            "cosine",
+        )
     for number, matrix in analysis.expert_similarity.items():
         yield _similarity_map(
             f"Expert similarity, layer {number}", "Cosine of two experts' weights.", matrix
@@ -145,6 +194,22 @@ def _page_figures(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
     if analysis.by_class:
         yield {"title": "Token classes", "choices": list(_class_maps(analysis))}
+
+
+def expert_layers_note(found: LayerSimilarity, experts: int) -> str:
+    note = (
+        "Cosine of an expert's weights with those most like them of another layer (on the diagonal "
+        "of its own), mean over the experts."
+    )
+    if not found.error:
+        return note
+    # The largest of so many normal numbers, about.
+    chance = found.error * math.sqrt(2 * math.log(experts))
+    return (
+        f"{note} From a random projection of all weights: a cosine's standard error is "
+        f"{found.error:.2g}, and the nearest of {experts} unrelated experts is at about "
+        f"{chance:.2g}."
+    )
 
 
 def _class_maps(analysis: Analysis) -> Iterator[dict[str, Any]]:
@@ -231,6 +296,7 @@ def _routing(analysis: Analysis) -> dict[str, Any]:
     trace = analysis.trace
     return {
         "layers": trace.layers,
+        "experts": trace.experts,
         "top_k": trace.expert_index.shape[2],
         "texts": list(trace.texts) or [f"{token} " for token in trace.tokens.tolist()],
         "decode": trace.is_decode.tolist(),

@@ -225,12 +225,14 @@ def _script(letter: str) -> str:
     return "cjk" if name.startswith(CJK) else "other script"
 
 
-def layer_similarity(routers_EH: Sequence[np.ndarray]) -> np.ndarray:
-    """Return how alike the routers of two layers are, [L,L]: the cosine of an expert's row with the
-    row of the other layer that is most like it, mean over the experts of both. Within a layer the
-    row itself does not count.
+def layer_similarity(rows_EH: Sequence[np.ndarray]) -> np.ndarray:
+    """Return how alike the experts of two layers are by a row each, [L,L]: the cosine of an
+    expert's row with the row of the other layer that is most like it, mean over the experts of
+    both. Within a layer the row itself does not count.
     """
-    rows = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in routers_EH]
+    smallest = np.finfo(np.float32).tiny  # a row of zeros is like no other
+    norms = [np.linalg.norm(each, axis=1, keepdims=True) for each in rows_EH]
+    rows = [each / np.maximum(norm, smallest) for each, norm in zip(rows_EH, norms, strict=True)]
     found = np.empty((len(rows), len(rows)))
     for first, one in enumerate(rows):
         for second, other in enumerate(rows[: first + 1]):
@@ -243,18 +245,43 @@ def layer_similarity(routers_EH: Sequence[np.ndarray]) -> np.ndarray:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class LayerSimilarity:
+    """`matrix` [L,L] as `layer_similarity` makes it; `error` is the standard error of one of its
+    cosines, 0 where they are exact.
+    """
+
+    matrix: np.ndarray
+    error: float = 0.0
+
+    @property
+    def by_distance(self) -> list[float]:
+        """Means of the layers that are so many apart, from 0, within a layer, on."""
+        return [float(np.diagonal(self.matrix, apart).mean()) for apart in range(len(self.matrix))]
+
+    def line(self, what: str) -> str:
+        """The means in words."""
+        within, *between = self.by_distance
+        about = f" (each cosine to {self.error:.2g})" if self.error else ""
+        return (
+            f"{what}: an expert's nearest is at cosine {within:.3f} within its layer, "
+            f"{between[0]:.3f} one layer on, {np.mean(between):.3f} at any distance{about}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Analysis(Rendered):
     """Everything the statistics say about one trace.
 
-    `router_similarity` [L,E,E], `layer_similarity` [L,L] of the routers and `expert_similarity`
-    (layer to [E,E]) are there when the weights were looked at.
+    `router_similarity` [L,E,E], `layer_similarity` [L,L] of the routers, `expert_similarity` (layer
+    to [E,E]) and `expert_layers` are there when the weights were looked at.
     """
 
     trace: Trace
     router_similarity: np.ndarray | None = None
     layer_similarity: np.ndarray | None = None
     expert_similarity: dict[int, np.ndarray] = field(default_factory=dict)
+    expert_layers: LayerSimilarity | None = None
     permutations: int = 199
 
     @cached_property
@@ -317,18 +344,19 @@ class Analysis(Rendered):
         return total_variation(self.by_phase["prefill"], self.by_phase["decode"])
 
     @property
-    def similarity_by_distance(self) -> list[float] | None:
-        """Mean similarity of routers so many layers apart, from 0, within a layer, on."""
-        matrix = self.layer_similarity
-        if matrix is None:
-            return None
-        return [float(np.diagonal(matrix, apart).mean()) for apart in range(len(matrix))]
+    def similar_layers(self) -> dict[str, LayerSimilarity]:
+        """Of "routers" and "experts", what was looked at."""
+        found = {"experts": self.expert_layers} if self.expert_layers else {}
+        if self.layer_similarity is not None:
+            found = {"routers": LayerSimilarity(self.layer_similarity), **found}
+        return found
 
     def summary(self) -> dict[str, Any]:
         """Return JSON values, one per layer where a statistic has layers."""
         trace = self.trace
         balance = self.balance
         period = self.periodicity
+        similar = self.similar_layers
         found = {
             "name": trace.name,
             "prompt": trace.prompt,
@@ -348,7 +376,13 @@ class Analysis(Rendered):
             "correlation_by_distance": _test_rows(self.by_distance, "distance"),
             "periodicity": _test_rows(period, "period"),
             "prefill_decode_distance": self.phase_distance,
-            "router_similarity_by_distance": self.similarity_by_distance,
+            "router_similarity_by_distance": similar["routers"].by_distance
+            if "routers" in similar
+            else None,
+            "expert_similarity_by_distance": similar["experts"].by_distance
+            if "experts" in similar
+            else None,
+            "expert_similarity_error": similar["experts"].error if "experts" in similar else None,
             "token_classes": {name: self.token_classes.count(name) for name in self.by_class},
             "top_pairs": [self.top_pairs(layer) for layer in range(trace.layers)],
         }
@@ -402,12 +436,8 @@ class Analysis(Rendered):
             f"  layers correlate beyond chance at distances: {distances}",
             f"  periods beyond chance: {_significant_labels(self.periodicity)}",
         ]
-        if self.similarity_by_distance is not None and len(self.similarity_by_distance) > 1:
-            (within, *between) = self.similarity_by_distance
-            lines.append(
-                f"  routers: an expert's nearest is at cosine {within:.3f} within its layer, "
-                f"{between[0]:.3f} one layer on, {np.mean(between):.3f} at any distance"
-            )
+        if trace.layers > 1:
+            lines += [f"  {found.line(what)}" for what, found in self.similar_layers.items()]
         if self.phase_distance is not None:
             lines.append(
                 f"  prefill and decode differ by {self.phase_distance.mean():.3f} (0 the same, 1 "

@@ -277,6 +277,20 @@ class RecordingBackend(Backend):
         return logits_BTV[0, -1].float()
 
 
+def check_fits(model: Decoder, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Raise GenerationError when a prompt is empty, or does not fit the model's positions with its
+    answer.
+    """
+    limit = model.config.max_position_embeddings
+    if not prompt_ids:
+        raise GenerationError("the prompt has no tokens; expected at least one")
+    if len(prompt_ids) + max_new_tokens > limit:
+        raise GenerationError(
+            f"{counted(len(prompt_ids), 'prompt token')} and {max_new_tokens} new exceed the "
+            f"model's {limit} positions; shorten the prompt or lower the number of new tokens"
+        )
+
+
 def record(
     model: Decoder,
     prompt_ids: Sequence[int],
@@ -292,14 +306,7 @@ def record(
     Yields each new token and why the answer ended. Raises GenerationError when the prompt is empty,
     or does not fit the model's positions with its answer.
     """
-    limit = model.config.max_position_embeddings
-    if not prompt_ids:
-        raise GenerationError("the prompt has no tokens; expected at least one")
-    if len(prompt_ids) + max_new_tokens > limit:
-        raise GenerationError(
-            f"{counted(len(prompt_ids), 'prompt token')} and {max_new_tokens} new exceed the "
-            f"model's {limit} positions; shorten the prompt or lower the number of new tokens"
-        )
+    check_fits(model, prompt_ids, max_new_tokens)
     backend = RecordingBackend(model, recorder, len(prompt_ids) + max_new_tokens, chunk)
     if max_new_tokens == 0:
         backend.encode(0, prompt_ids)

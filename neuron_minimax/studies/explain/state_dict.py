@@ -113,9 +113,10 @@ def _shares(config: ModelConfig, moe_tp_degree: int) -> Stage:
     rows, columns = config.weight_block_size
     along = 1 if scales == EXPANDED_SCALES else rows
     hidden = config.hidden_size
+    hidden_blocks = fp8.ceil_div(hidden, columns)
     forms = (
-        (Role.EXPERT_GATE, (hidden, 2 * channels), (hidden // columns, 2 * channels // along)),
-        (Role.EXPERT_DOWN, (channels, hidden), (channels // along, hidden // columns)),
+        (Role.EXPERT_GATE, (hidden, 2 * channels), (hidden_blocks, 2 * channels // along)),
+        (Role.EXPERT_DOWN, (channels, hidden), (channels // along, hidden_blocks)),
     )
     why = (
         f"not whole blocks of {rows}, so each channel gets the scales of its block"
@@ -124,7 +125,8 @@ def _shares(config: ModelConfig, moe_tp_degree: int) -> Stage:
     )
     return Stage(
         title=title,
-        sentence=f"NxD cuts {config.intermediate_size} channels for {moe_tp_degree} ranks: "
+        sentence=f"NxD cuts {config.intermediate_size} channels for "
+        f"{counted(moe_tp_degree, 'rank')}: "
         f"{channels} are {why} (--expert-scales auto: {scales}). Scales are of FP8 experts; those "
         "in BF16 have none.",
         head=("module", "a rank's weight of an expert", "its scales"),

@@ -5,30 +5,8 @@ batch, T tokens, K key/value heads, D head_dim.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-
-
-class LayerCache(Protocol):
-    """The part of `Cache` that a layer sees."""
-
-    def write(
-        self,
-        layer: int,
-        rows_B: torch.Tensor,
-        positions_BT: torch.Tensor,
-        key_BTKD: torch.Tensor,
-        value_BTKD: torch.Tensor,
-    ) -> None:
-        """Store T tokens of sequences `rows_B` at their positions."""
-        ...
-
-    def read(
-        self, layer: int, rows_B: torch.Tensor | None, filled: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B,K,filled,D] of sequences `rows_B`, or of all in order (None)."""
-        ...
 
 
 class SlotCache:
