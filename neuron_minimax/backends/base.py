@@ -1,10 +1,10 @@
 """The interface of a compiled model: fixed batch slots, each with its own key/value cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError, counted
@@ -23,6 +23,28 @@ def check_buckets(buckets: tuple[int, ...], seq_len: int) -> None:
         raise BackendError(
             f"buckets {list(buckets)}: expected ascending lengths from 1 to seq_len {seq_len}",
             usage=True,
+        )
+
+
+def given_options(options: Mapping[str, Any], taken: Iterable[str], backend: str) -> dict[str, Any]:
+    """Return the options that are not None. Raises BackendError naming one that is not taken."""
+    given = {name: value for name, value in options.items() if value is not None}
+    foreign = sorted(given.keys() - set(taken))
+    if foreign:
+        raise BackendError(
+            f"the {backend} backend does not take --{foreign[0].replace('_', '-')}; it belongs to "
+            "another one",
+            usage=True,
+        )
+    return given
+
+
+def check_seq_len(seq_len: int, config: ModelConfig) -> None:
+    """Raise BackendError unless the model has so many positions."""
+    if seq_len > config.max_position_embeddings:
+        raise BackendError(
+            f"seq_len {seq_len} is beyond max_position_embeddings {config.max_position_embeddings} "
+            "of config.json"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from neuron_minimax.backends.base import check_buckets
+from neuron_minimax.backends.base import check_buckets, check_seq_len, given_options
 from neuron_minimax.backends.manifest import cpu_here, versions_of
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
@@ -16,7 +16,7 @@ from neuron_minimax.kernels.cpu.library import compiler
 
 COMPUTE = ("float32", "bf16")
 # What keys and values are kept in; auto is the dtype of activations.
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+KV_CACHE_CHOICES = ("auto", "float32", "bfloat16", "fp8")
 ENGINES = ("compiled", "exported", "eager")
 EXPORTED = ".exported.pt2"  # ends the name of an exported graph
 KERNELS = "kernels.so"
@@ -62,7 +62,7 @@ class CPUOptions:
         check_buckets(self.buckets, self.seq_len)
         for name, allowed in (
             ("compute", COMPUTE),
-            ("kv_cache_dtype", KV_CACHE_DTYPES),
+            ("kv_cache_dtype", KV_CACHE_CHOICES),
             ("engine", ENGINES),
         ):
             if getattr(self, name) not in allowed:
@@ -103,14 +103,8 @@ def check_options(
 
     `force` is for backends that advise against what they could compile; this one never does.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    foreign = sorted(given.keys() - {field.name for field in fields(CPUOptions)})
-    if foreign:
-        raise BackendError(
-            f"the cpu backend does not take --{foreign[0].replace('_', '-')}; it belongs to "
-            "another one",
-            usage=True,
-        )
+    taken = [field.name for field in fields(CPUOptions)]
+    given = given_options(options, taken, "cpu")
     given.setdefault("seq_len", min(DEFAULT_CPU_SEQ_LEN, config.max_position_embeddings))
     chosen = CPUOptions.parse({"buckets": (1,)} | given)
     if "buckets" not in given:
@@ -118,11 +112,7 @@ def check_options(
         chosen = replace(chosen, buckets=default or (chosen.seq_len,))
     if chosen.engine == "compiled" and not compiler():
         chosen = replace(chosen, engine="exported")
-    if chosen.seq_len > config.max_position_embeddings:
-        raise BackendError(
-            f"seq_len {chosen.seq_len} is beyond max_position_embeddings "
-            f"{config.max_position_embeddings} of config.json"
-        )
+    check_seq_len(chosen.seq_len, config)
     return {**asdict(chosen), "buckets": list(chosen.buckets)}
 
 

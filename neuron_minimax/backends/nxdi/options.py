@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from neuron_minimax.backends.base import given_options
 from neuron_minimax.config import CONVERTED_SECTION, ModelConfig
 from neuron_minimax.errors import BackendError
 from neuron_minimax.families import FAMILIES, Family, Role
@@ -116,14 +117,8 @@ def check(config: ModelConfig, options: Mapping[str, Any], force: bool) -> dict[
             f"{config.family.title} has no class for Neuron; use --backend cpu, or one of "
             f"{', '.join(family.title for family in FAMILIES.values() if family.neuron_class)}"
         )
-    given = {name: value for name, value in options.items() if value is not None}
-    foreign = sorted(given.keys() - {field.name for field in fields(NeuronOptions)})
-    if foreign:
-        raise BackendError(
-            f"the neuron backend does not take --{foreign[0].replace('_', '-')}; it belongs to "
-            "another one",
-            usage=True,
-        )
+    taken = [field.name for field in fields(NeuronOptions)]
+    given = given_options(options, taken, "neuron")
     given.setdefault("instance", DEFAULT_INSTANCE)
     machine = instances.instance(given["instance"])
     tp = given.setdefault("tp_degree", max(machine.tp_degrees, default=machine.logical_cores))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from neuron_minimax.backends.base import check_buckets
+from neuron_minimax.backends.base import check_buckets, check_seq_len, given_options
 from neuron_minimax.backends.manifest import cpu_here, versions_of
 from neuron_minimax.config import ModelConfig
 from neuron_minimax.errors import BackendError
@@ -106,15 +106,9 @@ def check_options(
     """Fill in defaults (None counts as absent) and check. Raises BackendError or ConfigError naming
     the option.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    taken = {"moe_tp_degree", *(field.name for field in fields(TorchNeuronOptions))}
+    given = given_options(options, taken, "torch-neuron")
     moe_tp_degree = given.pop("moe_tp_degree", None)
-    foreign = sorted(given.keys() - {field.name for field in fields(TorchNeuronOptions)})
-    if foreign:
-        raise BackendError(
-            f"the torch-neuron backend does not take --{foreign[0].replace('_', '-')}; it belongs "
-            "to another one",
-            usage=True,
-        )
     device = given.setdefault("device", DEVICES[0])
     tp_degree = given.setdefault("tp_degree", 1)
     moe_tp_degree, moe_ep_degree = moe_degrees(
@@ -133,11 +127,7 @@ def check_options(
     given.setdefault("compute", COMPUTE.get(device, "bf16"))
     given.setdefault("engine", ENGINES[0])
     chosen = TorchNeuronOptions.parse(given)
-    if chosen.seq_len > config.max_position_embeddings:
-        raise BackendError(
-            f"seq_len {chosen.seq_len} is beyond max_position_embeddings "
-            f"{config.max_position_embeddings} of config.json"
-        )
+    check_seq_len(chosen.seq_len, config)
     return {**asdict(chosen), "buckets": list(chosen.buckets)}
 
 

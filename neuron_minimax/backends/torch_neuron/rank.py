@@ -131,7 +131,8 @@ class Rank:
 
     def do_logits(self, start: int, stop: int) -> None:
         """Logits of positions of the last encode: the answer is [stop - start,V]."""
-        hidden_RH = self.hidden_TH.cpu()[start:stop]
+        self.hidden_TH = self.hidden_TH.cpu()  # once, for all that is asked of an encode
+        hidden_RH = self.hidden_TH[start:stop]
         padded_RH = F.pad(hidden_RH, (0, 0, 0, LOGIT_ROWS - len(hidden_RH)))
         self._put(self.head(padded_RH.to(self.device)), stop - start)
 
