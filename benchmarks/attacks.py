@@ -22,7 +22,7 @@ import httpx
 from benchmarks.clients import WORDS, requests_of
 from benchmarks.payloads import ANSWERED, REFUSED, Attack
 from benchmarks.processes import Side
-from benchmarks.serving import make_models, our_command, process
+from benchmarks.serving import Setting, our_server
 from benchmarks.shared import empty_scratch, parser_of
 from benchmarks.table import Goal, Row, render, row
 
@@ -184,10 +184,9 @@ def rows_of(name: str, found: dict[str, Any]) -> list[Row]:
 
 def rows(directory: Path, *, seconds: float = 6, attackers: int = 4, only: str = "") -> list[Row]:
     """Return three rows per attack whose name holds `only`."""
-    traced, _ = make_models(directory, "compiled", 8)
     log = empty_scratch(directory) / "attacked.log"
     table = []
-    with process(our_command(traced), r"listening on (http://\S+)", log) as (url, pid):
+    with our_server(directory, Setting()).running(log) as (url, pid):
         asyncio.run(notice(url, pid, 2))  # warm up
         for name, attack in ATTACKS.items():
             if only in name:

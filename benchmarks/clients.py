@@ -26,9 +26,9 @@ WORDS = [
 ]
 
 
-def requests_of(client: int, count: int, new_tokens: int) -> list[dict[str, Any]]:
-    """Return a client's requests: prompts of 5 to 60 words, the same for both servers."""
-    chance = random.Random(client)
+def requests_of(client: int, count: int, new_tokens: int, seed: str = "") -> list[dict[str, Any]]:
+    """Return a client's requests: prompts of 5 to 60 words, the same for every server."""
+    chance = random.Random(f"{seed} {client}")
     return [
         {
             "messages": [
@@ -72,7 +72,7 @@ async def ask(http: httpx.AsyncClient, model: str, request: dict[str, Any]) -> t
 
 
 async def load(
-    url: str, model: str, clients: int, requests: int, new_tokens: int
+    url: str, model: str, clients: int, requests: int, new_tokens: int, seed: str = ""
 ) -> dict[str, float]:
     """Run all clients at once, each with its requests one after the other."""
     # A connection for each request: llama-server closes one now and then as it is used again.
@@ -82,7 +82,7 @@ async def load(
         async def one(client: int) -> list[tuple[float, int]]:
             return [
                 await ask(http, model, request)
-                for request in requests_of(client, requests, new_tokens)
+                for request in requests_of(client, requests, new_tokens, seed)
             ]
 
         start = time.perf_counter()

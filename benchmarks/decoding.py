@@ -80,11 +80,16 @@ def distinct_experts(config: ModelConfig, batch: int) -> float:
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
 
 
-def bytes_per_step(config: ModelConfig, experts: float) -> float:
-    """Return the stored bytes of a step: FP8 attention, so many experts per layer, a BF16 head."""
+def bytes_per_step(
+    config: ModelConfig, experts: float, of_weight: float = 1, of_head: float = 2
+) -> float:
+    """Return the stored bytes of a step: attention, so many experts per layer, and the head; a
+    weight has one byte in FP8, and two in the head's BF16.
+    """
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * experts
-    return config.num_hidden_layers * (attention + mlp) + 2 * config.vocab_size * config.hidden_size
+    layers = config.num_hidden_layers * (attention + mlp)
+    return of_weight * layers + of_head * config.vocab_size * config.hidden_size
 
 
 def flops_of_prompt(config: ModelConfig, tokens: int) -> float:

@@ -72,7 +72,7 @@ def rows(directory: Path, rounds: int = 3, source: Path | None = None) -> list[R
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "--checkpoint", type=Path, help="check this one instead of the seeded one of 2.1 GB"
+        "--checkpoint", type=Path, help="check this one instead of the seeded one of 2.0 GB"
     )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -16,22 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decoding import BUCKETS, PROMPT, SEQ_LEN, compile_single
+from benchmarks.decoding import BUCKETS, PROMPT, SEQ_LEN, bytes_per_step, compile_single
 from benchmarks.gguf_file import write_gguf
 from benchmarks.loading import PROMPT as FIRST_PROMPT
 from benchmarks.loading import start_process
 from benchmarks.machine import ROOT
 from benchmarks.processes import Side, run_apart
 from benchmarks.shared import REAL, checkpoint, compiled, parser_of
-from benchmarks.sides import FILLED, median_seconds, ours, prompt_ids, random_ids
+from benchmarks.sides import FILLED, median_seconds, ours, prompt_ids, random_ids, reading
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.checkpoint.reader import Checkpoint
+from neuron_minimax.config import ModelConfig
 from neuron_minimax.demo import DEMO
 
 ENVIRONMENT = ROOT / ".venv-llama"
 SERVER = ENVIRONMENT / "build" / "bin" / "llama-server"
 PEER = "llama.cpp Q8_0"
 BATCHES = (1, 8, 32)
+# Of a weight, and of one of the head: in Q8_0 32 numbers have a scale of two bytes.
+PEER_BYTES = (34 / 32, 34 / 32)
 VOCABULARY = REAL[1]["vocab_size"]
 
 
@@ -182,15 +185,21 @@ def take_turns(directory: Path, path: Path, steps: int, rounds: int) -> list[Row
         logits = {name: side.ready["logits"] for name, side in sides.items()}
         theirs = []
         found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        reads = []
+        memory = stack.enter_context(Side(reading))
         for _ in range(rounds):
             for name, side in sides.items():
                 found[name].append(side.measure())
             theirs.append(peer.measure())
-    return [*decode_rows(found, theirs), *prompt_rows(found, theirs, logits, peer.ready["logits"])]
+            reads.append(memory.measure()["read"])
+    return [
+        *decode_rows(found, theirs, reads),
+        *prompt_rows(found, theirs, logits, peer.ready["logits"]),
+    ]
 
 
 def decode_rows(
-    found: dict[str, list[dict[str, float]]], theirs: list[dict[str, float]]
+    found: dict[str, list[dict[str, float]]], theirs: list[dict[str, float]], reads: list[float]
 ) -> list[Row]:
     def against(what: str, name: str, batch: int, goal: float) -> Row:
         return row(
@@ -201,9 +210,23 @@ def decode_rows(
             goal=Goal(figure="ratio", value=goal),
         )
 
+    config = ModelConfig.from_dict(REAL[1])
+    experts = config.num_experts_per_tok
+    read = bytes_per_step(config, experts) / 1e9
+    their_read = bytes_per_step(config, experts, *PEER_BYTES) / 1e9
     return [
         against("decode, batch 1", "float32", 1, 1.2),
         against("decode, batch 1, compute bf16", "bfloat16", 1, 1.4),
+        *(
+            row(
+                f"decode, batch 1, compute {name}, weights read",
+                [read / each["step"] for each in found[name]],
+                "GB/s",
+                peer=(PEER, [their_read / each["step 1"] for each in theirs]),
+                limit=("reading memory", [each / 1e9 for each in reads]),
+            )
+            for name in ("float32", "bfloat16")
+        ),
         *(against(f"decode, batch {batch}", str(batch), batch, 1.5) for batch in BATCHES[1:]),
     ]
 

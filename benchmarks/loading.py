@@ -1,4 +1,4 @@
-"""Loading a compiled model of 2.1 GB: time to the first token, memory, and compile times.
+"""Loading a compiled model of 2.0 GB: time to the first token, memory, and compile times.
 
 python -m benchmarks.loading [--directory DIR] [--rounds N] [--transformers]
 """

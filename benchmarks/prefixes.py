@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.serving import SMALL
 from benchmarks.shared import compiled, parser_of
-from benchmarks.synthetic import real_layers
+from benchmarks.synthetic import SMALL, real_layers
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.backends import load
 from neuron_minimax.backends.base import Backend

@@ -101,19 +101,40 @@ def memory() -> dict[str, int]:
     return {fields[0].rstrip(":"): 1024 * int(fields[1]) for fields in lines}
 
 
-def anonymous_bytes_of_tree(pid: str = "self") -> int:
+def anonymous_bytes_of_tree(pid: int | str = "self") -> int:
     """Return the anonymous bytes of a process and its children.
 
     Pages that they share after a fork count for each.
     """
+    return sum(
+        1024 * int(line.split()[1])
+        for each in tree(pid)
+        for line in _read(each / "status").splitlines()
+        if line.startswith("RssAnon")
+    )
+
+
+def cpu_seconds_of_tree(pid: int) -> float:
+    """Return the CPU time of a process, its threads and children, ended ones too, which other load
+    hardly changes.
+    """
+    fields = [_read(each / "stat").rpartition(")")[2].split() for each in tree(pid)]
+    ticks = sum(int(number) for each in fields for number in each[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tree(pid: int | str) -> list[Path]:
+    """Return the directories below /proc of a process and its children."""
+    process = Path("/proc", str(pid))
+    children = [
+        child for task in process.glob("task/*") for child in _read(task / "children").split()
+    ]
+    return [process, *(each for child in children for each in tree(child))]
+
+
+def _read(path: Path) -> str:
+    """Return what a file below /proc says; nothing where the process has just ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        children = [
-            child
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
-        return 0
-    own = sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    return own + sum(map(anonymous_bytes_of_tree, children))
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

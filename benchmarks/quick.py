@@ -18,11 +18,10 @@ from typing import Any
 from benchmarks import cache, conversion, inspection
 from benchmarks.machine import this_machine
 from benchmarks.processes import Side
-from benchmarks.serving import SMALL
 from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
 from benchmarks.sides import ours, transformers
 from benchmarks.suite import RESULTS, Table, collect
-from benchmarks.synthetic import real_layers
+from benchmarks.synthetic import SMALL, real_layers
 from benchmarks.table import Row, read_rows, row
 
 KEPT = "quick"

@@ -27,7 +27,6 @@ from benchmarks.suite import RESULTS
 from benchmarks.synthetic import real_layers
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.config import ModelConfig
-from neuron_minimax.fp8 import ceil_div
 
 # Half the real width: an expert is 3.5 MB, so that no model of the grid fits into a processor's
 # cache.
@@ -173,15 +172,14 @@ def encode_milliseconds(traced: Path, lengths: Sequence[int]) -> list[float]:
 def encode_flops(tokens: int) -> float:
     """Return the FLOPs of a prompt.
 
-    They are those of projections and chosen experts for every padded chunk, and of every query
-    with the keys up to its own.
+    They are those of projections and chosen experts for every token, and of every query with
+    the keys up to its own.
     """
     config = ModelConfig.from_dict(BASE.config())
-    padded = ceil_div(tokens, CHUNK) * CHUNK
     attention = 2 * config.hidden_size * (config.query_size + config.key_value_size)
     mlp = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
     scores = 2 * config.query_size * tokens * tokens / 2
-    return 2 * config.num_hidden_layers * (padded * (attention + mlp) + scores)
+    return 2 * config.num_hidden_layers * (tokens * (attention + mlp) + scores)
 
 
 def context_curves(directory: Path, lengths: tuple[int, ...]) -> list[Curve]:

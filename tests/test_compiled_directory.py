@@ -113,16 +113,14 @@ def outcome(run: Callable[[], Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    "name", ["context_encoding_8.exported.pt2", "token_generation.exported.pt2"]
-)
+@pytest.mark.parametrize("name", ["context_encoding.exported.pt2", "token_generation.exported.pt2"])
 def test_a_graph_that_the_manifest_does_not_list_is_not_run(code: Path, name: str) -> None:
     edit_manifest(code, lambda fields: fields["graphs"].pop(name))
     said = message_of(lambda: load(code))
     assert f"cannot be used: manifest.json lists no graph {name}; run `neuron-minimax" in said
 
 
-@pytest.mark.parametrize("name", ["kernels.so", "context_encoding_8.exported.pt2"])
+@pytest.mark.parametrize("name", ["kernels.so", "context_encoding.exported.pt2"])
 def test_a_graph_with_other_bytes_is_not_run_and_is_made_again(
     code: Path, exported: Path, name: str
 ) -> None:
@@ -623,7 +621,7 @@ def test_lines_of_a_backend_that_compiles_all_at_once_say_what_its_one_stage_doe
     assert heard.named("compiling for cpu").doing == ["1 min: tiling context_encoding_model"]
 
 
-GRAPHS = ("token_generation", "context_encoding_8")
+GRAPHS = ("token_generation", "context_encoding")
 SUFFIX = ".exported.pt2"
 
 

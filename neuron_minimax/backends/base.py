@@ -54,8 +54,9 @@ class Capabilities:
 
     slots                 sequences that can be alive at the same time
     seq_len               positions per slot, prompt and answer together
-    buckets               context-encoding lengths, ascending; a prompt is padded to the smallest
-                          that holds it
+    buckets               context-encoding lengths, ascending; no more than the last is encoded at
+                          once, and to encode what fits the first again is cheaper than to spare it
+    padded                a prompt is padded to the smallest bucket that holds it
     chunked_encoding      encode may continue a slot (start > 0), and prompts longer than the last
                           bucket are split
     all_position_logits   encode(all_positions=True) and encode_rows are allowed
@@ -69,6 +70,7 @@ class Capabilities:
     chunked_encoding: bool
     all_position_logits: bool
     slot_copies: bool = False
+    padded: bool = True
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.seq_len < 1:
@@ -82,6 +84,10 @@ class Capabilities:
     def longest_prompt(self) -> int:
         """Most tokens that encode takes at once from an empty slot."""
         return self.seq_len if self.chunked_encoding else self.buckets[-1]
+
+    def encoded_length(self, length: int) -> int:
+        """What encoding `length` tokens costs: their number, or that of the bucket they fill."""
+        return self.bucket_for(length) if self.padded else length
 
     def bucket_for(self, length: int) -> int:
         """The smallest bucket that holds `length` tokens; `length` is at most the last bucket."""

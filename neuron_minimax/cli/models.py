@@ -53,7 +53,10 @@ def given_options(
 
 # Options that several commands take.
 BatchSize = Annotated[int, typer.Option(min=1, help="sequences alive at the same time")]
-Buckets = Annotated[list[str] | None, typer.Option(metavar="A,B", help="context-encoding lengths")]
+Buckets = Annotated[
+    list[str] | None,
+    typer.Option(metavar="A,B", help="context-encoding lengths; cpu: the last alone, at once"),
+]
 BlockwiseMatmul = Annotated[
     Literal["torch", "shard_on_intermediate", "shard_on_block"] | None,
     typer.Option(help="neuron: experts in context encoding; default: torch"),

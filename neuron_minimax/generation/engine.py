@@ -261,27 +261,27 @@ class Engine:
 
     def _encode(self) -> Iterator[Update]:
         """Encode pieces of prompts in turn, up to one largest bucket in total."""
-        buckets = self.backend.capabilities.buckets
-        budget = buckets[-1]
+        can = self.backend.capabilities
+        budget = can.buckets[-1]
         pending = [slot for slot in self._slots if slot.request and slot.next_token is None]
         for slot in sorted(pending, key=lambda slot: slot.encoded_at):
             request = slot.request
-            if request is None or budget < buckets[0]:  # None: cancelled between two updates
+            if request is None or budget < can.encoded_length(1):  # None: cancelled in between
                 continue
             self._count_cached(request, self._caches.extend(slot.number))
             start = self._caches.length(slot.number)
-            piece = list(request.prompt_ids[start : start + buckets[-1]])
-            bucket = self.backend.capabilities.bucket_for(len(piece))
-            if bucket > budget:
+            piece = list(request.prompt_ids[start : start + can.buckets[-1]])
+            encoded = can.encoded_length(len(piece))
+            if encoded > budget:
                 continue
-            budget -= bucket
+            budget -= encoded
             logits = yield from self._encode_piece(slot, request, piece)
             if slot.request is not request:
                 continue
             self._caches.append(slot.number, piece)
             slot.encoded_at = time.monotonic()
             self.counters.encoded_positions += len(piece)
-            self.counters.padding_positions += bucket - len(piece)
+            self.counters.padding_positions += encoded - len(piece)
             if start + len(piece) == len(request.prompt_ids):
                 yield self._begin(slot, request, logits)
 

@@ -114,20 +114,18 @@ class CompiledBackend(CPUBackend):
         self.cache = cache_for(self.model, options, options.seq_len + 1)
         self.kernels = cpu_graphs.OPERATORS
         state = cpu_graphs.Graph(self.model, self.cache, options.seq_len).state_dict()
-        self.token_generation, *encoding = (
-            cpu_graphs.load_graph(read, engine, name, state)
-            for name in cpu_graphs.graph_names(options)
+        self.token_generation, self.context_encoding = (
+            cpu_graphs.load_graph(read, engine, name, state) for name in cpu_graphs.GRAPHS
         )
-        self.context_encoding = dict(zip(options.buckets, encoding, strict=True))
 
     @torch.inference_mode()
     def _encode(self, slot: int, ids: list[int], start: int, all_positions: bool) -> torch.Tensor:
-        logits_V, hidden_TH = self._encode_bucket(slot, ids, start)
+        logits_V, hidden_TH = self._encode_piece(slot, ids, start)
         return self._head(hidden_TH) if all_positions else logits_V
 
     def _encode_rows(self, slot: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
         with torch.inference_mode():
-            _, hidden_TH = self._encode_bucket(slot, ids, start)
+            _, hidden_TH = self._encode_piece(slot, ids, start)
         yield from rows_of(hidden_TH, self._head)
 
     @torch.inference_mode()
@@ -136,14 +134,13 @@ class CompiledBackend(CPUBackend):
     ) -> torch.Tensor:
         return self.token_generation(tokens, positions, active)
 
-    def _encode_bucket(
+    def _encode_piece(
         self, slot: int, ids: list[int], start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [V] of the last position, and the hidden states [T,H] of all."""
-        bucket = self.capabilities.bucket_for(len(ids))
-        ids_T = torch.tensor(ids + [0] * (bucket - len(ids)))
+        ids_T = torch.tensor(ids if len(ids) > 1 else [*ids, 0])  # a size of 1 is never dynamic
         place = (torch.tensor([slot]), torch.tensor([start]), torch.tensor([len(ids)]))
-        logits_V, hidden_TH = self.context_encoding[bucket](ids_T, *place)
+        logits_V, hidden_TH = self.context_encoding(ids_T, *place)
         return logits_V, hidden_TH[: len(ids)]
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -184,6 +181,7 @@ def capabilities_of(options: CPUOptions, vocab_size: int) -> Capabilities:
         chunked_encoding=True,
         all_position_logits=True,
         slot_copies=True,
+        padded=False,
     )
 
 

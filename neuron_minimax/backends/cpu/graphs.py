@@ -1,6 +1,6 @@
 """The graphs of the CPU backend, by torch.export and AOTInductor; their weights stay outside.
 
-Shapes: S slots, T tokens of a bucket, C cache positions, V vocabulary, H hidden.
+Shapes: S slots, T tokens, C cache positions, V vocabulary, H hidden.
 """
 
 import io
@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,10 +43,30 @@ class WithState(nn.Module):
         return torch.func.functional_call(self.held[0], state, inputs)
 
 
-def save_exported(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
-    """Export `module` for inputs of these shapes to `path`."""
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs of a graph; the first dimension of the first one may be 2 to `longest`."""
+
+    examples: tuple[torch.Tensor, ...]
+    longest: int = 0
+
+    @property
+    def shapes(self) -> tuple[dict[int, Any], ...]:
+        """What `torch.export.export` takes as dynamic_shapes."""
+        first: dict[int, Any] = {}
+        if self.longest > 2:
+            first = {0: torch.export.Dim("tokens", min=2, max=self.longest)}
+        return (first, *({} for _ in self.examples[1:]))
+
+
+def save_exported(module: nn.Module, inputs: Inputs, path: Path) -> None:
+    """Export `module` for these inputs to `path`."""
+    state = module.state_dict()
+    shapes = {"state": dict.fromkeys(state, None), "inputs": inputs.shapes}
     with torch.no_grad():
-        program = torch.export.export(WithState(module), (module.state_dict(), inputs))
+        program = torch.export.export(
+            WithState(module), (state, inputs.examples), dynamic_shapes=shapes
+        )
     program.example_inputs = None  # they would be saved too, and the weights are among them
     torch.export.save(program, path)
 
@@ -58,15 +79,15 @@ def load_exported(data: bytes, state: dict[str, torch.Tensor]) -> Callable[..., 
 
 def save_compiled(
     module: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
+    inputs: Inputs,
     path: Path,
     exported: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compile `module` for inputs of these shapes to a library, `path` with .so appended, and to a
+    """Compile `module` for these inputs to a library, `path` with .so appended, and to a
     description of the operators that it calls, .json; `exported` is called between the two.
     """
     with torch.no_grad():
-        program = torch.export.export(module, inputs)
+        program = torch.export.export(module, inputs.examples, dynamic_shapes=inputs.shapes)
         exported()
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=f"{path}.pt2", inductor_configs=INDUCTOR_OPTIONS
@@ -81,6 +102,8 @@ def save_compiled(
 
 
 TOKEN_GENERATION = "token_generation"
+CONTEXT_ENCODING = "context_encoding"
+GRAPHS = (TOKEN_GENERATION, CONTEXT_ENCODING)
 LIBRARY = ".so"
 OPERATORS_CALLED = ".json"
 SUFFIXES = {"compiled": (LIBRARY, OPERATORS_CALLED), "exported": (EXPORTED,)}
@@ -182,7 +205,7 @@ class TokenGeneration(Graph):
 
 
 class ContextEncoding(Graph):
-    """Up to T tokens of one slot."""
+    """T tokens of one slot, 2 or more."""
 
     def forward(
         self,
@@ -221,11 +244,10 @@ def build_graphs(
     Returns file name to seconds. Raises BackendError with the last line of what a failing compile
     said; an interruption gets a note that says how many graphs are kept.
     """
-    names = graph_names(options)
     finished = FinishedGraphs(graphs, SUFFIXES[options.engine])
-    missing = [name for name in names if name not in finished]
-    if len(missing) < len(names):
-        kept = [name for name in names if name in finished]
+    missing = [name for name in GRAPHS if name not in finished]
+    if len(missing) < len(GRAPHS):
+        kept = [name for name in GRAPHS if name in finished]
         progress(f"kept of an interrupted compile: {', '.join(kept)}")
     of_kernels: dict[str, float] = {}
     threads = max(1, min(len(missing), os.cpu_count() or 1))
@@ -243,11 +265,11 @@ def build_graphs(
             for future in as_completed(running):
                 future.result()
     except KeyboardInterrupt as stop:
-        kept = [name for name in names if name in finished]
-        stop.add_note(f"{len(kept)} of {len(names)} graphs are finished and kept")
+        kept = [name for name in GRAPHS if name in finished]
+        stop.add_note(f"{len(kept)} of {len(GRAPHS)} graphs are finished and kept")
         raise
     seconds = finished.seconds()
-    files = [name + suffix for suffix in SUFFIXES[options.engine] for name in names]
+    files = [name + suffix for suffix in SUFFIXES[options.engine] for name in GRAPHS]
     return of_kernels | {file: seconds[file] for file in files}
 
 
@@ -258,10 +280,7 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
     model = Decoder.from_converted(model_directory, compute=compute, byte_codes=True)
     dtype = KV_CACHE_DTYPES[options.cache_dtype]
     cache = KVCache.allocate(model.config, options.slots, options.seq_len + 1, dtype)
-    graphs_by_name = {
-        each: (graph, inputs) for each, graph, inputs in all_graphs(model, cache, options)
-    }
-    graph, inputs = graphs_by_name[name]
+    graph, inputs = all_graphs(model, cache, options)[name]
     doing("exporting")
     if options.engine == "exported":
         save_exported(graph, inputs, graphs / (name + EXPORTED))
@@ -271,36 +290,28 @@ def build_graph(model_directory: Path, graphs: Path, options: CPUOptions, name: 
 
 def all_graphs(
     model: Decoder, cache: KVCache, options: CPUOptions
-) -> list[tuple[str, Graph, tuple[torch.Tensor, ...]]]:
-    """(name, module, example inputs) of token generation and of context encoding per bucket."""
+) -> dict[str, tuple[Graph, Inputs]]:
+    """The graphs by name, and their inputs."""
     slots = options.slots
     step = (
         torch.zeros(slots, dtype=torch.int64),
         torch.arange(slots),
         torch.ones(slots, dtype=torch.bool),
     )
-    graphs: list[tuple[str, Graph, tuple[torch.Tensor, ...]]] = [
-        (TOKEN_GENERATION, TokenGeneration(model, cache, options.seq_len), step)
-    ]
-    for bucket in options.buckets:
-        inputs = (
-            torch.zeros(bucket, dtype=torch.int64),
-            torch.tensor([0]),
-            torch.tensor([0]),
-            torch.tensor([bucket]),
-        )
-        graphs.append(
-            (context_name(bucket), ContextEncoding(model, cache, options.seq_len), inputs)
-        )
-    return graphs
-
-
-def graph_names(options: CPUOptions) -> list[str]:
-    return [TOKEN_GENERATION, *(context_name(bucket) for bucket in options.buckets)]
-
-
-def context_name(bucket: int) -> str:
-    return f"context_encoding_{bucket}"
+    longest = max(2, options.buckets[-1])
+    piece = (
+        torch.zeros(longest, dtype=torch.int64),
+        torch.tensor([0]),
+        torch.tensor([0]),
+        torch.tensor([options.buckets[-1]]),
+    )
+    return {
+        TOKEN_GENERATION: (TokenGeneration(model, cache, options.seq_len), Inputs(step)),
+        CONTEXT_ENCODING: (
+            ContextEncoding(model, cache, options.seq_len),
+            Inputs(piece, longest),
+        ),
+    }
 
 
 def load_graph(

@@ -15,10 +15,13 @@
 
 namespace neuron_minimax {
 
-constexpr int64_t AHEAD = 8192;  // bytes that are fetched before they are read
-constexpr int64_t BLOCK = 128;   // positions
-constexpr int64_t QUERIES = 96;  // rows of queries that are multiplied together
-constexpr int HEADS = 6;         // query heads in a tile: sums stay in registers
+constexpr int64_t AHEAD = 16384;       // bytes of keys that are fetched before they are read,
+constexpr int64_t VALUES_AHEAD = 64;   // and positions of values
+constexpr int64_t BLOCK = 128;         // positions
+constexpr int64_t QUERIES = 96;        // rows of queries that are multiplied together
+constexpr int64_t BESIDE = LANES / 2;  // keys that are multiplied with two queries at a time
+constexpr int HEADS = 6;               // query heads whose values are summed together, in registers,
+constexpr int64_t DEEP = 32;           // over so many positions
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // Keys and values [S,K,C,D]: positions, heads and slots lie as far apart as the cache has them.
@@ -30,9 +33,7 @@ struct Cached {
   int64_t slots_apart, heads_apart, apart;
 
   int64_t start(int64_t slot, int64_t head) const { return slot * slots_apart + head * heads_apart; }
-  int64_t visible(int64_t position) const {
-    return 0 <= position && position < positions ? position + 1 : 0;
-  }
+  int64_t visible(int64_t position) const { return 0 <= position && position < positions ? position + 1 : 0; }
   // rows[n,c] *= half * the scale of position c, where there is one: `first` is the first of `count`.
   void scale(const Number* first, int64_t count, float half, float* rows, int64_t height) const {
     if constexpr (SCALED) {
@@ -82,118 +83,154 @@ struct Softmax {
     total[row] = total[row] * shrink + sum(weights);
     for (int64_t d = 0; d < size; ++d) sums[row * size + d] *= shrink;
   }
-  // The average of a row's values, whose sums lack `factor` and are in the order in which strips of
-  // Number are read.
-  template <class Number>
+  // The average of a row's values, whose sums lack `factor` and are in the order of Rows.
+  template <class Rows>
   void finish(int64_t row, int64_t visible, int64_t size, float factor, float* to) const {
     const float share = visible ? factor / total[row] : 0.f;
     int64_t d = 0;
     for (; d + WIDTH <= size; d += WIDTH) {
       Lanes strip[STRIP];
       read_strip(&sums[row * size + d], strip);
-      in_order<Number>(strip);
+      Rows::in_order(strip);
       UNROLLED for (int part = 0; part < STRIP; ++part) store(to + d + part * LANES, strip[part] * share);
     }
     for (; d < size; ++d) to[d] = sums[row * size + d] * share;
   }
 };
 
-// scores[g,r] = dot(query g, key r), rows BLOCK apart, while the next keys are fetched. Queries are in the
-// order in which strips of Number are read.
-template <class Number, int COUNT, int READ>
-inline void dots(const float* queries, const Number* keys, int64_t apart, int64_t size, const Number* ahead,
-                 float* scores) {
-  Lanes total[COUNT][READ] = {};
-  int64_t d = 0;
-  for (; d + WIDTH <= size; d += WIDTH) {
-    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(ahead + r * apart + d);
-    UNROLLED for (int part = 0; part < STRIP; ++part) {
-      Lanes numbers[READ];
-      UNROLLED for (int r = 0; r < READ; ++r) numbers[r] = kept(read_part(keys + r * apart + d, part));
-      UNROLLED for (int g = 0; g < COUNT; ++g) {
-        const Lanes x = kept(read(queries + g * size + d + part * LANES));
-        UNROLLED for (int r = 0; r < READ; ++r) total[g][r] += x * numbers[r];
-      }
-    }
-  }
-  UNROLLED for (int g = 0; g < COUNT; ++g) {
-    Four four = sums_of(total[g][0], total[g][1 % READ], total[g][2 % READ], total[g][3 % READ]);
-    for (int64_t rest = d; rest < size; ++rest)
-      for (int r = 0; r < READ; ++r) four[r] += queries[g * size + rest] * read_one(keys + r * apart + rest);
-    std::memcpy(scores + g * BLOCK, &four, READ * sizeof(float));
-  }
-}
-
-// sums[g,d] += weights[g,c] * values[c,d], strips of sums in the order in which they are read.
-template <class Number, int COUNT>
-inline void add_values(const float* weights, const Number* values, int64_t apart, int64_t count, int64_t size,
-                       float* sums) {
-  const int64_t ahead = AHEAD / (apart * int64_t(sizeof(Number)));
-  int64_t d = 0;
-  for (; d + WIDTH <= size; d += WIDTH) {
-    Lanes total[COUNT][STRIP];
-    UNROLLED for (int g = 0; g < COUNT; ++g) read_strip(sums + g * size + d, total[g]);
-    for (int64_t c = 0; c < count; ++c) {
-      Lanes numbers[STRIP];
-      fetch_strip(values + (c + ahead) * apart + d);
-      read_strip(values + c * apart + d, numbers);
-      UNROLLED for (int g = 0; g < COUNT; ++g) {
-        const Lanes weight = kept(splat(weights[g * BLOCK + c]));
-        UNROLLED for (int part = 0; part < STRIP; ++part) total[g][part] += weight * numbers[part];
-      }
-    }
-    UNROLLED for (int g = 0; g < COUNT; ++g) UNROLLED for (int part = 0; part < STRIP; ++part)
-        store(sums + g * size + d + part * LANES, total[g][part]);
-  }
-  for (; d < size; ++d)
-    for (int g = 0; g < COUNT; ++g)
-      for (int64_t c = 0; c < count; ++c)
-        sums[g * size + d] += weights[g * BLOCK + c] * read_one(values + c * apart + d);
-}
-
-// out [S,K*G,D] of one token per slot.
+// Keys and queries as they are multiplied: numbers in the order in which strips of Number are read, behind
+// the last of them zeros.
 template <class Number>
+struct FloatKeys {
+  using Input = float;
+  static constexpr int64_t AT_ONCE = LANES;
+
+  static bool as_stored(int64_t size) { return std::is_same_v<Number, float> && size % LANES == 0; }
+  static void take(const float* from, int64_t size, float* to) {
+    spread<Number>(from, size, to);
+    for (int64_t d = 0; d < size; ++d) to[d] *= HALF_REBIAS<Number>;
+  }
+  static void expand(const Number* from, int64_t size, float* to) {
+    int64_t d = 0;
+    for (; d + WIDTH <= size; d += WIDTH) {
+      Lanes strip[STRIP];
+      read_strip(from + d, strip);
+      UNROLLED for (int part = 0; part < STRIP; ++part) store(to + d + part * LANES, strip[part]);
+    }
+    for (; d < size; ++d) to[d] = read_one(from + d);
+  }
+  static Lanes add(Lanes sums, Lanes key, Lanes query) { return sums + key * query; }
+};
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+template <class Number>
+struct PairKeys {
+  using Input = BFloat16;
+  static constexpr int64_t AT_ONCE = 2 * LANES;
+
+  static bool as_stored(int64_t size) { return sizeof(Number) == 2 && size % AT_ONCE == 0; }
+  static void take(const float* from, int64_t size, BFloat16* to) {
+    round(from, size, to);
+    spread_pairs<Number>(to, size);
+  }
+  static void expand(const Number* from, int64_t size, BFloat16* to) {
+    int64_t d = 0;
+    for (; d + WIDTH <= size; d += WIDTH) {
+      __m512bh pairs[2];
+      read_pairs(from + d, pairs);
+      std::memcpy(to + d, pairs, sizeof pairs);
+    }
+    for (; d < size; ++d) to[d] = bfloat16_of(from + d);
+  }
+  static Lanes add(Lanes sums, Lanes key, Lanes query) { return add_pairs(sums, (__m512bh)key, query); }
+};
+#endif
+
+// scores[g,c] of at most BESIDE keys, in rows BLOCK apart; of `group` queries, and one behind an odd last.
+template <class Keys, class Number, class Input = typename Keys::Input>
+inline void score(const Input* queries, int64_t group, int64_t width, const Number* keys, int64_t count,
+                  int64_t apart, int64_t size, Input* panel, float* scores) {
+  // What is fetched meanwhile, some lines at each of the steps.
+  const int64_t steps = ceil_div(group, 2) * (width / Keys::AT_ONCE);
+  const int64_t lines = ceil_div(BESIDE * apart * int64_t(sizeof(Number)), 64 * steps);
+  const char* next = reinterpret_cast<const char*>(keys) + AHEAD;
+  const Input* from = reinterpret_cast<const Input*>(keys);
+  if (count < BESIDE || !Keys::as_stored(size)) {
+    for (int64_t c = 0; c < count; ++c) Keys::expand(keys + c * apart, size, panel + c * width);
+    from = panel;
+    apart = width;
+  }
+  for (int64_t g = 0; g < group; g += 2) {
+    Lanes sums[LANES] = {};
+    for (int64_t d = 0; d < width; d += Keys::AT_ONCE) {
+      for (int64_t line = 0; line < lines; ++line, next += 64) fetch(next);
+      const Lanes one = load_as<Lanes>(queries + g * width + d);
+      const Lanes other = load_as<Lanes>(queries + (g + 1) * width + d);
+      UNROLLED for (int c = 0; c < BESIDE; ++c) {
+        const Lanes key = kept(load_as<Lanes>(from + c * apart + d));
+        sums[c] = Keys::add(sums[c], key, one);
+        sums[BESIDE + c] = Keys::add(sums[BESIDE + c], key, other);
+      }
+    }
+    const Lanes both = sums_of(sums);
+    std::memcpy(scores + g * BLOCK, &both, sizeof both / 2);
+    std::memcpy(scores + (g + 1) * BLOCK, (const float*)&both + BESIDE, sizeof both / 2);
+  }
+}
+
+// out [S,K*G,D] of one token per slot, by products with Keys and with Rows of values (Floats or Pairs).
+template <class Keys, class Rows, class Number = typename Rows::Number>
 void decode(const float* query, const Cached<Number>& cached, const int64_t* positions, int64_t group,
             float* out) {
-  constexpr float half = HALF_REBIAS<Number>;
-  const int64_t size = cached.size, apart = cached.apart;
-  const int64_t ahead = AHEAD / (apart * int64_t(sizeof(Number)));
+  using Input = typename Rows::Input;
+  constexpr float half = Rows::HALF;
+  const int64_t size = cached.size, apart = cached.apart,
+                width = ceil_div(size, Keys::AT_ONCE) * Keys::AT_ONCE;
   const float scaling = 1.f / std::sqrt(float(size));
   for_each_item(cached.slots * cached.heads, [&](int64_t item) {
     const int64_t slot = item / cached.heads;
     const int64_t start = cached.start(slot, item % cached.heads), visible = cached.visible(positions[slot]);
     thread_local Softmax softmax;
-    thread_local Scratch<float> scores, queries;
+    thread_local Scratch<float> scores;
+    thread_local Scratch<Input> queries, panel, weights;
     softmax.clear(group, size);
-    scores.resize(group * BLOCK);
-    queries.resize(group * size);
+    const int64_t even = ceil_div(group, 2) * 2;
+    scores.resize(even * BLOCK);
+    queries.assign(even * width, Input(0.f));
+    panel.assign(BESIDE * width, Input(0.f));
     for (int64_t g = 0; g < group; ++g)
-      spread<Number>(query + (item * group + g) * size, size, &queries[g * size]);
-    for (float& number : queries) number *= half;
+      Keys::take(query + (item * group + g) * size, size, &queries[g * width]);
     for (int64_t first = 0; first < visible; first += BLOCK) {
       const int64_t count = std::min(BLOCK, visible - first);
       const Number* keys = cached.keys + start + first * apart;
       const Number* values = cached.values + start + first * apart;
-      for (int64_t c = 0; c < count;) {
-        const int64_t read_keys = count - c >= ROWS ? ROWS : 1;
-        for (int64_t g = 0; g < group; g += HEADS)
-          with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
-            const auto multiply = read_keys == ROWS ? dots<Number, tile, ROWS> : dots<Number, tile, 1>;
-            multiply(&queries[g * size], keys + c * apart, apart, size, keys + (c + ahead) * apart,
-                     &scores[g * BLOCK + c]);
-          });
-        c += read_keys;
+      for (int64_t c = 0; c < count; c += BESIDE) {
+        const Number* from = keys + c * apart;
+        score<Keys>(queries.data(), group, width, from, std::min(BESIDE, count - c), apart, size,
+                    panel.data(), &scores[c]);
       }
       cached.scale(keys, count, half, scores.data(), group);
       for (int64_t g = 0; g < group; ++g) softmax.weigh(g, &scores[g * BLOCK], count, scaling, size);
       cached.scale(values, count, half, scores.data(), group);
-      for (int64_t g = 0; g < group; g += HEADS)
-        with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
-          add_values<Number, tile>(&scores[g * BLOCK], values, apart, count, size, &softmax.sums[g * size]);
-        });
+      const Input* shares;
+      if constexpr (std::is_same_v<Input, float>) {
+        shares = scores.data();
+      } else {
+        weights.resize(group * BLOCK);
+        round(scores.data(), group * BLOCK, weights.data());
+        shares = weights.data();
+      }
+      for (int64_t c = 0; c < count; c += DEEP) {
+        const int64_t depth = std::min(DEEP, count - c);
+        const Number* from = values + c * apart;
+        for (int64_t g = 0; g < group; g += HEADS)
+          with_constant<HEADS>(std::min<int64_t>(HEADS, group - g), [&](auto tile) {
+            add_rows<Rows, tile>(shares + g * BLOCK + c, BLOCK, from, apart, depth,
+                                 from + VALUES_AHEAD * apart, size, &softmax.sums[g * size], size);
+          });
+      }
     }
     for (int64_t g = 0; g < group; ++g)
-      softmax.finish<Number>(g, visible, size, half, out + (item * group + g) * size);
+      softmax.finish<Rows>(g, visible, size, half, out + (item * group + g) * size);
   });
 }
 
@@ -275,7 +312,8 @@ void prefill(const float* query, const Cached<Number>& cached, const int64_t* po
             multiply(shape, true, scores.data(), values, softmax.sums.data());
           }
         }
-        for (int64_t n = 0; n < rows; ++n) softmax.finish<float>(n, visible[n], size, 1.f, out + place[n]);
+        for (int64_t n = 0; n < rows; ++n)
+          softmax.finish<Floats<float>>(n, visible[n], size, 1.f, out + place[n]);
       });
     }
   }

@@ -110,29 +110,39 @@ inline void spread_pairs(BFloat16* numbers, int64_t count) {
     }
 }
 
-// Strips of two rows of codes as pairs of bfloat16 numbers, for products with a pair of inputs each.
+// Strips of two rows as pairs of bfloat16 numbers, for products with a pair of inputs each.
+template <class Stored>
 struct Pairs {
-  using Number = E4M3;
+  using Number = Stored;
   using Input = BFloat16;
   static constexpr int ROWS = 2;
   static constexpr float HALF = 1.f;
   __m512bh numbers[STRIP];
 
-  void read(const E4M3* first, const E4M3* second) {
-    const __m512i one = _mm512_loadu_si512(first), other = _mm512_loadu_si512(second);
-    UNROLLED for (int half = 0; half < 2; ++half) {
-      const __m512i codes = half ? _mm512_unpackhi_epi8(one, other) : _mm512_unpacklo_epi8(one, other);
-      const __m512i lower = lower_bytes(codes), upper = upper_bytes(codes);
-      numbers[2 * half] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
-      numbers[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+  // Of codes a register has the same four of every sixteen, of others the same four of every eight.
+  void read(const Number* first, const Number* second) {
+    if constexpr (sizeof(Number) == 1) {
+      const __m512i one = _mm512_loadu_si512(first), other = _mm512_loadu_si512(second);
+      UNROLLED for (int half = 0; half < 2; ++half) {
+        const __m512i codes = half ? _mm512_unpackhi_epi8(one, other) : _mm512_unpacklo_epi8(one, other);
+        const __m512i lower = lower_bytes(codes), upper = upper_bytes(codes);
+        numbers[2 * half] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
+        numbers[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+      }
+    } else {
+      UNROLLED for (int half = 0; half < 2; ++half) {
+        const __m512i one = _mm512_loadu_si512(first + half * (WIDTH / 2));
+        const __m512i other = _mm512_loadu_si512(second + half * (WIDTH / 2));
+        numbers[2 * half] = (__m512bh)_mm512_unpacklo_epi16(one, other);
+        numbers[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
+      }
     }
   }
   void add_times(const BFloat16* input, Lanes (&total)[STRIP]) const {
     const Lanes pair = kept((Lanes)_mm512_set1_epi32(load_as<int32_t>(input)));
-    UNROLLED for (int part = 0; part < STRIP; ++part)
-        total[part] = add_pairs(total[part], numbers[part], pair);
+    UNROLLED for (int part = 0; part < STRIP; ++part) total[part] =
+        add_pairs(total[part], numbers[part], pair);
   }
-  // A register holds the same four of every sixteen codes.
   static void in_order(Lanes (&strip)[STRIP]) {
     const auto blocks = [](Lanes a, Lanes b, auto select) {
       return (Lanes)_mm512_shuffle_f32x4((__m512)a, (__m512)b, select);
@@ -141,14 +151,24 @@ struct Pairs {
     const std::integral_constant<int, 0xee> back;
     const std::integral_constant<int, 0x88> even;
     const std::integral_constant<int, 0xdd> odd;
-    const Lanes a = blocks(strip[0], strip[1], front), b = blocks(strip[2], strip[3], front);
-    const Lanes c = blocks(strip[0], strip[1], back), d = blocks(strip[2], strip[3], back);
-    strip[0] = blocks(a, b, even);
-    strip[1] = blocks(a, b, odd);
-    strip[2] = blocks(c, d, even);
-    strip[3] = blocks(c, d, odd);
+    if constexpr (sizeof(Number) == 1) {
+      const Lanes a = blocks(strip[0], strip[1], front), b = blocks(strip[2], strip[3], front);
+      const Lanes c = blocks(strip[0], strip[1], back), d = blocks(strip[2], strip[3], back);
+      strip[0] = blocks(a, b, even);
+      strip[1] = blocks(a, b, odd);
+      strip[2] = blocks(c, d, even);
+      strip[3] = blocks(c, d, odd);
+    } else {
+      const std::integral_constant<int, 0xd8> between;
+      for (int half = 0; half < STRIP; half += 2) {
+        const Lanes a = blocks(strip[half], strip[half + 1], front);
+        const Lanes b = blocks(strip[half], strip[half + 1], back);
+        strip[half] = blocks(a, a, between);
+        strip[half + 1] = blocks(b, b, between);
+      }
+    }
   }
-  static float one(const E4M3* from) { return float(bfloat16_of(from)); }
+  static float one(const Number* from) { return float(bfloat16_of(from)); }
 };
 #endif
 

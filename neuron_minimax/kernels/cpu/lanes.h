@@ -135,9 +135,11 @@ template <class Number>
 inline int64_t columns_ahead(int64_t rows, int64_t length) {
   return std::min<int64_t>(FETCHED / (rows * int64_t(sizeof(Number))) / WIDTH * WIDTH, length);
 }
+// Into the second cache: the first has few places for lines that are on their way.
+inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 template <class Number>
 inline void fetch_strip(const Number* from) {
-  for (int64_t i = 0; i < WIDTH; i += 64 / int64_t(sizeof(Number))) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < WIDTH; i += 64 / int64_t(sizeof(Number))) fetch(from + i);
 }
 
 template <int ROWS, class Number>
@@ -156,19 +158,41 @@ inline float read_one(const Number* from) {
   return value;
 }
 
+// Registers' lanes summed: half as many registers, whose lanes are those of both in turns, first within
+// blocks of four lanes, then over the blocks.
+template <int... J>
+inline Lanes fold_lanes(Lanes a, Lanes b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, (J / 4 * 4 + J % 4 / 2 + J % 2 * LANES)...) +
+         __builtin_shufflevector(a, b, (J / 4 * 4 + J % 4 / 2 + J % 2 * LANES + 2)...);
+}
+template <int... J>
+inline Lanes fold_blocks(Lanes a, Lanes b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4)...) +
+         __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4 + 4)...);
+}
+inline Lanes fold_four(Lanes a, Lanes b, Lanes c, Lanes d) {
+  constexpr auto all = std::make_integer_sequence<int, LANES>();
+  return fold_lanes(fold_lanes(a, c, all), fold_lanes(b, d, all), all);
+}
 // The sums of four registers' lanes.
 typedef float Four __attribute__((vector_size(16)));
 inline Four sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
-  constexpr auto all = std::make_integer_sequence<int, LANES>();
-  interleave(a, c, all);
-  interleave(b, d, all);
-  Lanes even = a + c, odd = b + d;
-  interleave(even, odd, all);
-  even += odd;
+  const Lanes blocks = fold_four(a, b, c, d);
   Four parts[LANES / 4];
-  std::memcpy(parts, &even, sizeof even);
+  std::memcpy(parts, &blocks, sizeof blocks);
   for (int part = 1; part < LANES / 4; ++part) parts[0] += parts[part];
   return parts[0];
+}
+// Those of as many registers as a register has lanes.
+inline Lanes sums_of(const Lanes (&rows)[LANES]) {
+  Lanes blocks[LANES / 4];
+  UNROLLED for (int i = 0; i < LANES / 4; ++i) {
+    const Lanes* four = rows + 4 * i;
+    blocks[i] = fold_four(four[0], four[1], four[2], four[3]);
+  }
+  UNROLLED for (int count = LANES / 8; count > 0; count /= 2) UNROLLED for (int i = 0; i < count; ++i)
+      blocks[i] = fold_blocks(blocks[2 * i], blocks[2 * i + 1], std::make_integer_sequence<int, LANES>());
+  return blocks[0];
 }
 inline float sum(Lanes lanes) { return sums_of(lanes, Lanes{}, Lanes{}, Lanes{})[0]; }
 

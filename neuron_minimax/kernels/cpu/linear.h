@@ -3,46 +3,15 @@
 // Shapes: N rows of input, O output and I input features.
 #pragma once
 #include "panels.h"
+#include "products.h"
 #include "work.h"
 
 namespace neuron_minimax {
 
 constexpr int64_t FEW_ROWS[] = {48, 40};  // up to so many a weight is read as it lies: for float32, for pairs
-constexpr int ROWS = 4;                   // of a weight that are read beside each other,
-constexpr int TALL = 6;                   // for so many rows of input: sums stay in registers
 constexpr int64_t CACHED = 8192;          // numbers of the input that stay in the first cache
 constexpr int64_t PANEL_ROWS = 128;       // of a weight that are expanded together,
 constexpr int64_t PANEL_INPUTS = 512;     // and rows of input that they are multiplied with
-
-// sums[n,r] += dot(input n, row r of a weight), while the same rows are fetched, and near their end those
-// from `below` on.
-template <class Number, int COUNT, int READ>
-inline void add_dots(const float* input, int64_t apart, const Number* weight, int64_t features,
-                     int64_t length, const Number* below, float* sums) {
-  const int64_t ahead = columns_ahead<Number>(READ, length);
-  Lanes total[COUNT][READ] = {};
-  int64_t i = 0;
-  for (; i + WIDTH <= length; i += WIDTH) {
-    const Number* next = i + ahead < length ? weight + i + ahead : below + i + ahead - length;
-    UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
-    UNROLLED for (int part = 0; part < STRIP; ++part) {
-      Lanes numbers[READ];
-      UNROLLED for (int r = 0; r < READ; ++r) numbers[r] = kept(read_part(weight + r * features + i, part));
-      UNROLLED for (int n = 0; n < COUNT; ++n) {
-        const Lanes x = kept(read(input + n * apart + i + part * LANES));
-        UNROLLED for (int r = 0; r < READ; ++r) total[n][r] += x * numbers[r];
-      }
-    }
-  }
-  UNROLLED for (int n = 0; n < COUNT; ++n) {
-    Four four = sums_of(total[n][0], total[n][1 % READ], total[n][2 % READ], total[n][3 % READ]);
-    for (int r = 0; r < READ; ++r) sums[n * READ + r] += four[r];
-  }
-  for (; i < length; ++i)
-    for (int n = 0; n < COUNT; ++n)
-      for (int r = 0; r < READ; ++r)
-        sums[n * READ + r] += input[n * apart + i] * read_one(weight + r * features + i);
-}
 
 // out [N,O] = hidden @ weight.T for few rows.
 template <class Number>
@@ -90,40 +59,6 @@ void linear_of_few(const float* hidden, int64_t rows, const Number* weight, int6
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-// sums[n,r] += dot(input n, row r of a weight) by products of pairs. The scale of each block of features
-// multiplies its sum, so that inputs stay as they are.
-template <class Number, int COUNT, int READ>
-inline void add_dots_of_pairs(const BFloat16* input, int64_t apart, const Number* weight, int64_t features,
-                              const Scales& scales, int64_t row_block, float* sums) {
-  const int64_t ahead = columns_ahead<Number>(READ, features), whole = features / WIDTH * WIDTH;
-  Lanes total[COUNT][READ] = {};
-  for (int64_t i = 0, block = 0; i < whole; ++block) {
-    Lanes product[COUNT][READ] = {};
-    for (const int64_t end = std::min(i + scales.block_columns, whole); i < end; i += WIDTH) {
-      const Number* next = weight + i + ahead + (i + ahead < features ? 0 : (READ - 1) * features);
-      __m512bh numbers[READ][2];
-      UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
-      UNROLLED for (int r = 0; r < READ; ++r) read_pairs(weight + r * features + i, numbers[r]);
-      UNROLLED for (int half = 0; half < 2; ++half) UNROLLED for (int n = 0; n < COUNT; ++n) {
-        const Lanes x = kept(load_as<Lanes>(input + n * apart + i + half * (WIDTH / 2)));
-        UNROLLED for (int r = 0; r < READ; ++r) product[n][r] = add_pairs(product[n][r], numbers[r][half], x);
-      }
-    }
-    const Lanes scale = splat(scales.of(row_block, block));
-    UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int r = 0; r < READ; ++r) total[n][r] +=
-        scale * product[n][r];
-  }
-  UNROLLED for (int n = 0; n < COUNT; ++n) {
-    const Four four = sums_of(total[n][0], total[n][1 % READ], total[n][2 % READ], total[n][3 % READ]);
-    for (int r = 0; r < READ; ++r) {
-      sums[n * READ + r] = four[r];
-      for (int64_t i = whole; i < features; ++i)
-        sums[n * READ + r] += input[n * apart + i] * float(bfloat16_of(weight + r * features + i)) *
-                              scales.of(row_block, i / scales.block_columns);
-    }
-  }
-}
-
 // out [N,O] = hidden @ weight.T for few rows of bfloat16 numbers.
 template <class Number>
 void linear_of_few_by_pairs(const float* hidden, int64_t rows, const Number* weight, int64_t outputs,
@@ -145,9 +80,11 @@ void linear_of_few_by_pairs(const float* hidden, int64_t rows, const Number* wei
         const int64_t n = rows * tile / tiles, height = rows * (tile + 1) / tiles - n;
         with_constant<tall>(height, [&](auto count) {
           float sums[tall * ROWS];
-          const auto add =
-              read == ROWS ? add_dots_of_pairs<Number, count, ROWS> : add_dots_of_pairs<Number, count, 1>;
-          add(&inputs[n * apart], apart, weight + row * features, features, scales, block, sums);
+          const auto dots =
+              read == ROWS ? dots_of_pairs<Number, count, ROWS> : dots_of_pairs<Number, count, 1>;
+          const Number* from = weight + row * features;
+          dots(&inputs[n * apart], apart, from, features, features, from + read * features, scales, block,
+               sums);
           for (int64_t k = 0; k < height; ++k)
             for (int64_t r = 0; r < read; ++r) out[(n + k) * outputs + row + r] = sums[k * read + r];
         });

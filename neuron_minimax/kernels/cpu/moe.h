@@ -31,53 +31,6 @@ struct Group {
   int64_t expert, first, count;  // of its places
 };
 
-// Strips of a row as registers of float32, for products with an input each.
-template <class Stored>
-struct Floats {
-  using Number = Stored;
-  using Input = float;
-  static constexpr int ROWS = 1;
-  static constexpr float HALF = HALF_REBIAS<Number>;
-  Lanes numbers[STRIP];
-
-  void read(const Number* row, const Number*) { read_strip(row, numbers); }
-  void add_times(const float* input, Lanes (&total)[STRIP]) const {
-    const Lanes x = kept(splat(*input));
-    UNROLLED for (int part = 0; part < STRIP; ++part) total[part] += x * numbers[part];
-  }
-  static void in_order(Lanes (&strip)[STRIP]) { neuron_minimax::in_order<Number>(strip); }
-  static float one(const Number* from) { return read_one(from); }
-};
-
-// sums[n,c] += input[n,r] * weight[r,c] by products of strips (Floats, or Pairs of bf16.h), while the same
-// rows are fetched, and near their end those from `below` on. Strips of sums are in the order in which
-// strips of the weight are read.
-template <class Product, int COUNT, class Number = typename Product::Number>
-inline void add_rows(const typename Product::Input* input, int64_t input_apart, const Number* weight,
-                     int64_t apart, int64_t depth, const Number* below, int64_t width, float* sums,
-                     int64_t sums_apart) {
-  const int64_t ahead = columns_ahead<Number>(depth, width);
-  int64_t c = 0;
-  for (; c + WIDTH <= width; c += WIDTH) {
-    const Number* next = c + ahead < width ? weight + c + ahead : below + c + ahead - width;
-    Lanes total[COUNT][STRIP];
-    UNROLLED for (int n = 0; n < COUNT; ++n) read_strip(sums + n * sums_apart + c, total[n]);
-    for (int64_t r = 0; r < depth; r += Product::ROWS) {
-      UNROLLED for (int row = 0; row < Product::ROWS; ++row) fetch_strip(next + (r + row) * apart);
-      const Number* from = weight + r * apart + c;
-      Product product;
-      product.read(from, r + 1 < depth ? from + apart : from);  // behind an odd last row inputs are 0
-      UNROLLED for (int n = 0; n < COUNT; ++n) product.add_times(input + n * input_apart + r, total[n]);
-    }
-    UNROLLED for (int n = 0; n < COUNT; ++n) UNROLLED for (int part = 0; part < STRIP; ++part)
-        store(sums + n * sums_apart + c + part * LANES, total[n][part]);
-  }
-  for (; c < width; ++c)
-    for (int n = 0; n < COUNT; ++n)
-      for (int64_t r = 0; r < depth; ++r)
-        sums[n * sums_apart + c] += input[n * input_apart + r] * Product::one(weight + r * apart + c);
-}
-
 // out (+)= sums * factor, strips of sums in the order in which they are read.
 template <class Product>
 inline void add_scaled(const float* sums, const float* factor, int64_t width, bool add, float* out) {
@@ -215,15 +168,18 @@ void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, con
   const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
   const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
-  auto multiply_more = multiply_few<Floats<Number>, 16>;
+  auto multiply_one = multiply_few<Floats<Number>, 8>, multiply_more = multiply_few<Floats<Number>, 16>;
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-  if constexpr (std::is_same_v<Number, E4M3>)
-    if (pairs && weight.scales.block_rows % 2 == 0) multiply_more = multiply_few<Pairs, 16>;
+  if constexpr (!std::is_same_v<Number, float>)
+    if (pairs && weight.scales.block_rows % 2 == 0) {
+      multiply_one = multiply_few<Pairs<Number>, 8>;
+      multiply_more = multiply_few<Pairs<Number>, 16>;
+    }
 #endif
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= 2                   ? multiply_few<Floats<Number>, 8>
+    const auto multiply_group = group.count <= 2                   ? multiply_one
                                 : group.count <= FEW_TOKENS[pairs] ? multiply_more
                                 : pairs                            ? multiply_many<BFloat16, Number>
                                                                    : multiply_many<float, Number>;

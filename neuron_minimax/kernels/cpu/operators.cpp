@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -37,9 +38,15 @@ Scales scales_of(const std::optional<at::Tensor>& scale, int64_t rows, int64_t c
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Up to so many rows a dense weight of the activations' dtype is read as it lies, float32 or bfloat16; more
+// are left to the library.
+constexpr int64_t FEW_DENSE_ROWS[] = {48, 12};
+
 at::Tensor linear(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& scale,
                   int64_t block_rows, int64_t block_columns, bool pairs) {
   const int64_t rows = hidden.size(0), outputs = weight.size(0), features = weight.size(1);
+  if (rows > FEW_DENSE_ROWS[pairs] && !scale && (pairs || weight.scalar_type() == at::kFloat))
+    return at::linear(hidden.to(weight.scalar_type()), weight).to(at::kFloat);
   const Scales scales = scales_of(scale, outputs, features, block_rows, block_columns, 1);
   at::Tensor out = at::empty({rows, outputs}, hidden.options());
   const float* from = floats(hidden);
@@ -54,7 +61,7 @@ at::Tensor linear(const at::Tensor& hidden, const at::Tensor& weight, const Opti
     using Number = decltype(number);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
     if constexpr (!std::is_same_v<Number, float>)
-      if (pairs && rows > 2 && (!scale || block_columns % WIDTH == 0))
+      if (pairs && (!scale || block_columns % WIDTH == 0))
         return linear_of_few_by_pairs(from, rows, numbers<Number>(weight), outputs, features, scales, to);
 #endif
     for (int64_t n = 0; n < rows; n += FEW_ROWS[0])
@@ -97,7 +104,13 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& keys, const at::Ten
         numbers<Number>(keys), numbers<Number>(values), slots,          heads,         keys.size(2),
         query.size(1),         keys.stride(0),          keys.stride(1), keys.stride(2)};
     float* to = out.data_ptr<float>();
-    if (tokens == 1) return decode(floats(query), cached, integers(positions), group, to);
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    if constexpr (!std::is_same_v<Number, float>)
+      if (tokens == 1 && rounded)
+        return decode<PairKeys<Number>, Pairs<Number>>(floats(query), cached, integers(positions), group, to);
+#endif
+    if (tokens == 1)
+      return decode<FloatKeys<Number>, Floats<Number>>(floats(query), cached, integers(positions), group, to);
     const auto of_prompt = rounded ? prefill<BFloat16, Number> : prefill<float, Number>;
     of_prompt(floats(query), cached, integers(positions), tokens, group, to);
   });

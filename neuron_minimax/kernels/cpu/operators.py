@@ -16,9 +16,6 @@ from neuron_minimax.kernels import reference
 from neuron_minimax.kernels.reference import FP8_DTYPES, ExpertWeights, check_shapes
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16)
-# Up to so many rows a dense weight of the activations' dtype is read as it lies; more are left to
-# the library.
-FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12}
 
 
 def linear(
@@ -42,9 +39,6 @@ def linear(
             f"{list(weight_OI.shape)}"
         )
     _check_dtypes(weight_OI, scale)
-    rows = hidden.numel() // weight_OI.shape[1]
-    if rows > FEW_ROWS[hidden.dtype] and weight_OI.dtype == hidden.dtype:
-        return F.linear(hidden, weight_OI)
     out_NO = torch.ops.neuron_minimax.linear(
         _float32(hidden).view(-1, weight_OI.shape[1]),
         weight_OI.contiguous(),
@@ -64,10 +58,9 @@ def expert_mlp(
 ) -> torch.Tensor:
     """`reference.ExpertMLP` for graphs: weights are not rounded, sums and silu are float32's.
 
-    With bfloat16 hidden and `pairs`, as in `linear`, experts with three tokens or more round
-    silu(gate) * up to bfloat16; otherwise nothing is rounded before the sum over k. Two weights of
-    different kinds are left to torch. Raises ValueError on shapes that do not belong together, and
-    TypeError as `linear`.
+    With bfloat16 hidden and `pairs`, as in `linear`, experts round silu(gate) * up to bfloat16;
+    otherwise nothing is rounded before the sum over k. Two weights of different kinds are left to
+    torch. Raises ValueError on shapes that do not belong together, and TypeError as `linear`.
     """
     check_shapes(hidden_TH, expert_index_TK, weights)
     if affinity_TK.shape != expert_index_TK.shape:
@@ -106,8 +99,9 @@ def attend(
     """`reference.attend` for graphs, whose keys and values are the first positions of a cache, in
     float32, bfloat16 or FP8.
 
-    A token whose position is behind them attends to nothing: zeros. Sums are float32's; a prompt's
-    products are of bfloat16 numbers where hidden and keys are, with `pairs` as in `linear`.
+    A token whose position is behind them attends to nothing: zeros. Sums are float32's;
+    products are of bfloat16 numbers where hidden has them and keys are not float32, with `pairs` as
+    in `linear`: the softmax's weights are then rounded.
     Raises ValueError when keys and values lie differently, or are not of as many sequences and of
     heads that divide the query's: kernels would read beside them.
     """
@@ -160,12 +154,14 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _by_pairs(hidden: torch.dtype, stored: torch.dtype, pairs: bool) -> bool:
-    """Multiply many rows as pairs of bfloat16 numbers? Only where nothing is lost."""
+    """Multiply as pairs of bfloat16 numbers? Only where no stored number is rounded."""
     return pairs and hidden == torch.bfloat16 and stored != torch.float32
 
 
 def _linear_by_torch(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    weight, scale, *block, _ = arguments
+    weight, scale, *block, pairs = arguments
+    if scale is None and pairs:  # not widened: the result is rounded to its dtype anyway
+        return F.linear(hidden.to(weight.dtype), weight).float()
     return reference.linear(hidden, weight, scale, (block[0], block[1]))
 
 
