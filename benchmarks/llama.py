@@ -33,8 +33,8 @@ ENVIRONMENT = ROOT / ".venv-llama"
 SERVER = ENVIRONMENT / "build" / "bin" / "llama-server"
 PEER = "llama.cpp Q8_0"
 BATCHES = (1, 8, 32)
-# Of a weight, and of one of the head: in Q8_0 32 numbers have a scale of two bytes.
-PEER_BYTES = (34 / 32, 34 / 32)
+# Of a weight, the head's too: in Q8_0 32 numbers have a scale of two bytes.
+PEER_BYTES = 34 / 32
 VOCABULARY = REAL[1]["vocab_size"]
 
 
@@ -213,7 +213,7 @@ def decode_rows(
     config = ModelConfig.from_dict(REAL[1])
     experts = config.num_experts_per_tok
     read = bytes_per_step(config, experts) / 1e9
-    their_read = bytes_per_step(config, experts, *PEER_BYTES) / 1e9
+    their_read = bytes_per_step(config, experts, PEER_BYTES, PEER_BYTES) / 1e9
     return [
         against("decode, batch 1", "float32", 1, 1.2),
         against("decode, batch 1, compute bf16", "bfloat16", 1, 1.4),

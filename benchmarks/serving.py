@@ -145,11 +145,12 @@ def rows(directory: Path, **options: Any) -> list[Row]:
     for each in COMPARISONS:
         if setting.only not in ("", each.name):
             continue
-        there = [peer for peer in each.peers if not missing(peer)]
+        reasons = {peer: missing(peer) for peer in each.peers}
+        there = [peer for peer, reason in reasons.items() if not reason]
         table += [
-            Row(what=f"serve {each.what}beside {peer}", skipped=missing(peer))
-            for peer in each.peers
-            if peer not in there
+            Row(what=f"serve {each.what}beside {peer}", skipped=reason)
+            for peer, reason in reasons.items()
+            if reason
         ]
         if there:
             model = Model(directory, f"serving-{each.name}", each.config_json)

@@ -25,6 +25,10 @@ ERROR_OF_PROMPT = {
 }  # without one's own key it is 0.021 at least
 
 
+# Of a cache in fewer bits; of bfloat16 the softmax's weights and the result are rounded.
+OF_CACHE = {torch.float32: 1e-5, torch.bfloat16: 0.018}
+
+
 def slow(query_SND, keys_SKCD, values_SKCD, positions_S):
     query, keys, values = (each.double().numpy() for each in (query_SND, keys_SKCD, values_SKCD))
     out = np.zeros_like(query)
@@ -223,7 +227,7 @@ def test_a_cache_in_fewer_bits_is_attended_to_as_it_is(
     for token in range(tokens):
         wanted = slow(query[:, token], *wide, [length - tokens + token])
         off = np.abs(found[:, token].double().numpy() - wanted).max()
-        assert off < magnitude * ERROR[compute]
+        assert off < magnitude * OF_CACHE[compute]
 
 
 def test_keys_and_values_that_lie_differently_are_refused():

@@ -55,7 +55,7 @@ def given_options(
 BatchSize = Annotated[int, typer.Option(min=1, help="sequences alive at the same time")]
 Buckets = Annotated[
     list[str] | None,
-    typer.Option(metavar="A,B", help="context-encoding lengths; cpu: the last alone, at once"),
+    typer.Option(metavar="A,B", help="context-encoding lengths; cpu: the largest counts"),
 ]
 BlockwiseMatmul = Annotated[
     Literal["torch", "shard_on_intermediate", "shard_on_block"] | None,
