@@ -566,6 +566,7 @@ def test_the_compilers_of_a_compile_end_with_it_and_the_next_one_makes_the_same(
 ) -> None:
     compiler = tmp_path / "g++"
     seen = tmp_path / "seen"
+    seen.touch()
     compiler.write_text(SLEEPING.format(seen=seen))
     compiler.chmod(0o755)
     (tmp_path / "calls_compiler.py").write_text(CALLS_COMPILER)
@@ -581,7 +582,9 @@ def test_the_compilers_of_a_compile_end_with_it_and_the_next_one_makes_the_same(
             stderr=file,
         )
     try:
-        wait_until(lambda: seen.exists() or running.poll() is not None, seconds=600)
+        # A shell opens the file, and writes to it later.
+        wait_until(lambda: "\n" in seen.read_text() or running.poll() is not None, seconds=600)
+        assert running.poll() is None, said.read_text()
         processes = descendants(running.pid)
         assert int(seen.read_text().split()[0]) in processes
         running.send_signal(number)
