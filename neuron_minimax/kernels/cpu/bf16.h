@@ -117,7 +117,7 @@ struct Pairs {
   using Input = BFloat16;
   static constexpr int ROWS = 2;
   static constexpr float HALF = 1.f;
-  __m512bh numbers[STRIP];
+  Lanes numbers[STRIP];
 
   // Of codes a register has the same four of every sixteen, of others the same four of every eight.
   void read(const Number* first, const Number* second) {
@@ -126,22 +126,22 @@ struct Pairs {
       UNROLLED for (int half = 0; half < 2; ++half) {
         const __m512i codes = half ? _mm512_unpackhi_epi8(one, other) : _mm512_unpacklo_epi8(one, other);
         const __m512i lower = lower_bytes(codes), upper = upper_bytes(codes);
-        numbers[2 * half] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
-        numbers[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+        numbers[2 * half] = (Lanes)_mm512_unpacklo_epi8(lower, upper);
+        numbers[2 * half + 1] = (Lanes)_mm512_unpackhi_epi8(lower, upper);
       }
     } else {
       UNROLLED for (int half = 0; half < 2; ++half) {
         const __m512i one = _mm512_loadu_si512(first + half * (WIDTH / 2));
         const __m512i other = _mm512_loadu_si512(second + half * (WIDTH / 2));
-        numbers[2 * half] = (__m512bh)_mm512_unpacklo_epi16(one, other);
-        numbers[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
+        numbers[2 * half] = (Lanes)_mm512_unpacklo_epi16(one, other);
+        numbers[2 * half + 1] = (Lanes)_mm512_unpackhi_epi16(one, other);
       }
     }
   }
   void add_times(const BFloat16* input, Lanes (&total)[STRIP]) const {
     const Lanes pair = kept((Lanes)_mm512_set1_epi32(load_as<int32_t>(input)));
     UNROLLED for (int part = 0; part < STRIP; ++part) total[part] =
-        add_pairs(total[part], numbers[part], pair);
+        add_pairs(total[part], (__m512bh)numbers[part], pair);
   }
   static void in_order(Lanes (&strip)[STRIP]) {
     const auto blocks = [](Lanes a, Lanes b, auto select) {

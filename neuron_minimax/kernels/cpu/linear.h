@@ -8,7 +8,7 @@
 
 namespace neuron_minimax {
 
-constexpr int64_t FEW_ROWS[] = {48, 40};  // up to so many a weight is read as it lies: for float32, for pairs
+constexpr int64_t FEW_ROWS[] = {48, 26};  // up to so many a weight is read as it lies: for float32, for pairs
 constexpr int64_t CACHED = 8192;          // numbers of the input that stay in the first cache
 constexpr int64_t PANEL_ROWS = 128;       // of a weight that are expanded together,
 constexpr int64_t PANEL_INPUTS = 512;     // and rows of input that they are multiplied with

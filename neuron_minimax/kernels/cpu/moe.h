@@ -2,7 +2,8 @@
 // combine.
 //
 // Each chosen expert is read once for up to GROUP of its tokens. Few tokens are bound by memory: the
-// weight is read as it lies. Many are bound by arithmetic: blocks are expanded and multiplied.
+// weight is read as it lies. More are bound by arithmetic: a block of its rows is read for some columns,
+// and multiplied with a few tokens after the other.
 //
 // Shapes: H hidden, I intermediate; P places, one for each of a token's K experts, sorted by expert.
 #pragma once
@@ -10,12 +11,14 @@
 
 namespace neuron_minimax {
 
-constexpr int64_t GROUP = 128;              // tokens of one expert that are multiplied together
-constexpr int64_t FEW_TOKENS[] = {48, 40};  // up to so many a weight is read as it lies: in float32, as pairs
-constexpr int64_t PASS = 2048;              // places whose sums are kept between the two products
-constexpr int64_t NARROWEST = 512;          // columns that a thread takes at a time
-constexpr int64_t WIDEST = 4096;            // whose sums stay in the second cache
-constexpr int64_t WIDEST_PANEL = 256;       // columns of a panel: it stays in the second cache
+constexpr int64_t GROUP = 128;            // tokens of one expert that are multiplied together
+constexpr int64_t FEW_TOKENS[] = {8, 4};  // up to so many a weight is read as it lies: in float32, as pairs
+constexpr int64_t MOST_TOKENS = 64;       // by strips; of pairs more are left to the library
+constexpr int TILE = 4;                   // tokens of a strip: the sums and what is read stay in registers
+constexpr int64_t PASS = 2048;            // places whose sums are kept between the two products
+constexpr int64_t NARROWEST = 512;        // columns that a thread takes at a time
+constexpr int64_t WIDEST = 4096;          // whose sums stay in the second cache
+constexpr int64_t WIDEST_PANEL = 256;     // columns of a panel: it stays in the second cache
 
 // A weight of every expert, [E, rows, columns], inputs are rows.
 template <class Number>
@@ -112,15 +115,95 @@ void multiply_few(const Inputs& inputs, const Group& group, const Stacked<Number
   }
 }
 
-// The same for many: blocks are expanded to panels of Panel, float or BFloat16.
-template <class Panel, class Number>
-void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
-                   int64_t right, float* out) {
-  constexpr bool pairs = std::is_same_v<Panel, BFloat16>;
-  constexpr float half = pairs ? 1.f : HALF_REBIAS<Number>;
+// out[p] (+)= inputs[p] @ one strip of columns of `depth` rows of a weight, times `factor`, for COUNT tokens.
+// product(r) is what is read of the rows from r on.
+template <class Product, int COUNT, class Read>
+inline void multiply_tile(const typename Product::Input* input, int64_t input_apart, int64_t depth,
+                          const Read& product, const float* factor, bool add, float* out, int64_t out_apart) {
+  Lanes total[COUNT][STRIP] = {};
+  for (int64_t r = 0; r < depth; r += Product::ROWS) {
+    const Product numbers = product(r);
+    UNROLLED for (int n = 0; n < COUNT; ++n) numbers.add_times(input + n * input_apart + r, total[n]);
+  }
+  UNROLLED for (int n = 0; n < COUNT; ++n) {
+    Product::in_order(total[n]);
+    UNROLLED for (int part = 0; part < STRIP; ++part) {
+      float* to = out + n * out_apart + part * LANES;
+      const Lanes scaled = total[n][part] * read(factor + part * LANES);
+      store(to, add ? read(to) + scaled : scaled);
+    }
+  }
+}
+
+// The same for more: strip by strip of columns. What is read for the first tile of tokens is kept for the
+// others, in the first or second cache.
+template <class Product, class Number = typename Product::Number>
+void multiply_strips(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
+                     int64_t right, float* out) {
+  const int64_t count = group.count, columns = weight.columns, width = right - left;
+  const int64_t tiles = ceil_div(count, TILE);
+  const Scales scales = weight.scales.of_expert(group.expert);
+  thread_local Scratch<float> kept_numbers, factor;
+  kept_numbers.resize(DEPTH * WIDTH);
+  factor.resize(width);
+  for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
+    const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
+    scales.of_columns(block, left, width, Product::HALF, factor.data());
+    for (int64_t row = top; row < bottom; row += DEPTH) {
+      const int64_t depth = std::min(DEPTH, bottom - row), ahead = columns_ahead<Number>(depth, width);
+      const Number* from = weight.at(group.expert, row) + left;
+      const Number* below = from + depth * columns - width;
+      const auto* input = inputs.of<typename Product::Input>(group.first) + row;
+      int64_t c = 0;
+      for (; c + WIDTH <= width; c += WIDTH) {
+        const Number* next = (c + ahead < width ? from : below) + c + ahead;
+        const auto kept_at = [&](int64_t r) { return &kept_numbers[r / Product::ROWS * WIDTH]; };
+        const auto read_first = [&](int64_t r) {
+          UNROLLED for (int i = 0; i < Product::ROWS; ++i) fetch_strip(next + (r + i) * columns);
+          const Number* at = from + r * columns + c;
+          Product product;
+          product.read(at, r + 1 < depth ? at + columns : at);  // behind an odd last row inputs are 0
+          if (tiles > 1)
+            UNROLLED for (int part = 0; part < STRIP; ++part)
+                store(kept_at(r) + part * LANES, product.numbers[part]);
+          return product;
+        };
+        const auto read_again = [&](int64_t r) {
+          Product product;
+          UNROLLED for (int part = 0; part < STRIP; ++part) product.numbers[part] =
+              kept(read(kept_at(r) + part * LANES));
+          return product;
+        };
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
+          with_constant<TILE>(height, [&](auto few) {
+            const auto multiply = [&](const auto& product) {
+              multiply_tile<Product, few>(input + n * inputs.apart, inputs.apart, depth, product, &factor[c],
+                                          row > 0, out + n * columns + left + c, columns);
+            };
+            tile ? multiply(read_again) : multiply(read_first);
+          });
+        }
+      }
+      for (; c < width; ++c)
+        for (int64_t n = 0; n < count; ++n) {
+          float sum = 0, *to = out + n * columns + left + c;
+          for (int64_t r = 0; r < depth; ++r)
+            sum += input[n * inputs.apart + r] * Product::one(from + r * columns + c);
+          *to = sum * factor[c] + (row ? *to : 0.f);
+        }
+    }
+  }
+}
+
+// The same for many, whose products of pairs are the library's, which has more than ours where the
+// processor multiplies matrices.
+template <class Number>
+void multiply_panels(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
+                     int64_t right, float* out) {
   const int64_t count = group.count, columns = weight.columns;
   const Scales scales = weight.scales.of_expert(group.expert);
-  thread_local Scratch<Panel> panel;
+  thread_local Scratch<BFloat16> panel;
   thread_local Scratch<float> sums, factor;
   panel.resize(DEPTH * WIDEST_PANEL);
   factor.resize(WIDEST_PANEL);
@@ -128,33 +211,24 @@ void multiply_many(const Inputs& inputs, const Group& group, const Stacked<Numbe
   for (; left < right; left += WIDEST_PANEL) {
     const int64_t width = std::min(WIDEST_PANEL, right - left);
     for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
-      scales.of_columns(block, left, width, half, factor.data());
+      scales.of_columns(block, left, width, 1.f, factor.data());
       const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
       for (int64_t row = top; row < bottom; row += DEPTH) {
         const int64_t depth = std::min(DEPTH, bottom - row);
         const Number* from = weight.at(group.expert, row) + left;
-        const Panel* input = inputs.of<Panel>(group.first) + row;
         float* to = out + left;
-        if constexpr (pairs) {
-          for (int64_t r = 0; r < depth; r += 2) {
-            fetch_rows<2>(from + (r + DEPTH) * columns, columns, width);
-            expand_pairs(from + r * columns, r + 1 < depth ? from + (r + 1) * columns : nullptr, width,
-                         &panel[r * width]);
-          }
-          multiply({count, width, ceil_div(depth, 2) * 2, inputs.apart, width, width}, false, input,
-                   panel.data(), sums.data());
-          for (int64_t n = 0; n < count; ++n)
-            for (int64_t c = 0; c < width; ++c) {
-              const float product = sums[n * width + c] * factor[c];
-              to[n * columns + c] = row ? to[n * columns + c] + product : product;
-            }
-        } else {
-          for (int64_t r = 0; r < depth; ++r) {
-            fetch_rows<1>(from + (r + DEPTH) * columns, columns, width);
-            expand(from + r * columns, factor.data(), width, &panel[r * width]);
-          }
-          multiply({count, width, depth, inputs.apart, width, columns}, row > 0, input, panel.data(), to);
+        for (int64_t r = 0; r < depth; r += 2) {
+          fetch_rows<2>(from + (r + DEPTH) * columns, columns, width);
+          expand_pairs(from + r * columns, r + 1 < depth ? from + (r + 1) * columns : nullptr, width,
+                       &panel[r * width]);
         }
+        multiply({count, width, ceil_div(depth, 2) * 2, inputs.apart, width, width}, false,
+                 inputs.of<BFloat16>(group.first) + row, panel.data(), sums.data());
+        for (int64_t n = 0; n < count; ++n)
+          for (int64_t c = 0; c < width; ++c) {
+            const float product = sums[n * width + c] * factor[c];
+            to[n * columns + c] = row ? to[n * columns + c] + product : product;
+          }
       }
     }
   }
@@ -168,21 +242,23 @@ void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, con
   const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
   const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
-  auto multiply_one = multiply_few<Floats<Number>, 8>, multiply_more = multiply_few<Floats<Number>, 16>;
+  auto multiply_one = multiply_few<Floats<Number>, 8>, multiply_some = multiply_few<Floats<Number>, 16>;
+  auto multiply_more = multiply_strips<Floats<Number>>;
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
   if constexpr (!std::is_same_v<Number, float>)
     if (pairs && weight.scales.block_rows % 2 == 0) {
       multiply_one = multiply_few<Pairs<Number>, 8>;
-      multiply_more = multiply_few<Pairs<Number>, 16>;
+      multiply_some = multiply_few<Pairs<Number>, 16>;
+      multiply_more = multiply_strips<Pairs<Number>>;
     }
 #endif
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= 2                   ? multiply_one
-                                : group.count <= FEW_TOKENS[pairs] ? multiply_more
-                                : pairs                            ? multiply_many<BFloat16, Number>
-                                                                   : multiply_many<float, Number>;
+    const auto multiply_group = group.count <= 2                     ? multiply_one
+                                : group.count <= FEW_TOKENS[pairs]   ? multiply_some
+                                : pairs && group.count > MOST_TOKENS ? multiply_panels<Number>
+                                                                     : multiply_more;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
   });
 }
