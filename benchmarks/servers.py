@@ -25,6 +25,8 @@ from neuron_minimax.demo import DEMO
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VLLM = ROOT / ".venv-vllm-0.29"
+# Servers have the first core, one at a time, with all that they start; clients the others, if any.
+CORES = sorted(os.sched_getaffinity(0))
 SEQ_LEN = 512
 BUCKETS = (64, 256)
 OURS = "ours"
@@ -83,8 +85,7 @@ class Server:
 
     @contextmanager
     def running(self, log: Path) -> Iterator[tuple[str, int]]:
-        """Run it until the block ends; yield its URL and process id."""
-        # Of two cores the clients need one.
+        """Run it on one core until the block ends; yield its URL and process id."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
         with log.open("w") as file:
@@ -95,6 +96,7 @@ class Server:
                 start_new_session=True,
                 env=environment,
             )
+        os.sched_setaffinity(child.pid, CORES[:1])
         try:
             while not (url := self._url(log)):
                 if child.poll() is not None:

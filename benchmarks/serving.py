@@ -7,6 +7,7 @@ python -m benchmarks.serving --soak-minutes 10
 """
 
 import asyncio
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -120,6 +121,8 @@ def compare(directory: Path, compared: Sequence[Server], setting: Setting) -> Re
             (server, *stack.enter_context(server.running(work / f"{number}.log")))
             for number, server in enumerate(compared)
         ]
+        stack.callback(os.sched_setaffinity, 0, servers.CORES)
+        os.sched_setaffinity(0, servers.CORES[1:] or servers.CORES)
         for server, url, _ in running:
             for clients in setting.clients:
                 asyncio.run(load(url, server.model, clients, 1, 8, f"warm up {clients}"))

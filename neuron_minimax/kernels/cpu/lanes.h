@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -216,10 +217,15 @@ inline Lanes exponential(Lanes x) {
   return vanishes ? Lanes{} : power * (Lanes)((n + 127) << 23);
 }
 
-// Memory from the beginning of a cache line on, where no register touches two lines.
+// Memory from the beginning of a cache line on, where no register touches two lines. What it holds at first
+// is anything: nobody writes zeros that are not asked for.
 template <class T>
 struct FromLine {
   using value_type = T;
+  template <class U>
+  void construct(U* number) {
+    ::new (static_cast<void*>(number)) U;
+  }
   T* allocate(std::size_t count) { return static_cast<T*>(c10::alloc_cpu(count * sizeof(T))); }
   void deallocate(T* data, std::size_t) { c10::free_cpu(data); }
   bool operator==(const FromLine&) const { return true; }

@@ -105,7 +105,7 @@ void linear_of_many(const float* hidden, int64_t rows, const Number* weight, int
   const int64_t blocks = scales.columns, apart = apart_of(rows);
   // Of each block of features its depth of rows, padded to whole pairs.
   const int64_t deep = ceil_div(scales.block_columns, 2) * 2;
-  Scratch<Panel> turned(blocks * deep * apart);
+  Scratch<Panel> turned(blocks * deep * apart, Panel(0.f));
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       for (int64_t n = 0; n < rows; ++n)
