@@ -16,14 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decoding import BUCKETS, PROMPT, SEQ_LEN, bytes_per_step, compile_single
+from benchmarks.decoding import (
+    BUCKETS,
+    PROMPT,
+    SEQ_LEN,
+    bytes_per_step,
+    compile_single,
+    flops_of_prompt,
+)
 from benchmarks.gguf_file import write_gguf
 from benchmarks.loading import PROMPT as FIRST_PROMPT
 from benchmarks.loading import start_process
 from benchmarks.machine import ROOT
 from benchmarks.processes import Side, run_apart
 from benchmarks.shared import REAL, checkpoint, compiled, parser_of
-from benchmarks.sides import FILLED, median_seconds, ours, prompt_ids, random_ids, reading
+from benchmarks.sides import FILLED, limits, median_seconds, ours, prompt_ids, random_ids
 from benchmarks.table import Goal, Row, render, row
 from neuron_minimax.checkpoint.reader import Checkpoint
 from neuron_minimax.config import ModelConfig
@@ -56,6 +63,9 @@ def gguf_of(directory: Path, name: str, source: Path, kind: str = "Q8_0") -> Pat
     """Return the checkpoint as a GGUF file, which is written once."""
     import_packages()
     return write_gguf(Checkpoint.open(source), directory / "gguf" / f"{name}-{kind}.gguf", kind)
+
+
+Found = list[dict[str, float]]  # of each round
 
 
 class Llama:
@@ -184,23 +194,22 @@ def take_turns(directory: Path, path: Path, steps: int, rounds: int) -> list[Row
         }
         logits = {name: side.ready["logits"] for name, side in sides.items()}
         theirs = []
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        reads = []
-        memory = stack.enter_context(Side(reading))
+        found: dict[str, Found] = {name: [] for name in sides}
+        bounds: list[dict[str, float]] = []
+        machine = stack.enter_context(Side(limits))
         for _ in range(rounds):
             for name, side in sides.items():
                 found[name].append(side.measure())
             theirs.append(peer.measure())
-            reads.append(memory.measure()["read"])
+            bounds.append(machine.measure())
     return [
-        *decode_rows(found, theirs, reads),
-        *prompt_rows(found, theirs, logits, peer.ready["logits"]),
+        *decode_rows(found, theirs, bounds),
+        *prompt_rows(found, theirs, bounds),
+        logits_row(logits, peer.ready["logits"]),
     ]
 
 
-def decode_rows(
-    found: dict[str, list[dict[str, float]]], theirs: list[dict[str, float]], reads: list[float]
-) -> list[Row]:
+def decode_rows(found: dict[str, Found], theirs: Found, bounds: Found) -> list[Row]:
     def against(what: str, name: str, batch: int, goal: float) -> Row:
         return row(
             what,
@@ -223,7 +232,7 @@ def decode_rows(
                 [read / each["step"] for each in found[name]],
                 "GB/s",
                 peer=(PEER, [their_read / each["step 1"] for each in theirs]),
-                limit=("reading memory", [each / 1e9 for each in reads]),
+                limit=("reading memory", [each["read"] / 1e9 for each in bounds]),
             )
             for name in ("float32", "bfloat16")
         ),
@@ -231,36 +240,34 @@ def decode_rows(
     ]
 
 
-def prompt_rows(
-    found: dict[str, list[dict[str, float]]],
-    theirs: list[dict[str, float]],
-    logits: dict[str, np.ndarray],
-    their_logits: np.ndarray,
-) -> list[Row]:
-    """The oracle of logits is our float32, which `decoding` holds against transformers."""
+def prompt_rows(found: dict[str, Found], theirs: Found, bounds: Found) -> list[Row]:
+    per_token = flops_of_prompt(ModelConfig.from_dict(REAL[1]), PROMPT) / PROMPT
+    return [
+        row(
+            f"encode {PROMPT} tokens, {name}",
+            [PROMPT / each["encode"] for each in found[name]],
+            "tokens/s",
+            peer=(PEER, [PROMPT / each["encode"] for each in theirs]),
+            limit=(f"GEMM {name}", [each[name] / per_token for each in bounds]),
+            goal=Goal(figure="ratio", value=goal),
+        )
+        for name, goal in (("float32", 1.3), ("bfloat16", 2.0))
+    ]
+
+
+def logits_row(logits: dict[str, np.ndarray], their_logits: np.ndarray) -> Row:
+    """The oracle is our float32, which `decoding` holds against transformers."""
     off = [
         float(np.abs(each - logits["float32"]).max()) for each in (logits["bfloat16"], their_logits)
     ]
-    return [
-        *(
-            row(
-                f"encode {PROMPT} tokens, {name}",
-                [PROMPT / each["encode"] for each in found[name]],
-                "tokens/s",
-                peer=(PEER, [PROMPT / each["encode"] for each in theirs]),
-                goal=Goal(figure="ratio", value=goal),
-            )
-            for name, goal in (("float32", 1.3), ("bfloat16", 2.0))
-        ),
-        row(
-            f"encode {PROMPT} tokens, bfloat16, logits off by",
-            off[:1],
-            "",
-            less_is_better=True,
-            peer=(PEER, off[1:]),
-            goal=Goal(figure="ratio", value=1),
-        ),
-    ]
+    return row(
+        f"encode {PROMPT} tokens, bfloat16, logits off by",
+        off[:1],
+        "",
+        less_is_better=True,
+        peer=(PEER, off[1:]),
+        goal=Goal(figure="ratio", value=1),
+    )
 
 
 def first_token_row(directory: Path, path: Path, rounds: int) -> Row:

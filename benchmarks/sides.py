@@ -118,14 +118,20 @@ def median_seconds(work: Any, arguments: range) -> float:
     return median([seconds_of(work, argument) for argument in arguments])
 
 
-def reading() -> Iterator[dict[str, float]]:
-    """Measure bytes per second of summing 256 MB ("read")."""
+def limits() -> Iterator[dict[str, float]]:
+    """Measure bytes per second of summing 256 MB ("read"), and FLOP/s of a GEMM ("float32",
+    "bfloat16").
+    """
     import torch
 
     data = torch.ones(1 << 25, dtype=torch.int64)
     yield {}
     while True:
-        yield {"read": data.nbytes / median_seconds(lambda _: data.sum(), range(9))}
+        yield {
+            "read": data.nbytes / median_seconds(lambda _: data.sum(), range(9)),
+            "float32": gemm_rate(torch.float32),
+            "bfloat16": gemm_rate(torch.bfloat16),
+        }
 
 
 def step_beside_reading(step: Callable[[int], None], steps: int) -> dict[str, float]:
