@@ -22,6 +22,7 @@ import httpx
 from benchmarks.clients import WORDS, requests_of
 from benchmarks.payloads import ANSWERED, REFUSED, Attack
 from benchmarks.processes import Side
+from benchmarks.servers import clients_apart
 from benchmarks.serving import Setting, our_server
 from benchmarks.shared import empty_scratch, parser_of
 from benchmarks.table import Goal, Row, render, row
@@ -186,7 +187,7 @@ def rows(directory: Path, *, seconds: float = 6, attackers: int = 4, only: str =
     """Return three rows per attack whose name holds `only`."""
     log = empty_scratch(directory) / "attacked.log"
     table = []
-    with our_server(directory, Setting()).running(log) as (url, pid):
+    with our_server(directory, Setting()).running(log) as (url, pid), clients_apart():
         asyncio.run(notice(url, pid, 2))  # warm up
         for name, attack in ATTACKS.items():
             if only in name:

@@ -25,7 +25,6 @@ from neuron_minimax.demo import DEMO
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VLLM = ROOT / ".venv-vllm-0.29"
-# Servers have the first core, one at a time, with all that they start; clients the others, if any.
 CORES = sorted(os.sched_getaffinity(0))
 SEQ_LEN = 512
 BUCKETS = (64, 256)
@@ -85,7 +84,9 @@ class Server:
 
     @contextmanager
     def running(self, log: Path) -> Iterator[tuple[str, int]]:
-        """Run it on one core until the block ends; yield its URL and process id."""
+        """Run it on the first core until the block ends, with all that it starts; yield its URL and
+        process id. Of several one at a time is asked, by `clients_apart`.
+        """
         environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
         with log.open("w") as file:
@@ -96,8 +97,8 @@ class Server:
                 start_new_session=True,
                 env=environment,
             )
-        os.sched_setaffinity(child.pid, CORES[:1])
         try:
+            os.sched_setaffinity(child.pid, CORES[:1])
             while not (url := self._url(log)):
                 if child.poll() is not None:
                     said = log.read_text(errors="replace")[-2000:]
@@ -116,6 +117,16 @@ class Server:
         """Return where the server answers, or nothing yet."""
         found = re.search(self.pattern, log.read_text(errors="replace"))
         return found.group(1) if found and is_healthy(found.group(1)) else ""
+
+
+@contextmanager
+def clients_apart() -> Iterator[None]:
+    """Leave the servers' core to them, where there is another one for this thread."""
+    os.sched_setaffinity(0, CORES[1:] or CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, CORES)
 
 
 def is_healthy(url: str) -> bool:

@@ -7,7 +7,6 @@ python -m benchmarks.serving --soak-minutes 10
 """
 
 import asyncio
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -121,8 +120,7 @@ def compare(directory: Path, compared: Sequence[Server], setting: Setting) -> Re
             (server, *stack.enter_context(server.running(work / f"{number}.log")))
             for number, server in enumerate(compared)
         ]
-        stack.callback(os.sched_setaffinity, 0, servers.CORES)
-        os.sched_setaffinity(0, servers.CORES[1:] or servers.CORES)
+        stack.enter_context(servers.clients_apart())
         for server, url, _ in running:
             for clients in setting.clients:
                 asyncio.run(load(url, server.model, clients, 1, 8, f"warm up {clients}"))
@@ -226,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         print(render(rows(directory, **arguments)))
         return 0
     setting = Setting(**arguments)
-    with our_server(directory, setting).running(empty_scratch(directory) / "soak.log") as running:
+    server = our_server(directory, setting)
+    with server.running(empty_scratch(directory) / "soak.log") as running, servers.clients_apart():
         return 0 if asyncio.run(soak(*running, minutes)) else 1
 
 

@@ -131,10 +131,11 @@ inline Lanes kept(Lanes lanes) {
   return lanes;
 }
 constexpr int64_t FETCHED = 12288;  // bytes that are fetched before they are read
-// How many numbers of each of some rows that is.
+// How many numbers of each of some rows that is, a strip at least.
 template <class Number>
 inline int64_t columns_ahead(int64_t rows, int64_t length) {
-  return std::min<int64_t>(FETCHED / (rows * int64_t(sizeof(Number))) / WIDTH * WIDTH, length);
+  const int64_t strips = FETCHED / (rows * WIDTH * int64_t(sizeof(Number)));
+  return std::min(std::max<int64_t>(strips, 1) * WIDTH, length);
 }
 // Into the second cache: the first has few places for lines that are on their way.
 inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }

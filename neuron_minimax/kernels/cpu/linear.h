@@ -105,19 +105,23 @@ void linear_of_many(const float* hidden, int64_t rows, const Number* weight, int
   const int64_t blocks = scales.columns, apart = apart_of(rows);
   // Of each block of features its depth of rows, padded to whole pairs.
   const int64_t deep = ceil_div(scales.block_columns, 2) * 2;
-  Scratch<Panel> turned(blocks * deep * apart, Panel(0.f));
+  Scratch<Panel> turned(blocks * deep * apart);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * scales.block_columns;
+      const int64_t depth = std::min(scales.block_columns, features - first);
+      Panel* to = &turned[block * deep * apart];
       for (int64_t n = 0; n < rows; ++n)
-        for (int64_t k = 0; k < std::min(scales.block_columns, features - block * scales.block_columns);
-             ++k) {
-          const Panel number(hidden[n * features + block * scales.block_columns + k] * half);
-          Panel* to = &turned[block * deep * apart];
+        for (int64_t k = 0; k < depth; ++k) {
+          const Panel number(hidden[n * features + first + k] * half);
           if constexpr (pairs)
             to[(k / 2 * apart + n) * 2 + k % 2] = number;
           else
             to[k * apart + n] = number;
         }
+      if (pairs && depth % 2)
+        for (int64_t n = 0; n < rows; ++n) to[(depth / 2 * apart + n) * 2 + 1] = Panel(0.f);
+    }
   });
   const int64_t groups = ceil_div(rows, PANEL_INPUTS);
   for_each_item(ceil_div(outputs, PANEL_ROWS) * groups, [&](int64_t item) {

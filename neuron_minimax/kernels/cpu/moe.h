@@ -2,8 +2,8 @@
 // combine.
 //
 // Each chosen expert is read once for up to GROUP of its tokens. Few tokens are bound by memory: the
-// weight is read as it lies. More are bound by arithmetic: a block of its rows is read for some columns,
-// and multiplied with a few tokens after the other.
+// weight is read as it lies. More are bound by arithmetic: a strip of some of its rows is expanded, and
+// multiplied with a few tokens after the other; of bfloat16 numbers, for many, a panel by the library.
 //
 // Shapes: H hidden, I intermediate; P places, one for each of a token's K experts, sorted by expert.
 #pragma once
@@ -13,8 +13,8 @@ namespace neuron_minimax {
 
 constexpr int64_t GROUP = 128;            // tokens of one expert that are multiplied together
 constexpr int64_t FEW_TOKENS[] = {8, 4};  // up to so many a weight is read as it lies: in float32, as pairs
-constexpr int64_t MOST_TOKENS = 64;       // by strips; of pairs more are left to the library
-constexpr int TILE = 4;                   // tokens of a strip: the sums and what is read stay in registers
+constexpr int64_t MOST_TOKENS = 64;       // up to so many strips are multiplied, of pairs
+constexpr int TILE = LANES < 16 ? 2 : 4;  // tokens beside each other: their sums stay in registers
 constexpr int64_t PASS = 1024;            // places whose sums are kept between the two products
 constexpr int64_t NARROWEST = 512;        // columns that a thread takes at a time
 constexpr int64_t WIDEST = 4096;          // whose sums stay in the second cache
@@ -143,9 +143,10 @@ void multiply_strips(const Inputs& inputs, const Group& group, const Stacked<Num
   const int64_t count = group.count, columns = weight.columns, width = right - left;
   const int64_t tiles = ceil_div(count, TILE);
   const Scales scales = weight.scales.of_expert(group.expert);
-  thread_local Scratch<float> kept_numbers, factor;
-  kept_numbers.resize(DEPTH * WIDTH);
+  thread_local Scratch<float> strips, factor;
+  strips.resize(DEPTH * WIDTH);
   factor.resize(width);
+  float* const kept_strip = strips.data();
   for (int64_t top = 0, block = 0; top < weight.rows; top += scales.block_rows, ++block) {
     const int64_t bottom = std::min(top + scales.block_rows, weight.rows);
     scales.of_columns(block, left, width, Product::HALF, factor.data());
@@ -157,15 +158,14 @@ void multiply_strips(const Inputs& inputs, const Group& group, const Stacked<Num
       int64_t c = 0;
       for (; c + WIDTH <= width; c += WIDTH) {
         const Number* next = (c + ahead < width ? from : below) + c + ahead;
-        const auto kept_at = [&](int64_t r) { return &kept_numbers[r / Product::ROWS * WIDTH]; };
+        const auto kept_at = [&](int64_t r) { return kept_strip + r / Product::ROWS * WIDTH; };
         const auto read_first = [&](int64_t r) {
           UNROLLED for (int i = 0; i < Product::ROWS; ++i) fetch_strip(next + (r + i) * columns);
           const Number* at = from + r * columns + c;
           Product product;
           product.read(at, r + 1 < depth ? at + columns : at);  // behind an odd last row inputs are 0
-          if (tiles > 1)
-            UNROLLED for (int part = 0; part < STRIP; ++part)
-                store(kept_at(r) + part * LANES, product.numbers[part]);
+          UNROLLED for (int part = 0; part < STRIP; ++part)
+              store(kept_at(r) + part * LANES, product.numbers[part]);
           return product;
         };
         const auto read_again = [&](int64_t r) {
@@ -178,8 +178,9 @@ void multiply_strips(const Inputs& inputs, const Group& group, const Stacked<Num
           const int64_t n = count * tile / tiles, height = count * (tile + 1) / tiles - n;
           with_constant<TILE>(height, [&](auto few) {
             const auto multiply = [&](const auto& product) {
-              multiply_tile<Product, few>(input + n * inputs.apart, inputs.apart, depth, product, &factor[c],
-                                          row > 0, out + n * columns + left + c, columns);
+              multiply_tile<Product, decltype(few)::value>(input + n * inputs.apart, inputs.apart, depth,
+                                                           product, &factor[c], row > 0,
+                                                           out + n * columns + left + c, columns);
             };
             tile ? multiply(read_again) : multiply(read_first);
           });
@@ -196,8 +197,8 @@ void multiply_strips(const Inputs& inputs, const Group& group, const Stacked<Num
   }
 }
 
-// The same for many, whose products of pairs are the library's, which has more than ours where the
-// processor multiplies matrices.
+// The same for many, by panels of bfloat16 numbers that the library multiplies, which uses AMX where the
+// processor has it.
 template <class Number>
 void multiply_panels(const Inputs& inputs, const Group& group, const Stacked<Number>& weight, int64_t left,
                      int64_t right, float* out) {
@@ -242,23 +243,27 @@ void multiply_groups(const std::vector<Group>& groups, const Inputs& inputs, con
   const int64_t most = ceil_div(std::clamp(wanted, NARROWEST, WIDEST), WIDEST_PANEL) * WIDEST_PANEL;
   const int64_t chunk = std::min(most, weight.columns);
   const int64_t chunks = ceil_div(weight.columns, chunk);
+  int64_t few = FEW_TOKENS[0];
   auto multiply_one = multiply_few<Floats<Number>, 8>, multiply_some = multiply_few<Floats<Number>, 16>;
-  auto multiply_more = multiply_strips<Floats<Number>>;
+  auto multiply_more = multiply_strips<Floats<Number>>, multiply_most = multiply_more;
+  if constexpr (!std::is_same_v<Number, float>) {
+    if (pairs) multiply_most = multiply_panels<Number>;
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-  if constexpr (!std::is_same_v<Number, float>)
     if (pairs && weight.scales.block_rows % 2 == 0) {
+      few = FEW_TOKENS[1];
       multiply_one = multiply_few<Pairs<Number>, 8>;
       multiply_some = multiply_few<Pairs<Number>, 16>;
       multiply_more = multiply_strips<Pairs<Number>>;
     }
 #endif
+  }
   for_each_item(int64_t(groups.size()) * chunks, [&](int64_t item) {
     const Group& group = groups[item / chunks];
     const int64_t left = item % chunks * chunk, right = std::min(left + chunk, weight.columns);
-    const auto multiply_group = group.count <= 2                     ? multiply_one
-                                : group.count <= FEW_TOKENS[pairs]   ? multiply_some
-                                : pairs && group.count > MOST_TOKENS ? multiply_panels<Number>
-                                                                     : multiply_more;
+    const auto multiply_group = group.count <= 2             ? multiply_one
+                                : group.count <= few         ? multiply_some
+                                : group.count <= MOST_TOKENS ? multiply_more
+                                                             : multiply_most;
     multiply_group(inputs, group, weight, left, right, out + group.first * weight.columns);
   });
 }

@@ -78,6 +78,7 @@ at::Tensor expert_mlp(const at::Tensor& hidden, const at::Tensor& expert_index, 
   const int64_t expert_count = down.size(0), intermediate = down.size(1), width = down.size(2);
   const Choice choice{integers(expert_index), floats(affinity), expert_index.size(0), expert_index.size(1)};
   at::Tensor out = at::zeros({hidden.size(0), width}, hidden.options());
+  if (!intermediate) return out;
   with_stored(gate_up.scalar_type(), [&](auto number) {
     using Number = decltype(number);
     const Stacked<Number> first{
