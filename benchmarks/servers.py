@@ -84,8 +84,8 @@ class Server:
 
     @contextmanager
     def running(self, log: Path) -> Iterator[tuple[str, int]]:
-        """Run it on the first core until the block ends, with all that it starts; yield its URL and
-        process id. Of several one at a time is asked, by `clients_apart`.
+        """Run it, and all that it starts, on the first core until the block ends; yield its URL and
+        process id. Several share that core: ask one at a time.
         """
         environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}

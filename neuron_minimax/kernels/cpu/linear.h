@@ -83,8 +83,7 @@ void linear_of_few_by_pairs(const float* hidden, int64_t rows, const Number* wei
           const auto dots =
               read == ROWS ? dots_of_pairs<Number, count, ROWS> : dots_of_pairs<Number, count, 1>;
           const Number* from = weight + row * features;
-          dots(&inputs[n * apart], apart, from, features, features, from + read * features, scales, block,
-               sums);
+          dots(&inputs[n * apart], apart, from, features, from + read * features, scales, block, sums);
           for (int64_t k = 0; k < height; ++k)
             for (int64_t r = 0; r < read; ++r) out[(n + k) * outputs + row + r] = sums[k * read + r];
         });

@@ -34,6 +34,17 @@ struct Group {
   int64_t expert, first, count;  // of its places
 };
 
+// out (+)= one strip of sums * factor, the strip in the order in which it is read.
+template <class Product>
+inline void add_strip(Lanes (&strip)[STRIP], const float* factor, bool add, float* out) {
+  Product::in_order(strip);
+  UNROLLED for (int part = 0; part < STRIP; ++part) {
+    float* to = out + part * LANES;
+    const Lanes product = strip[part] * read(factor + part * LANES);
+    store(to, add ? read(to) + product : product);
+  }
+}
+
 // out (+)= sums * factor, strips of sums in the order in which they are read.
 template <class Product>
 inline void add_scaled(const float* sums, const float* factor, int64_t width, bool add, float* out) {
@@ -41,12 +52,7 @@ inline void add_scaled(const float* sums, const float* factor, int64_t width, bo
   for (; c + WIDTH <= width; c += WIDTH) {
     Lanes strip[STRIP];
     read_strip(sums + c, strip);
-    Product::in_order(strip);
-    UNROLLED for (int part = 0; part < STRIP; ++part) {
-      float* to = out + c + part * LANES;
-      const Lanes product = strip[part] * read(factor + c + part * LANES);
-      store(to, add ? read(to) + product : product);
-    }
+    add_strip<Product>(strip, factor + c, add, out + c);
   }
   for (; c < width; ++c) out[c] = sums[c] * factor[c] + (add ? out[c] : 0.f);
 }
@@ -125,14 +131,7 @@ inline void multiply_tile(const typename Product::Input* input, int64_t input_ap
     const Product numbers = product(r);
     UNROLLED for (int n = 0; n < COUNT; ++n) numbers.add_times(input + n * input_apart + r, total[n]);
   }
-  UNROLLED for (int n = 0; n < COUNT; ++n) {
-    Product::in_order(total[n]);
-    UNROLLED for (int part = 0; part < STRIP; ++part) {
-      float* to = out + n * out_apart + part * LANES;
-      const Lanes scaled = total[n][part] * read(factor + part * LANES);
-      store(to, add ? read(to) + scaled : scaled);
-    }
-  }
+  UNROLLED for (int n = 0; n < COUNT; ++n) add_strip<Product>(total[n], factor, add, out + n * out_apart);
 }
 
 // The same for more: strip by strip of columns. What is read for the first tile of tokens is kept for the

@@ -42,14 +42,13 @@ inline void add_dots(const float* input, int64_t apart, const Number* weight, in
 // multiplies its sum, so that inputs stay as they are.
 template <class Number, int COUNT, int READ>
 inline void dots_of_pairs(const BFloat16* input, int64_t apart, const Number* weight, int64_t features,
-                          int64_t length, const Number* below, const Scales& scales, int64_t row_block,
-                          float* sums) {
-  const int64_t ahead = columns_ahead<Number>(READ, length), whole = length / WIDTH * WIDTH;
+                          const Number* below, const Scales& scales, int64_t row_block, float* sums) {
+  const int64_t ahead = columns_ahead<Number>(READ, features), whole = features / WIDTH * WIDTH;
   Lanes total[COUNT][READ] = {};
   for (int64_t i = 0, block = 0; i < whole; ++block) {
     Lanes product[COUNT][READ] = {};
     for (const int64_t end = std::min(i + scales.block_columns, whole); i < end; i += WIDTH) {
-      const Number* next = i + ahead < length ? weight + i + ahead : below + i + ahead - length;
+      const Number* next = i + ahead < features ? weight + i + ahead : below + i + ahead - features;
       __m512bh numbers[READ][2];
       UNROLLED for (int r = 0; r < READ; ++r) fetch_strip(next + r * features);
       UNROLLED for (int r = 0; r < READ; ++r) read_pairs(weight + r * features + i, numbers[r]);
@@ -66,7 +65,7 @@ inline void dots_of_pairs(const BFloat16* input, int64_t apart, const Number* we
     const Four four = sums_of(total[n][0], total[n][1 % READ], total[n][2 % READ], total[n][3 % READ]);
     for (int r = 0; r < READ; ++r) {
       sums[n * READ + r] = four[r];
-      for (int64_t i = whole; i < length; ++i)
+      for (int64_t i = whole; i < features; ++i)
         sums[n * READ + r] += input[n * apart + i] * float(bfloat16_of(weight + r * features + i)) *
                               scales.of(row_block, i / scales.block_columns);
     }
